@@ -1,0 +1,51 @@
+"""From what a user types after --model to a Source."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from .checkpoint import Checkpoint, open_checkpoint, read_config
+from .source import Source
+from .store import LocalFolder
+
+DEMO = "demo"
+
+
+def demo_folder() -> Path:
+    """The demo checkpoint inside the installed package."""
+    return Path(str(resources.files("mmquant").joinpath("data", "demo")))
+
+
+def open_source(spec: str | Path) -> Source:
+    """Open a folder (native FP8, BF16, quantized), a GGUF file, `demo`, `hf:ORG/NAME[@REV]` or `ms:ORG/NAME[@REV]`.
+
+    Raises ValueError when it is none of these or not a MiniMax-M2 model.
+    """
+    path = Path(spec)
+    if str(spec) == DEMO:
+        return open_native(spec)
+    if str(spec).startswith(("hf:", "ms:")):
+        return open_native(spec)
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+        from .gguf_reader import GgufSource
+
+        return GgufSource(path)
+    store = LocalFolder(path)
+    quantization = read_config(store).get("quantization_config") or {}
+    if quantization.get("quant_method") in (None, "fp8"):
+        return Checkpoint(store)
+    from .quantized_readers import QuantizedFolder
+
+    return QuantizedFolder(store)
+
+
+def open_native(spec: str | Path) -> Checkpoint:
+    """Open a checkpoint that can be quantized: native FP8 or plain BF16, in a folder or on a hub."""
+    if str(spec) == DEMO:
+        return open_checkpoint(demo_folder())
+    if str(spec).startswith(("hf:", "ms:")):
+        from .hub_store import hub_source
+
+        return Checkpoint(hub_source(str(spec)))
+    return open_checkpoint(Path(spec))

@@ -1,0 +1,103 @@
+"""What a model is to the rest of mmquant: dequantized weights by release name, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, Globals, LayerWeights, attention_name, layer_prefix
+
+CARRIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "configuration_minimax_m2.py",
+    "modeling_minimax_m2.py",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "LICENSE-MODEL",
+    "NOTICE",
+)
+
+
+class Source(Protocol):
+    """Any artifact whose weights can be read back: a native checkpoint, a quantized folder, a GGUF file."""
+
+    geometry: Geometry
+    config: dict[str, Any]
+    label: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest that identifies the weights: equal for equal checkpoints wherever they lie."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensor data."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Dequantized float32 CPU tensor by full release name."""
+        ...
+
+    def read_experts(
+        self, layer: int, projection: str, experts: range, device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor:
+        """[len(experts), out, in] of one projection, dequantized on the device."""
+        ...
+
+    def small_file(self, name: str) -> bytes | None:
+        """tokenizer.json, config.json, LICENSE ... or None."""
+        ...
+
+
+def read_layer(
+    source: Source,
+    layer: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    experts: range | None = None,
+) -> LayerWeights:
+    """One decoder layer (or only some of its experts), matrices in `dtype`, norms and router in float32."""
+    prefix, chosen = layer_prefix(layer), experts if experts is not None else range(source.geometry.experts)
+
+    def plain(name: str) -> Tensor:
+        return source.read(prefix + name).to(device)
+
+    def matrix(projection: str) -> Tensor:
+        return source.read(attention_name(layer, projection) + ".weight").to(device=device, dtype=dtype)
+
+    return LayerWeights(
+        input_norm=plain("input_layernorm.weight"),
+        post_norm=plain("post_attention_layernorm.weight"),
+        q_norm=plain("self_attn.q_norm.weight"),
+        k_norm=plain("self_attn.k_norm.weight"),
+        q=matrix("q_proj"),
+        k=matrix("k_proj"),
+        v=matrix("v_proj"),
+        o=matrix("o_proj"),
+        router=plain("block_sparse_moe.gate.weight"),
+        router_bias=plain("block_sparse_moe.e_score_correction_bias"),
+        w1=source.read_experts(layer, "w1", chosen, device, dtype),
+        w3=source.read_experts(layer, "w3", chosen, device, dtype),
+        w2=source.read_experts(layer, "w2", chosen, device, dtype),
+    )
+
+
+def read_globals(source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Globals:
+    """Embeddings and head in `dtype`, final norm in float32."""
+    return Globals(
+        embed=source.read(EMBED).to(device=device, dtype=dtype),
+        norm=source.read(FINAL_NORM).to(device),
+        head=source.read(HEAD).to(device=device, dtype=dtype),
+    )

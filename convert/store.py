@@ -1,0 +1,198 @@
+"""Where a checkpoint's bytes lie: the seam between a folder and a hub, and safetensors headers read with care."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+INDEX = "model.safetensors.index.json"
+HEADER_LIMIT = 100 << 20
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a shard: where its bytes are (offset from the start of the file)."""
+
+    name: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+class ShardStore(Protocol):
+    """A checkpoint's files. Shards are asked for by name; `path` may have to fetch."""
+
+    label: str
+
+    def files(self) -> dict[str, int]:
+        """Every file's size in bytes."""
+        ...
+
+    def small(self, name: str) -> bytes | None:
+        """A small file's bytes (config, tokenizer, licence), None when there is none."""
+        ...
+
+    def header(self, shard: str) -> list[TensorInfo]:
+        """A shard's tensors, read from its header alone."""
+        ...
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """Some bytes of a shard, without fetching all of it."""
+        ...
+
+    def path(self, shard: str) -> Path:
+        """A local, whole, verified file; blocks until it is there."""
+        ...
+
+    def plan(self, shards: list[str]) -> None:
+        """The order in which shards will be used, for prefetching."""
+        ...
+
+    def release(self, shard: str) -> None:
+        """The last tensor of this shard has been used."""
+        ...
+
+
+class LocalFolder:
+    """A checkpoint in a folder; nothing to fetch, nothing to delete."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: not a folder, expected a checkpoint with config.json and safetensors shards")
+        self.folder = folder
+        self.label = str(folder)
+
+    def files(self) -> dict[str, int]:
+        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in self.folder.iterdir() if p.is_file()}
+
+    def small(self, name: str) -> bytes | None:
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    def header(self, shard: str) -> list[TensorInfo]:
+        path = self.path(shard)
+        with open(path, "rb") as file:
+            first = file.read(8)
+            length = header_length(first, shard, path.stat().st_size)
+            return parse_header(file.read(length), shard, path.stat().st_size)
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        with open(self.path(shard), "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise ValueError(f"{shard}: {len(data)} bytes at {offset}, expected {size}")
+        return data
+
+    def path(self, shard: str) -> Path:
+        path = self.folder / shard
+        if not path.is_file():
+            raise ValueError(f"{self.folder}: shard {shard} is missing")
+        return path
+
+    def plan(self, shards: list[str]) -> None:
+        del shards
+
+    def release(self, shard: str) -> None:
+        del shard
+
+
+def shard_names(store: ShardStore) -> list[str]:
+    """The safetensors files of a checkpoint, from the index when there is one.
+
+    Raises ValueError for shards that the index names and the store lacks.
+    """
+    files = store.files()
+    index = store.small(INDEX)
+    if index is None:
+        found = sorted(name for name in files if name.endswith(".safetensors"))
+        if not found:
+            raise ValueError(f"{store.label}: no safetensors file, expected {INDEX} or model.safetensors")
+        return found
+    named = sorted(set(weight_map(index).values()))
+    missing = [name for name in named if name not in files]
+    if missing:
+        raise ValueError(f"{store.label}: {len(missing)} shards of the index are missing, first {missing[0]}")
+    return named
+
+
+def weight_map(index: bytes) -> dict[str, str]:
+    """tensor name -> shard of an index file's bytes; ValueError when it is not one."""
+    data = parse_json(index, INDEX)
+    table = data.get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{INDEX}: weight_map is missing or empty")
+    for name, shard in table.items():
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard or shard.startswith("."):
+            raise ValueError(f"{INDEX}: {name} is in {shard!r}, expected a file name")
+    return table
+
+
+def parse_json(data: bytes, where: str) -> dict:
+    """A JSON object, or ValueError saying where it is broken."""
+    try:
+        value = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def header_length(first: bytes, shard: str, file_size: int) -> int:
+    """Length of the JSON header from a shard's first 8 bytes, checked against the file before anything is allocated."""
+    if len(first) < 8:
+        raise ValueError(f"{shard}: {len(first)} bytes, too short for a safetensors file")
+    (length,) = struct.unpack("<Q", first)
+    if length > min(HEADER_LIMIT, file_size - 8) or length < 2:
+        raise ValueError(
+            f"{shard}: header of {length} bytes in a file of {file_size}, the shard is damaged or truncated"
+        )
+    return length
+
+
+def parse_header(header: bytes, shard: str, file_size: int) -> list[TensorInfo]:
+    """Tensors of a safetensors header (https://github.com/huggingface/safetensors#format), every offset checked.
+
+    Raises ValueError when the header is damaged or the file is shorter or longer than the tensors need.
+    """
+    start, data = 8 + len(header), parse_json(header, f"{shard} header")
+    tensors = [_tensor(name, entry, shard, start) for name, entry in data.items() if name != "__metadata__"]
+    tensors.sort(key=lambda t: (t.offset, t.size))
+    position = start
+    for tensor in tensors:
+        if tensor.offset != position:
+            raise ValueError(f"{shard}: {tensor.name} starts at {tensor.offset}, expected {position}")
+        position += tensor.size
+    if position != file_size:
+        state = "truncated" if file_size < position else "followed by other bytes"
+        raise ValueError(f"{shard}: {file_size} bytes, the header describes {position}: the shard is {state}")
+    return tensors
+
+
+def _tensor(name: str, entry: object, shard: str, start: int) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{shard}: entry {name!r} of the header is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError(f"{shard}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise ValueError(f"{shard}: {name} has shape {shape!r} and offsets {offsets!r}, expected lists of integers")
+    size = math.prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != size:
+        raise ValueError(f"{shard}: {name} {dtype}{shape} lies in {offsets[1] - offsets[0]} bytes, expected {size}")
+    return TensorInfo(name, shard, dtype, tuple(shape), start + offsets[0], size)
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in value
+    )

@@ -1,0 +1,33 @@
+"""Errors that carry their exit code (the table in the README)."""
+
+from __future__ import annotations
+
+
+class MmquantError(Exception):
+    """One line for the user: where, what was found, what was expected. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(MmquantError):
+    """Usage or bad input."""
+
+    exit_code = 2
+
+
+class PartialError(MmquantError):
+    """Part of the work is done; running the command again continues."""
+
+    exit_code = 3
+
+
+class GateError(MmquantError):
+    """A quality gate failed."""
+
+    exit_code = 4
+
+
+class FitError(MmquantError):
+    """Does not fit: memory or disk."""
+
+    exit_code = 5

@@ -1,0 +1,70 @@
+"""FP8 e4m3: the release's 128x128 tiles as exact values, and per-channel quantization.
+
+Source: e4m3 as in https://arxiv.org/abs/2209.05433 (largest 448); a tile's value is code * weight_scale_inv.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+
+
+def expand_tiles(scales: Tensor, rows: int, cols: int, tile: tuple[int, int]) -> Tensor:
+    """[..., ceil(rows/tile0), ceil(cols/tile1)] -> [..., rows, cols]; ragged edges are cropped."""
+    spread = scales.repeat_interleave(tile[0], dim=-2)[..., :rows, :]
+    return spread.repeat_interleave(tile[1], dim=-1)[..., :cols]
+
+
+def dequantize_tiles(codes: Tensor, scales: Tensor, tile: tuple[int, int] = (128, 128)) -> Tensor:
+    """Values of e4m3 codes [..., O, I] under scales [..., ceil(O/tile0), ceil(I/tile1)], exact products in float32."""
+    rows, cols = codes.shape[-2:]
+    if rows % tile[0] or cols % tile[1]:
+        return codes.float() * expand_tiles(scales.float(), rows, cols, tile)
+    blocks = codes.float().unflatten(-1, (cols // tile[1], tile[1])).unflatten(-3, (rows // tile[0], tile[0]))
+    return (blocks * scales.float()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
+
+
+def quantize_tiles(weight: Tensor, tile: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
+    """Absmax e4m3 per tile: weight [O, I] -> codes [O, I] float8_e4m3fn, scales [ceil(O/tile0), ceil(I/tile1)] float32."""
+    _finite(weight)
+    rows, cols = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -cols % tile[1], 0, -rows % tile[0]))
+    blocks = padded.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0]))
+    scales = _scale(blocks.abs().amax((1, 3)))
+    codes = weight.float() / expand_tiles(scales, rows, cols, tile)
+    return _codes(codes), scales
+
+
+def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmax e4m3 per output channel: weight [..., O, I] -> codes float8_e4m3fn, scales [..., O, 1].
+
+    The scale is rounded up to bfloat16 first and the codes are taken under the rounded scale, so that readers that keep
+    bfloat16 scales lose nothing and no code passes 448.
+    """
+    _finite(weight)
+    peak = weight.float().abs().amax(-1, keepdim=True)
+    scales = round_up_bfloat16(_scale(peak))
+    return _codes(weight.float() / scales), scales
+
+
+def round_up_bfloat16(values: Tensor) -> Tensor:
+    """The smallest bfloat16 not below each positive float32 value, as float32."""
+    near = values.to(torch.bfloat16)
+    above = (near.view(torch.int16) + 1).view(torch.bfloat16)
+    return torch.where(near.float() < values, above.float(), near.float())
+
+
+def _scale(peak: Tensor) -> Tensor:
+    # A dead block gets scale 1: readers refuse zero scales.
+    return torch.where(peak > 0, peak / E4M3_MAX, torch.ones_like(peak)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _codes(scaled: Tensor) -> Tensor:
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _finite(weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
