@@ -46,6 +46,7 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
 }
 READERS = 4
+SAMPLED = ("input_layernorm.weight", "self_attn.q_norm.weight", "block_sparse_moe.e_score_correction_bias")
 
 
 @dataclass(frozen=True)
@@ -217,11 +218,7 @@ class Checkpoint:
             digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
         last = self.geometry.layers - 1
         for layer in sorted({0, last // 2, last}):
-            for name in (
-                "input_layernorm.weight",
-                "self_attn.q_norm.weight",
-                "block_sparse_moe.e_score_correction_bias",
-            ):
+            for name in SAMPLED:
                 digest.update(self._bytes(layer_prefix(layer) + name))
         digest.update(self._bytes(FINAL_NORM))
         return digest.hexdigest()

@@ -186,9 +186,8 @@ def matrix_shapes(geometry: Geometry, layer: int) -> Iterator[tuple[str, tuple[i
     """(name without .weight, (out, in)) of a layer's quantizable matrices: attention, then experts."""
     g = geometry
     q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
-    for projection, shape in zip(
-        ATTENTION, ((q, g.hidden), (kv, g.hidden), (kv, g.hidden), (g.hidden, q)), strict=True
-    ):
+    attention = ((q, g.hidden), (kv, g.hidden), (kv, g.hidden), (g.hidden, q))
+    for projection, shape in zip(ATTENTION, attention, strict=True):
         yield attention_name(layer, projection), shape
     for expert in range(g.experts):
         for projection in PROJECTIONS:

@@ -7,7 +7,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20
@@ -154,7 +154,7 @@ def header_length(first: bytes, shard: str, file_size: int) -> int:
     (length,) = struct.unpack("<Q", first)
     if length > min(HEADER_LIMIT, file_size - 8) or length < 2:
         raise ValueError(
-            f"{shard}: header of {length} bytes in a file of {file_size}, the shard is damaged or truncated"
+            f"{shard}: header of {length} bytes in a file of {file_size}, the shard is damaged or cut off"
         )
     return length
 
@@ -192,7 +192,7 @@ def _tensor(name: str, entry: object, shard: str, start: int) -> TensorInfo:
     return TensorInfo(name, shard, dtype, tuple(shape), start + offsets[0], size)
 
 
-def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in value
-    )
+def _naturals(value: object) -> TypeGuard[list[int]]:
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in value)

@@ -1,3 +1,3 @@
-"""mmquant: MiniMax-M2.7 to FP8, INT4 and GGUF. Commands here; numbers in quantize, files in convert, activations in calibration."""
+"""MiniMax-M2.7 to FP8, INT4 and GGUF: commands here; quantize numbers, convert files, calibration activations."""
 
 __version__ = "0.1.0"

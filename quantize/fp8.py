@@ -27,7 +27,7 @@ def dequantize_tiles(codes: Tensor, scales: Tensor, tile: tuple[int, int] = (128
 
 
 def quantize_tiles(weight: Tensor, tile: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
-    """Absmax e4m3 per tile: weight [O, I] -> codes [O, I] float8_e4m3fn, scales [ceil(O/tile0), ceil(I/tile1)] float32."""
+    """Absmax e4m3 per tile: weight [O, I] -> codes [O, I], scales [ceil(O/tile0), ceil(I/tile1)] float32."""
     _finite(weight)
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -cols % tile[1], 0, -rows % tile[0]))

@@ -1,0 +1,49 @@
+"""The residual stream of all windows, kept between layers: in RAM, or in a memory-mapped file beyond a limit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RAM_LIMIT = 8 << 30
+
+
+class HiddenStates:
+    """W windows x T positions x H channels of float32; batches are read, advanced by a layer and put back."""
+
+    def __init__(
+        self, windows: int, length: int, hidden: int, ram_limit: int = RAM_LIMIT, folder: Path | None = None
+    ) -> None:
+        self.shape = (windows, length, hidden)
+        self.bytes = 4 * windows * length * hidden
+        self._file = None
+        if self.bytes <= ram_limit:
+            self._values = torch.empty(self.shape, dtype=torch.float32)
+            return
+        # The file is unlinked with its handle: a killed process leaves nothing behind.
+        self._file = tempfile.TemporaryFile(dir=folder, prefix="mmquant-hidden-")
+        self._file.truncate(self.bytes)
+        self._values = torch.from_numpy(np.memmap(self._file, dtype=np.float32, mode="r+", shape=self.shape))
+
+    @property
+    def on_disk(self) -> bool:
+        return self._file is not None
+
+    def batches(self, windows: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:
+        """(first window, values [<= windows, T, H] on the device); the values are a copy."""
+        for start in range(0, self.shape[0], windows):
+            part = self._values[start : start + windows]
+            yield start, part.to(device) if str(device) != "cpu" else part.clone()
+
+    def put(self, start: int, values: Tensor) -> None:
+        """Store `values` [n, T, H] as windows start..start+n-1."""
+        self._values[start : start + values.shape[0]].copy_(values)
+
+    def all(self) -> Tensor:
+        """The stored tensor itself [W, T, H]."""
+        return self._values
