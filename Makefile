@@ -1,0 +1,70 @@
+# Everything runs in .venv, which is made on first use (python3 >= 3.11 with venv; nothing else is needed).
+# Each verb does its own set-up: `make test` and `make demo` work in a fresh clone.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One thread a process: the tests run as two processes, and OpenMP in both would fight for two cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
+READY := $(VENV)/.installed
+
+.PHONY: help install demo test lint types unit test-slow test-gpu test-peers bench notebooks constraints clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed, found " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'pip==26.3'
+	$(BIN)/python -m pip install --quiet --build-constraint constraints.txt -c constraints.txt --group dev -e .
+	@touch $@
+
+install: $(READY) ## the environment .venv with the pinned versions of constraints.txt
+
+demo: $(READY) ## the whole pipeline on the bundled model, into demo-out/
+	$(BIN)/mmquant demo --out demo-out
+
+test: lint types unit ## lint, types and the quick tests
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: $(READY) ## the quick tests alone
+	$(PYTEST) -n 2
+
+test-slow: $(READY) ## tests of minutes: packaging, long comparisons
+	$(PYTEST) -m slow
+
+test-gpu: $(READY) ## tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+# Other tools pin versions that exclude ours, so each has an environment of its own: tests/peers/NAME.txt -> .peers/NAME
+PEERS := $(patsubst tests/peers/%.txt,.peers/%/.installed,$(wildcard tests/peers/*.txt))
+
+.peers/%/.installed: tests/peers/%.txt
+	test -x .peers/$*/bin/python || $(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet 'pip==26.3'
+	.peers/$*/bin/python -m pip install --quiet --only-binary=:all: -r $<
+	@touch $@
+
+test-peers: $(READY) $(PEERS) ## conformance with auto-gptq and llm-compressor themselves
+	$(PYTEST) -m peers
+
+bench: $(READY) ## the benchmarks of bench/
+	@for script in $$(ls bench/bench_*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+notebooks: $(READY) ## run the notebooks and keep their outputs
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+constraints: ## rewrite constraints.txt from .venv
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip \
+	  | sed -E 's/^(torch==[^+]*)\+.*/\1/'; } > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean: ## what runs leave behind (not .venv)
+	rm -rf demo-out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
