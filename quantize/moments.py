@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Raw sums over the calibration rows that E matrices with n inputs saw; s is a row's router weight (1 for attention).
+    """Raw sums over the calibration rows that E matrices with n inputs saw; s: a row's router weight (attention: 1).
 
     count           [E]       rows seen
     weight          [E]       sum of s^2
@@ -68,8 +68,8 @@ def _pooled(sums: Tensor, weight: Tensor) -> Tensor:
 def shrinkage(moments: Moments, strength: float) -> Tensor:
     """[E]: the share of the pooled mean in each matrix's shrunk moments, k / (k + rows).
 
-    The pooled mean counts as k = strength * n rows of average router weight: a matrix that saw many times n rows keeps its
-    own moments, one that saw few leans on the layer's, one that saw none takes the layer's whole.
+    The pooled mean counts as k = strength * n rows of average router weight: a matrix that saw many times n rows keeps
+    its own moments, one that saw few leans on the layer's, one that saw none takes the layer's whole.
     """
     k = _prior_weight(moments, strength)
     share = k / (moments.weight + k).clamp(min=torch.finfo(torch.float32).tiny)
@@ -88,7 +88,7 @@ def _blend(own: Tensor, weight: Tensor, pooled: Tensor, share: Tensor) -> Tensor
 
 
 def shrunk(moments: Moments, strength: float, experts: slice | None = None) -> Tensor:
-    """Mean second moments [E, n, n], each blended with the pooled mean: (sum_e + k * pooled) / (weight_e + k), see `shrinkage`.
+    """Mean second moments [E, n, n], blended with the pooled mean (`shrinkage`): (sum_e + k * pooled) / (weight_e + k).
 
     `experts` limits the result (not the pool) to some matrices. ValueError when only diagonals were collected.
     """

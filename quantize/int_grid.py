@@ -1,0 +1,176 @@
+"""Integer grids: codes, scales and zero points of a group of weights, and the search for the scale that costs least.
+
+A value is (code - zero) * scale, codes and zeros stored signed (-8..7 at 4 bits; files add 2^(bits-1)). Scales are
+exact in bfloat16 and codes are taken under the rounded scale. A symmetric grid has one code more below zero than above,
+so the scale is signed: a negative one puts that code at the group's largest positive weight. The kernels multiply by the scale
+and nothing else, so its sign is free (docs/quality.md names the places).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Groups searched at once: bounds the temporaries at a few times this many weights.
+SEARCH_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+RATIOS = 24
+
+
+@dataclass(frozen=True)
+class IntWeight:
+    """codes [..., O, I] int8; scales [..., O, G] float32 (bfloat16 exact); zeros [..., O, G] int8 or None."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale (the whole row when per channel)."""
+        return self.codes.shape[-1] // self.scales.shape[-1]
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest stored code."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def groups_of(inputs: int, group_size: int, where: str = "weight") -> int:
+    """Weights in a group: `group_size`, or the whole row for -1. ValueError when it does not divide the row."""
+    size = inputs if group_size == -1 else group_size
+    if size <= 0 or inputs % size:
+        raise ValueError(f"{where}: group size {group_size} does not divide {inputs} inputs")
+    return size
+
+
+def bfloat16_exact(values: Tensor) -> Tensor:
+    """Nearest bfloat16, as float32."""
+    return values.to(torch.bfloat16).float()
+
+
+def dequantize(weight: IntWeight) -> Tensor:
+    """Values [..., O, I] float32."""
+    codes = weight.codes.float().unflatten(-1, (weight.scales.shape[-1], -1))
+    if weight.zeros is not None:
+        codes = codes - weight.zeros.float().unsqueeze(-1)
+    return (codes * weight.scales.unsqueeze(-1)).flatten(-2)
+
+
+def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """Nearest stored codes, as float; values [..., g] with scales and zeros [...] of their groups."""
+    low, high = code_range(bits)
+    codes = values / scales.unsqueeze(-1)
+    if zeros is not None:
+        codes = codes + zeros.unsqueeze(-1)
+    return codes.round().clamp(low, high)
+
+
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> IntWeight:
+    """Nearest codes of weight [..., O, I] under given scales [..., O, G]."""
+    grouped = weight.float().unflatten(-1, (scales.shape[-1], -1))
+    codes = round_codes(grouped, scales, None if zeros is None else zeros.float(), bits)
+    return IntWeight(codes.to(torch.int8).flatten(-2), scales, zeros, bits)
+
+
+def search(
+    weight: Tensor, importance: Tensor | None, bits: int, group_size: int, symmetric: bool = True, signed: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Scales [..., O, G] float32 (exact in bfloat16) and zeros [..., O, G] int8 with the least weighted square error.
+
+    weight [..., O, I]; importance [..., I] >= 0 weighs the squared errors of a column (None: all alike).
+    """
+    size = groups_of(weight.shape[-1], group_size)
+    grouped = weight.float().unflatten(-1, (-1, size))
+    shape = grouped.shape[:-1]
+    flat = grouped.reshape(-1, size)
+    weighing = None
+    if importance is not None:
+        spread = importance.float().unflatten(-1, (-1, size)).unsqueeze(-3)
+        weighing = _positive(spread).expand_as(grouped)
+    step = max(1, SEARCH_WEIGHTS.get(flat.device.type, 1 << 20) // size)
+    scales, zeros = [], []
+    rows = _rows(weighing, flat)
+    for start in range(0, flat.shape[0], step):
+        part = flat[start : start + step]
+        h = rows(start, start + part.shape[0])
+        scale, zero = _symmetric(part, h, bits, signed) if symmetric else _asymmetric(part, h, bits)
+        scales.append(scale)
+        zeros.append(zero)
+    joined = None if symmetric else torch.cat([z for z in zeros if z is not None]).view(shape)
+    return torch.cat(scales).view(shape), joined
+
+
+def _rows(weighing: Tensor | None, flat: Tensor) -> Callable[[int, int], Tensor]:
+    """A reader of the importance of groups start..stop, without materialising it for every output row."""
+    if weighing is None:
+        one = torch.ones(1, flat.shape[-1], device=flat.device)
+        return lambda start, stop: one
+    outputs, per_row = weighing.shape[-3], weighing.shape[-2]
+    table = weighing.select(-3, 0).reshape(-1, per_row, weighing.shape[-1])
+
+    def read(start: int, stop: int) -> Tensor:
+        index = torch.arange(start, stop, device=flat.device)
+        return table[index // (outputs * per_row), index % per_row]
+
+    return read
+
+
+def _positive(importance: Tensor) -> Tensor:
+    # Channels that were never active keep a little weight, so that they are not thrown away.
+    return importance.clamp(min=0) + 1e-3 * importance.mean(-1, keepdim=True) + 1e-30
+
+
+def _error(part: Tensor, h: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    codes = round_codes(part, scale, zero, bits)
+    if zero is not None:
+        codes = codes - zero.unsqueeze(-1)
+    return ((part - codes * scale.unsqueeze(-1)).square() * h).sum(-1), codes
+
+
+def _usable(scale: Tensor) -> Tensor:
+    rounded = bfloat16_exact(scale)
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def _symmetric(part: Tensor, h: Tensor, bits: int, signed: bool) -> tuple[Tensor, None]:
+    low, high = code_range(bits)
+    extreme = part.gather(-1, part.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    start = extreme / low if signed else extreme.abs() / (0.5 * (high - low))
+    best_scale = _usable(start)
+    best = _error(part, h, best_scale, None, bits)[0]
+    signs = (1.0, -1.0) if signed else (1.0,)
+    for index in range(RATIOS):
+        ratio = 0.5 + 0.7 * index / (RATIOS - 1)
+        for sign in signs:
+            scale = _usable(start * (ratio * sign))
+            error, codes = _error(part, h, scale, None, bits)
+            refit = _usable((part * codes * h).sum(-1) / (codes.square() * h).sum(-1).clamp(min=1e-38))
+            refitted = ((part - codes * refit.unsqueeze(-1)).square() * h).sum(-1)
+            scale, error = torch.where(refitted < error, refit, scale), torch.minimum(error, refitted)
+            better = error < best
+            best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
+    return best_scale, None
+
+
+def _asymmetric(part: Tensor, h: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    low, high = code_range(bits)
+    least, most = part.amin(-1).clamp(max=0), part.amax(-1).clamp(min=0)
+    best_scale, best_zero = _usable((most - least) / (high - low)), torch.zeros_like(least)
+    best = torch.full_like(least, torch.inf)
+    for index in range(RATIOS):
+        ratio = 0.5 + 0.55 * index / (RATIOS - 1)
+        scale = _usable((most - least) * (ratio / (high - low)))
+        middle = low - least * ratio / scale
+        for zero in (middle.floor().clamp(low, high), middle.ceil().clamp(low, high)):
+            error, codes = _error(part, h, scale, zero, bits)
+            refit = _usable((part * codes * h).sum(-1) / (codes.square() * h).sum(-1).clamp(min=1e-38))
+            refitted = ((part - codes * refit.unsqueeze(-1)).square() * h).sum(-1)
+            chosen, error = torch.where(refitted < error, refit, scale), torch.minimum(error, refitted)
+            better = error < best
+            best, best_scale = torch.where(better, error, best), torch.where(better, chosen, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero.to(torch.int8)
