@@ -17,8 +17,8 @@ help:
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed, found " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet 'pip==26.3'
-	$(BIN)/python -m pip install --quiet --build-constraint constraints.txt -c constraints.txt --group dev -e .
+	$(BIN)/python -m pip install -qq 'pip==26.3'
+	$(BIN)/python -m pip install -qq --build-constraint constraints.txt -c constraints.txt --group dev -e .
 	@touch $@
 
 install: $(READY) ## the environment .venv with the pinned versions of constraints.txt
@@ -49,8 +49,8 @@ PEERS := $(patsubst tests/peers/%.txt,.peers/%/.installed,$(wildcard tests/peers
 
 .peers/%/.installed: tests/peers/%.txt
 	test -x .peers/$*/bin/python || $(PYTHON) -m venv .peers/$*
-	.peers/$*/bin/python -m pip install --quiet 'pip==26.3'
-	.peers/$*/bin/python -m pip install --quiet --only-binary=:all: -r $<
+	.peers/$*/bin/python -m pip install -qq 'pip==26.3'
+	.peers/$*/bin/python -m pip install -qq --only-binary=:all: -r $<
 	@touch $@
 
 test-peers: $(READY) $(PEERS) ## conformance with auto-gptq and llm-compressor themselves
