@@ -106,7 +106,8 @@ class Checkpoint:
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """name -> (shape, dtypes) of every tensor that this config calls for."""
-        wanted = {name: (shape, PLAIN) for name, shape in global_shapes(self.geometry).items()}
+        wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        wanted |= {name: (shape, PLAIN) for name, shape in global_shapes(self.geometry).items()}
         if self.config.get("tie_word_embeddings"):
             del wanted[HEAD]
         for layer in range(self.geometry.layers):
@@ -163,6 +164,10 @@ class Checkpoint:
             bad = scales[~(torch.isfinite(scales) & (scales > 0))][0].item()
             raise ValueError(f"{self.tensors[name].shard}: {name} holds {bad}, expected finite and positive scales")
         return scales
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a quantized matrix's scales."""
+        return TORCH_DTYPES[self.tensors[name + ".weight_scale_inv"].dtype]
 
     def native(self, name: str) -> tuple[Tensor, Tensor]:
         """(e4m3 codes [O, I], scales [tiles]) of a quantized matrix by its name without .weight."""

@@ -5,6 +5,8 @@ Source: e4m3 as in https://arxiv.org/abs/2209.05433 (largest 448); a tile's valu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,13 +28,18 @@ def dequantize_tiles(codes: Tensor, scales: Tensor, tile: tuple[int, int] = (128
     return (blocks * scales.float()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
 
 
-def quantize_tiles(weight: Tensor, tile: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
-    """Absmax e4m3 per tile: weight [O, I] -> codes [O, I], scales [ceil(O/tile0), ceil(I/tile1)] float32."""
+def quantize_tiles(
+    weight: Tensor, tile: tuple[int, int] = (128, 128), round_scale: Callable[[Tensor], Tensor] = torch.Tensor.float
+) -> tuple[Tensor, Tensor]:
+    """Absmax e4m3 per tile: weight [O, I] -> codes [O, I], scales [ceil(O/tile0), ceil(I/tile1)] float32.
+
+    `round_scale` maps scales to those that will be stored; codes are taken under the stored ones.
+    """
     _finite(weight)
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -cols % tile[1], 0, -rows % tile[0]))
     blocks = padded.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0]))
-    scales = _scale(blocks.abs().amax((1, 3)))
+    scales = round_scale(_scale(blocks.abs().amax((1, 3))))
     codes = weight.float() / expand_tiles(scales, rows, cols, tile)
     return _codes(codes), scales
 

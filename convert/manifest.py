@@ -1,0 +1,161 @@
+"""mmquant.fit.json: which files, how good, what they fit, how made. Written last: its presence means whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from . import fit
+from .files import write_whole
+from .fit import Weights
+from .minimax_m2 import Geometry
+from .source import Source
+from .store import parse_json
+
+MANIFEST = "mmquant.fit.json"
+UNKNOWN_REVISION = "0" * 40  # a local folder has no hub revision; provenance carries the weights' fingerprint
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What the manifest says of one artifact; `entry` is the file or folder to give to an engine."""
+
+    id: str
+    format: str
+    label: str
+    entry: str
+    files: tuple[FileEntry, ...]
+    weights: Weights
+    provenance: Mapping[str, Any]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema that every manifest satisfies."""
+    path = resources.files("mmquant").joinpath("data", "schema", "mmquant-fit-1.schema.json")
+    return json.loads(path.read_text())
+
+
+def license_block(source: Source) -> dict[str, Any]:
+    """What the source's licence file says about itself: name, link, whether commercial use is allowed."""
+    texts = (source.small_file(n) for n in ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL"))
+    text = next((t for t in texts if t), b"").decode(errors="replace")
+    if "non-commercial" in text.lower():
+        link = "https://huggingface.co/MiniMaxAI/MiniMax-M2.7/blob/main/LICENSE"
+        name, use = "other:minimax-m2.7-non-commercial", "prohibited-without-authorization"
+    elif "Apache License" in text:
+        name, link, use = "Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", "allowed"
+    else:
+        name, link, use = "unknown", "", "unknown"
+    notice = next((line.strip() for line in text.splitlines() if line.strip().startswith("Copyright")), "")
+    return {"spdx_or_name": name, "link": link, "commercial_use": use, "notice": notice}
+
+
+def geometry_block(g: Geometry) -> dict[str, int]:
+    return {
+        "layers": g.layers,
+        "hidden": g.hidden,
+        "q_heads": g.heads,
+        "kv_heads": g.kv_heads,
+        "head_dim": g.head_dim,
+        "experts": g.experts,
+        "experts_per_token": g.experts_per_token,
+        "expert_ffn": g.expert_width,
+        "vocab": g.vocab,
+    }
+
+
+def model_block(source: Source, base_model: str, revision: str, origin: str) -> dict[str, Any]:
+    g = source.geometry
+    return {
+        "base_model": base_model,
+        "base_revision": revision,
+        "source": origin,
+        "architecture": "minimax_m2",
+        "parameters": g.parameters,
+        "active_parameters": g.active_parameters,
+        "geometry": geometry_block(g),
+        "max_context_tokens": g.max_context,
+        "kv_bytes_per_token": fit.kv_table(g),
+    }
+
+
+def artifact_block(artifact: Artifact, g: Geometry) -> dict[str, Any]:
+    weights = artifact.weights
+    return {
+        "id": artifact.id,
+        "format": artifact.format,
+        "quant_label": artifact.label,
+        "bits_per_weight": round(8 * weights.total / g.parameters, 4),
+        "entry": artifact.entry,
+        "files": [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in artifact.files],
+        "weights": {
+            "total": weights.total,
+            "resident": weights.resident,
+            "experts": weights.experts,
+            "expert_layer": list(weights.expert_layer),
+            "basis": "exact",
+        },
+        "quality": {"status": "not-measured"},
+        "provenance": dict(artifact.provenance),
+    }
+
+
+def build(source: Source, artifact: Artifact, version: str) -> dict[str, Any]:
+    """The manifest of one artifact of `source`."""
+    store = getattr(source, "store", None)
+    base_model = getattr(store, "repo", None) or Path(source.label).name
+    origin = {"hf": "huggingface", "ms": "modelscope"}.get(getattr(store, "hub", ""), "local")
+    g = source.geometry
+    return {
+        "schema": "mmquant-fit",
+        "schema_version": "1.0",
+        "generated": datetime.now(UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z"),
+        "generator": {"name": "mmquant", "version": version},
+        "model": model_block(source, base_model, getattr(store, "revision", None) or UNKNOWN_REVISION, origin),
+        "license": license_block(source),
+        "artifacts": [artifact_block(artifact, g)],
+        "targets": fit.targets(artifact.id, artifact.format, artifact.entry, artifact.weights, g),
+    }
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> None:
+    """Validate and write; an invalid manifest is our bug."""
+    jsonschema.validate(manifest, schema())
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The folder's manifest, None when there is none; ValueError when it is broken."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = parse_json(path.read_bytes(), str(path))
+    try:
+        jsonschema.validate(manifest, schema())
+    except jsonschema.ValidationError as error:
+        raise ValueError(f"{path}: {error.json_path}: {error.message}") from None
+    return manifest
+
+
+def set_quality(folder: Path, quality: dict[str, Any]) -> None:
+    """Put a measured quality block into a folder's manifest."""
+    manifest = read(folder)
+    if manifest is None:
+        raise ValueError(f"{folder}: {MANIFEST} is missing, expected a finished artifact")
+    for artifact in manifest["artifacts"]:
+        artifact["quality"] = quality
+    write(folder, manifest)

@@ -1,0 +1,5 @@
+"""python -m mmquant."""
+
+from mmquant.cli import main
+
+main()

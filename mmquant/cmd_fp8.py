@@ -1,0 +1,37 @@
+"""mmquant fp8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmquant.options import device_option, dry_run_option, model_option, out_option, shard_option
+
+
+@click.command(short_help="FP8 for vLLM and SGLang.")
+@model_option()
+@out_option()
+@click.option("--scheme", type=click.Choice(["block", "channel", "native"]), default="block", show_default=True)
+@shard_option()
+@device_option()
+@dry_run_option()
+def command(model: str, out: Path, scheme: str, limit: int, device: str, dry_run: bool) -> None:
+    """Write FP8: block (compressed-tensors 128x128, the release's exact values), channel (a scale per output channel)
+    or native (verified copy).
+
+    Example: mmquant fp8 --model demo --out ./m27-fp8
+    """
+    from mmquant.convert.fp8_variant import Fp8Variant
+    from mmquant.convert.open import open_native
+    from mmquant.pipeline import describe, prepare, write_folder, write_native
+
+    source = open_native(model)
+    if scheme == "native":
+        click.echo(describe(out, "FP8-native", source.bytes) if dry_run else write_native(source, out))
+        return
+    variant = Fp8Variant(scheme)
+    if dry_run:
+        click.echo(describe(out, variant.label, prepare(source, variant).bytes))
+        return
+    click.echo(write_folder(source, variant, out, device=device, limit=limit))

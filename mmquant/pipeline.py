@@ -1,0 +1,191 @@
+"""One pass over a checkpoint into a folder: validate, plan, write layer by layer, manifest last; can be continued."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mmquant import __version__
+from mmquant.convert import manifest
+from mmquant.convert.checkpoint import Checkpoint
+from mmquant.convert.fit import Weights
+from mmquant.convert.folder_writer import SHARD_LIMIT, FolderWriter, TensorSpec, unfinished_run
+from mmquant.convert.lock import hold
+from mmquant.convert.manifest import Artifact, FileEntry
+from mmquant.convert.minimax_m2 import EMBED, layer_of
+from mmquant.convert.native_copy import copy_native
+from mmquant.convert.schedule import Schedule
+from mmquant.convert.store import LocalFolder
+from mmquant.convert.variant import FolderVariant, carried_files, global_specs, global_tensors, quantized_config
+from mmquant.errors import FitError, UsageError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a dry run shows: the steps' tensors and what they need."""
+
+    steps: list[list[TensorSpec]]
+    weights: Weights
+
+    @property
+    def bytes(self) -> int:
+        return self.weights.total
+
+
+def prepare(source: Checkpoint, variant: FolderVariant) -> Prepared:
+    """Validate the source and lay out every tensor of the artifact; nothing is written."""
+    source.validate(scales=isinstance(source.store, LocalFolder))
+    outside = global_specs(source)
+    layers = [variant.specs(source, layer) for layer in range(source.geometry.layers)]
+    steps = [[s for s in outside if s.name == EMBED], *layers, [s for s in outside if s.name != EMBED]]
+    experts = tuple(sum(s.bytes for s in specs if ".experts." in s.name) for specs in layers)
+    total = sum(s.bytes for step in steps for s in step)
+    return Prepared(steps, Weights(total - sum(experts), experts))
+
+
+def write_folder(
+    source: Checkpoint,
+    variant: FolderVariant,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    limit: int = SHARD_LIMIT,
+) -> Path:
+    """Write `variant` of `source` into the folder `out` and return it. A finished folder of the same run is left alone.
+
+    Raises UsageError when `out` holds something else, FitError when the disk is too small.
+    """
+    prepared = prepare(source, variant)
+    run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
+    if is_finished(out, run):
+        return out
+    claim(out, run)
+    with hold(out):
+        writer = FolderWriter(out, prepared.steps, run, limit)
+        check_disk(out, writer.bytes - written_bytes(out))
+        schedule = Schedule(source, writer.done)
+        schedule.start()
+        steps = range(writer.done, len(prepared.steps))
+        bar = tqdm(steps, desc=variant.label, unit="step", initial=writer.done, total=len(prepared.steps), delay=1)
+        for step in bar:
+            writer.write(step, step_tensors(source, variant, step, device))
+            schedule.finished(step)
+        config = quantized_config(source, variant.quantization_config(source))
+        files = {**carried_files(source), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        names = writer.finish(files)
+        entries = tuple(FileEntry(n, (out / n).stat().st_size, writer.sha256[n]) for n in names)
+        finish_folder(out, source, variant.format, variant.label, entries, prepared.weights, run)
+        writer.clear_progress()
+    return out
+
+
+def step_tensors(
+    source: Checkpoint, variant: FolderVariant, step: int, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """Values of one step's tensors."""
+    layers = source.geometry.layers
+    if 1 <= step <= layers:
+        return variant.layer(source, step - 1, device)
+    return {name: value for name, value in global_tensors(source).items() if (name == EMBED) == (step == 0)}
+
+
+def finish_folder(
+    out: Path,
+    source: Checkpoint,
+    format: str,
+    label: str,
+    files: tuple[FileEntry, ...],
+    weights: Weights,
+    run: Mapping[str, Any],
+    entry: str = ".",
+) -> None:
+    """Write the manifest, last of all files."""
+    artifact = Artifact(label, format, label, entry, files, weights, {"run": dict(run)})
+    manifest.write(out, manifest.build(source, artifact, __version__))
+
+
+def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this very run, whole. UsageError when it holds another finished one or is not a folder."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file, expected a folder or nothing")
+    done = manifest.read(out) if out.exists() else None
+    if done is None:
+        return False
+    found = done["artifacts"][0].get("provenance", {}).get("run")
+    if found != dict(run):
+        raise UsageError(f"{out}: holds a finished {difference(found or {}, run)}; choose another folder")
+    return True
+
+
+def claim(out: Path, run: Mapping[str, Any]) -> None:
+    """Make `out` ours: new, empty, or an unfinished run of the same sort. UsageError otherwise."""
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished = unfinished_run(out)
+    if unfinished is None:
+        strange = sorted(p.name for p in out.iterdir() if not p.name.startswith(".mmquant") and p.suffix != ".tmp")
+        if strange:
+            raise UsageError(f"{out}: holds {strange[0]}, expected an empty folder or an unfinished mmquant run")
+    elif unfinished != dict(run):
+        raise UsageError(f"{out}: holds an unfinished {difference(unfinished, run)}; choose another folder")
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first thing in which two runs differ, in words."""
+    for key in ("command", *wanted, *found):
+        if found.get(key) != wanted.get(key):
+            return f"run with {key} {found.get(key)!r}, expected {wanted.get(key)!r}"
+    return "run"
+
+
+def written_bytes(out: Path) -> int:
+    """Bytes that an unfinished run has on disk already."""
+    return sum(p.stat().st_size for p in out.iterdir() if ".safetensors" in p.name or ".gguf" in p.name)
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """FitError (exit 5) unless the disk of `out` has room for `needed` more bytes."""
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise FitError(f"{out}: {needed:,} bytes are needed, the disk has {free:,} free")
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether an OSError means that no more can be written here."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def describe(out: Path, label: str, size: int) -> str:
+    """A dry run's line: what would be written, its bytes, and what the disk has."""
+    place = next(p for p in (out, *out.resolve().parents) if p.is_dir())
+    return f"{label}: {size:,} bytes into {out}; the disk has {shutil.disk_usage(place).free:,} free"
+
+
+def write_native(source: Checkpoint, out: Path) -> Path:
+    """Copy the release as it is, verified, with a manifest."""
+    source.validate(scales=isinstance(source.store, LocalFolder))
+    run = {"command": "fp8", "scheme": "native", "source": source.fingerprint}
+    if is_finished(out, run):
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        check_disk(out, source.bytes - written_bytes(out))
+        with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:
+            files = copy_native(source, out, lambda name: bar.update() and None)
+        tensors = [t for n, t in source.tensors.items() if n not in source.skipped]
+        layers = range(source.geometry.layers)
+        sizes = {layer: 0 for layer in layers}
+        for tensor in tensors:
+            layer = layer_of(tensor.name)
+            if layer is not None and ".experts." in tensor.name:
+                sizes[layer] += tensor.size
+        experts = tuple(sizes[layer] for layer in layers)
+        finish_folder(out, source, "fp8-block", "FP8-native", files, Weights(source.bytes - sum(experts), experts), run)
+    return out
