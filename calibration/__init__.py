@@ -1,0 +1,1 @@
+"""Activations: calibration text, the reference forward one layer at a time, statistics, evaluation."""

@@ -1,0 +1,1 @@
+"""Numbers: how weights become codes and scales. Tensors in, tensors out; no files, no model, no hub."""

@@ -1,0 +1,1 @@
+"""The block formats of ggml (GGUF types): bit layouts, encoders and decoders."""

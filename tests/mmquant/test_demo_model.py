@@ -27,7 +27,8 @@ def assemble() -> ModuleType:
     sys.path.insert(0, str(RECORD))
     try:
         spec = importlib.util.spec_from_file_location("demo_assemble", RECORD / "assemble.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

@@ -1,0 +1,138 @@
+"""The rooms keep to their trade: imports go one way, each room has its libraries, nothing runs at import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A room may import itself and every room to its right.
+ROOMS = ("mmquant", "calibration", "convert", "quantize")
+# Third-party libraries of each room. What is not listed is a decision that has not been made yet.
+LIBRARIES = {
+    "quantize": {"torch", "numpy", "numba", "llvmlite", "triton"},
+    "convert": {"torch", "numpy", "safetensors", "gguf", "huggingface_hub", "modelscope_hub", "tqdm", "yaml"},
+    "calibration": {"torch", "numpy", "safetensors", "tokenizers", "tqdm", "gguf"},
+    "mmquant": {"torch", "numpy", "click", "tqdm", "yaml", "jinja2", "jsonschema", "tokenizers", "safetensors", "gguf"},
+}
+# Libraries that single modules may import besides: optional ones, and tables that upstream publishes.
+MODULES = {
+    "quantize/ggml/grids.py": {"gguf"},  # ggml's codebooks of the IQ types
+    "mmquant/llamacpp.py": {"xllamacpp"},  # extra: llamacpp
+}
+NEVER = {"llmcompressor", "auto_gptq", "compressed_tensors", "transformers", "accelerate"}  # tests and peers only
+
+
+def modules(room: str) -> list[Path]:
+    return sorted(path for path in (ROOT / room).rglob("*.py") if "data" not in path.relative_to(ROOT).parts[1:2])
+
+
+ALL = [path for room in ROOMS for path in modules(room)]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names that a module imports, `mmquant.ROOM...` for our own, relative ones resolved."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = ("mmquant", *parts[:-1]) if parts[0] != "mmquant" else parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield stem
+            if stem == "mmquant":
+                yield from (f"mmquant.{alias.name}" for alias in node.names)
+
+
+def own_room(name: str) -> str:
+    """The room of one of our dotted names."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "mmquant"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    allowed = set(ROOMS[ROOMS.index(room) :])
+    for name in imported(path):
+        if name.split(".")[0] == "mmquant":
+            # `mmquant` itself is the parent package of every room; only its modules are the hall.
+            assert name == "mmquant" or own_room(name) in allowed, f"{room} imports {name}"
+        assert name.split(".")[0] not in ROOMS[1:], f"import mmquant.{name} (or relatively), not the bare folder"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_libraries_of_a_room(path: Path) -> None:
+    for name in imported(path):
+        top = name.split(".")[0]
+        if top == "mmquant" or top in sys.stdlib_module_names:
+            continue
+        assert top not in NEVER, f"{top} is for tests"
+        allowed = LIBRARIES[room_of(path)] | MODULES.get(path.relative_to(ROOT).as_posix(), set())
+        assert top in allowed, f"{top} is not a library of {room_of(path)}/"
+
+
+@pytest.mark.parametrize("path", [p for p in ALL if room_of(p) != "mmquant"], ids=lambda path: str(path.name))
+def test_rooms_import_each_other_relatively(path: Path) -> None:
+    """Absolute names would be invisible to editors, which follow files (package-dir maps them only at run time)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level and n.module]
+    assert not [name for name in absolute if name.split(".")[0] == "mmquant"]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_is_described_and_readable(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), "the first line says what the module is"
+    handlers = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ExceptHandler)]
+    broad = [h.lineno for h in handlers if h.type is None or ast.unparse(h.type) in ("Exception", "BaseException")]
+    assert not broad, f"line {broad}: name the errors that are expected"
+
+
+def test_every_package_is_declared() -> None:
+    """setuptools is told the packages one by one; a folder that is forgotten would be missing from the wheel."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    declared = set(tool["packages"])
+    found = set()
+    for path in ALL:
+        parts = path.relative_to(ROOT).parts[:-1]
+        found.add(".".join(parts if parts[0] == "mmquant" else ("mmquant", *parts)))
+    assert found == declared
+    for name in declared - {"mmquant"}:
+        folder = tool["package-dir"].get(name, name.removeprefix("mmquant.").replace(".", "/"))
+        assert (ROOT / folder / "__init__.py").is_file(), folder
+
+
+def test_editors_find_the_rooms() -> None:
+    """pyright reads typings/mmquant, where each room is a link to its folder."""
+    for room in ROOMS[1:]:
+        link = ROOT / "typings" / "mmquant" / room
+        assert link.resolve() == (ROOT / room).resolve(), f"typings/mmquant/{room} should link to {room}"
+
+
+def test_import_is_light() -> None:
+    """`import mmquant` and the command line's help load no torch: they answer at once."""
+    code = (
+        "import sys, mmquant, mmquant.cli; print(sorted({'torch', 'gguf', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_bare_room_cannot_be_imported_twice() -> None:
+    """`import convert.x` from the checkout fails loudly instead of loading a second copy of the module."""
+    code = "import convert.checkpoint"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "beyond top-level package" in done.stderr
