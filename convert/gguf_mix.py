@@ -7,22 +7,15 @@ the tests hold the tables that llama.cpp's own dry run prints for the shapes of 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..quantize.ggml.types import GGMLType, storable
 from .gguf_names import OUTPUT, TOKEN_EMBD, all_shapes, is_quantizable, split_block
 from .minimax_m2 import Geometry
 
-BLOCKS = {  # type -> (weights per block, bytes per block); source: ggml-common.h
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
-    "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "IQ4_NL": (32, 18),
-    "MXFP4": (32, 17),
-    "Q6_K": (256, 210), "Q5_K": (256, 176), "Q4_K": (256, 144), "Q3_K": (256, 110), "Q2_K": (256, 84), "IQ4_XS": (256,
-    136),
-    "IQ3_S": (256, 110), "IQ3_XXS": (256, 98), "IQ2_S": (256, 82), "IQ2_XS": (256, 74), "IQ2_XXS": (256, 66),
-    "IQ1_M": (256, 56), "IQ1_S": (256, 50),
-}  # fmt: skip
 PLAIN = ("F32", "F16", "BF16")
 
 
@@ -71,10 +64,6 @@ VALUE_ALWAYS = {"IQ3_M": "Q4_K", "Q3_K_L": "Q5_K"}
 DOWN_ALWAYS = {"Q2_K": "Q3_K", "Q3_K_L": "Q5_K"}
 DOWN_FIRST_EIGHTH = {"Q2_K_S": "Q4_K", "IQ3_M": "Q4_K", "Q4_K_S": "Q5_K"}
 DOWN_FIRST_LOW = {"IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}  # the others of LOW: Q2_K
-FALLBACK = {
-    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
-    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-}  # fmt: skip
 
 
 def find_mix(name: str) -> Mix:
@@ -179,7 +168,7 @@ def _stock(mix: Mix, name: str, g: Geometry, importance: bool) -> str:
     if mix.base in PLAIN:
         return mix.base
     if name == OUTPUT:
-        return "Q8_0" if g.hidden % BLOCKS[mix.base][0] else OUTPUT_TYPE.get(mix.name, "Q6_K")
+        return "Q8_0" if not GGMLType[mix.base].fits(g.hidden) else OUTPUT_TYPE.get(mix.name, "Q6_K")
     layer, rest = split_block(name)
     if mix.name == "MXFP4_MOE":
         return "MXFP4" if rest.endswith("_exps.weight") else "Q8_0"
@@ -191,10 +180,7 @@ def _stock(mix: Mix, name: str, g: Geometry, importance: bool) -> str:
 
 def fitting(kind: str, columns: int) -> str:
     """The type that llama-quantize falls back to when `columns` is not a multiple of the type's block."""
-    if columns % BLOCKS[kind][0] == 0:
-        return kind
-    fallback = FALLBACK.get(kind, "F16")
-    return fallback if columns % BLOCKS[fallback][0] == 0 else "F16"
+    return storable(GGMLType[kind], columns).name
 
 
 def parse_overrides(items: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
@@ -203,8 +189,8 @@ def parse_overrides(items: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], str]
     found = []
     for item in items:
         pattern, separator, kind = item.rpartition("=")
-        if not separator or not pattern or kind.upper() not in BLOCKS:
-            raise ValueError(f"--tensor-type {item}: expected REGEX=TYPE, TYPE one of {' '.join(BLOCKS)}")
+        if not separator or not pattern or kind.upper() not in GGMLType.__members__:
+            raise ValueError(f"--tensor-type {item}: expected REGEX=TYPE, TYPE one of {' '.join(GGMLType.__members__)}")
         try:
             found.append((re.compile(pattern.lower()), kind.upper()))
         except re.error as error:
@@ -227,9 +213,9 @@ def tensor_types(
     """
     shapes = all_shapes(geometry)
     for name, kind in (plan or {}).items():
-        if name not in shapes or not is_quantizable(name, shapes[name]) or kind not in BLOCKS:
+        if name not in shapes or not is_quantizable(name, shapes[name]) or kind not in GGMLType.__members__:
             raise ValueError(
-                f"plan: {name} = {kind}, expected a quantizable tensor of this model and a type of {' '.join(BLOCKS)}"
+                f"plan: {name} = {kind}, expected a quantizable tensor of this model and a type of llama.cpp"
             )
     types = {}
     for name, shape in shapes.items():
@@ -243,10 +229,4 @@ def tensor_types(
 
 def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor; the last dimension must be a multiple of the type's block (ValueError)."""
-    weights, size = BLOCKS[kind]
-    if shape[-1] % weights:
-        raise ValueError(f"{kind} needs rows of a multiple of {weights}, found {shape[-1]}")
-    count = 1
-    for dimension in shape:
-        count *= dimension
-    return count // weights * size
+    return math.prod(shape[:-1]) * GGMLType[kind].row_bytes(shape[-1])

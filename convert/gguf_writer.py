@@ -19,19 +19,13 @@ from typing import IO
 
 import numpy as np
 
+from ..quantize.ggml.types import GGMLType
 from .files import CHUNK, replace_whole, write_whole
 from .gguf_metadata import Metadata, pack_string, split_keys
 from .gguf_mix import tensor_bytes
 
 ALIGNMENT = 32
 PART_BYTES = 48_000_000_000  # the hubs' limit is 50e9 bytes a file
-TYPE_IDS = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
-    "Q5_K": 13,
-    "Q6_K": 14, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22,
-    "IQ4_XS": 23,
-    "IQ1_M": 29, "BF16": 30, "MXFP4": 39,
-}  # fmt: skip  # source: ggml.h, enum ggml_type
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def header(metadata: Metadata, tensors: tuple[TensorInfo, ...]) -> bytes:
     for tensor in tensors:
         out += pack_string(tensor.name) + struct.pack("<I", len(tensor.shape))
         out += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
-        out += struct.pack("<IQ", TYPE_IDS[tensor.type], offset)
+        out += struct.pack("<IQ", GGMLType[tensor.type], offset)
         offset += padded(tensor.bytes)
     return bytes(out) + bytes(-len(out) % ALIGNMENT)
 

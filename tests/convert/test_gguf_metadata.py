@@ -79,7 +79,7 @@ def test_tokens_of_every_kind() -> None:
 
 
 def test_chat_template_file_is_taken_when_the_config_has_none() -> None:
-    source = tiny([], **{"chat_template.jinja": "{{ é }}".encode()})
+    source = tiny([], None, **{"chat_template.jinja": "{{ é }}".encode()})
     assert model_metadata(source, "x", 0, None)["tokenizer.chat_template"].data == "{{ é }}"  # type: ignore[arg-type]
     source = tiny([], {"chat_template": "inner"}, **{"chat_template.jinja": b"outer"})
     assert model_metadata(source, "x", 0, None)["tokenizer.chat_template"].data == "inner"  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def test_chat_template_file_is_taken_when_the_config_has_none() -> None:
 
 def test_model_card_and_hub_name_licence_and_base_model() -> None:
     card = b"---\nlicense: other\nlicense_name: modified-mit\nlanguage: [en, zh]\ntags:\n- moe\n---\n# Model\n"
-    source = replace(tiny([], **{"README.md": card}), label="hf:MiniMaxAI/MiniMax-M2.7@abc")
+    source = replace(tiny([], None, **{"README.md": card}), label="hf:MiniMaxAI/MiniMax-M2.7@abc")
     keys = {key: value.data for key, value in model_metadata(source, "x", 0, None).items()}  # type: ignore[arg-type]
     assert keys["general.license"] == "other"
     assert keys["general.license.name"] == "modified-mit"
@@ -104,7 +104,7 @@ def test_cards_without_fields(card: bytes | None) -> None:
 
 
 def test_bad_tokenizers() -> None:
-    with pytest.raises(ValueError, match="id 8, config.json has a vocabulary of 8"):
+    with pytest.raises(ValueError, match=r"id 8, config\.json has a vocabulary of 8"):
         model_metadata(tiny([{"id": 8, "content": "x", "special": True}]), "x", 0, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no BPE vocabulary"):
         model_metadata(Files({}), "x", 0, None)  # type: ignore[arg-type]
