@@ -17,7 +17,17 @@ ROOMS = ("mmquant", "calibration", "convert", "quantize")
 # Third-party libraries of each room. What is not listed is a decision that has not been made yet.
 LIBRARIES = {
     "quantize": {"torch", "numpy", "numba", "llvmlite", "triton"},
-    "convert": {"torch", "numpy", "safetensors", "gguf", "huggingface_hub", "modelscope_hub", "tqdm", "yaml"},
+    "convert": {
+        "torch",
+        "numpy",
+        "safetensors",
+        "gguf",
+        "huggingface_hub",
+        "modelscope_hub",
+        "tqdm",
+        "yaml",
+        "jsonschema",
+    },
     "calibration": {"torch", "numpy", "safetensors", "tokenizers", "tqdm", "gguf"},
     "mmquant": {"torch", "numpy", "click", "tqdm", "yaml", "jinja2", "jsonschema", "tokenizers", "safetensors", "gguf"},
 }

@@ -1,0 +1,87 @@
+"""What users install: checkout -> sdist -> wheel holds exactly the checkout's modules and data, and works elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {"mmquant": "mmquant", "quantize": "mmquant/quantize", "convert": "mmquant/convert"}
+ROOMS["calibration"] = "mmquant/calibration"
+
+pytestmark = pytest.mark.slow
+
+
+def expected_members() -> set[str]:
+    """Paths inside the wheel of every tracked or new module, and of every data file."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *ROOMS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = [path for path in listed.stdout.splitlines() if (ROOT / path).is_file()]
+    return {path.replace(path.split("/")[0], ROOMS[path.split("/")[0]], 1) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `python -m build` does it: an sdist first, the wheel from the unpacked sdist, so both must be whole."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation"]
+    subprocess.run([*build, "--sdist", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (source,) = (folder / "unpacked").iterdir()
+    subprocess.run([*build, "--wheel", "--outdir", str(folder), str(source)], check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel alone in a folder of its own, away from the checkout; dependencies come from this environment."""
+    target = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    return target
+
+
+def run(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_the_checkout_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == expected_members()
+
+
+def test_the_licence_travels(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (licence,) = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+        assert "Apache License" in archive.read(licence).decode()
+
+
+def test_it_runs_beside_a_users_own_files(installed: Path, tmp_path: Path) -> None:
+    """People keep a convert.py and a quantize/ of their own where they work; ours must not be taken for theirs."""
+    (tmp_path / "convert.py").write_text("raise SystemExit('the wrong convert')\n")
+    (tmp_path / "quantize").mkdir()
+    (tmp_path / "quantize" / "__init__.py").write_text("raise SystemExit('the wrong quantize')\n")
+    where = run(installed, tmp_path, "-c", "import mmquant.convert.files as f; print(f.__file__)")
+    assert where.stdout.strip() == str(installed / "mmquant" / "convert" / "files.py"), where.stderr
+    shown = run(installed, tmp_path, "-m", "mmquant", "inspect", "demo")
+    assert shown.returncode == 0, shown.stderr
+    written = run(installed, tmp_path, "-m", "mmquant", "fp8", "--model", "demo", "--out", "m27-fp8")
+    assert written.returncode == 0, written.stderr
+    assert (tmp_path / "m27-fp8" / "config.json").is_file()
