@@ -65,7 +65,7 @@ def read_tensor(store: ShardStore, info: TensorInfo) -> Tensor:
     buffer = np.empty(info.size, dtype=np.uint8)
     with open(store.path(info.shard), "rb") as file:
         file.seek(info.offset)
-        got = file.readinto(memoryview(buffer)) if info.size else 0
+        got = file.readinto(buffer.data) if info.size else 0
     if got != info.size:
         raise ValueError(f"{info.shard}: {info.name} has {got} of {info.size} bytes, the shard is truncated")
     return torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype]).view(info.shape)
@@ -214,8 +214,12 @@ class Checkpoint:
     def bytes(self) -> int:
         return sum(t.size for n, t in self.tensors.items() if n not in self.skipped)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         """Digest over the config, every tensor's name, dtype and shape, and a sample of bytes that training changes."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.tensors):

@@ -1,8 +1,8 @@
 """A safetensors folder written step by step: sizes are known first, so a killed run continues where it stopped.
 
 A step is what one layer (or what stands outside the layers) contributes. Shards are filled in that order up to a size
-limit; a shard grows under a temporary name and is renamed when whole. A progress file says how many steps are durable; it
-goes when the manifest is written, so a folder with a manifest is whole.
+limit; a shard grows under a temporary name and is renamed when whole. A progress file says how many steps are durable;
+it goes when the manifest is written, so a folder with a manifest is whole.
 Format: https://github.com/huggingface/safetensors#format
 """
 

@@ -177,8 +177,8 @@ def write_native(source: Checkpoint, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         check_disk(out, source.bytes - written_bytes(out))
-        with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:
-            files = copy_native(source, out, lambda name: bar.update() and None)
+        with tqdm(desc="FP8-native", delay=1) as bar:
+            files = copy_native(source, out, lambda name: bar.set_postfix_str(name))
         tensors = [t for n, t in source.tensors.items() if n not in source.skipped]
         layers = range(source.geometry.layers)
         sizes = {layer: 0 for layer in layers}

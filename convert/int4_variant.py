@@ -1,0 +1,148 @@
+"""INT4 folders (compressed-tensors pack-quantized): experts in groups, attention bfloat16, FP8 or INT4 as well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantize.fp8 import quantize_tiles, round_up_bfloat16
+from ..quantize.int_grid import IntWeight
+from ..quantize.pack import pack_rows, pack_zeros_ct
+from ..quantize.rtn import rtn_int
+from . import compressed_tensors as ct
+from .checkpoint import Checkpoint
+from .folder_writer import TensorSpec
+from .minimax_m2 import ATTENTION, PROJECTIONS, Geometry, attention_name, expert_name, matrix_shapes, plain_shapes
+from .variant import plain_specs, plain_tensors
+
+TILE = (128, 128)
+ATTENTION_CHOICES = ("bf16", "fp8", "int4")
+
+
+def packed_tensors(name: str, weight: IntWeight) -> dict[str, Tensor]:
+    """The tensors of one matrix in pack-quantized form: words along the inputs, bfloat16 scales, shape, zero points."""
+    tensors = {
+        name + ".weight_packed": pack_rows(weight.codes, weight.bits),
+        name + ".weight_scale": weight.scales.to(torch.bfloat16),
+        name + ".weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+    }
+    if weight.zeros is not None:
+        tensors[name + ".weight_zero_point"] = pack_zeros_ct(weight.zeros, weight.bits)
+    return tensors
+
+
+def select(weight: IntWeight, index: int) -> IntWeight:
+    """One matrix of a batch."""
+    zeros = None if weight.zeros is None else weight.zeros[index]
+    return IntWeight(weight.codes[index], weight.scales[index], zeros, weight.bits)
+
+
+def check_groups(g: Geometry, group_size: int) -> None:
+    """ValueError when a group does not divide the inputs of a matrix, with the tensor parallelism that works."""
+    if group_size == -1:
+        return
+    if g.hidden % group_size or g.expert_width % group_size:
+        raise ValueError(
+            f"group size {group_size} does not divide hidden {g.hidden} and expert width {g.expert_width}; "
+            f"sizes that do: {', '.join(str(s) for s in (32, 64, 128) if not g.hidden % s and not g.expert_width % s)}"
+        )
+
+
+@dataclass(frozen=True)
+class Int4Variant:
+    """Round-to-nearest with MSE-optimal scales (bfloat16 exact); needs no calibration."""
+
+    group_size: int = 128
+    attention: str = "bf16"
+    bits: int = 4
+
+    @property
+    def label(self) -> str:
+        return f"W{self.bits}A16-g{self.group_size}-rtn"
+
+    @property
+    def format(self) -> str:
+        return "compressed-tensors"
+
+    def run(self) -> dict[str, Any]:
+        return {
+            "command": "int4",
+            "method": "rtn",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "attention": self.attention,
+        }
+
+    def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        check_groups(source.geometry, self.group_size)
+        specs = plain_specs(source, plain_shapes(source.geometry, layer))
+        for name, shape in matrix_shapes(source.geometry, layer):
+            if ".experts." in name or self.attention == "int4":
+                specs.extend(ct.int_specs(name, shape, self.bits, self.group_size))
+            elif self.attention == "bf16":
+                specs.append(TensorSpec(name + ".weight", "BF16", shape))
+            elif source.is_quantized(name):
+                assert source.tile is not None
+                dtype = source.tensors[name + ".weight_scale_inv"].dtype
+                specs.extend(ct.fp8_block_specs(name, shape, source.tile, dtype))
+            else:
+                specs.extend(ct.fp8_block_specs(name, shape, TILE, "BF16"))
+        return specs
+
+    def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
+        tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
+        for projection in ATTENTION:
+            tensors |= self.attention_tensors(source, attention_name(layer, projection), device)
+        for projection in PROJECTIONS:
+            tensors |= self._experts(source, layer, projection, device)
+        return tensors
+
+    def attention_tensors(self, source: Checkpoint, name: str, device: torch.device | str) -> dict[str, Tensor]:
+        """One attention matrix as this variant stores it."""
+        if self.attention == "bf16":
+            return {name + ".weight": source.read(name + ".weight").to(torch.bfloat16)}
+        if self.attention == "int4":
+            weight = source.read(name + ".weight").to(device)
+            return packed_tensors(name, rtn_int(weight, self.bits, self.group_size))
+        if source.is_quantized(name):
+            codes, scales = source.native(name)
+            return {name + ".weight": codes, name + ".weight_scale": scales.to(source.scale_dtype(name))}
+        codes, scales = quantize_tiles(source.read(name + ".weight").to(device), TILE, round_up_bfloat16)
+        return {name + ".weight": codes, name + ".weight_scale": scales.to(torch.bfloat16)}
+
+    def _experts(
+        self, source: Checkpoint, layer: int, projection: str, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        g = source.geometry
+        step = max(1, (1 << 28) // (g.hidden * g.expert_width))  # 1 GiB of float32 weights at once
+        for start in range(0, g.experts, step):
+            chosen = range(start, min(start + step, g.experts))
+            weights = source.read_experts(layer, projection, chosen, device, torch.float32)
+            packed = rtn_int(weights, self.bits, self.group_size)
+            for position, expert in enumerate(chosen):
+                tensors |= packed_tensors(expert_name(layer, expert, projection), select(packed, position))
+        return tensors
+
+    def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
+        return int4_config(self.bits, self.group_size, self.attention, source)
+
+
+def int4_config(
+    bits: int, group_size: int, attention: str, source: Checkpoint, symmetric: bool = True
+) -> dict[str, Any]:
+    """quantization_config: one group for experts (and attention), or an FP8 group beside it; top level pack-quantized.
+
+    SGLang refuses a top-level "mixed-precision" for INT4 experts, so every group names its own format instead.
+    """
+    if attention == "int4":
+        groups = {ct.INT: ct.int_group(["Linear"], bits, group_size, symmetric)}
+        return ct.quantization_config(groups, "pack-quantized")
+    groups = {ct.INT: ct.int_group([ct.EXPERTS_TARGET], bits, group_size, symmetric)}
+    if attention == "bf16":
+        return ct.quantization_config(groups, "pack-quantized", (*ct.IGNORE, ct.ATTENTION_TARGET))
+    groups[ct.FP8_BLOCK] = ct.fp8_block_group([ct.ATTENTION_TARGET], source.tile or TILE)
+    return ct.quantization_config(groups, "pack-quantized")
