@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
@@ -26,6 +26,9 @@ from mmquant.convert.schedule import Schedule
 from mmquant.convert.store import LocalFolder
 from mmquant.convert.variant import FolderVariant, carried_files, global_specs, global_tensors, quantized_config
 from mmquant.errors import FitError, UsageError
+
+if TYPE_CHECKING:
+    from mmquant.calibration.provider import CalibratedVariant, Provider
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,18 @@ def write_folder(
     *,
     device: torch.device | str = "cpu",
     limit: int = SHARD_LIMIT,
+    provider: Provider | None = None,
 ) -> Path:
     """Write `variant` of `source` into the folder `out` and return it. A finished folder of the same run is left alone.
+
+    `provider` hands a calibrated variant its statistics; None for one that needs none.
 
     Raises UsageError when `out` holds something else, FitError when the disk is too small.
     """
     prepared = prepare(source, variant)
     run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
+    if provider is not None:
+        run |= provider.run()
     if is_finished(out, run):
         return out
     claim(out, run)
@@ -76,7 +84,7 @@ def write_folder(
         steps = range(writer.done, len(prepared.steps))
         bar = tqdm(steps, desc=variant.label, unit="step", initial=writer.done, total=len(prepared.steps), delay=1)
         for step in bar:
-            writer.write(step, step_tensors(source, variant, step, device))
+            writer.write(step, step_tensors(source, variant, step, device, provider))
             schedule.finished(step)
         config = quantized_config(source, variant.quantization_config(source))
         files = {**carried_files(source), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
@@ -88,13 +96,19 @@ def write_folder(
 
 
 def step_tensors(
-    source: Checkpoint, variant: FolderVariant, step: int, device: torch.device | str
+    source: Checkpoint, variant: FolderVariant, step: int, device: torch.device | str, provider: Provider | None
 ) -> dict[str, torch.Tensor]:
     """Values of one step's tensors."""
     layers = source.geometry.layers
-    if 1 <= step <= layers:
+    if not 1 <= step <= layers:
+        return {name: value for name, value in global_tensors(source).items() if (name == EMBED) == (step == 0)}
+    if provider is None:
         return variant.layer(source, step - 1, device)
-    return {name: value for name, value in global_tensors(source).items() if (name == EMBED) == (step == 0)}
+    calibrated = cast("CalibratedVariant", variant)
+    tensors, quantized = calibrated.calibrated_layer(source, provider.layer(step - 1), device)
+    if quantized is not None:
+        provider.quantized(step - 1, quantized)
+    return tensors
 
 
 def finish_folder(
