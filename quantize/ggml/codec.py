@@ -1,0 +1,162 @@
+"""Encode and decode rows of weights as ggml tensor types, bit for bit in llama.cpp's layout.
+
+    encode(rows [R, n] float32, kind, importance [n] or [R, n] or None) -> uint8 [R, bytes of a row]
+    decode(data [R, bytes of a row] uint8, kind, columns) -> float32 [R, n]
+
+Both run on the device of their input. `encode` minimises sum importance * (x - q)^2 (plain squares without importance).
+
+For error feedback the types with a reconstruction grid (grid.FORMS: all but the I-quants of 1 to 3 bits) come apart:
+
+    grid = search(rows, kind, importance)        frozen scales as they will be stored (see grid.Grid):
+                                                 grid.step [R, n/sub], grid.minimum [R, n/sub] or None, grid.levels [L],
+                                                 grid.form.sub, grid.form.uniform
+    codes = nearest(grid, first, values [R, c])  uint8 [R, c] for the columns first .. first + c
+    values(grid, codes, first)                   float32 [R, c]: step * levels[code] - minimum, what decode will give
+    pack(grid, codes [R, n]) -> uint8 [R, bytes of a row]
+    unpack(data, kind, columns) -> (grid, codes)
+
+encode = pack(grid, nearest(grid, 0, rows)). To compensate errors super-block by super-block, search one super-block's
+columns at a time on the compensated weights; `concatenate(grids)` joins the super-blocks' grids along the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import iq4, kquants, legacy
+from .blocks import Blocks
+from .grid import FORMS, Grid, nearest, values
+from .search import search_grid
+from .types import GGMLType
+
+__all__ = ["concatenate", "decode", "encode", "nearest", "pack", "search", "unpack", "values"]
+
+_PACK: dict[GGMLType, Callable[[Blocks], Tensor]] = {
+    GGMLType.Q4_0: legacy.pack_q4_0,
+    GGMLType.Q4_1: legacy.pack_q4_1,
+    GGMLType.Q5_0: legacy.pack_q5_0,
+    GGMLType.Q5_1: legacy.pack_q5_1,
+    GGMLType.Q8_0: legacy.pack_q8_0,
+    GGMLType.Q2_K: kquants.pack_q2_k,
+    GGMLType.Q3_K: kquants.pack_q3_k,
+    GGMLType.Q4_K: kquants.pack_q4_k,
+    GGMLType.Q5_K: kquants.pack_q5_k,
+    GGMLType.Q6_K: kquants.pack_q6_k,
+    GGMLType.IQ4_NL: iq4.pack_iq4_nl,
+    GGMLType.IQ4_XS: iq4.pack_iq4_xs,
+    GGMLType.MXFP4: iq4.pack_mxfp4,
+}
+_UNPACK: dict[GGMLType, Callable[[Tensor], Blocks]] = {
+    GGMLType.Q4_0: legacy.unpack_q4_0,
+    GGMLType.Q4_1: legacy.unpack_q4_1,
+    GGMLType.Q5_0: legacy.unpack_q5_0,
+    GGMLType.Q5_1: legacy.unpack_q5_1,
+    GGMLType.Q8_0: legacy.unpack_q8_0,
+    GGMLType.Q2_K: kquants.unpack_q2_k,
+    GGMLType.Q3_K: kquants.unpack_q3_k,
+    GGMLType.Q4_K: kquants.unpack_q4_k,
+    GGMLType.Q5_K: kquants.unpack_q5_k,
+    GGMLType.Q6_K: kquants.unpack_q6_k,
+    GGMLType.IQ4_NL: iq4.unpack_iq4_nl,
+    GGMLType.IQ4_XS: iq4.unpack_iq4_xs,
+    GGMLType.MXFP4: iq4.unpack_mxfp4,
+}
+_PLAIN = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
+
+
+def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Tensor:
+    """`rows` [R, n] float32 as `kind`: uint8 [R, bytes of a row] on the same device.
+
+    importance  [n] or [R, n], not negative; the error that is minimised is sum importance * (x - q)^2
+
+    Raises ValueError for a ragged row, for NaN or infinity, for values that the type's float16 scale cannot reach and
+    for an importance of the wrong shape, negative or not finite.
+    """
+    _check_rows(rows, kind)
+    if kind in _PLAIN:
+        return rows.to(_PLAIN[kind]).contiguous().view(torch.uint8).view(len(rows), -1)
+    if kind in FORMS:
+        grid = search(rows, kind, importance)
+        return pack(grid, nearest(grid, 0, rows))
+    from . import iquants
+
+    return iquants.encode(rows, kind, _check_importance(importance, rows, kind))
+
+
+def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
+    """float32 [R, columns] of `data` [R, bytes of a row] uint8; the same values as ggml's. ValueError for other sizes."""
+    _check_data(data, kind, columns)
+    if kind in _PLAIN:
+        return data.contiguous().view(_PLAIN[kind]).float().view(len(data), columns)
+    if kind in FORMS:
+        return values(*unpack(data, kind, columns))
+    from . import iquants
+
+    return iquants.decode(data, kind, columns)
+
+
+def search(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Grid:
+    """The scales of `rows` [R, n] float32 as they will be stored. ValueError as for `encode`."""
+    _check_rows(rows, kind)
+    return search_grid(rows, kind, _check_importance(importance, rows, kind))
+
+
+def pack(grid: Grid, codes: Tensor) -> Tensor:
+    """The bytes [R, bytes of a row] uint8 of codes [R, n] uint8 in their grid."""
+    parts = (grid.dmin, grid.steps, grid.minimums)
+    per_block = [None if part is None else part.reshape(grid.d.numel(), -1) for part in parts]
+    dmin = None if per_block[0] is None else per_block[0].view(-1)
+    blocks = Blocks(codes.reshape(grid.d.numel(), -1), grid.d.reshape(-1), dmin, *per_block[1:])
+    return _PACK[grid.kind](blocks).view(len(grid.d), -1)
+
+
+def unpack(data: Tensor, kind: GGMLType, columns: int) -> tuple[Grid, Tensor]:
+    """The grid and the codes uint8 [R, columns] of `data` [R, bytes of a row] uint8."""
+    _check_data(data, kind, columns)
+    blocks = _UNPACK[kind](data.reshape(-1, kind.block_bytes))
+    rows = len(data)
+    parts = (blocks.d, blocks.dmin, blocks.steps, blocks.minimums)
+    return Grid(kind, *(None if p is None else p.reshape(rows, -1) for p in parts)), blocks.codes.view(rows, columns)  # type: ignore[arg-type]
+
+
+def concatenate(grids: Sequence[Grid]) -> Grid:
+    """One grid of the grids of neighbouring columns."""
+
+    def join(parts: list[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else torch.cat([p for p in parts if p is not None], 1)
+
+    d = torch.cat([g.d for g in grids], 1)
+    return Grid(grids[0].kind, d, *(join([getattr(g, n) for g in grids]) for n in ("dmin", "steps", "minimums")))
+
+
+def _check_rows(rows: Tensor, kind: GGMLType) -> None:
+    if rows.dim() != 2 or rows.dtype != torch.float32:
+        raise ValueError(f"{kind.name}: {rows.dtype} of shape {tuple(rows.shape)}, expected float32 rows [R, n]")
+    kind.row_bytes(rows.shape[1])
+    if rows.numel() == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(rows))
+    if not (low > -float("inf") and high < float("inf")):
+        raise ValueError(f"{kind.name}: the weights hold NaN or infinity, expected finite values")
+
+
+def _check_importance(importance: Tensor | None, rows: Tensor, kind: GGMLType) -> Tensor | None:
+    if importance is None:
+        return None
+    if importance.shape not in ((rows.shape[1],), tuple(rows.shape)):
+        found = tuple(importance.shape)
+        raise ValueError(f"{kind.name}: importance {found}, expected ({rows.shape[1]},) or {tuple(rows.shape)}")
+    low, high = (float(v) for v in torch.aminmax(importance))
+    if not (low >= 0 and high < float("inf")):
+        raise ValueError(f"{kind.name}: an importance of {low if not low >= 0 else high}, expected finite values >= 0")
+    return importance.to(rows.device, torch.float32)
+
+
+def _check_data(data: Tensor, kind: GGMLType, columns: int) -> None:
+    expected = kind.row_bytes(columns)
+    if data.dim() != 2 or data.dtype != torch.uint8 or data.shape[1] != expected:
+        found = f"{data.dtype} of shape {tuple(data.shape)}"
+        raise ValueError(f"{kind.name}: {found}, expected uint8 rows of {expected} bytes for {columns} columns")
