@@ -1,12 +1,13 @@
 """Nearest codebook points under importance weights: the two questions of every I-quant encoder, on any device.
 
-`scan` asks what error a block of weights has at each of several scales; `assign` asks which points and signs are nearest at one.
-Both are exhaustive: no neighbour lists, exact under the sign rules. CUDA uses Triton, CPU numba, anything else plain torch.
+`scan` asks what error a block of weights has at each of several scales; `choose` also picks the best of them with the nearest
+points and signs. Both are exhaustive: no neighbour lists, exact under the sign rules. CUDA: Triton, CPU: numba, else torch.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,46 +16,57 @@ import torch
 from torch import Tensor
 
 from .grids import points, points_on
-from .iquants_layout import DELTA, Layout, Signs
+from .iquants_layout import DELTA, Layout, Signs, pack_bits
 
 CHUNK = 1 << 24  # distances that the torch form holds at once
+
+
+@dataclass(frozen=True)
+class Choice:
+    """For each of B blocks: `index` [B] int64 of the best scale and the nearest points there.
+
+    code  [B, groups] int16; signs [B, octets] uint8, bit i = minus; minus [B, octets] bool: IQ1's delta is negative
+    """
+
+    index: Tensor
+    code: Tensor
+    signs: Tensor
+    minus: Tensor
 
 
 def scan(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
     """Weighted error of blocks at several scales, without the constant sum(weight * x^2).
 
-    x, weight  [B, layout.shared] float32, weight >= 0
+    x, weight  [B, width] float32, weight >= 0; width: layout.shared, or less: a multiple of 16 for IQ3, IQ2 and IQ1
     scales     [B, S] float32, >= 0: what a unit of the codebook stands for
-    returns    [B, S] float32: min over points and allowed signs of sum(weight * (x - scale * sign * point)^2) - sum(weight * x^2)
+    returns    [B, S] float32: min over points and allowed signs of sum(weight * (x - scale * sign * point)^2 - weight * x^2)
     """
     if x.device.type == "cuda":
         from .iquants_triton import scan as scan_triton
 
         return scan_triton(x, weight, scales, layout)
     if x.device.type == "cpu":
-        return _scan_numba(x, weight, scales, layout)
+        return _search_numba(x, weight, scales, layout, DELTA, False)[0]
     return scan_torch(x, weight, scales, layout)
 
 
-def assign(x: Tensor, weight: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearest points of blocks at one scale each.
+def choose(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float = DELTA) -> Choice:
+    """The best of several scales for each block, and the nearest points there. Arguments as in `scan`.
 
-    x, weight  [B, layout.shared] float32; scale [B] float32
-    returns    code int16 [B, shared/group], signs uint8 [B, shared/8] (bit i = minus), minus bool [B, shared/8] (IQ1's delta)
+    delta  0: IQ1's shift is already taken out of x
     """
     if x.device.type == "cuda":
-        from .iquants_triton import assign as assign_triton
+        from .iquants_triton import choose as choose_triton
 
-        return assign_triton(x, weight, scale, layout)
+        return choose_triton(x, weight, scales, layout, delta)
     if x.device.type == "cpu":
-        return _assign_numba(x, weight, scale, layout)
-    return assign_torch(x, weight, scale, layout)
+        return _search_numba(x, weight, scales, layout, delta, True)[1]
+    return choose_torch(x, weight, scales, layout, delta)
 
 
 @lru_cache
-def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
-    table = np.ascontiguousarray(points(name).T)
-    return table, table * table
+def _table(name: str) -> np.ndarray:
+    return np.ascontiguousarray(points(name).T)
 
 
 def _in_threads(work: Any, count: int) -> None:
@@ -67,51 +79,37 @@ def _in_threads(work: Any, count: int) -> None:
         list(pool.map(work, edges[:-1], edges[1:]))
 
 
-def _scan_numba(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
+def _search_numba(
+    x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float, choosing: bool
+) -> tuple[Tensor, Choice]:
     from . import iquants_numba as kernels
 
-    steps = scales.shape[1]
-    if steps % 4:  # the kernel takes four scales at a time
+    (count, width), steps = x.shape, scales.shape[1]
+    if steps % 4:  # the kernels take four scales at a time
         scales = torch.cat((scales, scales[:, -1:].expand(-1, 4 - steps % 4)), 1)
     ours = [t.contiguous().numpy() for t in (x, weight, scales)]
-    out = np.empty(scales.shape, np.float32)
+    rule = {Signs.FREE: kernels.FREE, Signs.PARITY: kernels.PARITY, Signs.DELTA: kernels.DELTA_EACH}[layout.signs]
+    rule = kernels.DELTA_SHARED if layout.name == "IQ1_S" else rule
+    errors = np.empty(scales.shape, np.float32)
+    chosen = np.empty(count if choosing else 0, np.int64)
+    code = np.empty((count, width // layout.group), np.int16)
+    signs, minus = np.zeros((count, width // 8), np.uint8), np.zeros((count, width // 8), np.bool_)
 
     def work(start: int, stop: int) -> None:
-        blocks = [t[start:stop] for t in ours]
-        if layout.signs is Signs.DELTA:
-            kernels.scan_shifted(*blocks, *_tables(layout.name), np.float32(DELTA), layout.name == "IQ1_S", out[start:stop])
-        else:
-            kernels.scan(*blocks, *_tables(layout.name), layout.signs is Signs.PARITY, out[start:stop])
-
-    _in_threads(work, x.shape[0])
-    return torch.from_numpy(out)[:, :steps]
-
-
-def _assign_numba(x: Tensor, weight: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    from . import iquants_numba as kernels
-
-    count = x.shape[0]
-    ours = [t.contiguous().numpy() for t in (x, weight, scale)]
-    code = np.empty((count, layout.shared // layout.group), np.int16)
-    signs, minus = np.zeros((count, layout.shared // 8), np.uint8), np.zeros((count, layout.shared // 8), np.bool_)
-
-    def work(start: int, stop: int) -> None:
-        blocks, part = [t[start:stop] for t in ours], slice(start, stop)
-        if layout.signs is Signs.DELTA:
-            delta, common = np.float32(DELTA), layout.name == "IQ1_S"
-            kernels.assign_shifted(*blocks, *_tables(layout.name), delta, common, code[part], minus[part])
-        else:
-            kernels.assign(*blocks, *_tables(layout.name), layout.signs is Signs.PARITY, code[part], signs[part])
+        part = slice(start, stop)
+        results = (errors[part], chosen[part], code[part], signs[part], minus[part])
+        kernels.search(*(t[part] for t in ours), _table(layout.name), rule, np.float32(delta), *results)
 
     _in_threads(work, count)
-    return torch.from_numpy(code), torch.from_numpy(signs), torch.from_numpy(minus)
+    found = [torch.from_numpy(t) for t in (chosen, code, signs, minus)]
+    return torch.from_numpy(errors)[:, :steps], Choice(*found)
 
 
-def _products(x: Tensor, weight: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def _products(x: Tensor, weight: Tensor, layout: Layout, delta: float) -> tuple[Tensor, Tensor]:
     """P and Q [groups, variants, entries] of x, weight [groups, group]; variants: plain and turned, or +delta and -delta."""
     table = points_on(layout.name, x.device)
     if layout.signs is Signs.DELTA:
-        shifted = torch.stack((table + DELTA, table - DELTA))
+        shifted = torch.stack((table + delta, table - delta))
         return torch.einsum("gi,vni->gvn", weight * x, shifted), torch.einsum("gi,vni->gvn", weight, shifted**2)
     pull = weight * x.abs()
     p, q = (pull @ table.T).unsqueeze(1), (weight @ (table.T**2)).unsqueeze(1)
@@ -136,57 +134,76 @@ def _combined(least: Tensor, x: Tensor, layout: Layout) -> Tensor:
     return torch.stack((odd & ~second, odd & second), -1).flatten(1)
 
 
-def scan_torch(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
-    """`scan` in plain torch: the form that runs everywhere, and that tests compare the kernels with."""
-    per = layout.shared // layout.group
-    step = max(1, CHUNK // (per * 2 * points(layout.name).shape[0]))
-    if x.shape[0] > step:
-        pieces = zip(x.split(step), weight.split(step), scales.split(step), strict=True)
-        return torch.cat([scan_torch(*piece, layout) for piece in pieces])
-    p, q = _products(x.reshape(-1, layout.group), weight.reshape(-1, layout.group), layout)
-    out = []
+def _least(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float) -> tuple[Tensor, Tensor]:
+    """Least error and its point for each group and variant at each scale: [B, groups, variants, S] float32 and int64."""
+    per = x.shape[1] // layout.group
+    p, q = _products(x.reshape(-1, layout.group), weight.reshape(-1, layout.group), layout, delta)
+    found = []
     for k in range(scales.shape[1]):
         s = scales[:, k].repeat_interleave(per).reshape(-1, 1, 1)
-        least = (s * (s * q - 2 * p)).amin(-1).reshape(x.shape[0], per, -1)
-        out.append(least[..., 0].sum(1) if least.shape[-1] == 1 else _taken(least, _combined(least, x, layout)).sum(1))
-    return torch.stack(out, 1)
+        found.append((s * (s * q - 2 * p)).min(-1))
+    shape = (x.shape[0], per, p.shape[1])
+    errors, codes = ([f[i].reshape(shape) for f in found] for i in (0, 1))
+    return torch.stack(errors, -1), torch.stack(codes, -1)
 
 
-def _taken(pairs: Tensor, second: Tensor) -> Tensor:
-    return torch.where(second, pairs[..., 1], pairs[..., 0])
+def scan_torch(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
+    """`scan` in plain torch: the form that runs everywhere, and that tests compare the kernels with."""
+    step = _step(x, layout)
+    pieces = zip(x.split(step), weight.split(step), scales.split(step), strict=True)
+    return torch.cat([combined(_least(*piece, layout, DELTA)[0], piece[0], layout)[0] for piece in pieces])
 
 
-def assign_torch(x: Tensor, weight: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """`assign` in plain torch."""
-    per = layout.shared // layout.group
-    step = max(1, CHUNK // (per * 2 * points(layout.name).shape[0]))
-    if x.shape[0] > step:
-        pieces = zip(x.split(step), weight.split(step), scale.split(step), strict=True)
-        parts = [assign_torch(*piece, layout) for piece in pieces]
-        return torch.cat([a for a, _, _ in parts]), torch.cat([b for _, b, _ in parts]), torch.cat([c for _, _, c in parts])
-    p, q = _products(x.reshape(-1, layout.group), weight.reshape(-1, layout.group), layout)
-    s = scale.repeat_interleave(per).reshape(-1, 1, 1)
-    least, index = (s * (s * q - 2 * p)).min(-1)
-    least, index = (t.reshape(x.shape[0], per, -1) for t in (least, index))
+def choose_torch(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float = DELTA) -> Choice:
+    """`choose` in plain torch."""
+    step = _step(x, layout)
+    pieces = zip(x.split(step), weight.split(step), scales.split(step), strict=True)
+    parts = [picked(*_least(*piece, layout, delta), piece[0], piece[1], layout) for piece in pieces]
+    return Choice(*(torch.cat([getattr(c, name) for c in parts]) for name in ("index", "code", "signs", "minus")))
+
+
+def _step(x: Tensor, layout: Layout) -> int:
+    return max(1, CHUNK // (x.shape[1] // layout.group * 2 * points(layout.name).shape[0]))
+
+
+def combined(least: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Errors of blocks from those of their groups' variants, under the sign rule.
+
+    least    [B, groups, variants, S]
+    returns  [B, S] and which variant each group takes, bool [B, groups, S]: a sign turned, or delta negative
+    """
     if layout.signs is Signs.FREE:
-        code, second = index[..., 0], torch.zeros_like(index[..., 0], dtype=torch.bool)
+        second = torch.zeros_like(least[:, :, 0], dtype=torch.bool)
+    elif layout.name == "IQ1_S":
+        total = least.sum(1, keepdim=True)
+        second = (total[:, :, 1] < total[:, :, 0]).expand(-1, least.shape[1], -1)
+    elif layout.signs is Signs.DELTA:
+        second = least[:, :, 1] < least[:, :, 0]
     else:
-        second = _combined(least, x, layout)
-        code = _taken(index, second)
-    signs, minus = _signs(x, weight, code, second, layout)
-    return code.to(torch.int16), signs, minus
+        odd = ((x < 0).reshape(x.shape[0], -1, 8).sum(-1) % 2 == 1).unsqueeze(-1)
+        if layout.group == 8:
+            second = odd.expand(-1, -1, least.shape[-1])
+        else:  # IQ3_XXS: two points share one parity; the turned sign is in one of them
+            cost = (least[:, :, 1] - least[:, :, 0]).unflatten(1, (-1, 2))
+            later = cost[:, :, 1] < cost[:, :, 0]
+            second = torch.stack((odd & ~later, odd & later), 2).flatten(1, 2)
+    return torch.where(second, least[:, :, -1], least[:, :, 0]).sum(1), second
 
 
-def _signs(x: Tensor, weight: Tensor, code: Tensor, second: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Sign bytes and delta signs from the chosen variants."""
-    shape = (x.shape[0], layout.shared // 8)
-    none = torch.zeros(shape, dtype=torch.uint8, device=x.device)
+def picked(least: Tensor, codes: Tensor, x: Tensor, weight: Tensor, layout: Layout) -> Choice:
+    """The best scale of each block with its points and signs, from `_least`'s tables."""
+    errors, second = combined(least, x, layout)
+    index = errors.argmin(1)
+    at = index.reshape(-1, 1, 1).expand(-1, second.shape[1], 1)
+    second = second.gather(2, at).squeeze(2)
+    codes = codes.gather(3, at.unsqueeze(2).expand(-1, -1, codes.shape[2], 1)).squeeze(3)
+    code = torch.where(second, codes[..., -1], codes[..., 0])
+    octets = (x.shape[0], x.shape[1] // 8)
     if layout.signs is Signs.DELTA:
-        return none, second
-    bits = (x < 0).reshape(*shape, 8)
+        return Choice(index, code.to(torch.int16), torch.zeros(octets, dtype=torch.uint8, device=x.device), second)
+    bits = (x < 0).reshape(*octets, 8)
     if layout.signs is Signs.PARITY:
-        price = (weight * x.abs()).reshape(*code.shape, -1) * points_on(layout.name, x.device)[code]
-        turn = torch.nn.functional.one_hot(price.argmin(-1), layout.group).bool() & second.unsqueeze(-1)
-        bits = bits ^ turn.reshape(*shape, 8)
-    shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
-    return (bits.to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8), none.bool()
+        price = (weight * x.abs()).reshape(*code.shape, -1) * points_on(layout.name, x.device)[code.long()]
+        turned = torch.nn.functional.one_hot(price.argmin(-1), layout.group).bool() & second.unsqueeze(-1)
+        bits = bits ^ turned.reshape(*octets, 8)
+    return Choice(index, code.to(torch.int16), pack_bits(bits), torch.zeros(octets, dtype=torch.bool, device=x.device))
