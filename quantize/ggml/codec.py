@@ -28,8 +28,9 @@ from torch import Tensor
 
 from . import iq4, kquants, legacy
 from .blocks import Blocks
+from .effort import Effort
 from .grid import FORMS, Grid, nearest, values
-from .search import search_grid
+from .searching import search_rows
 from .types import GGMLType
 
 __all__ = ["concatenate", "decode", "encode", "nearest", "pack", "search", "unpack", "values"]
@@ -64,10 +65,11 @@ _UNPACK: dict[GGMLType, Callable[[Tensor], Blocks]] = {
     GGMLType.IQ4_XS: iq4.unpack_iq4_xs,
     GGMLType.MXFP4: iq4.unpack_mxfp4,
 }
+_DEFAULT = Effort()
 _PLAIN = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 
-def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Tensor:
+def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: Effort = _DEFAULT) -> Tensor:
     """`rows` [R, n] float32 as `kind`: uint8 [R, bytes of a row] on the same device.
 
     importance  [n] or [R, n], not negative; the error that is minimised is sum importance * (x - q)^2
@@ -79,15 +81,14 @@ def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Te
     if kind in _PLAIN:
         return rows.to(_PLAIN[kind]).contiguous().view(torch.uint8).view(len(rows), -1)
     if kind in FORMS:
-        grid = search(rows, kind, importance)
-        return pack(grid, nearest(grid, 0, rows))
+        return pack(*search_rows(rows, kind, _check_importance(importance, rows, kind), effort))
     from . import iquants
 
     return iquants.encode(rows, kind, _check_importance(importance, rows, kind))
 
 
 def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
-    """float32 [R, columns] of `data` [R, bytes of a row] uint8; the same values as ggml's. ValueError for other sizes."""
+    """float32 [R, columns] of `data` [R, bytes of a row] uint8; the values of ggml. ValueError for other sizes."""
     _check_data(data, kind, columns)
     if kind in _PLAIN:
         return data.contiguous().view(_PLAIN[kind]).float().view(len(data), columns)
@@ -98,10 +99,10 @@ def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
     return iquants.decode(data, kind, columns)
 
 
-def search(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Grid:
+def search(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: Effort = _DEFAULT) -> Grid:
     """The scales of `rows` [R, n] float32 as they will be stored. ValueError as for `encode`."""
     _check_rows(rows, kind)
-    return search_grid(rows, kind, _check_importance(importance, rows, kind))
+    return search_rows(rows, kind, _check_importance(importance, rows, kind), effort)[0]
 
 
 def pack(grid: Grid, codes: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ def _times(d: Tensor, multiples: Tensor) -> Tensor:
 
 def exponent_value(exponent: Tensor) -> Tensor:
     """2^(e - 128) float32 of MXFP4's exponent byte, subnormals included. Source: GGML_E8M0_TO_FP32_HALF."""
-    return torch.ldexp(torch.ones((), device=exponent.device), exponent.int() - 128)
+    e = exponent.to(torch.int32)
+    return torch.where(e > 1, (e - 1) << 23, 1 << (21 + e.clamp(max=1))).view(torch.float32)
 
 
 def nearest_levels(y: Tensor, form: Form) -> Tensor:
