@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
 from mmquant.convert.minimax_m2 import Geometry, global_shapes, matrix_shapes, plain_shapes
 from mmquant.quantize.fp8 import quantize_tiles
-from safetensors.torch import save_file
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MiniMaxM2ForCausalLM"],

@@ -1,4 +1,4 @@
-"""The streamed forward against transformers (the independent implementation), slow loops, and its own memory promise."""
+"""The streamed forward against transformers (the independent implementation), slow loops, and its memory promise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mmquant.calibration.forward import (
     Observer,
     Routing,

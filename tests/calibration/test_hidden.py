@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mmquant.calibration.hidden import HiddenStates
 from mmquant.calibration.windows import load_tokenizer, windows
 from mmquant.convert.open import open_native

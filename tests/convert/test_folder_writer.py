@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from mmquant.convert.files import sha256_file, write_whole
 from mmquant.convert.folder_writer import FolderWriter, TensorSpec, plan_shards, unfinished_run
 from mmquant.convert.lock import hold
-from safetensors import safe_open
 
 RUN = {"command": "test"}
 STEPS = [
@@ -49,7 +50,7 @@ def test_shards_hold_what_was_given(tmp_path: Path, limit: int) -> None:
         assert path.stat().st_size == shard.bytes
         assert sha256_file(path) == writer.sha256[shard.name]
         with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found |= {name: file.get_tensor(name) for name in file.keys()}
     expected = {name: value for step in range(3) for name, value in values(step).items()}
     assert found.keys() == expected.keys()
     for name, value in expected.items():

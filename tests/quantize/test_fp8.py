@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mmquant.quantize.fp8 import dequantize_tiles, quantize_channels, quantize_tiles, round_up_bfloat16
 
 
