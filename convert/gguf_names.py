@@ -8,7 +8,6 @@ one tensor per projection.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from .minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, attention_name, expert_name
 
@@ -73,21 +72,16 @@ def layer_shapes(geometry: Geometry, layer: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def global_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """GGUF name -> shape outside the layers; written first, because they are known before any layer is."""
+def step_shapes(geometry: Geometry) -> list[dict[str, tuple[int, ...]]]:
+    """GGUF name -> shape, step by step of one pass: the embeddings, layer after layer, final norm and head."""
     g = geometry
-    return {TOKEN_EMBD: (g.vocab, g.hidden), OUTPUT_NORM: (g.hidden,), OUTPUT: (g.vocab, g.hidden)}
+    layers = [layer_shapes(g, layer) for layer in range(g.layers)]
+    return [{TOKEN_EMBD: (g.vocab, g.hidden)}, *layers, {OUTPUT_NORM: (g.hidden,), OUTPUT: (g.vocab, g.hidden)}]
 
 
 def all_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """GGUF name -> shape of the whole model in writing order: what is global, then layer by layer."""
-    return {name: shape for part in _parts(geometry) for name, shape in part.items()}
-
-
-def _parts(geometry: Geometry) -> Iterator[dict[str, tuple[int, ...]]]:
-    yield global_shapes(geometry)
-    for layer in range(geometry.layers):
-        yield layer_shapes(geometry, layer)
+    """GGUF name -> shape of the whole model in writing order."""
+    return {name: shape for step in step_shapes(geometry) for name, shape in step.items()}
 
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:

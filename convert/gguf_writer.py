@@ -13,14 +13,16 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from ..quantize.ggml.types import GGMLType
 from .files import CHUNK, replace_whole, write_whole
+from .folder_writer import PROGRESS
 from .gguf_metadata import Metadata, pack_string, split_keys
 from .gguf_mix import tensor_bytes
 
@@ -108,21 +110,22 @@ class GgufWriter:
     uninterrupted one.
     """
 
-    def __init__(self, folder: Path, parts: list[Part], run_key: str = "") -> None:
-        """`run_key` names whatever else decides the bytes (settings, statistics); another key or header starts anew."""
-        self.folder, self.parts = folder, parts
-        digest = hashlib.sha256(run_key.encode())
+    def __init__(self, folder: Path, parts: list[Part], run: Mapping[str, Any] | None = None) -> None:
+        """`run` names whatever else decides the bytes (settings, statistics); another run or header starts anew."""
+        self.folder, self.parts, self.run = folder, parts, dict(run or {})
+        digest = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode())
         for part in parts:
             digest.update(part.name.encode() + part.header)
         self.fingerprint = digest.hexdigest()
         self.tensors = [(index, tensor) for index, part in enumerate(parts) for tensor in part.tensors]
-        self.journal = folder / (parts[0].name + ".progress.json")
+        self.journal = folder / PROGRESS
         self.sha256: dict[str, str] = {}
         self._file: IO[bytes] | None = None
         self._part = -1
         self._digest = hashlib.sha256()
         folder.mkdir(parents=True, exist_ok=True)
         self.done = self._resume()
+        self.checkpoint()
 
     @property
     def names(self) -> list[str]:
@@ -149,14 +152,17 @@ class GgufWriter:
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-        state = {"fingerprint": self.fingerprint, "done": self.done, "sha256": self.sha256}
+        state = {"run": self.run, "fingerprint": self.fingerprint, "done": self.done, "sha256": self.sha256}
         write_whole(self.journal, json.dumps(state).encode())
 
     def finish(self) -> list[Path]:
-        """Paths of the finished parts; the journal goes last."""
+        """Paths of the finished parts."""
         assert self.done == len(self.tensors), f"{len(self.tensors) - self.done} tensors are missing"
-        self.journal.unlink(missing_ok=True)
         return [self.folder / part.name for part in self.parts]
+
+    def clear_progress(self) -> None:
+        """Forget how far the run was; called once the manifest is there."""
+        self.journal.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Leave the files as they are (after an error); what was checkpointed is found again."""

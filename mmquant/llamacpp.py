@@ -172,10 +172,14 @@ def version() -> str:
 class LlamaModel:
     """A GGUF file opened by llama.cpp on the CPU, with one context for windows of up to `context` tokens.
 
+    `exact` keeps attention in float32 (by default llama.cpp runs its float16 flash attention).
+
     Raises ValueError for a file that llama.cpp refuses. Use as a context manager: the memory is the library's.
     """
 
-    def __init__(self, path: str | Path, context: int = 512, threads: int = 1, block: int = 512) -> None:
+    def __init__(
+        self, path: str | Path, context: int = 512, threads: int = 1, block: int = 512, exact: bool = False
+    ) -> None:
         self._lib = library()
         self.path, self.context, self.block = Path(path), context, min(block, context)
         self._context = self._batch = None
@@ -188,6 +192,8 @@ class LlamaModel:
         params.n_ctx, params.n_batch, params.n_ubatch = context, self.block, self.block
         params.n_outputs_max, params.n_outputs_max_per_seq = self.block, 0
         params.n_threads = params.n_threads_batch = threads
+        if exact:
+            params.type_k = params.type_v = params.flash_attn_type = 0
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()

@@ -28,9 +28,11 @@ def tokens(path: Path, text: str, special: bool = True) -> list[int]:
         return model.tokenize(text, special)
 
 
-def logits(path: Path, windows: Sequence[Sequence[int]], context: int = 512) -> NDArray[np.float32]:
-    """Logits [W, T, V] float32 of equally long windows, each from an empty cache."""
-    with LlamaModel(path, context=context) as model:
+def logits(
+    path: Path, windows: Sequence[Sequence[int]], context: int = 512, exact: bool = False
+) -> NDArray[np.float32]:
+    """Logits [W, T, V] float32 of equally long windows, each from an empty cache (`exact`: attention in float32)."""
+    with LlamaModel(path, context=context, exact=exact) as model:
         return np.stack([model.logits(list(window)) for window in windows])
 
 

@@ -1,0 +1,74 @@
+"""One pass over a checkpoint into a GGUF file (or a set of parts): header first, layer by layer, manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mmquant.calibration.gguf_layer import encode_tensors
+from mmquant.convert.checkpoint import Checkpoint
+from mmquant.convert.files import write_whole
+from mmquant.convert.gguf_variant import GgufVariant
+from mmquant.convert.gguf_writer import GgufWriter
+from mmquant.convert.lock import hold
+from mmquant.convert.manifest import FileEntry
+from mmquant.convert.schedule import Schedule
+from mmquant.convert.source import CARRIED_FILES
+from mmquant.convert.store import LocalFolder
+from mmquant.pipeline import check_disk, claim, finish_folder, is_finished, written_bytes
+
+
+def write_gguf(source: Checkpoint, variant: GgufVariant, out: Path, *, device: torch.device | str = "cpu") -> Path:
+    """Write `variant` of `source` into the folder `out`; returns the file to give to llama.cpp (the first part).
+
+    A finished folder of the same run is left alone, an unfinished one continued at its layer. UsageError when `out`
+    holds something else, FitError when the disk is too small.
+    """
+    source.validate(scales=isinstance(source.store, LocalFolder))
+    run = {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes}
+    parts = variant.parts(source, None)
+    first = out / parts[0].name
+    if is_finished(out, run):
+        return first
+    claim(out, run)
+    with hold(out):
+        check_disk(out, sum(part.bytes for part in parts) - written_bytes(out))
+        writer = GgufWriter(out, parts, run)
+        write_steps(source, variant, writer, device)
+        paths = writer.finish()
+        entries = [FileEntry(p.name, p.stat().st_size, writer.sha256[p.name]) for p in paths]
+        entries += carry_licence(source, out)
+        weights = variant.weights(source.geometry)
+        finish_folder(out, source, "gguf", variant.label, tuple(entries), weights, run, entry=first.name)
+        writer.clear_progress()
+    return first
+
+
+def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
+    """Licence and notice files beside the model, byte for byte (everything else that engines need is in the GGUF)."""
+    entries = []
+    for name in (name for name in CARRIED_FILES if name.startswith(("LICENSE", "NOTICE"))):
+        data = source.small_file(name)
+        if data is not None:
+            write_whole(out / name, data)
+            entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
+    return entries
+
+
+def write_steps(source: Checkpoint, variant: GgufVariant, writer: GgufWriter, device: torch.device | str) -> None:
+    """Everything that is still missing, a checkpoint after every step."""
+    steps = variant.steps(source.geometry)
+    ends = [sum(len(step) for step in steps[: index + 1]) for index in range(len(steps))]
+    first = next((index for index, end in enumerate(ends) if end > writer.done), len(steps))
+    schedule = Schedule(source, first)
+    schedule.start()
+    bar = tqdm(range(first, len(steps)), desc=variant.label, unit="step", initial=first, total=len(steps), delay=1)
+    for step in bar:
+        missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
+        for name, data in encode_tensors(source, missing, device):
+            writer.write(name, data)
+        writer.checkpoint()
+        schedule.finished(step)
