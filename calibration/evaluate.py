@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, Globals, LayerWeights
-from ..convert.source import Source
+from ..convert.source import Source, read_globals
+from .distributed import read_layer_shared
 from .evaluation_state import State
 from .forward import Observer, Routing, embed, final_logits, layer_forward
 from .hidden import RAM_LIMIT, HiddenStates
 from .metrics import Scores, compare, jaccard, join
-from .ranks import Ranks, shared_globals, shared_layer
+from .ranks import Ranks
 from .reference_store import StoredReference, StoreWriter, compare_stored
 from .sample import Sample
 
@@ -101,7 +102,7 @@ def evaluate(
     *,
     ranks: Ranks | None = None,
     save: Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
     """Scores of each candidate (and, last, of the noise floor if asked for); whole on every rank.
 
@@ -122,10 +123,10 @@ def evaluate(
     state = State.open(settings.state, _identity(subjects, sample), ranks)
     layer = _start(subjects, mine, settings, state, ranks)
     while layer < geometry.layers:
-        if progress is not None:
-            progress(f"layer {layer + 1} of {geometry.layers}")
-        _advance(subjects, source is not None, layer, mine, settings, ranks)
+        _advance(subjects, source is not None, layer, mine, settings)
         layer += 1
+        if progress is not None:
+            progress(layer, geometry.layers)
         state.offer(layer, [s.hidden for s in subjects], [s.layers for s in subjects], ranks)
     writer = StoreWriter(save, ranks) if save is not None and source is not None else None
     outcomes = _finish(subjects, stored, mine, settings, writer, ranks, origin)
@@ -158,7 +159,7 @@ def _start(subjects: list[_Subject], mine: Sample, settings: Settings, state: St
     if layer:
         return layer
     for subject in subjects:
-        model = shared_globals(subject.source, "cpu", subject.dtype)
+        model = read_globals(subject.source, "cpu", subject.dtype)
         for start, tokens in _batches(mine.tokens, settings.tokens):
             subject.hidden.put(start, embed(model, tokens))
     return 0
@@ -170,16 +171,14 @@ def _batches(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         yield start, tokens[start : start + step]
 
 
-def _advance(
-    subjects: list[_Subject], has_reference: bool, layer: int, mine: Sample, settings: Settings, ranks: Ranks
-) -> None:
+def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sample, settings: Settings) -> None:
     """Move every subject through one layer and note what each lost against the first."""
     chosen: list[Tensor] = []  # of the reference, one tensor a batch
     kept: LayerWeights | None = None
     for number, subject in enumerate(subjects):
         weights = kept if subject.dtype != settings.dtype else None
         if weights is None:
-            weights = shared_layer(subject.source, layer, settings.device, subject.dtype, ranks)
+            weights = read_layer_shared(subject.source, layer, settings.device, subject.dtype)
         else:
             weights = _recast(weights, subject.dtype)
         watch, loss = _Choice(), torch.zeros(5, len(mine.domains), dtype=torch.float64)
@@ -237,7 +236,7 @@ def _finish(
 
     `origin`: scored positions of the whole sample before this rank's first.
     """
-    models = [shared_globals(s.source, settings.device, s.dtype) for s in subjects]
+    models = [read_globals(s.source, settings.device, s.dtype) for s in subjects]
     skip = 0 if stored is not None else 1
     scores: list[list[Scores]] = [[] for _ in subjects[skip:]]
     rows = max(1, LOGIT_BYTES // (4 * subjects[0].source.geometry.vocab))

@@ -8,7 +8,7 @@ positions context // 2 to context - 2 (llama.cpp tools/perplexity/perplexity.cpp
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .chat import ChatTemplate, read_chats
+
 CONVENTIONS = ("all", "llama.cpp")
+SUFFIXES = (".txt", ".raw", ".jsonl")
 FEWEST_DOCUMENTS = 8  # with fewer, resampling documents says nothing: windows are resampled
 
 
@@ -84,8 +87,8 @@ class Sample:
         return digest.hexdigest()
 
 
-def read_text(path: Path, domain: str | None = None) -> Text:
-    """A text file, or a .jsonl file with one {"text": ...} document a line; the domain is its stem by default."""
+def read_text(path: Path, domain: str | None = None, template: ChatTemplate | None = None) -> Text:
+    """A text file, or a .jsonl file of documents and chats (calibration/chat.py); the domain is its stem by default."""
     if not path.is_file():
         raise ValueError(f"{path}: no such text file")
     data = path.read_bytes()
@@ -93,27 +96,12 @@ def read_text(path: Path, domain: str | None = None) -> Text:
         whole = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    documents = _documents(whole, path) if path.suffix == ".jsonl" else (whole,)
+    documents = tuple(read_chats(path, template)) if path.suffix == ".jsonl" else (whole,)
     return Text(path.name, domain or path.stem, hashlib.sha256(data).hexdigest(), documents)
 
 
-def _documents(whole: str, path: Path) -> tuple[str, ...]:
-    found = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f'{path}: line {number} is not a JSON object with a "text"') from None
-        if not isinstance(text, str):
-            raise ValueError(f'{path}: line {number} has a "text" that is not a string')
-        found.append(text)
-    return tuple(found)
-
-
-def read_texts(paths: list[str | Path]) -> list[Text]:
-    """Texts of files and folders (their *.txt and *.jsonl); DOMAIN=PATH names the domain."""
+def read_texts(paths: Sequence[str | Path], template: ChatTemplate | None = None) -> list[Text]:
+    """Texts of files and folders (their .txt, .raw and .jsonl); DOMAIN=PATH names the domain."""
     found: list[Text] = []
     for item in paths:
         domain, path = None, Path(item)
@@ -121,12 +109,12 @@ def read_texts(paths: list[str | Path]) -> list[Text]:
             domain, rest = str(item).split("=", 1)
             path = Path(rest)
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl", ".raw"))
+            files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
             if not files:
-                raise ValueError(f"{path}: no .txt or .jsonl file in this folder")
-            found += [read_text(file, domain) for file in files]
+                raise ValueError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+            found += [read_text(file, domain, template) for file in files]
         else:
-            found.append(read_text(path, domain))
+            found.append(read_text(path, domain, template))
     return found
 
 
