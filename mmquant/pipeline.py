@@ -16,8 +16,9 @@ from tqdm import tqdm
 from mmquant import __version__
 from mmquant.convert import manifest
 from mmquant.convert.checkpoint import Checkpoint
+from mmquant.convert.files import write_whole
 from mmquant.convert.fit import Weights
-from mmquant.convert.folder_writer import SHARD_LIMIT, FolderWriter, TensorSpec, unfinished_run
+from mmquant.convert.folder_writer import PROGRESS, SHARD_LIMIT, FolderWriter, TensorSpec, unfinished_run
 from mmquant.convert.lock import hold
 from mmquant.convert.manifest import Artifact, FileEntry
 from mmquant.convert.minimax_m2 import EMBED, layer_of
@@ -188,8 +189,9 @@ def write_native(source: Checkpoint, out: Path) -> Path:
     run = {"command": "fp8", "scheme": "native", "source": source.fingerprint}
     if is_finished(out, run):
         return out
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, run)
     with hold(out):
+        write_whole(out / PROGRESS, json.dumps({"run": run}).encode())
         check_disk(out, source.bytes - written_bytes(out))
         with tqdm(desc="FP8-native", delay=1) as bar:
             files = copy_native(source, out, lambda name: bar.set_postfix_str(name))
@@ -202,4 +204,5 @@ def write_native(source: Checkpoint, out: Path) -> Path:
                 sizes[layer] += tensor.size
         experts = tuple(sizes[layer] for layer in layers)
         finish_folder(out, source, "fp8-block", "FP8-native", files, Weights(source.bytes - sum(experts), experts), run)
+        (out / PROGRESS).unlink(missing_ok=True)
     return out
