@@ -1,7 +1,7 @@
 """Which text a pass sees: named sets, mixed by weight, seed and budget, packed into windows and identified by hashes.
 
 A set is made of documents: a text file, every text of a folder, a line of a JSONL file ({"text": ...} or a chat,
-rendered with the checkpoint's template). Its domain is the file's stem (below a folder of folders: the subfolder's name).
+rendered with the checkpoint's template). Its domain is the file's stem, or the subfolder's name.
 """
 
 from __future__ import annotations

@@ -1,0 +1,112 @@
+"""The residual stream on its way through the layers: embedded, advanced, checkpointed, restored or replayed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..convert.files import replace_whole
+from ..convert.minimax_m2 import EMBED, LayerWeights
+from ..convert.source import Source
+from .distributed import rank_device, read_layer_shared, world
+from .forward import Observer, layer_forward
+from .hidden import RAM_LIMIT, HiddenStates
+
+DISK_LIMIT = 64 << 30
+
+
+class Stream:
+    """The hidden states of one rank's windows; `layer` is the layer that they enter next.
+
+    Checkpoints are raw float32, one file a layer, kept in `folder` when their bytes (twice, for the exchange) stay
+    within `disk_limit`; without one, a later start replays the layers before it, with the same result.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokens: Tensor,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch: int | None = None,
+        folder: Path | None = None,
+        ram_limit: int = RAM_LIMIT,
+        disk_limit: int = DISK_LIMIT,
+    ) -> None:
+        """tokens [W, T]: this rank's windows; batch: windows at a time."""
+        self.source, self.tokens, self.dtype = source, tokens, dtype
+        self.device = rank_device(device)
+        self.batch = batch if batch is not None else batch_windows(tokens.shape[1], self.device)
+        self.rank, self.size = world()
+        windows, length = tokens.shape
+        self.hidden = HiddenStates(windows, length, source.geometry.hidden, ram_limit, folder)
+        self.folder = folder if 2 * self.hidden.bytes * self.size <= disk_limit else None
+        self.layer = -1
+
+    def start(self, layer: int) -> None:
+        """Be ready to enter `layer`: from a checkpoint when there is one, else by replaying from the embedding."""
+        path = self._path(layer)
+        if path is not None and path.is_file() and path.stat().st_size == self.hidden.bytes:
+            values = np.memmap(path, dtype=np.float32, mode="r", shape=self.hidden.shape)
+            for start in range(0, self.hidden.shape[0], self.batch):
+                self.hidden.put(start, torch.from_numpy(values[start : start + self.batch].copy()))
+            self.layer = layer
+            return
+        embed = self.source.read(EMBED)
+        for start in range(0, self.hidden.shape[0], self.batch):
+            self.hidden.put(start, torch.nn.functional.embedding(self.tokens[start : start + self.batch], embed))
+        self.layer = 0
+        while self.layer < layer:
+            self.advance(self.read_layer(self.layer))
+
+    def read_layer(self, layer: int) -> LayerWeights:
+        """A layer's weights on the device, every rank reading its share."""
+        return read_layer_shared(self.source, layer, self.device, self.dtype)
+
+    def advance(self, weights: LayerWeights, observer: Observer | None = None) -> None:
+        """Move through one layer with these weights."""
+        for start, values in self.hidden.batches(self.batch, self.device):
+            self.hidden.put(start, layer_forward(weights, self.source.geometry, values, observer))
+        self.layer += 1
+
+    def save(self) -> None:
+        """Checkpoint the stream as it enters `layer` (nothing beyond the disk limit). `keep_only` drops older ones."""
+        path = self._path(self.layer)
+        if path is None:
+            return
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            for _, values in self.hidden.batches(self.batch):
+                file.write(values.numpy().tobytes())
+        replace_whole(temporary, path)
+
+    def keep_only(self, layer: int | None) -> None:
+        """Delete this rank's checkpoints but the one that enters `layer`."""
+        if self.folder is None:
+            return
+        keep = None if layer is None else self._path(layer)
+        for path in self.folder.glob(f".hidden-*{self._suffix}*"):
+            if path != keep:
+                os.unlink(path)
+
+    @property
+    def _suffix(self) -> str:
+        return f".{self.rank}of{self.size}"
+
+    def _path(self, layer: int) -> Path | None:
+        return None if self.folder is None else self.folder / f".hidden-{layer:03d}{self._suffix}"
+
+
+def batch_windows(context: int, device: torch.device | str) -> int:
+    """Windows at a time: decided by the device's total memory alone, so that equal runs add in equal order."""
+    device = torch.device(device)
+    tokens = 8192
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        tokens = 131072 if total > 100e9 else 32768 if total > 40e9 else 8192
+    return max(1, tokens // context)
