@@ -10,11 +10,12 @@ the order inside them are free, so nothing about the order reaches the file.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .int_grid import IntWeight, code_range, groups_of, search
+from .int_grid import IntWeight, code_range, groups_of, search, search_weights
 from .linear_algebra import cholesky, full_float32
 
 DAMPING = 0.01
@@ -172,13 +173,16 @@ def sweep(weight: Tensor, known: Feedback, grid: Grid, group: int, scales: Tenso
             torch.baddbmm(part, lower.mT, errors[:, stop:], out=part)
         place = groups[:, start // group]
         if scales is None and group <= BLOCK:
-            scale, zero = search(part.mT, known.scale[:, start:stop], grid.bits, -1, grid.symmetric)
-            _put(found, place, scale.squeeze(-1))
+            scale, zero = _search_group(part, known.scale[:, start:stop], grid)
+            _put(found, place, scale)
             if zeros is not None and zero is not None:
-                _put(zeros, place, zero.squeeze(-1).float())
+                _put(zeros, place, zero)
         grids = (_take(found, place), None if zeros is None else _take(zeros, place))
         triangle = known.lower[:, start:stop, start:stop]
-        _inside(part, columns[:, start:stop], triangle, grids, grid.bits, codes[:, start:stop], errors[:, start:stop])
+        sweep_block = _fused().sweep_block if part.is_cuda else sweep_block_torch
+        sweep_block(
+            part, columns[:, start:stop], triangle, grids, grid.bits, codes[:, start:stop], errors[:, start:stop]
+        )
     return Swept(codes, inside, found, zeros)
 
 
@@ -188,7 +192,7 @@ def blocks(n: int, size: int) -> list[tuple[int, int]]:
     return [(max(0, stop - size), stop) for stop in stops]
 
 
-def _inside(
+def sweep_block_torch(
     part: Tensor,
     columns: Tensor,
     triangle: Tensor,
@@ -208,6 +212,21 @@ def _inside(
         errors[:, k] = error
         if k:
             part[:, :k].addcmul_(triangle[:, k, :k].unsqueeze(-1), error.unsqueeze(1))
+
+
+def _search_group(part: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scales [E, O] (and zeros, as float) of the compensated weights [E, B, O] of one group, columns weighed by D."""
+    if part.is_cuda and grid.symmetric:
+        return _fused().search_group(part, search_weights(importance), grid.bits), None
+    scale, zero = search(part.mT, importance, grid.bits, -1, grid.symmetric)
+    return scale.squeeze(-1), None if zero is None else zero.squeeze(-1).float()
+
+
+def _fused() -> ModuleType:
+    """The CUDA kernels, imported where they are first needed: triton is not there on every machine."""
+    from . import gptq_triton
+
+    return gptq_triton
 
 
 def _search_rows(weight: Tensor, known: Feedback, grid: Grid, found: Tensor, zeros: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Groups searched at once: bounds the temporaries at a few times this many weights.
 SEARCH_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 27}
-RATIOS = 24
+RATIOS, RATIO_LEAST, RATIO_SPAN = 24, 0.5, 0.7  # scales tried, as shares of the one that reaches the extreme
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def search(
     weighing = None
     if importance is not None:
         spread = importance.float().unflatten(-1, (-1, size)).unsqueeze(-3)
-        weighing = _positive(spread).expand_as(grouped)
+        weighing = search_weights(spread).expand_as(grouped)
     step = max(1, SEARCH_WEIGHTS.get(flat.device.type, 1 << 20) // size)
     scales, zeros = [], []
     rows = _rows(weighing, flat)
@@ -119,16 +119,21 @@ def _rows(weighing: Tensor | None, flat: Tensor) -> Callable[[int, int], Tensor]
     return read
 
 
-def _positive(importance: Tensor) -> Tensor:
-    # Channels that were never active keep a little weight, so that they are not thrown away.
+def search_weights(importance: Tensor) -> Tensor:
+    """Importance [..., g] of a group's columns, with a little left to those that were never active."""
     return importance.clamp(min=0) + 1e-3 * importance.mean(-1, keepdim=True) + 1e-30
 
 
-def _error(part: Tensor, h: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+def _cost(part: Tensor, h: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """The better of `scale` and of the least-squares scale for its codes: (error less the weights' energy, scale)."""
     codes = round_codes(part, scale, zero, bits)
     if zero is not None:
         codes = codes - zero.unsqueeze(-1)
-    return ((part - codes * scale.unsqueeze(-1)).square() * h).sum(-1), codes
+    cross, square = (part * codes * h).sum(-1), (codes.square() * h).sum(-1)
+    refit = _usable(cross / square.clamp(min=1e-38))
+    error = scale * (scale * square - 2 * cross)
+    refitted = refit * (refit * square - 2 * cross)
+    return torch.minimum(error, refitted), torch.where(refitted < error, refit, scale)
 
 
 def _usable(scale: Tensor) -> Tensor:
@@ -141,16 +146,12 @@ def _symmetric(part: Tensor, h: Tensor, bits: int, signed: bool) -> tuple[Tensor
     extreme = part.gather(-1, part.abs().argmax(-1, keepdim=True)).squeeze(-1)
     start = extreme / low if signed else extreme.abs() / (0.5 * (high - low))
     best_scale = _usable(start)
-    best = _error(part, h, best_scale, None, bits)[0]
+    best, best_scale = _cost(part, h, best_scale, None, bits)
     signs = (1.0, -1.0) if signed else (1.0,)
     for index in range(RATIOS):
-        ratio = 0.5 + 0.7 * index / (RATIOS - 1)
+        ratio = RATIO_LEAST + RATIO_SPAN * index / (RATIOS - 1)
         for sign in signs:
-            scale = _usable(start * (ratio * sign))
-            error, codes = _error(part, h, scale, None, bits)
-            refit = _usable((part * codes * h).sum(-1) / (codes.square() * h).sum(-1).clamp(min=1e-38))
-            refitted = ((part - codes * refit.unsqueeze(-1)).square() * h).sum(-1)
-            scale, error = torch.where(refitted < error, refit, scale), torch.minimum(error, refitted)
+            error, scale = _cost(part, h, _usable(start * (ratio * sign)), None, bits)
             better = error < best
             best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
     return best_scale, None
@@ -166,10 +167,7 @@ def _asymmetric(part: Tensor, h: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         scale = _usable((most - least) * (ratio / (high - low)))
         middle = low - least * ratio / scale
         for zero in (middle.floor().clamp(low, high), middle.ceil().clamp(low, high)):
-            error, codes = _error(part, h, scale, zero, bits)
-            refit = _usable((part * codes * h).sum(-1) / (codes.square() * h).sum(-1).clamp(min=1e-38))
-            refitted = ((part - codes * refit.unsqueeze(-1)).square() * h).sum(-1)
-            chosen, error = torch.where(refitted < error, refit, scale), torch.minimum(error, refitted)
+            error, chosen = _cost(part, h, scale, zero, bits)
             better = error < best
             best, best_scale = torch.where(better, error, best), torch.where(better, chosen, best_scale)
             best_zero = torch.where(better, zero, best_zero)

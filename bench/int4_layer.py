@@ -1,0 +1,156 @@
+"""GPTQ of one real-size layer with the moments given: 256 experts, w1+w3 stacked [3072, 3072] and w2 [3072, 1536].
+
+    python bench/int4_layer.py [--experts 256] [--chunk 64] [--group 128] [--tune]
+
+Prints seconds and parts beside their floors, the allocator's peak, and checks the codes against the CPU's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+from _path import use_checkout
+from torch import Tensor
+
+use_checkout()
+
+from mmquant.quantize import gptq, gptq_triton  # noqa: E402
+from mmquant.quantize.gptq import Grid  # noqa: E402
+from mmquant.quantize.int_grid import dequantize, search_weights  # noqa: E402
+
+FP32 = 60e12  # float32 multiply-adds counted as two operations, H200 without TF32
+BYTES = 4.8e12
+
+
+def seconds(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def moments(experts: int, n: int) -> Tensor:
+    """Mean second moments with a decaying, correlated spectrum [E, n, n]."""
+    second = torch.empty(experts, n, n, device="cuda")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for e in range(experts):
+        x = torch.randn(n + 256, n, device="cuda") * torch.linspace(0.3, 2.0, n, device="cuda")
+        x[:, 1:] += 0.5 * x[:, :-1]
+        torch.mm(x.mT, x, out=second[e])
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return second.add_(second.mT.clone()).div_(2 * (n + 256))
+
+
+def solve(weight: Tensor, second: Tensor, group: int, chunk: int) -> list[gptq.Solved]:
+    """The layer's experts, `chunk` at a time."""
+    parts = range(0, weight.shape[0], chunk)
+    return [gptq.quantize(weight[s : s + chunk], second[s : s + chunk], Grid(4, group)) for s in parts]
+
+
+def parts_of(weight: Tensor, second: Tensor, group: int) -> dict[str, float]:
+    """Seconds of a solve's parts, each run alone."""
+    experts, outputs, n = weight.shape
+    found: dict[str, float] = {}
+    order = gptq.processing_order(second.diagonal(dim1=-2, dim2=-1), group)
+    found["permute moments"] = seconds(lambda: gptq.permute_both(second, order))
+    found["factor (with it)"] = seconds(lambda: gptq.factor(second, group))
+    columns = gptq.permute_columns(weight, order).mT.contiguous()
+    found["permute weights"] = seconds(lambda: gptq.permute_columns(weight, order).mT.contiguous())
+    part, importance = columns[:, :group].clone(), torch.rand(experts, group, device="cuda")
+    steps = n // group
+    found["scale search"] = steps * seconds(lambda: gptq_triton.search_group(part, search_weights(importance), 4))
+    scale = gptq_triton.search_group(part, search_weights(importance), 4)
+    codes, errors = torch.empty(part.shape, dtype=torch.int8, device="cuda"), torch.empty_like(part)
+    triangle = torch.eye(group, device="cuda").repeat(experts, 1, 1)
+
+    def inside() -> None:
+        gptq_triton.sweep_block(part, part.clone(), triangle, (scale, None), 4, codes, errors)
+
+    found["columns in blocks"] = steps * seconds(inside)
+    lower = second
+
+    def products() -> None:
+        for start, stop in gptq.blocks(n, group):
+            if stop < n:
+                view = columns[:, start:stop]
+                torch.baddbmm(view, lower[:, stop:, start:stop].mT, columns[:, stop:], out=view)
+
+    found["error products"] = seconds(products)
+    floor = experts * outputs * n * n / FP32
+    print(f"  floor of the products {floor:.3f} s, of the factorization {experts * n**3 / 3 / FP32:.3f} s")
+    return found
+
+
+def tune(experts: int, group: int) -> None:
+    """Tiles and warps of both kernels."""
+    part = torch.randn(experts, group, 3072, device="cuda")
+    importance = search_weights(torch.rand(experts, group, device="cuda"))
+    scale = gptq_triton.search_group(part, importance, 4)
+    codes, errors = torch.empty(part.shape, dtype=torch.int8, device="cuda"), torch.empty_like(part)
+    triangle, columns = torch.eye(group, device="cuda").repeat(experts, 1, 1), part.clone()
+    for tile, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8)):
+        gptq_triton.SEARCH_TILE, gptq_triton.SEARCH_WARPS = tile, warps
+        gptq_triton.SWEEP_TILE, gptq_triton.SWEEP_WARPS = tile, warps
+        times = []
+        for work in (
+            lambda: gptq_triton.search_group(part, importance, 4),
+            lambda: gptq_triton.sweep_block(part, columns, triangle, (scale, None), 4, codes, errors),
+        ):
+            work()
+            times.append(seconds(work))
+        print(f"  tile {tile:3d} warps {warps}: search {1e3 * times[0]:7.2f} ms, sweep {1e3 * times[1]:7.2f} ms")
+
+
+def check(group: int) -> None:
+    """A small case on both paths: share of codes that differ, and the losses."""
+    x = torch.randn(3, 1500, 512) @ torch.randn(512, 512) / 22
+    second, weight = x.mT @ x / 1500, torch.randn(3, 100, 512)
+    cpu = gptq.quantize(weight, second, Grid(4, group)).weight
+    gpu = gptq.quantize(weight.cuda(), second.cuda(), Grid(4, group)).weight
+    losses = []
+    for result in (cpu, gpu):
+        error = weight - dequantize(result).cpu()
+        losses.append(float(((error @ second) * error).sum()))
+    turned = float((cpu.codes != gpu.codes.cpu()).float().mean())
+    print(f"check g{group}: {turned:.4%} of the codes differ from the CPU's, loss {losses[1] / losses[0]:.6f} of its")
+
+
+def measure(name: str, outputs: int, n: int, a: argparse.Namespace) -> None:
+    """One kind of matrix: seconds for all experts, working memory, parts."""
+    second, weight = moments(a.experts, n), torch.randn(a.experts, outputs, n, device="cuda")
+    solve(weight[: a.chunk], second[: a.chunk], a.group, a.chunk)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    taken = seconds(lambda: solve(weight, second, a.group, a.chunk))
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+    shape = f"{a.experts} experts [{outputs}, {n}] g{a.group}"
+    print(f"{name}: {shape}: {taken:.3f} s, {peak:.1f} GB beside weights and moments")
+    if a.group == 128:
+        share = a.experts / a.chunk
+        for part, value in parts_of(weight[: a.chunk], second[: a.chunk], a.group).items():
+            print(f"  {part:20s} {share * value:.3f} s")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--experts", type=int, default=256)
+    arguments.add_argument("--chunk", type=int, default=64)
+    arguments.add_argument("--group", type=int, default=128)
+    arguments.add_argument("--tune", action="store_true")
+    a = arguments.parse_args()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    for group in (32, 128, -1):
+        check(group)
+    if a.tune:
+        tune(32, a.group)
+    for name, outputs, n in (("w1+w3", 3072, 3072), ("w2", 3072, 1536)):
+        measure(name, outputs, n, a)
+
+
+if __name__ == "__main__":
+    main()
