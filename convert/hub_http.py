@@ -1,0 +1,250 @@
+"""HTTP as both hubs need it: a token that stays with its own host, retries that listen, errors of one line.
+
+`requests` is the library because modelscope-hub already brings it; huggingface_hub changed its own between 1.x and 2.x.
+Redirects are followed here, by hand, so that what crosses to another host is decided in one place.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urljoin, urlsplit
+
+import requests
+import urllib3
+
+HF, MS = "hf", "ms"
+HUB_NAMES = {HF: "Hugging Face", MS: "ModelScope"}
+DEFAULT_ENDPOINTS = {HF: "https://huggingface.co", MS: "https://modelscope.cn"}
+TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+NETWORK_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError, TimeoutError)
+MAX_REDIRECTS = 8
+LONGEST_WAIT = 1800.0  # seconds; ModelScope's own client waits as long
+AGENT = {"User-Agent": "mmquant; python-requests", "Accept-Encoding": "identity"}
+
+
+class HubError(ValueError):
+    """What the user can put right: a name, a revision, access, an offline switch."""
+
+
+class TransferError(OSError):
+    """What the network or the hub did, after all retries."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often and how patiently: `attempts` without progress, pauses of base * 2^n seconds up to `cap`, jittered."""
+
+    attempts: int = 8
+    base: float = 0.5
+    cap: float = 30.0
+    stall: float = 60.0  # seconds without (enough) bytes before a connection is given up
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a hub is and who asks. The token has no place in any text made of this object."""
+
+    hub: str
+    url: str
+    token: str | None = field(default=None, repr=False)
+
+    @property
+    def offline(self) -> bool:
+        """HF_HUB_OFFLINE, as huggingface_hub reads it; ModelScope has no such switch."""
+        return self.hub == HF and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def endpoint_of(hub: str) -> Endpoint:
+    """The endpoint and token of a hub, read now from where its own client keeps them.
+
+    Hugging Face: HF_ENDPOINT; HF_TOKEN or the login file. ModelScope: MODELSCOPE_ENDPOINT; MODELSCOPE_API_TOKEN or
+    the login file.
+    """
+    if hub == HF:
+        from huggingface_hub import get_token
+
+        return Endpoint(hub, (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINTS[HF]).rstrip("/"), get_token())
+    from modelscope_hub.config import HubConfig
+
+    config = HubConfig()
+    return Endpoint(hub, str(config.endpoint), config.token or None)
+
+
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """(scheme, host, port): what decides whether a token may go along."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+
+
+def redact(text: str, token: str | None) -> str:
+    """`text` without the token and without the signatures of presigned URLs, in one line."""
+    if token:
+        text = text.replace(token, "***")
+    text = re.sub(r"\?[^\s'\")]*", "?...", text)
+    return " ".join(text.split())
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds the server asks to wait: Retry-After (seconds or date), or Hugging Face's `ratelimit: "api";r=0;t=N`."""
+    value = headers.get("Retry-After", "").strip()
+    if value:
+        if value.isdigit():
+            return float(value)
+        try:
+            when = email.utils.parsedate_to_datetime(value).timestamp()
+        except (TypeError, ValueError):
+            when = time.time()
+        return max(0.0, when - time.time())
+    if match := re.search(r";\s*t=(\d+)", headers.get("ratelimit", "")):
+        return float(match[1])
+    return None
+
+
+class Client:
+    """Requests to one hub: retried, redirected and explained. One session a thread."""
+
+    def __init__(self, endpoint: Endpoint, retry: Retry | None = None) -> None:
+        self.endpoint = endpoint
+        self.retry = retry or Retry()
+        self.cancelled = threading.Event()
+        self._local = threading.local()
+
+    @property
+    def _session(self) -> requests.Session:
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        return self._local.session
+
+    def pause(self, attempt: int, asked: float | None = None) -> None:
+        """Wait before another attempt; ends at once when the work is cancelled."""
+        wait = min(self.retry.cap, self.retry.base * 2.0**attempt) * random.uniform(0.5, 1.0)
+        if asked is not None:
+            wait = asked + random.uniform(0, self.retry.base)
+        if self.cancelled.wait(wait):
+            raise TransferError("cancelled")
+
+    def once(self, method: str, url: str, headers: dict[str, str], body: object = None) -> requests.Response:
+        """One request, redirects followed by hand, body unread. The token goes to the endpoint's origin only."""
+        if self.endpoint.offline:
+            raise HubError(f"{self.endpoint.url}: HF_HUB_OFFLINE is set, unset it to reach the hub")
+        for _ in range(MAX_REDIRECTS):
+            sent = {**AGENT, **headers}
+            if self.endpoint.token and origin(url) == origin(self.endpoint.url):
+                sent["Authorization"] = f"Bearer {self.endpoint.token}"
+                if self.endpoint.hub == MS:
+                    sent["Cookie"] = f"m_session_id={self.endpoint.token}"
+            response = self._session.request(
+                method,
+                url,
+                headers=sent,
+                data=body,  # type: ignore[arg-type]
+                stream=True,
+                allow_redirects=False,
+                timeout=(min(30.0, self.retry.stall), self.retry.stall),
+                auth=_no_netrc,
+            )
+            self._session.cookies.clear()
+            if response.status_code not in (301, 302, 303, 307, 308):
+                return response
+            target = urljoin(url, response.headers.get("Location", ""))
+            response.close()
+            if origin(url)[0] == "https" and origin(target)[0] != "https":
+                raise TransferError(f"{urlsplit(url).hostname} redirects to an address without https, refused")
+            url = target
+        raise TransferError(f"{urlsplit(url).hostname}: more than {MAX_REDIRECTS} redirects")
+
+    def send(
+        self, method: str, url: str, headers: dict[str, str] | None = None, *, what: str, body: object = None
+    ) -> requests.Response:
+        """A request repeated until it is answered; any status that is no failure of the moment is returned.
+
+        Raises TransferError when attempts are used up. `what` names the thing in the error.
+        """
+        trouble = ""
+        for attempt in range(self.retry.attempts + 1):
+            asked = None
+            try:
+                response = self.once(method, url, headers or {}, body)
+            except NETWORK_ERRORS as error:
+                trouble = reason(error)
+            else:
+                if response.status_code not in TRANSIENT:
+                    return response
+                trouble, asked = f"HTTP {response.status_code}", retry_after(response.headers)
+                response.close()
+                if asked is not None and asked > LONGEST_WAIT:
+                    raise TransferError(f"{what}: the hub asks to wait {asked:.0f} s, run the command again later")
+            if attempt < self.retry.attempts:
+                self.pause(attempt, asked)
+        raise TransferError(
+            f"{what}: {trouble} after {self.retry.attempts + 1} attempts; run the command again to continue"
+        )
+
+    def get(self, url: str, *, what: str, headers: dict[str, str] | None = None) -> tuple[bytes, requests.Response]:
+        """A whole body in memory (listings, small files); a body that breaks off is asked for again.
+
+        Raises HubError or TransferError for a status other than 200 and 206.
+        """
+        for attempt in range(self.retry.attempts + 1):
+            response = self.send("GET", url, headers, what=what)
+            if response.status_code not in (200, 206):
+                raise explain(response, self.endpoint, what)
+            try:
+                data = response.content
+                if len(data) == int(response.headers.get("Content-Length", len(data))):
+                    return data, response
+            except (*NETWORK_ERRORS, requests.exceptions.ChunkedEncodingError):
+                pass
+            if attempt < self.retry.attempts:
+                self.pause(attempt)
+        raise TransferError(f"{what}: the connection breaks off before the end, {self.retry.attempts + 1} attempts")
+
+
+def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    # Any `auth` keeps requests from putting ~/.netrc credentials over ours.
+    return request
+
+
+def reason(error: BaseException) -> str:
+    """A network error in a few words, without addresses."""
+    text = str(error)
+    if isinstance(error, (requests.ReadTimeout, TimeoutError)) or "timed out" in text:
+        return "no bytes arrived in time"
+    if "refused" in text:
+        return "connection refused"
+    if "resolve" in text or "Name or service" in text or "getaddrinfo" in text:
+        return "the host name does not resolve"
+    return f"connection lost ({type(error).__name__})"
+
+
+def explain(response: requests.Response, endpoint: Endpoint, what: str) -> HubError | TransferError:
+    """The error for a refusal, with what to do about it; closes the response."""
+    status, code = response.status_code, response.headers.get("X-Error-Code", "")
+    response.close()
+    variable, login = {
+        HF: ("HF_TOKEN", "hf auth login"),
+        MS: ("MODELSCOPE_API_TOKEN", "ms-hub login"),
+    }[endpoint.hub]
+    signed_in = (
+        f"{variable} or the stored login is sent" if endpoint.token else f"no token: set {variable} or run `{login}`"
+    )
+    if code == "GatedRepo":
+        return HubError(f"{what}: gated (HTTP {status}), accept its conditions on {endpoint.url} first; {signed_in}")
+    if code == "RevisionNotFound":
+        return HubError(f"{what}: no such revision (HTTP {status}), expected a branch, tag or commit that exists")
+    if code == "EntryNotFound":
+        return HubError(f"{what}: no such file (HTTP {status})")
+    if status == 404 or code == "RepoNotFound":
+        return HubError(
+            f"{what}: not found (HTTP {status}), check the name; a private repository needs access; {signed_in}"
+        )
+    if status in (401, 403):
+        return HubError(f"{what}: no access (HTTP {status}); {signed_in}")
+    return TransferError(f"{what}: the hub answers HTTP {status}, expected 200")

@@ -1,0 +1,89 @@
+"""Options of every command that may read its model from a hub, and the opening of it."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mmquant.options import Decorator, parse_size
+
+if TYPE_CHECKING:
+    from mmquant.convert.checkpoint import Checkpoint
+    from mmquant.convert.hub_store import FetchOptions
+
+WORK = ".mmquant.source"  # inside the folder that is written: shards in use, headers, small files
+
+
+def fetch_options() -> Decorator:
+    """--max-disk, --max-shards, --keep-shards and --transport; the command gets one argument, `fetch`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(
+            max_disk: int | None, max_shards: int, keep_shards: bool, transport: str, **others: Any
+        ) -> Any:
+            from mmquant.convert.hub_store import FetchOptions
+
+            fetch = FetchOptions(
+                max_disk=max_disk, max_shards=max_shards, keep_shards=keep_shards, transport=transport
+            )
+            return function(fetch=fetch, **others)
+
+        for option in reversed(_options()):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _options() -> list[Decorator]:
+    disk = "Most bytes of the source's shards on disk at once, for example 20GB."
+    shards = "Most shards of the source on disk at once."
+    keep = "Keep the fetched shards instead of deleting each after its last use."
+    transport = "http: resumable ranges; xet: the hub's accelerated path, watched, with http as the way out."
+    return [
+        click.option("--max-disk", default=None, callback=_bytes, metavar="SIZE", help=disk),
+        click.option("--max-shards", default=8, show_default=True, type=click.IntRange(min=1), help=shards),
+        click.option("--keep-shards", is_flag=True, help=keep),
+        click.option(
+            "--transport", type=click.Choice(["http", "xet"]), default="http", show_default=True, help=transport
+        ),
+    ]
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else parse_size(value)
+
+
+def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Checkpoint:
+    """Open --model. Shards of a hub's model lie inside `out` while they are needed, and the commit is pinned there;
+    without `out` (dry runs, inspection) small files and headers go to the user's cache.
+    """
+    from mmquant.convert.open import open_native
+
+    if not model.startswith(("hf:", "ms:")):
+        return open_native(model)
+    if out is not None and (out.is_dir() or not out.exists()):
+        fetch = replace(fetch, work=out / WORK)
+    source = open_native(model, fetch)
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.call_on_close(lambda: close_model(source, fetch))
+    return source
+
+
+def close_model(source: Checkpoint, fetch: FetchOptions) -> None:
+    """Stop fetching; when `out` is finished, its work folder goes (unless the shards are to be kept)."""
+    from mmquant.convert.hub_store import HubFolder
+    from mmquant.convert.manifest import MANIFEST
+
+    if isinstance(source.store, HubFolder):
+        source.store.close()
+    if fetch.work is not None and not fetch.keep_shards and (fetch.work.parent / MANIFEST).exists():
+        shutil.rmtree(fetch.work, ignore_errors=True)
