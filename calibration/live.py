@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ PROPAGATE = ("reference", "quantized")
 class PassOptions:
     """How a pass is computed. None: chosen from the device (`memory`: bytes for accumulators; `batch`: windows)."""
 
-    collect: Collect = Collect()
+    collect: Collect = field(default_factory=Collect)
     propagate: str = "reference"
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -124,7 +124,7 @@ class LivePass:
 
     def _enter(self, layer: int) -> None:
         if self.stream.layer < 0:
-            self.stream.start(layer)
+            self.stream.start(layer, replay=self.options.propagate == "reference")
             self._checkpoint()
         self._leave()
         while self.stream.layer < layer:
@@ -144,6 +144,7 @@ class LivePass:
     def _checkpoint(self) -> None:
         if self.folder is not None:
             self.stream.save()
+            self.stream.keep_from(self.stream.layer - 1)
 
 
 class StoredPass:

@@ -48,21 +48,32 @@ class Stream:
         self.folder = folder if 2 * self.hidden.bytes * self.size <= disk_limit else None
         self.layer = -1
 
-    def start(self, layer: int) -> None:
-        """Be ready to enter `layer`: from a checkpoint when there is one, else by replaying from the embedding."""
-        path = self._path(layer)
-        if path is not None and path.is_file() and path.stat().st_size == self.hidden.bytes:
-            values = np.memmap(path, dtype=np.float32, mode="r", shape=self.hidden.shape)
-            for start in range(0, self.hidden.shape[0], self.batch):
-                self.hidden.put(start, torch.from_numpy(values[start : start + self.batch].copy()))
-            self.layer = layer
-            return
+    def start(self, layer: int, replay: bool = True) -> None:
+        """Be ready to enter `layer`: from its checkpoint, else replaying layers from an earlier one or the embedding.
+
+        Raises ValueError when layers would have to be replayed and `replay` is False (they were quantized ones).
+        """
+        self.layer = self._restore(layer)
+        if self.layer < layer and not replay:
+            raise ValueError(
+                f"{self.folder}: no hidden states of layer {layer} to continue from; start in a new folder"
+            )
+        while self.layer < layer:
+            self.advance(self.read_layer(self.layer))
+
+    def _restore(self, layer: int) -> int:
+        """Take the latest checkpoint not behind `layer`, or the embedding; the layer that is entered next."""
+        for candidate in range(layer, 0, -1):
+            path = self._path(candidate)
+            if path is not None and path.is_file() and path.stat().st_size == self.hidden.bytes:
+                values = np.memmap(path, dtype=np.float32, mode="r", shape=self.hidden.shape)
+                for start in range(0, self.hidden.shape[0], self.batch):
+                    self.hidden.put(start, torch.from_numpy(values[start : start + self.batch].copy()))
+                return candidate
         embed = self.source.read(EMBED)
         for start in range(0, self.hidden.shape[0], self.batch):
             self.hidden.put(start, torch.nn.functional.embedding(self.tokens[start : start + self.batch], embed))
-        self.layer = 0
-        while self.layer < layer:
-            self.advance(self.read_layer(self.layer))
+        return 0
 
     def read_layer(self, layer: int) -> LayerWeights:
         """A layer's weights on the device, every rank reading its share."""
@@ -75,23 +86,23 @@ class Stream:
         self.layer += 1
 
     def save(self) -> None:
-        """Checkpoint the stream as it enters `layer` (nothing beyond the disk limit). `keep_only` drops older ones."""
+        """Checkpoint the stream as it enters `layer`; nothing at the embedding or beyond the disk limit."""
         path = self._path(self.layer)
-        if path is None:
+        if path is None or self.layer == 0 or path.exists():
             return
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "wb") as file:
             for _, values in self.hidden.batches(self.batch):
                 file.write(values.numpy().tobytes())
         replace_whole(temporary, path)
 
-    def keep_only(self, layer: int | None) -> None:
-        """Delete this rank's checkpoints but the one that enters `layer`."""
+    def keep_from(self, layer: int) -> None:
+        """Delete this rank's checkpoints of layers before `layer`, and unfinished ones."""
         if self.folder is None:
             return
-        keep = None if layer is None else self._path(layer)
         for path in self.folder.glob(f".hidden-*{self._suffix}*"):
-            if path != keep:
+            if path.suffix == ".tmp" or int(path.name.split(".")[1].removeprefix("hidden-")) < layer:
                 os.unlink(path)
 
     @property
