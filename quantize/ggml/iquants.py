@@ -6,6 +6,7 @@ the levels that lose least together; (3) levels and points at exactly that scale
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from .grids import points
 from .iquants_layout import LAYOUTS, SUPER, Fields, Layout, Signs, pack, unpack, values
 from .iquants_search import choose, scan
+from .types import GGMLType
 
 LARGEST = 65504.0  # fp16
-CHUNK = {"cuda": 1 << 16}  # super-blocks at a time; elsewhere:
+CHUNK = {"cuda": 1 << 15}  # super-blocks at a time; elsewhere:
 SMALL_CHUNK = 1 << 12
 
 
@@ -45,17 +47,20 @@ class Scaled:
     unit: Tensor
 
 
-def encode(rows: Tensor, kind: str, importance: Tensor | None = None, effort: Effort = EFFORTS["default"]) -> Tensor:
-    """Bytes of `rows` in the type `kind` ("IQ3_S", ...).
+def encode(
+    rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: Effort = EFFORTS["default"]
+) -> Tensor:
+    """Bytes of `rows` in the type `kind`.
 
     rows        [R, n], n a multiple of 256, any float dtype
     importance  [n] or [R, n], >= 0: the error is sum(importance * (row - decoded)^2); None: all equal
     returns     uint8 [R, n / 256 * bytes of a super-block]
 
-    Raises ValueError for values that are not finite, a negative importance, or n that is no multiple of 256.
+    Raises ValueError for values that are not finite or beyond an fp16 scale, a negative importance, other shapes.
     """
     layout = layout_of(kind, rows.shape)
-    weight = checked_importance(rows, importance)
+    check_rows(rows, layout)
+    weight = checked_importance(rows, importance, layout)
     size = CHUNK.get(rows.device.type, SMALL_CHUNK)
     per_row = rows.shape[1] // SUPER
     step = max(1, size // per_row)
@@ -68,35 +73,47 @@ def encode(rows: Tensor, kind: str, importance: Tensor | None = None, effort: Ef
     return torch.cat(parts).reshape(rows.shape[0], -1)
 
 
-def decode(data: Tensor, kind: str, columns: int) -> Tensor:
+def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
     """Weights of uint8 [R, bytes] in the type `kind`: float32 [R, columns]."""
     layout = layout_of(kind, (data.shape[0], columns))
     if data.shape[1] * SUPER != columns * layout.bytes:
-        raise ValueError(f"{kind}: {data.shape[1]} bytes a row do not hold {columns} columns")
+        raise ValueError(f"{kind.name}: {data.shape[1]} bytes a row do not hold {columns} columns")
     return values(unpack(data.reshape(-1, layout.bytes), layout), layout).reshape(data.shape[0], columns)
 
 
-def layout_of(kind: str, shape: tuple[int, ...] | torch.Size) -> Layout:
+def layout_of(kind: GGMLType, shape: tuple[int, ...] | torch.Size) -> Layout:
     """The layout of `kind`, once the shape is known to suit it."""
-    if kind not in LAYOUTS:
-        raise ValueError(f"{kind!r} is no vector-codebook type, expected one of {', '.join(LAYOUTS)}")
-    if len(shape) != 2 or shape[1] % SUPER or not shape[1]:
-        raise ValueError(f"{kind}: got shape {tuple(shape)}, expected rows of a multiple of {SUPER} columns")
-    return LAYOUTS[kind]
+    if kind.name not in LAYOUTS:
+        raise ValueError(f"{kind.name} is no vector-codebook type, expected one of {', '.join(LAYOUTS)}")
+    if len(shape) < 2 or shape[-1] % SUPER or not shape[-1]:
+        raise ValueError(f"{kind.name}: shape {tuple(shape)}, expected rows of a multiple of {SUPER} columns")
+    return LAYOUTS[kind.name]
 
 
-def checked_importance(rows: Tensor, importance: Tensor | None) -> Tensor:
-    """Importance as float32 of the rows' shape (a view when it is one vector); refuses what is not finite or negative."""
-    if not bool(torch.isfinite(rows).all()):
-        raise ValueError(f"weights hold {int((~torch.isfinite(rows)).sum())} values that are not finite")
+def check_rows(rows: Tensor, layout: Layout) -> None:
+    """Refuse NaN, infinity, and what an fp16 scale cannot reach."""
+    if rows.numel() == 0:
+        return
+    low, high = (float(v) for v in torch.aminmax(rows))
+    if not (low > -math.inf and high < math.inf):
+        raise ValueError(f"{layout.name}: the weights hold NaN or infinity, expected finite values")
+    reach = LARGEST * (layout.offset + layout.step * (layout.levels - 1)) * float(points(layout.name).max())
+    if max(-low, high) > reach:
+        raise ValueError(f"{layout.name}: a weight of {max(-low, high):.3g}, the float16 scale reaches {reach:.3g}")
+
+
+def checked_importance(rows: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
+    """Importance as float32 of the rows' shape (a view when it is one vector)."""
     if importance is None:
-        return torch.ones(1, 1, device=rows.device).expand(rows.shape)
+        return torch.ones(1, device=rows.device).expand(rows.shape)
     if importance.shape not in (rows.shape, rows.shape[-1:]):
+        expected = f"{tuple(rows.shape[-1:])} or {tuple(rows.shape)}"
+        raise ValueError(f"{layout.name}: importance {tuple(importance.shape)}, expected {expected}")
+    low, high = (float(v) for v in torch.aminmax(importance))
+    if not (low >= 0 and high < math.inf):
         raise ValueError(
-            f"importance has shape {tuple(importance.shape)}, expected {tuple(rows.shape[-1:])} or {tuple(rows.shape)}"
+            f"{layout.name}: an importance of {low if not low >= 0 else high}, expected finite values >= 0"
         )
-    if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
-        raise ValueError("importance holds values that are negative or not finite")
     return importance.to(rows.device, torch.float32).expand(rows.shape)
 
 
@@ -169,7 +186,9 @@ def _near(blocks: Scaled, scale: Tensor, level: Tensor, layout: Layout, near: in
     choice = choose(x, weight, scales, layout)
     best = tried.reshape(-1, offsets.numel()).gather(1, choice.index.unsqueeze(1)).reshape(level.shape)
     count = scale.shape[0]
-    return Fields(stored, best.to(torch.uint8), *(t.reshape(count, -1) for t in (choice.code, choice.signs, choice.minus)))
+    return Fields(
+        stored, best.to(torch.uint8), *(t.reshape(count, -1) for t in (choice.code, choice.signs, choice.minus))
+    )
 
 
 def _refit(blocks: Scaled, fields: Fields, layout: Layout) -> Tensor:

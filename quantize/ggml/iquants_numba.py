@@ -117,18 +117,14 @@ def _least_shifted(p, q, linear, tilt, scales, out):  # type: ignore[no-untyped-
 @numba.njit(cache=True, fastmath=True, nogil=True)
 def _nearest(p, q, linear, slope, scale, error):  # type: ignore[no-untyped-def]
     """Index of the least of scale * (q + slope * linear) - p; error [N] is scratch that keeps the values."""
-    best, bend, chunk = HUGE, slope * scale, 0
-    for first in range(0, p.size, 64):  # remember the chunk of the least, so that little is left to walk
-        least = HUGE
-        for n in range(first, first + 64):
-            error[n] = scale * q[n] + bend * linear[n] - p[n]
-            least = _smaller(least, error[n])
-        if least < best:
-            best, chunk = least, first
-    for n in range(chunk, chunk + 64):
-        if error[n] <= best:
-            return n
-    return chunk
+    best, bend = HUGE, slope * scale
+    for n in range(p.size):
+        error[n] = scale * q[n] + bend * linear[n] - p[n]
+        best = _smaller(best, error[n])
+    index = np.int32(p.size - 1)
+    for n in range(p.size):  # a reduction over all, since a search that stops is not vectorized
+        index = min(index, np.int32(n) if error[n] <= best else np.int32(p.size - 1))
+    return index
 
 
 @numba.njit(cache=True, nogil=True)

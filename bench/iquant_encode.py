@@ -1,0 +1,108 @@
+"""Speed and error of the vector-codebook encoders, beside ggml's where its library is installed.
+
+python bench/iquant_encode.py [--device cuda] [--million 64] [--kinds IQ3_S,IQ2_S] [--ggml] [--passes]
+Weights are Student-t (5 degrees), importance is the square of a log-normal; CPU seconds, one thread, when --device is cpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import _path  # noqa: F401
+import torch
+
+from mmquant.quantize.ggml import iquants, iquants_search
+from mmquant.quantize.ggml.iquants_layout import LAYOUTS
+from mmquant.quantize.ggml.types import GGMLType
+
+
+def sample(rows: int, columns: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [R, n] and importance [n]."""
+    generator = torch.Generator(device).manual_seed(1)
+    normal = torch.randn(rows, columns, generator=generator, device=device)
+    spread = torch.randn(rows, columns, 5, generator=generator, device=device).square().mean(-1).sqrt()
+    importance = torch.randn(columns, generator=generator, device=device).exp().square()
+    return normal / spread * 0.02, importance
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """Seconds of one call after a first one: elapsed on CUDA, of the process on CPU."""
+    work()
+    if device == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def error(rows: torch.Tensor, data: torch.Tensor, kind: GGMLType, importance: torch.Tensor) -> float:
+    """Weighted error relative to the weighted energy."""
+    decoded = iquants.decode(data, kind, rows.shape[1])
+    return float((importance * (rows - decoded).square()).sum() / (importance * rows.square()).sum())
+
+
+def passes(kind: GGMLType, rows: torch.Tensor, device: str) -> str:
+    """Time of the two searches alone, in picoseconds a weight (CUDA) or nanoseconds (CPU)."""
+    layout = LAYOUTS[kind.name]
+    blocks = iquants.scaled(rows.reshape(-1, 256)[: 1 << 15], torch.ones_like(rows.reshape(-1, 256)[: 1 << 15]))
+    x, weight = (t.reshape(-1, layout.shared) for t in (blocks.x, blocks.weight))
+    scales = x.abs().amax(1, keepdim=True) / 20 * torch.linspace(0.5, 1.5, 16, device=x.device)
+    unit = 1e9 if device == "cpu" else 1e12
+    scan = seconds(lambda: iquants_search.scan(x, weight, scales, layout), device) / x.numel() * unit
+    choose = seconds(lambda: iquants_search.choose(x, weight, scales[:, 6:9], layout), device) / x.numel() * unit
+    return f"  scan16 {scan:6.1f}  choose3 {choose:6.1f}"
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--million", type=float, default=0)
+    parser.add_argument("--kinds", default=",".join(LAYOUTS))
+    parser.add_argument("--ggml", action="store_true", help="also ggml's encoder, on CPU (needs the llamacpp extra)")
+    parser.add_argument("--passes", action="store_true", help="also the searches alone")
+    options = parser.parse_args()
+    million = options.million or (100 if options.device == "cuda" else 0.8)
+    torch.set_num_threads(1)
+    rows, importance = sample(int(million * 1e6 / 3072) + 1, 3072, options.device)
+    print(f"{rows.numel() / 1e6:.1f} M weights, {options.device}, torch {torch.__version__}")
+    for name in options.kinds.split(","):
+        kind = GGMLType[name]
+        line = f"{name:8}"
+        for effort in ("fast", "default", "high"):
+            took = seconds(
+                lambda e=effort, k=kind: iquants.encode(rows, k, importance, iquants.EFFORTS[e]), options.device
+            )
+            data = iquants.encode(rows, kind, importance, iquants.EFFORTS[effort])
+            line += f"  {effort} {rows.numel() / took / 1e6:9.2f} Mw/s err {error(rows, data, kind, importance):.5f}"
+        few = rows[:8].cpu()
+        same = (
+            iquants.encode(few, kind, importance.cpu()) == iquants.encode(few.to(rows.device), kind, importance).cpu()
+        )
+        line += f"  bytes as on CPU {same.float().mean():.4f}"
+        if options.ggml:
+            line += ggml(rows.cpu()[:64], kind, importance.cpu())
+        if options.passes:
+            line += passes(kind, rows, options.device)
+        print(line, flush=True)
+
+
+def ggml(rows: torch.Tensor, kind: GGMLType, importance: torch.Tensor) -> str:
+    """ggml_quantize_chunk: speed in CPU seconds and error."""
+    from mmquant import llamacpp
+
+    def work() -> torch.Tensor:
+        return torch.from_numpy(llamacpp.quantize(int(kind), rows.numpy(), importance.numpy()))
+
+    took = seconds(work, "cpu")
+    return f"  ggml {rows.numel() / took / 1e6:6.2f} Mw/s err {error(rows, work(), kind, importance):.5f}"
+
+
+if __name__ == "__main__":
+    main()
