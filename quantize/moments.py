@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -60,47 +62,45 @@ def check_moments(moments: Moments, matrices: int, inputs: int, where: str) -> N
         raise ValueError(f"{where}: no calibration row reached any of the {matrices} matrices")
 
 
-def _pooled(sums: Tensor, weight: Tensor) -> Tensor:
-    """Mean over all rows of all matrices: sums [E, ...] -> [...]."""
-    return sums.sum(0) / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-
 def shrinkage(moments: Moments, strength: float) -> Tensor:
-    """[E]: the share of the pooled mean in each matrix's shrunk moments, k / (k + rows).
+    """[E]: the share of the pooled moments in each matrix's shrunk ones, k / (k + rows).
 
-    The pooled mean counts as k = strength * n rows of average router weight: a matrix that saw many times n rows keeps
-    its own moments, one that saw few leans on the layer's, one that saw none takes the layer's whole.
+    The pool counts as k = strength * n rows of average router weight: a matrix that saw many times n rows keeps its own
+    moments, one that saw few leans on the layer's, one that saw none takes the layer's whole.
     """
-    k = _prior_weight(moments, strength)
-    share = k / (moments.weight + k).clamp(min=torch.finfo(torch.float32).tiny)
+    mean = moments.weight.sum() / moments.count.sum().clamp(min=1.0)
+    k = strength * moments.inputs * mean
+    share = k / (moments.weight + k).clamp(min=TINY)
     return torch.where(moments.weight > 0, share, torch.ones_like(share))
 
 
-def _prior_weight(moments: Moments, strength: float) -> Tensor:
-    mean = moments.weight.sum() / moments.count.sum().clamp(min=1.0)
-    return strength * moments.inputs * mean
-
-
-def _blend(own: Tensor, weight: Tensor, pooled: Tensor, share: Tensor) -> Tensor:
-    shape = (-1,) + (1,) * pooled.dim()
-    mean = own / weight.clamp(min=torch.finfo(torch.float32).tiny).view(shape)
-    return torch.lerp(mean, pooled.expand_as(mean), share.view(shape))
-
-
 def shrunk(moments: Moments, strength: float, experts: slice | None = None) -> Tensor:
-    """Mean second moments [E, n, n], blended with the pooled mean (`shrinkage`): (sum_e + k * pooled) / (weight_e + k).
+    """Mean second moments [E, n, n], each blended with the pool by `shrinkage`: (sum_e + k * pool_e) / (weight_e + k).
 
-    `experts` limits the result (not the pool) to some matrices. ValueError when only diagonals were collected.
+    The pool is the mean of all matrices' moments at unit energy (trace n), weighed by what they saw, and pool_e is the
+    pool at the energy of matrix e: an expert whose activations are a thousand times larger (they exist) does not drown
+    the others. `experts` limits the result, not the pool. ValueError when only diagonals were collected.
     """
     if moments.second is None:
         raise ValueError("moments: only diagonals were collected, expected full second moments")
-    chosen = experts if experts is not None else slice(None)
-    pooled = _pooled(moments.second, moments.weight)
-    return _blend(moments.second[chosen], moments.weight[chosen], pooled, shrinkage(moments, strength)[chosen])
+    return _blend(moments.second, moments, strength, experts if experts is not None else slice(None))
 
 
 def shrunk_diagonal(moments: Moments, strength: float, experts: slice | None = None) -> Tensor:
     """The diagonal of `shrunk` [E, n], from the diagonals alone."""
-    chosen = experts if experts is not None else slice(None)
-    pooled = _pooled(moments.diagonal, moments.weight)
-    return _blend(moments.diagonal[chosen], moments.weight[chosen], pooled, shrinkage(moments, strength)[chosen])
+    return _blend(moments.diagonal, moments, strength, experts if experts is not None else slice(None))
+
+
+def _blend(sums: Tensor, moments: Moments, strength: float, experts: slice) -> Tensor:
+    weight = moments.weight
+    energy = moments.diagonal.mean(-1) / weight.clamp(min=TINY)  # mean square of an input
+    unit = torch.where(energy > 0, 1 / energy.clamp(min=TINY), torch.zeros_like(energy)) / weight.sum().clamp(min=TINY)
+    pool = torch.tensordot(unit, sums, dims=1)
+    # A matrix that saw nothing gets the pool at the layer's median energy.
+    seen = energy[weight > 0]
+    middle = seen.median() if len(seen) else torch.ones_like(weight.sum())
+    own = torch.where(weight > 0, energy, middle)[experts]
+    shape = (-1,) + (1,) * pool.dim()
+    share = shrinkage(moments, strength)[experts].view(shape)
+    blended = sums[experts] * ((1 - share) / weight[experts].clamp(min=TINY).view(shape))
+    return blended.addcmul_((share * own.view(shape)), pool.unsqueeze(0))
