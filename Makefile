@@ -57,7 +57,7 @@ test-peers: $(READY) $(PEERS) ## conformance with auto-gptq and llm-compressor t
 	$(PYTEST) -m peers
 
 bench: $(READY) ## the benchmarks of bench/
-	@for script in $$(ls bench/bench_*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $$(ls bench/[a-z]*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
