@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, Globals, LayerWeights
+from ..convert.prefetch import prefetch_layer
 from ..convert.source import Source, read_globals
 from .distributed import read_layer_shared
 from .evaluation_state import State
@@ -143,10 +144,22 @@ def _subjects(source: Source | None, candidates: list[Source], mine: Sample, set
         chosen.append(("noise floor", source, settings.other_dtype))
     limit = settings.ram_limit // max(1, len(chosen))
     shape = (mine.windows, mine.context)
+    place = _place(settings.device, 4 * mine.tokens.numel() * sum(model.geometry.hidden for _, model, _ in chosen))
+    if place != "cpu":
+        limit = 1 << 62
     return [
-        _Subject(label, model, dtype, HiddenStates(*shape, model.geometry.hidden, limit, settings.folder))
+        _Subject(label, model, dtype, HiddenStates(*shape, model.geometry.hidden, limit, settings.folder, place))
         for label, model, dtype in chosen
     ]
+
+
+def _place(device: str, size: int) -> str:
+    """Where hidden states of `size` bytes are kept: on the device while they take a fifth of its free memory at
+    most.
+    """
+    if not device.startswith("cuda"):
+        return "cpu"
+    return device if 5 * size <= torch.cuda.mem_get_info(device)[0] else "cpu"
 
 
 def _identity(subjects: list[_Subject], sample: Sample) -> str:
@@ -176,6 +189,8 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
     chosen: list[Tensor] = []  # of the reference, one tensor a batch
     kept: LayerWeights | None = None
     for number, subject in enumerate(subjects):
+        following = subjects[(number + 1) % len(subjects)]
+        ahead = prefetch_layer(following.source, layer + (number + 1 == len(subjects)))
         weights = kept if subject.dtype != settings.dtype else None
         if weights is None:
             weights = read_layer_shared(subject.source, layer, settings.device, subject.dtype)
@@ -196,6 +211,7 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
         wanted = has_reference and number == 0 and settings.floor
         kept = weights if wanted else kept
         del weights
+        ahead.join()
 
 
 def _recast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:

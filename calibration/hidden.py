@@ -17,13 +17,19 @@ class HiddenStates:
     """W windows x T positions x H channels of float32; batches are read, advanced by a layer and put back."""
 
     def __init__(
-        self, windows: int, length: int, hidden: int, ram_limit: int = RAM_LIMIT, folder: Path | None = None
+        self,
+        windows: int,
+        length: int,
+        hidden: int,
+        ram_limit: int = RAM_LIMIT,
+        folder: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.shape = (windows, length, hidden)
         self.bytes = 4 * windows * length * hidden
         self._file = None
         if self.bytes <= ram_limit:
-            self._values = torch.empty(self.shape, dtype=torch.float32)
+            self._values = torch.empty(self.shape, dtype=torch.float32, device=device)
             return
         # The file is unlinked with its handle: a killed process leaves nothing behind.
         self._file = tempfile.TemporaryFile(dir=folder, prefix="mmquant-hidden-")

@@ -154,12 +154,8 @@ def _gptq(quantization: dict[str, Any], name: str) -> Scheme | None:
         if found:
             settings |= {k: v for k, v in (override or {}).items() if k in settings}
             break
-    if settings["bits"] not in (4, 8) or not _group(settings["group_size"]):
-        raise ValueError(
-            f"config.json: GPTQ of {settings['bits']} bits, group {settings['group_size']}, expected 4 or 8"
-        )
+    bits, size = settings["bits"], settings["group_size"]
+    if bits not in (4, 8) or not isinstance(size, int) or not _group(size):
+        raise ValueError(f"config.json: GPTQ of {bits} bits, group {size}, expected 4 or 8 bits and -1 or more")
     first = quantization.get("checkpoint_format", "gptq") != "gptq_v2"
-    act_order = bool(settings["desc_act"])
-    return Scheme(
-        "gptq", settings["bits"], settings["group_size"], settings["sym"] is not False, None, act_order, first
-    )
+    return Scheme("gptq", bits, size, settings["sym"] is not False, None, bool(settings["desc_act"]), first)
