@@ -18,7 +18,8 @@ import _path  # noqa: F401
 import torch
 
 from mmquant.calibration import forward
-from mmquant.calibration.collector import Collect, Collector
+from mmquant.calibration.collector import Collect
+from mmquant.calibration.collector_cuda import make_collector
 from mmquant.convert.minimax_m2 import Geometry, LayerWeights
 
 M27 = Geometry(
@@ -103,7 +104,7 @@ def check(weights: LayerWeights, g: Geometry, hidden: torch.Tensor) -> None:
                 share = self.weights[token[part], slot[part]].double()[:, None]
                 self.x[e], self.h[e] = x[part].double() * share, h[part].double() * share
 
-    collector, rows = Collector(0, weights, g, Collect(), 1), Rows()
+    collector, rows = make_collector(0, weights, g, Collect(), 1), Rows()
     collector.begin(0, hidden.shape[1], torch.zeros(hidden.shape[0], dtype=torch.long))
     forward.moe(weights, g, hidden, collector)
     forward.moe(weights, g, hidden, rows)
@@ -126,7 +127,7 @@ def layer_speed(device: str, tokens: int, context: int, rows: list[int], profile
     domains = torch.zeros(len(hidden), dtype=torch.long)
 
     def with_statistics(collect: Collect) -> None:
-        collector = Collector(0, weights, g, collect, 1)
+        collector = make_collector(0, weights, g, collect, 1)
         collector.begin(0, context, domains)
         forward.moe(weights, g, hidden, collector)
 
@@ -134,7 +135,7 @@ def layer_speed(device: str, tokens: int, context: int, rows: list[int], profile
     print("| routed rows at once | forward alone s | with diagonals s | with full moments s | ratio | M tokens/s |")
     print("| --- | --- | --- | --- | --- | --- |")
     for count in rows:
-        forward.ROWS = count
+        forward.rows_at_once = lambda device, count=count: count
         alone = timed(lambda: forward.moe(weights, g, hidden, observer), device)
         diagonal = timed(lambda: with_statistics(Collect(full=False)), device)
         full = timed(lambda: with_statistics(Collect()), device)
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=262144)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--rows", type=int, nargs="+", default=[forward.ROWS])
+    parser.add_argument("--rows", type=int, nargs="+", default=[forward.ROWS << 2])
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--demo", action="store_true")
     args = parser.parse_args()

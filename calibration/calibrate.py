@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..quantize.moments import Moments
-from .collector import Collect, Collector
+from .collector import Collect
+from .collector_cuda import make_collector
 from .distributed import max_to, share, sum_everywhere, sum_to, world
 from .forward import layer_forward
 from .statistics import LayerStatistics, RoutingStatistics
@@ -111,7 +112,7 @@ def calibrate_layer(
     results = None if len(chunks) == 1 or not collect.full else Results(g, collect, plan, scratch)
     found: LayerStatistics | None = None
     for number, kept in enumerate(chunks):
-        collector = Collector(layer, weights, g, collect, domains, kept, first=number == 0)
+        collector = make_collector(layer, weights, g, collect, domains, kept, first=number == 0)
         for start, values in stream.hidden.batches(stream.batch, stream.device):
             count = values.shape[0]
             collector.begin(first_window + start, values.shape[1], domain[start : start + count])

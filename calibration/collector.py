@@ -16,7 +16,7 @@ from torch import Tensor
 from ..convert.minimax_m2 import Geometry, LayerWeights
 from .forward import Observer, Routing
 from .statistics import MARGIN_BINS, LayerStatistics, RoutingStatistics
-from .sums import Sums, add_gram, column_squares, expanded, row_extremes
+from .sums import Sums, add_gram, column_squares, expanded, row_extremes, scaled_rows
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ class Collector(Observer):
     def _row_sums(self, x: Tensor, h: Tensor, share: Tensor, offsets: list[int]) -> None:
         """Second moments (or weighted diagonals) and per-channel extremes, expert by expert."""
         second_in, second_mid = self.expert_in.second, self.expert_mid.second
-        scaled = torch.mul(h, share[:, None]).to(h.dtype)
-        weighted = torch.mul(x, share[:, None]).to(x.dtype) if second_in is not None else x
+        scaled = scaled_rows(h, share)
+        weighted = scaled_rows(x, share) if second_in is not None else x
         plain, channel = torch.zeros_like(self.expert_mid.plain), torch.zeros_like(self.mid_amax)
         for expert, (start, stop) in enumerate(pairwise(offsets)):
             if start == stop:

@@ -54,6 +54,11 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         total.addmm_(x.T, x)
 
 
+def scaled_rows(x: Tensor, share: Tensor) -> Tensor:
+    """Rows x [R, n] times share [R] float32, rounded once to x's dtype."""
+    return torch.mul(x, share[:, None], out=torch.empty_like(x))
+
+
 def row_extremes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [R, n] -> [R] each: largest |x|, largest |sum| over aligned blocks of 32 and of 16 (a ragged last one too)."""
     ragged = -x.shape[1] % 32

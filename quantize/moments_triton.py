@@ -1,0 +1,169 @@
+"""Sums over routed rows on CUDA, in one reading of them: per-channel squares and extremes, and x^T x of every expert.
+
+Rows are sorted by expert, expert e owning offsets[e]:offsets[e+1]. One program adds a part of one expert's rows in a
+fixed order: no atomics, equal runs give equal bits. Shapes: R rows, n inputs, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 32, 128  # tile of the column sums; columns a multiple of 32
+GRAM_TILE, GRAM_DEPTH = 128, 64  # tile of x^T x and rows that it takes at once
+GRAM_WARPS, GRAM_STAGES = 8, 4
+
+
+@dataclass(frozen=True)
+class ColumnSums:
+    """plain, weighted [E, n]: sums of x^2 and s^2 x^2; peak [E, n]: largest |x|; sum16, sum32 [E]; bad: NaN and inf."""
+
+    plain: Tensor
+    weighted: Tensor
+    peak: Tensor
+    sum16: Tensor
+    sum32: Tensor
+    bad: Tensor
+
+
+@triton.jit
+def _column_kernel(
+    x, share, offsets, plain, weighted, peak, largest16, largest32, bad, n, R: tl.constexpr, C: tl.constexpr
+):
+    expert, tile, tiles = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
+    column = tile * C + tl.arange(0, C)
+    inside = column < n
+    start, stop = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    squares = tl.zeros((R, C), tl.float32)
+    heavy = tl.zeros((R, C), tl.float32)
+    high = tl.zeros((R, C), tl.float32)
+    wrong = tl.zeros((R, C), tl.float32)
+    high16 = tl.zeros((R, C // 16), tl.float32)
+    high32 = tl.zeros((R, C // 32), tl.float32)
+    for first in range(start, stop, R):
+        row = first + tl.arange(0, R)
+        live = row < stop
+        place = row[:, None].to(tl.int64) * n + column[None, :]
+        v = tl.load(x + place, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        s = tl.load(share + row, mask=live, other=0.0)
+        v2 = v * v
+        squares += v2
+        heavy += v2 * (s * s)[:, None]
+        size = tl.abs(v)
+        high = tl.maximum(high, size)
+        wrong += tl.where(size < float("inf"), 0.0, 1.0)  # NaN compares false
+        by16 = tl.sum(tl.reshape(v, (R, C // 16, 16)), 2)
+        by32 = tl.sum(tl.reshape(v, (R, C // 32, 32)), 2)
+        high16 = tl.maximum(high16, tl.abs(by16))
+        high32 = tl.maximum(high32, tl.abs(by32))
+    out = expert.to(tl.int64) * n + column
+    tl.store(plain + out, tl.sum(squares, 0), mask=inside)
+    tl.store(weighted + out, tl.sum(heavy, 0), mask=inside)
+    tl.store(peak + out, tl.max(high, 0), mask=inside)
+    tl.store(largest16 + expert * tiles + tile, tl.max(tl.max(high16, 1), 0))
+    tl.store(largest32 + expert * tiles + tile, tl.max(tl.max(high32, 1), 0))
+    tl.store(bad + expert * tiles + tile, tl.sum(tl.sum(wrong, 1), 0))
+
+
+def column_sums(x: Tensor, share: Tensor, offsets: Tensor) -> ColumnSums:
+    """x [R, n] contiguous bfloat16 or float32, share [R] float32, offsets [E + 1] int32: sums of each expert's rows."""
+    n, experts = x.shape[1], len(offsets) - 1
+    tiles = triton.cdiv(n, COLUMNS)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    plain, weighted, peak = empty(experts, n), empty(experts, n), empty(experts, n)
+    largest16, largest32, bad = empty(experts, tiles), empty(experts, tiles), empty(experts, tiles)
+    _column_kernel[(tiles, experts)](  # type: ignore[reportIndexIssue]
+        x,
+        share,
+        offsets,
+        plain,
+        weighted,
+        peak,
+        largest16,
+        largest32,
+        bad,
+        n,
+        R=ROWS,  # type: ignore[arg-type]
+        C=COLUMNS,  # type: ignore[arg-type]
+        num_warps=4,  # type: ignore[call-arg]
+    )
+    return ColumnSums(plain, weighted, peak, largest16.amax(1), largest32.amax(1), bad.sum())
+
+
+@triton.jit
+def _segment_kernel(values, offsets, sums, squares, W: tl.constexpr):
+    expert = tl.program_id(0)
+    start, stop = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    total, square = tl.zeros((W,), tl.float32), tl.zeros((W,), tl.float32)
+    for first in range(start, stop, W):
+        row = first + tl.arange(0, W)
+        v = tl.load(values + row, mask=row < stop, other=0.0)
+        total += v
+        square += v * v
+    tl.store(sums + expert, tl.sum(total, 0))
+    tl.store(squares + expert, tl.sum(square, 0))
+
+
+def segment_sums(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """values [R] float32 -> sums [E] of them and of their squares."""
+    experts = len(offsets) - 1
+    sums = torch.empty(experts, dtype=torch.float32, device=values.device)
+    squares = torch.empty_like(sums)
+    launch = _segment_kernel[(experts,)]  # type: ignore[reportIndexIssue]
+    launch(values, offsets, sums, squares, W=1024, num_warps=4)
+    return sums, squares
+
+
+@triton.jit
+def _gram_kernel(x, offsets, total, n, T: tl.constexpr, K: tl.constexpr):
+    expert = tl.program_id(1)
+    index = tl.program_id(0)
+    # The lower triangle of tiles, row by row.
+    i = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > index, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= index, i + 1, i)
+    j = index - i * (i + 1) // 2
+    left, right = i * T + tl.arange(0, T), j * T + tl.arange(0, T)
+    start, stop = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    acc = tl.zeros((T, T), tl.float32)
+    for first in range(start, stop, K):
+        row = first + tl.arange(0, K)
+        live = (row < stop)[:, None]
+        place = row[:, None].to(tl.int64) * n
+        a = tl.load(x + place + left[None, :], mask=live & (left < n)[None, :], other=0.0)
+        b = tl.load(x + place + right[None, :], mask=live & (right < n)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc)
+    base = total + expert.to(tl.int64) * n * n
+    both = (left < n)[:, None] & (right < n)[None, :]
+    here = base + left[:, None].to(tl.int64) * n + right[None, :]
+    acc += tl.load(here, mask=both, other=0.0)
+    tl.store(here, acc, mask=both)
+    if i != j:
+        tl.store(base + right[None, :].to(tl.int64) * n + left[:, None], acc, mask=both)
+
+
+def add_grams(total: Tensor, x: Tensor, offsets: Tensor) -> None:
+    """total [E, n, n] float32, symmetric, += x_e^T x_e of each expert's rows; x [R, n] contiguous bfloat16.
+
+    Half the arithmetic of a general product: only tiles on and below the diagonal are computed, then mirrored.
+    """
+    n = x.shape[1]
+    tiles = triton.cdiv(n, GRAM_TILE)
+    grid = (tiles * (tiles + 1) // 2, len(offsets) - 1)
+    _gram_kernel[grid](  # type: ignore[reportIndexIssue]
+        x,
+        offsets,
+        total,
+        n,
+        T=GRAM_TILE,  # type: ignore[arg-type]
+        K=GRAM_DEPTH,  # type: ignore[arg-type]
+        num_warps=GRAM_WARPS,
+        num_stages=GRAM_STAGES,
+    )
