@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FETCHERS = 3  # shards in flight at once: the next one's ranges fill the gap at the end of the current one
+SPARED = 3  # readers without a plan open what they ask for at once: so many files are never deleted under them
 
 
 class DaemonPool(Executor):
@@ -65,12 +66,13 @@ class Prefetcher:
         self._running: set[str] = set()
         self._ready: dict[str, tuple[Path, bool]] = {}
         self._failed: dict[str, BaseException] = {}
-        self._used: set[str] = set()  # handed out, not yet released
+        self._used: dict[str, None] = {}  # handed out, not yet released; the longest unasked first
+        self._planned = False
 
     def plan(self, order: list[str]) -> None:
         """Shards in the order of their coming use; replaces an earlier plan."""
         with self._changed:
-            self._order = list(dict.fromkeys(order))
+            self._order, self._planned = list(dict.fromkeys(order)), True
             self._pump()
 
     def path(self, name: str) -> Path:
@@ -89,13 +91,14 @@ class Prefetcher:
                     if name not in self._running:
                         self._too_tight(name)
                 self._changed.wait(1.0)
-            self._used.add(name)
+            self._used.pop(name, None)
+            self._used[name] = None
             return self._ready[name][0]
 
     def release(self, name: str) -> None:
         """The shard has been used for the last time."""
         with self._changed:
-            self._used.discard(name)
+            self._used.pop(name, None)
             if name in self._order:
                 self._order.remove(name)
             self._drop(name)
@@ -142,20 +145,26 @@ class Prefetcher:
             threading.Thread(target=self._run, args=(name,), daemon=True).start()
 
     def _evict(self) -> bool:
-        """Delete the shard that was fetched ahead and is needed last."""
+        """Delete the shard that was fetched ahead and is needed last; without a plan, the one unasked for longest."""
         ahead = [n for n in self._ready if n not in self._used and n not in self._wanted]
-        if not ahead or self._keep:
+        if self._keep:
             return False
-        last = max(ahead, key=lambda n: self._order.index(n) if n in self._order else len(self._order))
-        self._drop(last)
-        return True
+        if ahead:
+            self._drop(max(ahead, key=lambda n: self._order.index(n) if n in self._order else len(self._order)))
+            return True
+        if not self._planned and len(self._used) > SPARED:
+            oldest = next(iter(self._used))
+            del self._used[oldest]
+            self._drop(oldest)
+            return True
+        return False
 
     def _too_tight(self, name: str) -> None:
         """ValueError when nothing will make room for a shard that is needed now; else something can be waited for."""
         if self._running:
             return
         self._wanted.remove(name)
-        held = sorted({*self._ready} & self._used)
+        held = sorted({*self._ready} & {*self._used})
         needed = sum(self._sizes[n] for n in held) + self._sizes[name]
         raise ValueError(
             f"{name}: needed while {', '.join(held) or 'nothing else'} is in use: --max-shards is "

@@ -19,6 +19,7 @@ def copy_native(source: Checkpoint, out: Path, done: Callable[[str], None]) -> t
     Raises OSError when a copy reads back differently.
     """
     entries = []
+    source.store.plan(shard_names(source.store))
     for name in shard_names(source.store):
         digest = _copy(source.store.path(name), out / name)
         entries.append(FileEntry(name, (out / name).stat().st_size, digest))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, open_checkpoint, read_config
 from .source import Source
 from .store import LocalFolder
+
+if TYPE_CHECKING:
+    from .hub_store import FetchOptions
 
 DEMO = "demo"
 
@@ -17,16 +21,14 @@ def demo_folder() -> Path:
     return Path(str(resources.files("mmquant").joinpath("data", "demo")))
 
 
-def open_source(spec: str | Path) -> Source:
+def open_source(spec: str | Path, fetch: FetchOptions | None = None) -> Source:
     """Open a folder (native FP8, BF16, quantized), a GGUF file, `demo`, `hf:ORG/NAME[@REV]` or `ms:ORG/NAME[@REV]`.
 
     Raises ValueError when it is none of these or not a MiniMax-M2 model.
     """
     path = Path(spec)
-    if str(spec) == DEMO:
-        return open_native(spec)
-    if str(spec).startswith(("hf:", "ms:")):
-        return open_native(spec)
+    if str(spec) == DEMO or str(spec).startswith(("hf:", "ms:")):
+        return open_native(spec, fetch)
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
         from .gguf_reader import GgufSource
 
@@ -40,12 +42,12 @@ def open_source(spec: str | Path) -> Source:
     return QuantizedFolder(store)
 
 
-def open_native(spec: str | Path) -> Checkpoint:
-    """Open a checkpoint that can be quantized: native FP8 or plain BF16, in a folder or on a hub."""
+def open_native(spec: str | Path, fetch: FetchOptions | None = None) -> Checkpoint:
+    """Open a checkpoint that can be quantized: native FP8 or plain BF16, in a folder or on a hub (then by `fetch`)."""
     if str(spec) == DEMO:
         return open_checkpoint(demo_folder())
     if str(spec).startswith(("hf:", "ms:")):
         from .hub_store import hub_source
 
-        return Checkpoint(hub_source(str(spec)))
+        return Checkpoint(hub_source(str(spec), fetch))
     return open_checkpoint(Path(spec))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .folder_writer import TensorSpec
-from .minimax_m2 import HEAD, global_shapes
+from .minimax_m2 import EMBED, HEAD, global_shapes
 from .source import CARRIED_FILES
 
 
@@ -58,8 +58,9 @@ def global_specs(source: Checkpoint) -> list[TensorSpec]:
     return plain_specs(source, _globals(source))
 
 
-def global_tensors(source: Checkpoint) -> dict[str, Tensor]:
-    return plain_tensors(source, _globals(source))
+def global_tensors(source: Checkpoint, first: bool) -> dict[str, Tensor]:
+    """The embeddings (`first`), or the final norm and head: each needs its own shards at its own time."""
+    return plain_tensors(source, [(name, shape) for name, shape in _globals(source) if (name == EMBED) == first])
 
 
 def _globals(source: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mmquant.options import device_option, dry_run_option, model_option, out_option, shard_option
+from mmquant.options_fetch import fetch_options, open_model
+
+if TYPE_CHECKING:
+    from mmquant.convert.hub_store import FetchOptions
 
 
 @click.command(short_help="FP8 for vLLM and SGLang.")
@@ -15,18 +20,18 @@ from mmquant.options import device_option, dry_run_option, model_option, out_opt
 @click.option("--scheme", type=click.Choice(["block", "channel", "native"]), default="block", show_default=True)
 @shard_option()
 @device_option()
+@fetch_options()
 @dry_run_option()
-def command(model: str, out: Path, scheme: str, limit: int, device: str, dry_run: bool) -> None:
+def command(model: str, out: Path, scheme: str, limit: int, device: str, fetch: FetchOptions, dry_run: bool) -> None:
     """Write FP8: block (compressed-tensors 128x128, the release's exact values), channel (a scale per output channel)
     or native (verified copy).
 
     Example: mmquant fp8 --model demo --out ./m27-fp8
     """
     from mmquant.convert.fp8_variant import Fp8Variant
-    from mmquant.convert.open import open_native
     from mmquant.pipeline import describe, prepare, write_folder, write_native
 
-    source = open_native(model)
+    source = open_model(model, fetch, None if dry_run else out)
     if scheme == "native":
         click.echo(describe(out, "FP8-native", source.bytes) if dry_run else write_native(source, out))
         return

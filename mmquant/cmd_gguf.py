@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mmquant.options import device_option, dry_run_option, model_option, out_option, parse_size
+from mmquant.options_fetch import fetch_options, open_model
+
+if TYPE_CHECKING:
+    from mmquant.convert.hub_store import FetchOptions
 
 
 @click.command(short_help="GGUF for llama.cpp.")
@@ -21,6 +26,7 @@ from mmquant.options import device_option, dry_run_option, model_option, out_opt
 @click.option("--name", default=None, help="Name of the file without .gguf; default: model and type.")
 @click.option("--max-part-size", default="48GB", show_default=True, help="Largest file; more become -00001-of-0000N.")
 @device_option()
+@fetch_options()
 @dry_run_option()
 def command(
     model: str,
@@ -30,6 +36,7 @@ def command(
     name: str | None,
     max_part_size: str,
     device: str,
+    fetch: FetchOptions,
     dry_run: bool,
 ) -> None:
     """Write a GGUF file that stock llama.cpp loads.
@@ -38,13 +45,12 @@ def command(
     """
     from mmquant.convert.gguf_mix import find_mix, parse_overrides
     from mmquant.convert.gguf_variant import GgufVariant
-    from mmquant.convert.open import open_native
     from mmquant.gguf_run import write_gguf
     from mmquant.pipeline import describe
 
     mix = find_mix(kind)
     changed = parse_overrides(overrides)
-    source = open_native(model)
+    source = open_model(model, fetch, None if dry_run else out)
     stem = name or f"{model_stem(model)}-{mix.name}"
     variant = GgufVariant(mix, stem, False, changed, part_bytes=parse_size(max_part_size))
     if dry_run:

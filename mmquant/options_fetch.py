@@ -25,19 +25,16 @@ def fetch_options() -> Decorator:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def command(
-            max_disk: int | None, max_shards: int, keep_shards: bool, transport: str, **others: Any
-        ) -> Any:
+        def command(max_disk: int | None, max_shards: int, keep_shards: bool, transport: str, **others: Any) -> Any:
             from mmquant.convert.hub_store import FetchOptions
 
-            fetch = FetchOptions(
-                max_disk=max_disk, max_shards=max_shards, keep_shards=keep_shards, transport=transport
-            )
+            fetch = FetchOptions(max_disk=max_disk, max_shards=max_shards, keep_shards=keep_shards, transport=transport)
             return function(fetch=fetch, **others)
 
+        wrapped: Callable[..., Any] = command
         for option in reversed(_options()):
-            command = option(command)
-        return command
+            wrapped = option(wrapped)
+        return wrapped
 
     return decorate
 

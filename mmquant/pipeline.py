@@ -102,7 +102,7 @@ def step_tensors(
     """Values of one step's tensors."""
     layers = source.geometry.layers
     if not 1 <= step <= layers:
-        return {name: value for name, value in global_tensors(source).items() if (name == EMBED) == (step == 0)}
+        return global_tensors(source, first=step == 0)
     if provider is None:
         return variant.layer(source, step - 1, device)
     calibrated = cast("CalibratedVariant", variant)
