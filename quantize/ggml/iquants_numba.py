@@ -136,18 +136,19 @@ def _odd(x):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _prepare(x, w, points, rule, delta, a, p, q, other, tilt, odd):  # type: ignore[no-untyped-def]
+def _prepare(x, w, points, rule, delta, a, weight, p, q, other, tilt, odd):  # type: ignore[no-untyped-def]
     """P, Q and what the sign rule needs (`other`: turned P, or the shift's share of Q) of all groups of one block."""
     group = points.shape[0]
-    for g in range(a.shape[0]):
+    groups = x.size // group
+    for g in range(groups):
         for i in range(group):
             at = g * group + i
             a[g, i] = TWO * w[at] * (x[at] if rule >= DELTA_EACH else abs(x[at]))
-    weight = w.reshape(a.shape)
-    for g in range(0, a.shape[0], 2):
+            weight[g, i] = w[at]
+    for g in range(0, groups, 2):
         for row in range(0, group, 4):
             _products(a[g : g + 2], weight[g : g + 2], points, row, p[g : g + 2], q[g : g + 2])
-    for g in range(a.shape[0]):
+    for g in range(groups):
         if rule >= DELTA_EACH:
             tilt[g] = _shift(x[g * 8 : g * 8 + 8], weight[g], points, delta, q[g], other[g])
         elif rule == PARITY:
@@ -259,15 +260,14 @@ def search(x, w, scales, points, rule, delta, errors, chosen, code, signs, minus
     and its nearest points: code [B, groups], signs and minus [B, octets]."""
     group, entries = points.shape
     groups, steps = x.shape[1] // group, scales.shape[1]
-    a, tilt, odd = np.empty((groups, group), np.float32), np.zeros(groups, np.float32), np.zeros(groups, np.bool_)
-    p, q, other = (
-        np.empty((groups, entries), np.float32),
-        np.empty((groups, entries), np.float32),
-        np.empty((groups, entries), np.float32),
-    )
+    even = groups + groups % 2  # the products are formed for two groups at a time
+    a, weight = np.zeros((even, group), np.float32), np.zeros((even, group), np.float32)
+    tilt, odd = np.zeros(groups, np.float32), np.zeros(groups, np.bool_)
+    all_p, all_q = np.empty((even, entries), np.float32), np.empty((even, entries), np.float32)
+    p, q, other = all_p[:groups], all_q[:groups], np.empty((groups, entries), np.float32)
     pair, error, flag = np.zeros((2, steps), np.float32), np.empty(entries, np.float32), np.zeros(groups, np.bool_)
     for b in range(x.shape[0]):
-        _prepare(x[b], w[b], points, rule, delta, a, p, q, other, tilt, odd)
+        _prepare(x[b], w[b], points, rule, delta, a, weight, all_p, all_q, other, tilt, odd)
         _errors(p, q, other, tilt, odd, group, rule, scales[b], pair, errors[b])
         if chosen.size == 0:
             continue

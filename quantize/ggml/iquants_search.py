@@ -37,7 +37,7 @@ class Choice:
 def scan(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
     """Weighted error of blocks at several scales, without the constant sum(weight * x^2).
 
-    x, weight  [B, width] float32, weight >= 0; width: layout.shared, or less: a multiple of 16 for IQ3, IQ2 and IQ1
+    x, weight  [B, width] float32, weight >= 0; width: layout.shared, or whole groups (PARITY: whole octets) of it
     scales     [B, S] float32, >= 0: what a unit of the codebook stands for
     returns    [B, S] float32: min over points and allowed signs of sum(weight * (x - scale * sign * point)^2 - weight * x^2)
     """
@@ -93,7 +93,8 @@ def _search_numba(
     errors = np.empty(scales.shape, np.float32)
     chosen = np.empty(count if choosing else 0, np.int64)
     code = np.empty((count, width // layout.group), np.int16)
-    signs, minus = np.zeros((count, width // 8), np.uint8), np.zeros((count, width // 8), np.bool_)
+    octets = (count, -(-width // 8))
+    signs, minus = np.zeros(octets, np.uint8), np.zeros(octets, np.bool_)
 
     def work(start: int, stop: int) -> None:
         part = slice(start, stop)
@@ -198,10 +199,10 @@ def picked(least: Tensor, codes: Tensor, x: Tensor, weight: Tensor, layout: Layo
     second = second.gather(2, at).squeeze(2)
     codes = codes.gather(3, at.unsqueeze(2).expand(-1, -1, codes.shape[2], 1)).squeeze(3)
     code = torch.where(second, codes[..., -1], codes[..., 0])
-    octets = (x.shape[0], x.shape[1] // 8)
+    octets = (x.shape[0], -(-x.shape[1] // 8))
     if layout.signs is Signs.DELTA:
         return Choice(index, code.to(torch.int16), torch.zeros(octets, dtype=torch.uint8, device=x.device), second)
-    bits = (x < 0).reshape(*octets, 8)
+    bits = torch.nn.functional.pad(x < 0, (0, -x.shape[1] % 8)).reshape(*octets, 8)
     if layout.signs is Signs.PARITY:
         price = (weight * x.abs()).reshape(*code.shape, -1) * points_on(layout.name, x.device)[code.long()]
         turned = torch.nn.functional.one_hot(price.argmin(-1), layout.group).bool() & second.unsqueeze(-1)
