@@ -1,0 +1,253 @@
+"""One layer's INT4: from its weights and what calibration saw of it to codes, scales and the layer as it is read back.
+
+Experts are taken in chunks, so that the working memory is bounded whatever the layer's size. Every expert has its own
+second moments, scales and error feedback; all share bits and group size, as the engines want.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..convert.minimax_m2 import ATTENTION, LayerWeights
+from ..quantize.gptq import DAMPING, Grid, Solved, quantize
+from ..quantize.int_grid import IntWeight, dequantize
+from ..quantize.moments import Moments, check_moments, shrunk, shrunk_diagonal
+from ..quantize.rtn import rtn_int
+from ..quantize.transforms import overflow_cure, scale_pair
+from .statistics import LayerStatistics
+
+METHODS = ("gptq", "awq", "rtn")
+EFFORTS = ("fast", "default", "high")
+WORKING_MATRICES = 7  # float32 [O, I] or [I, I] matrices that a solve holds for each expert
+LEAST_ROWS = 32  # an expert that saw fewer is reported
+
+ReadExperts = Callable[[str, range], Tensor]
+
+
+@dataclass(frozen=True)
+class Int4Options:
+    """How a layer is quantized. `shrinkage`: see quantize/moments.py; `memory`: working bytes beside the layer."""
+
+    method: str = "gptq"
+    effort: str = "default"
+    grid: Grid = field(default_factory=Grid)
+    attention: str = "bf16"
+    damping: float = DAMPING
+    shrinkage: float = 0.3
+    memory: int = 16 << 30
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What the user should know of a layer: experts without calibration, hard factorizations, cured overflows."""
+
+    layer: int
+    unseen: tuple[int, ...] = ()
+    starved: tuple[int, ...] = ()
+    damped: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
+    cured: dict[int, int] = field(default_factory=dict)
+
+    def lines(self) -> Iterator[str]:
+        """One line a finding."""
+        if self.unseen:
+            yield f"layer {self.layer}: experts {_some(self.unseen)} saw no token; the layer's pooled moments were used"
+        if self.starved:
+            yield f"layer {self.layer}: experts {_some(self.starved)} saw fewer than {LEAST_ROWS} calibration tokens"
+        if self.damped:
+            yield f"layer {self.layer}: {_some(self.damped)} needed more damping"
+        if self.rounded:
+            yield f"layer {self.layer}: {_some(self.rounded)} could not be factored and were rounded to nearest"
+        for expert, power in self.cured.items():
+            yield f"layer {self.layer}: expert {expert} overflowed float16; w3 * 2^-{power}, w2 * 2^{power}"
+
+
+def _some(items: tuple[object, ...]) -> str:
+    shown = ", ".join(str(i) for i in items[:8])
+    return shown + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer's result.
+
+    experts    w1, w3, w2: IntWeight with codes [E, O, I]
+    attention  q_proj ...: IntWeight with codes [O, I]; empty unless attention is INT4
+    plain      replaced norms, router or bias by LayerWeights field; empty when nothing changed
+    """
+
+    experts: dict[str, IntWeight]
+    attention: dict[str, IntWeight]
+    plain: dict[str, Tensor]
+    report: LayerReport
+
+
+def quantize_layer(
+    layer: int,
+    weights: LayerWeights,
+    statistics: LayerStatistics,
+    options: Int4Options,
+    read: ReadExperts | None = None,
+) -> QuantizedLayer:
+    """Codes of one layer by GPTQ (or moment-weighted rounding for method rtn).
+
+    weights  any compute dtype, on the device that does the work
+    read     gives experts in float32 (projection, range) when `weights` are not exact; default: from `weights`
+
+    Raises ValueError when the statistics are not of this layer, or hold NaN or infinity.
+    """
+    check_statistics(layer, weights, statistics)
+    device = weights.w1.device
+    cure = overflow_cure(_largest(statistics.expert_mid)).to(device)
+    reader = read if read is not None else _reader(weights)
+    mid = scaled_moments(statistics.expert_mid, cure.to(statistics.expert_mid.weight.device))
+    found: list[tuple[dict[str, IntWeight], list[Solved]]] = []
+    for chosen in expert_chunks(weights, options.memory):
+        w1, w3, w2 = (reader(name, chosen).to(device=device, dtype=torch.float32) for name in ("w1", "w3", "w2"))
+        w3, w2 = scale_pair(w3, w2, cure[chosen.start : chosen.stop])
+        part = slice(chosen.start, chosen.stop)
+        first = solve(torch.cat((w1, w3), 1), statistics.expert_in, part, options)
+        second = solve(w2, mid, part, options)
+        width = w1.shape[1]
+        pieces = {"w1": rows_of(first.weight, slice(0, width)), "w3": rows_of(first.weight, slice(width, None))}
+        found.append(({**pieces, "w2": second.weight}, [first, second]))
+    experts = {name: join([piece[name] for piece, _ in found]) for name in ("w1", "w3", "w2")}
+    report = make_report(layer, statistics, cure, [solved for _, solved in found])
+    attention = quantize_attention(weights, statistics, options) if options.attention == "int4" else {}
+    return QuantizedLayer(experts, attention, {}, report)
+
+
+def solve(weight: Tensor, moments: Moments, part: slice, options: Int4Options) -> Solved:
+    """One chunk of matrices [E, O, I] float32 by the options' method."""
+    grid = options.grid
+    if options.method == "rtn":
+        importance = shrunk_diagonal(moments, options.shrinkage, part).to(weight.device)
+        rounded = rtn_int(weight, grid.bits, grid.group_size, grid.symmetric, importance=importance)
+        nothing = torch.zeros(weight.shape[0], device=weight.device)
+        return Solved(rounded, None, nothing, nothing.bool())
+    second = shrunk(moments, options.shrinkage, part).to(weight.device)
+    return quantize(weight, second, grid, options.damping)
+
+
+def quantize_attention(
+    weights: LayerWeights, statistics: LayerStatistics, options: Int4Options
+) -> dict[str, IntWeight]:
+    """q, k, v under what enters them, o under what enters it."""
+    names = {"q_proj": weights.q, "k_proj": weights.k, "v_proj": weights.v, "o_proj": weights.o}
+    found = {}
+    for name in ATTENTION:
+        moments = statistics.attention_out if name == "o_proj" else statistics.attention_in
+        found[name] = select(solve(names[name].float().unsqueeze(0), moments, slice(None), options).weight, 0)
+    return found
+
+
+def check_statistics(layer: int, weights: LayerWeights, statistics: LayerStatistics) -> None:
+    """ValueError unless the statistics fit the layer's matrices."""
+    if statistics.layer != layer:
+        raise ValueError(f"statistics of layer {statistics.layer}, expected layer {layer}")
+    experts, width, hidden = weights.w1.shape
+    check_moments(statistics.expert_in, experts, hidden, f"layer {layer} w1, w3")
+    check_moments(statistics.expert_mid, experts, width, f"layer {layer} w2")
+    check_moments(statistics.attention_in, 1, hidden, f"layer {layer} q, k, v")
+    check_moments(statistics.attention_out, 1, weights.o.shape[1], f"layer {layer} o")
+
+
+def expert_chunks(weights: LayerWeights, memory: int) -> Iterator[range]:
+    """Ranges of experts whose solves fit into `memory` working bytes."""
+    experts, width, hidden = weights.w1.shape
+    each = 4 * WORKING_MATRICES * max(hidden, width) * max(hidden, 2 * width)
+    step = max(1, memory // each)
+    for start in range(0, experts, step):
+        yield range(start, min(experts, start + step))
+
+
+def scaled_moments(moments: Moments, power: Tensor) -> Moments:
+    """Moments of inputs that were multiplied by 2^-p; power [E]."""
+    if not bool(power.any()):
+        return moments
+    factor = torch.ldexp(torch.ones_like(moments.weight), -power)
+    square = factor.square()
+    return dataclasses.replace(
+        moments,
+        second=None if moments.second is None else moments.second * square.view(-1, 1, 1),
+        diagonal=moments.diagonal * square.unsqueeze(-1),
+        plain_diagonal=moments.plain_diagonal * square.unsqueeze(-1),
+        amax=moments.amax * factor,
+        sum32=moments.sum32 * factor,
+        sum16=moments.sum16 * factor,
+    )
+
+
+def _largest(moments: Moments) -> Tensor:
+    return torch.stack((moments.amax, moments.sum32, moments.sum16)).amax(0)
+
+
+def _reader(weights: LayerWeights) -> ReadExperts:
+    def read(projection: str, chosen: range) -> Tensor:
+        return getattr(weights, projection)[chosen.start : chosen.stop]
+
+    return read
+
+
+def rows_of(weight: IntWeight, rows: slice) -> IntWeight:
+    """Some output rows of a batch of matrices."""
+    zeros = None if weight.zeros is None else weight.zeros[..., rows, :]
+    return IntWeight(weight.codes[..., rows, :], weight.scales[..., rows, :], zeros, weight.bits)
+
+
+def select(weight: IntWeight, index: int) -> IntWeight:
+    """One matrix of a batch."""
+    zeros = None if weight.zeros is None else weight.zeros[index]
+    return IntWeight(weight.codes[index], weight.scales[index], zeros, weight.bits)
+
+
+def join(parts: list[IntWeight]) -> IntWeight:
+    """Batches of matrices one after another."""
+    zeros = [p.zeros for p in parts if p.zeros is not None]
+    return IntWeight(
+        torch.cat([p.codes for p in parts]),
+        torch.cat([p.scales for p in parts]),
+        torch.cat(zeros) if zeros else None,
+        parts[0].bits,
+    )
+
+
+def make_report(layer: int, statistics: LayerStatistics, cure: Tensor, solved: list[list[Solved]]) -> LayerReport:
+    """Findings of a layer from its statistics and the solves of its chunks."""
+    count = statistics.expert_in.count
+    damped, rounded = [], []
+    for index, name in enumerate(("w1+w3", "w2")):
+        damping = torch.cat([part[index].damping for part in solved])
+        failed = torch.cat([part[index].rounded for part in solved])
+        usual = damping.min()
+        damped += [f"{name} of expert {e}" for e in ((damping > usual) & ~failed).nonzero().flatten().tolist()]
+        rounded += [f"{name} of expert {e}" for e in failed.nonzero().flatten().tolist()]
+    return LayerReport(
+        layer,
+        tuple((count == 0).nonzero().flatten().tolist()),
+        tuple(((count > 0) & (count < LEAST_ROWS)).nonzero().flatten().tolist()),
+        tuple(damped),
+        tuple(rounded),
+        {e: int(cure[e]) for e in cure.nonzero().flatten().tolist()},
+    )
+
+
+def as_read_back(weights: LayerWeights, quantized: QuantizedLayer, dtype: torch.dtype | None = None) -> LayerWeights:
+    """The layer with its quantized matrices' values, in the dtype of `weights` or another."""
+    to = dtype if dtype is not None else weights.w1.dtype
+    values = {name: dequantize_batch(found, to) for name, found in quantized.experts.items()}
+    values |= {name.removesuffix("_proj"): dequantize(found).to(to) for name, found in quantized.attention.items()}
+    return dataclasses.replace(weights, **values, **quantized.plain)
+
+
+def dequantize_batch(weight: IntWeight, dtype: torch.dtype) -> Tensor:
+    """Values [E, O, I]; one matrix at a time, so that float32 copies stay small."""
+    if dtype == torch.float32:
+        return dequantize(weight)
+    return torch.stack([dequantize(select(weight, e)).to(dtype) for e in range(weight.codes.shape[0])])

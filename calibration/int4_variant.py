@@ -1,0 +1,68 @@
+"""INT4 folders computed from statistics: the calibrated methods in the layout of `convert.int4_variant`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert.checkpoint import Checkpoint
+from ..convert.int4_variant import Int4Variant, packed_tensors
+from ..convert.minimax_m2 import ATTENTION, PROJECTIONS, LayerWeights, attention_name, expert_name, plain_shapes
+from ..convert.variant import plain_tensors
+from .int4_layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer, select
+from .provider import LayerInputs
+
+
+@dataclass(frozen=True)
+class CalibratedInt4(Int4Variant):
+    """W4A16 by GPTQ or AWQ; `report` is called with every line that the user should see."""
+
+    options: Int4Options = dataclasses.field(default_factory=Int4Options)
+    report: Callable[[str], None] = print
+
+    @property
+    def label(self) -> str:
+        effort = "" if self.options.effort == "default" else f"-{self.options.effort}"
+        return f"W{self.bits}A16-g{self.group_size}-{self.options.method}{effort}"
+
+    def run(self) -> dict[str, Any]:
+        o = self.options
+        settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
+        return {**super().run(), "method": o.method, "symmetric": o.grid.symmetric, **settings}
+
+    def calibrated_layer(
+        self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
+    ) -> tuple[dict[str, Tensor], LayerWeights | None]:
+        """The tensors of `specs`, and the layer as it will be read back."""
+        layer, weights = inputs.layer, inputs.weights
+
+        def exact(projection: str, chosen: range) -> Tensor:
+            return source.read_experts(layer, projection, chosen, device, torch.float32)
+
+        read = None if weights.w1.dtype == torch.float32 else exact
+        quantized = quantize_layer(layer, weights, inputs.statistics, self.options, read)
+        for line in quantized.report.lines():
+            self.report(line)
+        tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
+        for projection in ATTENTION:
+            name = attention_name(layer, projection)
+            if projection in quantized.attention:
+                tensors |= packed_tensors(name, quantized.attention[projection])
+            else:
+                tensors |= self.attention_tensors(source, name, device)
+        tensors |= self.packed_experts(quantized, layer)
+        return tensors, as_read_back(weights, quantized)
+
+    def packed_experts(self, quantized: QuantizedLayer, layer: int) -> dict[str, Tensor]:
+        """The expert tensors of one layer."""
+        tensors: dict[str, Tensor] = {}
+        for projection in PROJECTIONS:
+            batch = quantized.experts[projection]
+            for expert in range(batch.codes.shape[0]):
+                tensors |= packed_tensors(expert_name(layer, expert, projection), select(batch, expert))
+        return tensors
