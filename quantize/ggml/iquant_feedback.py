@@ -122,7 +122,13 @@ def encode_with_feedback(
     layout = layout_of(kind, rows.shape)
     check_rows(rows, layout)
     if known.order.shape != (rows.shape[0], rows.shape[2] // SUPER):
-        raise ValueError(f"{kind.name}: rows {tuple(rows.shape)}, the factor is of {known.moments.shape[0]} matrices")
+        raise ValueError(
+            f"{kind.name}: rows {tuple(rows.shape)}, the factor is of moments {tuple(known.moments.shape)}"
+        )
+    if known.metric.shape[-1] != unit_of(layout):
+        raise ValueError(
+            f"{kind.name}: the factor is for groups of {known.metric.shape[-1]}, expected {unit_of(layout)}"
+        )
     weight = rows.float().gather(2, _columns(known.order).unsqueeze(1).expand_as(rows))
     state = State(weight, torch.zeros_like(weight), [None] * (rows.shape[2] // SUPER))
     with full_float32():

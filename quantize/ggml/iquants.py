@@ -106,7 +106,7 @@ def checked_importance(rows: Tensor, importance: Tensor | None, layout: Layout) 
     """Importance as float32 of the rows' shape (a view when it is one vector)."""
     if importance is None:
         return torch.ones(1, device=rows.device).expand(rows.shape)
-    if importance.shape not in (rows.shape, rows.shape[-1:]):
+    if importance.shape not in (rows.shape, rows.shape[-1:], (1, *rows.shape[1:])):
         expected = f"{tuple(rows.shape[-1:])} or {tuple(rows.shape)}"
         raise ValueError(f"{layout.name}: importance {tuple(importance.shape)}, expected {expected}")
     low, high = (float(v) for v in torch.aminmax(importance))

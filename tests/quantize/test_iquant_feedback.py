@@ -1,0 +1,130 @@
+"""Block LDLQ and descent into vector codebooks: the factor by its definition, the objective against plain encoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmquant.quantize.ggml import iquant_feedback, iquants
+from mmquant.quantize.ggml.iquant_feedback import encode_with_feedback, factor
+from mmquant.quantize.ggml.iquants_layout import LAYOUTS, SUPER
+from mmquant.quantize.ggml.types import GGMLType
+
+KINDS = [GGMLType[name] for name in LAYOUTS]
+FAST = iquants.EFFORTS["fast"]
+
+
+def moments(experts: int, n: int, rank: int) -> Tensor:
+    """Second moments of correlated inputs of very different sizes: [E, n, n]."""
+    generator = torch.Generator().manual_seed(2)
+    mixed = torch.randn(experts, n, rank, generator=generator) * torch.rand(experts, 1, rank, generator=generator) ** 2
+    size = torch.randn(experts, n, generator=generator).exp()
+    second = mixed @ mixed.mT / rank + 0.3 * torch.eye(n)
+    return second * size.unsqueeze(1) * size.unsqueeze(2)
+
+
+def weights(experts: int, rows: int, n: int) -> Tensor:
+    return torch.randn(experts, rows, n, generator=torch.Generator().manual_seed(4)) * 0.02
+
+
+def loss(error: Tensor, second: Tensor) -> Tensor:
+    """tr(E H E^T) of each matrix, [E]."""
+    return torch.einsum("ern,enm,erm->e", error, second, error)
+
+
+def decoded(data: Tensor, kind: GGMLType, shape: torch.Size) -> Tensor:
+    return iquants.decode(data.flatten(0, 1), kind, shape[-1]).reshape(shape)
+
+
+def plain(rows: Tensor, kind: GGMLType, second: Tensor) -> Tensor:
+    importance = second.diagonal(dim1=1, dim2=2)
+    return torch.stack([iquants.encode(w, kind, d) for w, d in zip(rows, importance, strict=True)])
+
+
+def in_order(second: Tensor, order: Tensor) -> Tensor:
+    columns = (order.unsqueeze(-1) * SUPER + torch.arange(SUPER)).flatten(1)
+    return torch.stack([h[c][:, c] for h, c in zip(second, columns, strict=True)])
+
+
+@pytest.mark.parametrize("kind", [GGMLType.IQ3_S, GGMLType.IQ2_XS])
+def test_the_factor_is_block_ldl_of_the_damped_moments(kind: GGMLType) -> None:
+    second = moments(2, 512, 100)
+    known = factor(second, kind, damping=0.03)
+    unit = 4 if kind is GGMLType.IQ3_S else 8
+    blocks = torch.stack([torch.block_diag(*m) for m in known.metric])
+    expected = in_order(second, known.order) + 0.03 * second.diagonal(dim1=1, dim2=2).mean(1).reshape(
+        -1, 1, 1
+    ) * torch.eye(512)
+    assert torch.allclose(known.lower @ blocks @ known.lower.mT, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+    assert torch.allclose(known.moments, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+    own = known.lower.unflatten(1, (-1, unit)).unflatten(-1, (-1, unit)).diagonal(dim1=1, dim2=3)
+    assert torch.allclose(own, torch.eye(unit).reshape(1, unit, unit, 1).expand_as(own), atol=1e-4)
+    energy = in_order(second, known.order).diagonal(dim1=1, dim2=2).unflatten(1, (-1, SUPER)).mean(-1)
+    assert bool((energy.diff(dim=1) >= 0).all())  # the last place, which goes first, has the most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_feedback_lowers_the_output_error(kind: GGMLType) -> None:
+    second, rows = moments(2, 512, 128), weights(2, 12, 512)
+    before = loss(rows - decoded(plain(rows, kind, second), kind, rows.shape), second)
+    known = factor(second, kind)
+    swept = loss(rows - decoded(encode_with_feedback(rows, kind, known, FAST, passes=0), kind, rows.shape), second)
+    descended = loss(rows - decoded(encode_with_feedback(rows, kind, known, FAST, passes=1), kind, rows.shape), second)
+    assert bool((swept < 0.88 * before).all())
+    assert bool((descended < 0.97 * swept).all())
+
+
+def test_descent_never_raises_its_objective() -> None:
+    second, rows = moments(1, 512, 64), weights(1, 9, 512)
+    known = factor(second, GGMLType.IQ3_XXS, damping=0.1)
+    damped = second + 0.1 * second.diagonal(dim1=1, dim2=2).mean() * torch.eye(512)
+    losses = [
+        float(loss(rows - decoded(encode_with_feedback(rows, GGMLType.IQ3_XXS, known, FAST, passes=p), GGMLType.IQ3_XXS, rows.shape), damped))
+        for p in (0, 1, 3)
+    ]  # fmt: skip
+    assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("kind", [GGMLType.IQ2_XXS, GGMLType.IQ1_S, GGMLType.IQ1_M])
+def test_diagonal_moments_give_plain_rounding(kind: GGMLType) -> None:
+    """Without correlations nothing is fed back; what is left is the nearest point at searched scales."""
+    rows = weights(1, 5, 512)
+    size = torch.rand(1, 512, generator=torch.Generator().manual_seed(0)) + 0.1
+    second = torch.diag_embed(size)
+    known = factor(second, kind, damping=1e-6)
+    fed = decoded(encode_with_feedback(rows, kind, known, passes=0), kind, rows.shape)
+    assert torch.allclose(fed, decoded(plain(rows, kind, second), kind, rows.shape), atol=1e-7)
+
+
+def test_a_matrix_without_energy_is_rounded_plainly_and_does_not_touch_others() -> None:
+    kind = GGMLType.IQ2_XXS
+    second, rows = moments(3, 256, 64), weights(3, 4, 256)
+    alone = encode_with_feedback(rows[:1], kind, factor(second[:1], kind), FAST)
+    second[1] = 0
+    second[2, 3, 7] = float("nan")
+    data = encode_with_feedback(rows, kind, factor(second, kind), FAST)
+    assert torch.equal(data[0], alone[0])
+    for e in (1, 2):
+        off = rows[e] - iquants.decode(data[e], kind, 256)
+        assert float(off.square().sum()) < 0.2 * float(rows[e].square().sum())
+
+
+def test_zero_rows_and_one_row() -> None:
+    kind = GGMLType.IQ3_S
+    second, rows = moments(1, 256, 64), weights(1, 3, 256)
+    rows[0, 1] = 0
+    data = encode_with_feedback(rows, kind, factor(second, kind), FAST)
+    assert bool((iquants.decode(data[0], kind, 256)[1] == 0).all())
+    assert torch.equal(data[:, 2:], encode_with_feedback(rows[:, 2:], kind, factor(second, kind), FAST))
+
+
+def test_bad_input_is_refused() -> None:
+    known = factor(moments(1, 256, 32), GGMLType.IQ3_S)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        encode_with_feedback(torch.full((1, 2, 256), float("nan")), GGMLType.IQ3_S, known)
+    with pytest.raises(ValueError, match="the factor is of"):
+        encode_with_feedback(weights(1, 2, 512), GGMLType.IQ3_S, known)
+    with pytest.raises(ValueError, match="the factor is for groups of 4"):
+        encode_with_feedback(weights(1, 2, 256), GGMLType.IQ2_S, known)
+    assert iquant_feedback.unit_of(LAYOUTS["IQ3_XXS"]) == 8  # two points share one parity
