@@ -45,7 +45,7 @@ def open_source(spec: str | Path, fetch: FetchOptions | None = None) -> Source:
 def open_native(spec: str | Path, fetch: FetchOptions | None = None) -> Checkpoint:
     """Open a checkpoint that can be quantized: native FP8 or plain BF16, in a folder or on a hub (then by `fetch`)."""
     if str(spec) == DEMO:
-        return open_checkpoint(demo_folder())
+        return Checkpoint(LocalFolder(demo_folder(), DEMO))
     if str(spec).startswith(("hf:", "ms:")):
         from .hub_store import hub_source
 

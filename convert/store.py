@@ -64,11 +64,11 @@ class ShardStore(Protocol):
 class LocalFolder:
     """A checkpoint in a folder; nothing to fetch, nothing to delete."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, label: str | None = None) -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder}: not a folder, expected a checkpoint with config.json and safetensors shards")
         self.folder = folder
-        self.label = str(folder)
+        self.label = label or str(folder)
 
     def files(self) -> dict[str, int]:
         return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in self.folder.iterdir() if p.is_file()}
@@ -153,9 +153,7 @@ def header_length(first: bytes, shard: str, file_size: int) -> int:
         raise ValueError(f"{shard}: {len(first)} bytes, too short for a safetensors file")
     (length,) = struct.unpack("<Q", first)
     if length > min(HEADER_LIMIT, file_size - 8) or length < 2:
-        raise ValueError(
-            f"{shard}: header of {length} bytes in a file of {file_size}, the shard is damaged or cut off"
-        )
+        raise ValueError(f"{shard}: header of {length} bytes in a file of {file_size}, the shard is damaged or cut off")
     return length
 
 
