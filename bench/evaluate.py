@@ -135,13 +135,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
         ahead, _ = timed(lambda s=source, w=weights, h=hidden: forward_all(s, w, h, batch), device)
         del weights, hidden
         size = layer_bytes(source)
-        rows.append(
-            (
-                f"{label}: read and dequantize",
-                read,
-                f"{size / 1e9:.2f} GB, {size / read / 1e9:.1f} GB/s; first time {first:.2f} s; floor {size / 55e9:.3f} s at 55 GB/s",
-            )
-        )
+        rate = f"{size / 1e9:.2f} GB, {size / read / 1e9:.1f} GB/s; first time {first:.2f} s"
+        rows.append((f"{label}: read and dequantize", read, f"{rate}; floor {size / 55e9:.3f} s at 55 GB/s"))
         flops = float(2 * arguments.tokens * (8 * 3 * 3072 * 1536 + 2 * 3072 * 128 * (48 + 8)))
         flops += 2 * arguments.tokens * arguments.context * 48 * 128
         rows.append(

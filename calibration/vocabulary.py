@@ -4,45 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from ..convert.source import Source
 
 
-def tokenizer_digest(source: Source) -> str:
-    """SHA-256 of tokenizer.json; ValueError when the source carries none."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """What decides how text becomes ids: token by id, merges in order, the pre-tokenizer's description."""
+
+    tokens: dict[int, str]
+    merges: list[str]
+    splitting: str
+
+    @property
+    def digest(self) -> str:
+        whole = [sorted(self.tokens.items()), self.merges, self.splitting]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def read_vocabulary(source: Source) -> Vocabulary | None:
+    """The vocabulary of a source's tokenizer.json; None when it has none, ValueError when it is damaged."""
     data = source.small_file("tokenizer.json")
     if data is None:
-        raise ValueError(f"{source.label}: tokenizer.json is missing")
-    return hashlib.sha256(data).hexdigest()
-
-
-def vocabulary(source: Source) -> dict[int, str] | None:
-    """Token by id: of tokenizer.json, or of a GGUF file's own list (its padding left out); None without either."""
-    own = getattr(source, "vocabulary", None)
-    if own is not None:
-        return own
-    data = source.small_file("tokenizer.json")
-    return None if data is None else _table(data, source.label)
-
-
-def _table(data: bytes, label: str) -> dict[int, str]:
+        return None
     try:
         whole: dict[str, Any] = json.loads(data)
-        table = {int(number): token for token, number in whole["model"]["vocab"].items()}
-        table |= {int(added["id"]): added["content"] for added in whole.get("added_tokens", [])}
+        tokens = {int(number): str(token) for token, number in whole["model"]["vocab"].items()}
+        tokens |= {int(added["id"]): str(added["content"]) for added in whole.get("added_tokens") or []}
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"].get("merges") or []]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{label}: tokenizer.json is damaged, expected a BPE vocabulary") from None
-    return table
+        raise ValueError(f"{source.label}: tokenizer.json is damaged, expected a BPE vocabulary") from None
+    return Vocabulary(tokens, merges, json.dumps(whole.get("pre_tokenizer"), sort_keys=True))
+
+
+def tokenizer_digest(source: Source) -> str:
+    """SHA-256 of what the tokenizer does, equal for a folder and its GGUF; ValueError when there is none."""
+    found = read_vocabulary(source)
+    if found is None:
+        raise ValueError(f"{source.label}: tokenizer.json is missing")
+    return found.digest
 
 
 def check_same_tokenizer(reference: Source, candidate: Source) -> None:
-    """ValueError naming the first token on which two models differ; nothing when the candidate carries no tokenizer."""
-    mine, theirs = vocabulary(candidate), vocabulary(reference)
-    if mine is None or theirs is None or mine == theirs:
+    """ValueError naming what two tokenizers differ in; nothing when the candidate carries none."""
+    mine, theirs = read_vocabulary(candidate), read_vocabulary(reference)
+    if mine is None or theirs is None:
         return
-    if len(mine) != len(theirs):
-        raise ValueError(f"{candidate.label}: a tokenizer of {len(mine)} tokens, the reference has {len(theirs)}")
-    first = min(number for number in mine.keys() | theirs.keys() if mine.get(number) != theirs.get(number))
-    found, wanted = mine.get(first), theirs.get(first)
-    raise ValueError(f"{candidate.label}: token {first} is {found!r}, the reference's tokenizer has {wanted!r}")
+    if len(mine.tokens) != len(theirs.tokens):
+        counts = f"{len(mine.tokens)} tokens, the reference has {len(theirs.tokens)}"
+        raise ValueError(f"{candidate.label}: a tokenizer of {counts}: another tokenizer")
+    for number in sorted(mine.tokens.keys() | theirs.tokens.keys()):
+        found, wanted = mine.tokens.get(number), theirs.tokens.get(number)
+        if found != wanted:
+            raise ValueError(
+                f"{candidate.label}: token {number} is {found!r}, the reference's tokenizer has {wanted!r}"
+            )
+    for number, (found, wanted) in enumerate(zip(mine.merges, theirs.merges, strict=False)):
+        if found != wanted:
+            raise ValueError(
+                f"{candidate.label}: merge {number} is {found!r}, the reference's tokenizer has {wanted!r}"
+            )
+    if len(mine.merges) != len(theirs.merges) or mine.splitting != theirs.splitting:
+        raise ValueError(f"{candidate.label}: its tokenizer splits text in another way than the reference's")

@@ -24,11 +24,11 @@ from .gguf_names import (
     all_shapes,
     split_block,
 )
+from .gguf_tokenizer import tokenizer_json
 from .minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry
 
 ARCH = "minimax-m2"
 SIGMOID = 2
-UNUSED = 5  # tokenizer.ggml.token_type of padding
 SAMPLE = 1024  # bytes of each tensor in the fingerprint
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
@@ -218,21 +218,13 @@ class GgufSource:
         return out
 
     def small_file(self, name: str) -> bytes | None:
-        """config.json and chat_template.jinja from the metadata; a GGUF file has no tokenizer.json."""
+        """config.json, tokenizer.json and chat_template.jinja, made of the metadata."""
         if name == "config.json":
             return json.dumps(self.config).encode()
+        if name == "tokenizer.json":
+            return tokenizer_json(self.metadata)
         template = self.metadata.get("tokenizer.chat_template")
         return template.encode() if name == "chat_template.jinja" and isinstance(template, str) else None
-
-    @cached_property
-    def vocabulary(self) -> dict[int, str] | None:
-        """Token by id, padding left out; None for a file without a tokenizer."""
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list):
-            return None
-        kinds = self.metadata.get("tokenizer.ggml.token_type")
-        kinds = kinds if isinstance(kinds, list) and len(kinds) == len(tokens) else [1] * len(tokens)
-        return {i: str(token) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
 
     @property
     def bytes(self) -> int:

@@ -100,6 +100,10 @@ def run(
         raise UsageError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
     if not artifacts and save is None:
         raise UsageError("eval: no artifact, expected at least one folder or GGUF file (or --save-reference FILE)")
+    if engine != "mmquant":
+        from mmquant.engines import check_engine
+
+        check_engine(engine, artifacts)
     candidates = [open_source(artifact) for artifact in artifacts]
     truth = open_source(reference) if reference is not None else None
     for source in (*candidates, *filter(None, [truth])):
@@ -114,11 +118,39 @@ def run(
     settings = _settings(str(rank_device(device)), dtype, batch_tokens, state, floor)
     ranks = current_ranks()
     if engine != "mmquant":
-        from mmquant.engines import cross_check
-
-        return cross_check(engine, artifacts, truth, candidates, sample, settings, seed)
+        if ranks.world > 1:
+            raise UsageError(f"--engine {engine}: runs in one process, expected no torchrun")
+        return _with_engine(engine, artifacts, reference, truth, candidates, sample, settings, logits, save, seed)
     result = measure(truth, candidates, sample, settings, logits, save, seed)
     return result if ranks.first and candidates else None
+
+
+def _with_engine(
+    engine: str,
+    artifacts: tuple[str, ...],
+    reference: str | None,
+    truth: Source | None,
+    candidates: list[Source],
+    sample: Sample,
+    settings: Any,
+    logits: Path | None,
+    save: Path | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The streamed result with the engine's beside it."""
+    import tempfile
+
+    import torch
+
+    from mmquant.engines import cross_check
+
+    with tempfile.TemporaryDirectory(prefix="mmquant-eval-") as folder:
+        stored = logits or save or Path(folder) / "reference"
+        result = measure(truth, candidates, sample, settings, logits, None if logits else stored, seed)
+        # torch's own number of threads, so that OMP_NUM_THREADS rules both.
+        threads = torch.get_num_threads()
+        result["engine_check"] = cross_check(engine, artifacts, reference, stored, sample, result, threads)
+    return result
 
 
 def measure(

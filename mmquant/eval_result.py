@@ -213,6 +213,8 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", *_aligned([("candidate", "domain", "PPL", "KLD", "top-1 %"), *domains])]
     for candidate in result["candidates"]:
         lines += _worst_layer(candidate)
+    if "engine_check" in result:
+        lines += ["", *_engine_lines(result["engine_check"])]
     return "\n".join(lines)
 
 
@@ -227,6 +229,15 @@ def _worst_layer(candidate: dict[str, Any]) -> list[str]:
     overlap = min(layers, key=lambda layer: layer["expert_overlap"])
     text += f"most added by layer {layers[worst]['layer']}; experts agree least in layer {overlap['layer']} "
     return [text + f"({overlap['expert_overlap']:.4f})"]
+
+
+def _engine_lines(check: dict[str, Any]) -> list[str]:
+    rows = [("candidate", "PPL", "KLD", "99.9 %", "top-1 %", "PPL off", "KLD off")]
+    for c in check["candidates"]:
+        off = c["difference"]
+        numbers = (_number(c["ppl"]), _number(c["kld"]["mean"]), _number(c["kld"]["p999"]), _percent(c["top1"]))
+        rows.append((c["label"], *numbers, _percent(off["ppl"]) + " %", _number(off["kld_mean_nats"])))
+    return [f"by {check['engine']} {check['version']}, reference by {check['reference']}:", *_aligned(rows)]
 
 
 def _reference_ppl(result: dict[str, Any]) -> float | None:

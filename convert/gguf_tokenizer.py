@@ -1,0 +1,62 @@
+"""tokenizer.json out of a GGUF file's metadata: byte-level BPE with MiniMax-M2's pre-tokenizer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+PRE = "minimax-m2"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+# What `tokenizer.ggml.pre` = minimax-m2 stands for: the pattern of the release's tokenizer.json.
+_MARKS = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PATTERN = "|".join(
+    (
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_MARKS[0]}]*[{_MARKS[1]}]+{_ENDINGS}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_MARKS[0]}]+[{_MARKS[1]}]*{_ENDINGS}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+def tokenizer_json(metadata: dict[str, Any]) -> bytes | None:
+    """A tokenizer.json that splits text as the file's tokenizer does; None for a file that carries no BPE of M2's."""
+    tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(merges, list) or metadata.get("tokenizer.ggml.pre") != PRE:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        kinds = [NORMAL] * len(tokens)
+    both = [(i, str(token), kind) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))]
+    added = [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == CONTROL,
+        }
+        for i, token, kind in both
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    model = {
+        "type": "BPE",
+        "vocab": {token: i for i, token, kind in both if kind == NORMAL},
+        "merges": [str(merge).split(" ", 1) for merge in merges],
+    }
+    whole = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "decoder": level | {"use_regex": True},
+        "model": model,
+    }
+    return json.dumps(whole, ensure_ascii=False).encode()
