@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmquant import llamacpp
+import mmquant.llamacpp as llamacpp
 from mmquant.quantize.ggml.types import GGMLType
 
 

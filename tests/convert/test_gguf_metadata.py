@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import pytest
+
 from mmquant.convert.gguf_metadata import Importance, Value, card_fields, model_metadata, provenance_keys
 from mmquant.convert.minimax_m2 import Geometry
 from mmquant.convert.open import demo_folder, open_source

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from mmquant.convert.gguf_mix import (
     MIXES,
     PLAIN,
