@@ -37,4 +37,5 @@ def stored_bytes(geometry: Geometry, full: bool, dtype: str, experts: str = "rou
     size = STORED[dtype][0].itemsize
     first = 1 if experts == "all" else g.experts
     triangles = ((1, g.hidden), (1, query), (first, g.hidden), (g.experts, g.expert_width))
+    small += 8 * g.experts
     return small + size * sum(m * n * (n + 1) // 2 for m, n in triangles)

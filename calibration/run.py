@@ -64,7 +64,6 @@ def calibrate_into(
     rank, size = world()
     propagated = through.fingerprint if through is not None else "reference"
     identity = identity_of(
-        source.label,
         source.fingerprint,
         source.geometry,
         corpus.describe(),
@@ -73,7 +72,7 @@ def calibrate_into(
         dtype=str(options.dtype).removeprefix("torch."),
         ranks=size,
     )
-    writer = StatisticsWriter(folder, identity, dtype)
+    writer = StatisticsWriter(folder, identity, source.label, dtype)
     last = source.geometry.layers if layers is None else layers.stop
     barrier()  # every rank has read the manifest before rank 0 changes it
     if writer.done >= last:

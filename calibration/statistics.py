@@ -74,15 +74,18 @@ def effective_rows(statistics: LayerStatistics) -> Tensor:
     return weight.square() / statistics.routing.weight4.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def sampling_error(moments: Moments, rows: Tensor) -> Tensor:
+def sampling_error(moments: Moments, rows: Tensor, squares: Tensor | None = None) -> Tensor:
     """[E] expected relative error (Frobenius) of each second moment estimated from that many independent rows.
 
     For Gaussian rows with second moment S: sqrt((1 + r) / rows) with r = tr(S)^2 / |S|_F^2, the effective rank. Tokens
     of one text are not independent, so this is a lower estimate. Without full moments the off-diagonal part of |S|_F
     is unknown and r comes from the diagonal: an upper estimate of r. Infinite for an expert that saw nothing.
+    squares [E]: |S|_F^2 when it is known already.
     """
     trace = moments.diagonal.sum(1)
-    squares = moments.second.square().sum((1, 2)) if moments.second is not None else moments.diagonal.square().sum(1)
+    if squares is None:
+        second = moments.second
+        squares = moments.diagonal.square().sum(1) if second is None else second.square().sum((1, 2))
     rank = trace.square() / squares.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(rows > 0, ((1 + rank) / rows.clamp(min=1e-30)).sqrt(), torch.full_like(rows, torch.inf))
 

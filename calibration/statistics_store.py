@@ -7,17 +7,12 @@ after every layer: the layers that it lists are whole.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
@@ -25,13 +20,13 @@ from ..convert.files import replace_whole, write_whole
 from ..convert.minimax_m2 import Geometry
 from ..convert.store import parse_json
 from ..quantize.moments import Moments
-from .distributed import share, world
-from .packed import STORED, square, triangle
+from .distributed import world
+from .packed import STORED, square
 from .statistics import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics, RoutingStatistics
+from .statistics_file import SHARED, SQUARES, entries, write_tensors
 
 MANIFEST = "statistics.json"
 FORMAT = 1
-SHARED = "shared"  # second moment of the experts' input when every expert saw every token
 
 
 def layer_file(layer: int) -> str:
@@ -44,11 +39,11 @@ class StatisticsWriter:
     With several ranks every rank calls `write`: rank 0 writes, the owners of the experts send it their moments.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], dtype: str = "float32") -> None:
-        """Raises ValueError when the folder holds statistics of another model, corpus or settings, or other files."""
+    def __init__(self, folder: Path, identity: Mapping[str, Any], label: str, dtype: str = "float32") -> None:
+        """label: the model. Raises ValueError when the folder holds another run's statistics or other files."""
         if dtype not in STORED:
             raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(STORED)}")
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.label, self.dtype = folder, label, dtype
         self.identity = {**json.loads(json.dumps(identity)), "stored": dtype}
         self.layers: list[dict[str, Any]] = []
         if folder.exists() and not folder.is_dir():
@@ -72,16 +67,16 @@ class StatisticsWriter:
         rank, _ = world()
         path = self.folder / layer_file(found.layer)
         temporary = path.with_name(path.name + ".tmp")
-        entries = list(_entries(found, self.dtype))
+        parts = list(entries(found, self.dtype))
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
-                digest = _write_tensors(file, entries)
+                digest = write_tensors(file, parts)
             size = temporary.stat().st_size
             replace_whole(temporary, path)
             self.layers.append({"layer": found.layer, "file": path.name, "bytes": size, "sha256": digest})
         else:
-            for entry in entries:
+            for entry in parts:
                 for _ in entry.values():
                     pass
             self.layers.append({"layer": found.layer})
@@ -89,93 +84,8 @@ class StatisticsWriter:
     def commit(self) -> None:
         """Write statistics.json: from here on the layers written so far count."""
         if world()[0] == 0:
-            data = {"format": FORMAT, "identity": self.identity, "layers": self.layers}
+            data = {"format": FORMAT, "model": self.label, "identity": self.identity, "layers": self.layers}
             write_whole(self.folder / MANIFEST, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor to be written: its parts come one by one (on rank 0; other ranks send theirs while iterating)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    values: Callable[[], Iterator[Tensor]]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * (2 if self.dtype == "BF16" else 4)
-
-
-def _entries(found: LayerStatistics, dtype: str) -> Iterator[_Entry]:
-    def small(name: str, value: Tensor) -> _Entry:
-        return _Entry(name, "F32", tuple(value.shape), lambda: iter([value]))
-
-    for set_name in MOMENT_SETS:
-        moments: Moments = getattr(found, set_name)
-        for field in MOMENT_FIELDS:
-            value = getattr(moments, field)
-            if field != "second":
-                yield small(f"{set_name}.{field}", value)
-        if found.expert_mid.second is not None:
-            yield _second(set_name, moments, dtype)
-    for field in ROUTING_FIELDS:
-        yield small(f"routing.{field}", getattr(found.routing, field))
-    yield small("hidden_amax", found.hidden_amax)
-    yield small("mid_amax", found.mid_amax)
-
-
-def _second(set_name: str, moments: Moments, dtype: str) -> _Entry:
-    """Second moments of one set, expert by expert, fetched from their owners."""
-    rank, size = world()
-    inputs, target = moments.inputs, STORED[dtype]
-    packed = inputs * (inputs + 1) // 2
-    second = moments.second
-    one = set_name == "expert_in" and second is not None and second.stride(0) == 0 and len(second) > 1
-    matrices = 1 if one else moments.matrices
-
-    def values() -> Iterator[Tensor]:
-        for owner in range(size):
-            part = share(matrices, owner, size) if matrices > 1 else range(1 if owner == 0 else 0)
-            for index in range(len(part)):
-                if owner == rank:
-                    assert second is not None
-                    value = triangle(second[index]).to(target[0])
-                    if rank != 0:
-                        dist.send(value.view(torch.uint8).contiguous(), dst=0)
-                else:
-                    value = torch.empty(packed, dtype=target[0], device=moments.diagonal.device)
-                    if rank == 0:
-                        dist.recv(value.view(torch.uint8), src=owner)
-                yield value
-
-    return _Entry(f"{set_name}.second" + (f".{SHARED}" if one else ""), target[1], (matrices, packed), values)
-
-
-def _write_tensors(file: Any, entries: list[_Entry]) -> str:
-    """A safetensors file (https://github.com/huggingface/safetensors#format), tensor by tensor; its SHA-256."""
-    header, offset = {}, 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.bytes],
-        }
-        offset += entry.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    for data in _bytes(struct.pack("<Q", len(text)) + text, entries):
-        digest.update(data)
-        file.write(data)
-    return digest.hexdigest()
-
-
-def _bytes(head: bytes, entries: list[_Entry]) -> Iterator[bytes]:
-    yield head
-    for entry in entries:
-        for value in entry.values():
-            yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -210,6 +120,7 @@ class StoredStatistics:
     """Statistics in a folder, opened from statistics.json alone."""
 
     folder: Path
+    label: str
     identity: dict[str, Any]
     entries: tuple[dict[str, Any], ...]
 
@@ -225,10 +136,10 @@ class StoredStatistics:
     def check(self, fingerprint: str, layers: int | None = None, corpus: str | None = None) -> None:
         """Raise ValueError unless they are of this checkpoint (and corpus), and whole."""
         model = self.identity["model"]
-        if model["fingerprint"] != fingerprint:
+        if model != fingerprint:
             raise ValueError(
-                f"{self.folder}: statistics of another checkpoint ({model['label']}, fingerprint "
-                f"{model['fingerprint'][:12]}), expected fingerprint {fingerprint[:12]}"
+                f"{self.folder}: statistics of another checkpoint ({self.label}, fingerprint {model[:12]}), "
+                f"expected fingerprint {fingerprint[:12]}"
             )
         found = self.identity["corpus"]["fingerprint"]
         if corpus is not None and found != corpus:
@@ -237,6 +148,14 @@ class StoredStatistics:
             raise ValueError(
                 f"{self.folder}: {self.layers} of {layers} layers; run mmquant calibrate again to finish them"
             )
+
+    def squares(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """|S|_F^2 [E] of the second moments of the experts' inputs, w1/w3 and w2; None when only diagonals are kept."""
+        if not self.full:
+            return None
+        with safe_open(self.folder / self.entries[layer]["file"], framework="pt") as file:
+            first, second = (file.get_tensor(f"{name}.{SQUARES}") for name in ("expert_in", "expert_mid"))
+        return first, second
 
     def layer(self, layer: int, second: bool = True) -> LayerStatistics:
         """One layer's statistics on the CPU; `second` False leaves full moments on disk."""
@@ -271,15 +190,15 @@ def _read_moments(file: Any, names: set[str], name: str, second: bool) -> Moment
 def open_statistics(folder: Path) -> StoredStatistics:
     """Open what `mmquant calibrate --out` wrote. Raises ValueError when it is not such a folder."""
     data = read_manifest(folder)
-    return StoredStatistics(folder, data["identity"], tuple(data["layers"]))
+    return StoredStatistics(folder, str(data.get("model")), data["identity"], tuple(data["layers"]))
 
 
 def identity_of(
-    label: str, fingerprint: str, geometry: Geometry, corpus: Mapping[str, Any], collect: object, **settings: Any
+    fingerprint: str, geometry: Geometry, corpus: Mapping[str, Any], collect: object, **settings: Any
 ) -> dict[str, Any]:
     """What decides the statistics' bits: model, text, what is collected and how it is computed."""
     return {
-        "model": {"label": label, "fingerprint": fingerprint},
+        "model": fingerprint,
         "geometry": dataclasses.asdict(geometry),
         "corpus": dict(corpus),
         "collect": dataclasses.asdict(collect),  # type: ignore[call-overload]

@@ -15,6 +15,7 @@ COMMANDS = {
     "fp8": "FP8 for vLLM and SGLang, exact from the release.",
     "int4": "INT4 weights (W4A16) for vLLM and SGLang.",
     "gguf": "GGUF for llama.cpp.",
+    "calibrate": "Every expert's statistics in one streamed pass.",
     "eval": "Perplexity, KL divergence and agreement with the reference.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
