@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, Globals, LayerWeights
+from ..quantize.combine import combine
 
 # Routed rows that an expert batch may hold at once; bounds the activations, not the result.
 ROWS = 1 << 17
@@ -133,10 +134,10 @@ def run_experts(weights: LayerWeights, x: Tensor, routing: Routing, observer: Ob
         h = F.silu(gate) * up
         y = grouped_matmul(h, weights.w2, offsets)
         observer.experts(rows, h, y, token + start, slot, offsets)
-        back = torch.empty_like(y)
-        back[order] = y
-        share = routing.weights[start : start + step].unsqueeze(-1)
-        out[start : start + step] = (back.view(-1, per_token, y.shape[1]).float() * share).sum(1)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        share = routing.weights[start : start + step]
+        out[start : start + step] = combine(y, place.view(-1, per_token), share)
     return out
 
 

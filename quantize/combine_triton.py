@@ -1,0 +1,19 @@
+"""The kernel of `combine`: a program owns a token and a stretch of channels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def combine_kernel(y, place, share, out, hidden, K: tl.constexpr, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = channel < hidden
+    total = tl.zeros([WIDTH], tl.float32)
+    for k in range(K):
+        row = tl.load(place + token * K + k)
+        value = tl.load(y + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
+        total += value * tl.load(share + token * K + k)
+    tl.store(out + token * hidden + channel, total, mask=inside)
