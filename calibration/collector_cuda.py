@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .collector import Collector
 from .forward import Routing
-from .sums import Sums, add_gram, scaled_rows
-
-FUSED_GRAM = True
+from .sums import Sums, add_gram
 
 
 def make_collector(*args: Any, **kwargs: Any) -> Collector:
@@ -80,7 +78,7 @@ class FusedCollector(Collector):
         sums.extremes((found.peak.amax(1), found.sum32, found.sum16))
 
     def _grams(self, x: Tensor, h: Tensor, share: Tensor, ends: Tensor, offsets: list[int]) -> None:
-        from ..quantize.moments_triton import add_grams
+        from ..quantize.moments_triton import add_grams, scale_rows
 
         kept = self.kept
         rows = slice(offsets[kept.start], offsets[kept.stop])
@@ -88,8 +86,8 @@ class FusedCollector(Collector):
         for second, values in ((self.expert_in.second, x), (self.expert_mid.second, h)):
             if second is None:
                 continue
-            scaled = scaled_rows(values[rows], share[rows])
-            if FUSED_GRAM and scaled.dtype == torch.bfloat16:
+            scaled = scale_rows(values[rows], share[rows])
+            if scaled.dtype == torch.bfloat16:
                 add_grams(second, scaled, inner)
                 continue
             for index in range(len(kept)):

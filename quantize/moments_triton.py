@@ -7,6 +7,7 @@ fixed order: no atomics, equal runs give equal bits. Shapes: R rows, n inputs, E
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS = 32, 128  # tile of the column sums; columns a multiple of 32
-GRAM_TILE, GRAM_DEPTH = 128, 64  # tile of x^T x and rows that it takes at once
-GRAM_WARPS, GRAM_STAGES = 8, 4
+GRAM_TILE = 128  # x^T x is computed in square tiles; (rows at once, stages) by width, measured on an H200
+GRAM_WIDE, GRAM_NARROW, WIDE = (128, 3), (64, 4), 2048
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def column_sums(x: Tensor, share: Tensor, offsets: Tensor) -> ColumnSums:
 
     plain, weighted, peak = empty(experts, n), empty(experts, n), empty(experts, n)
     largest16, largest32, bad = empty(experts, tiles), empty(experts, tiles), empty(experts, tiles)
-    _column_kernel[(tiles, experts)](  # type: ignore[reportIndexIssue]
+    launch: Any = _column_kernel[(tiles, experts)]  # type: ignore[reportIndexIssue]
+    launch(
         x,
         share,
         offsets,
@@ -90,9 +92,9 @@ def column_sums(x: Tensor, share: Tensor, offsets: Tensor) -> ColumnSums:
         largest32,
         bad,
         n,
-        R=ROWS,  # type: ignore[arg-type]
-        C=COLUMNS,  # type: ignore[arg-type]
-        num_warps=4,  # type: ignore[call-arg]
+        R=ROWS,
+        C=COLUMNS,
+        num_warps=4,
     )
     return ColumnSums(plain, weighted, peak, largest16.amax(1), largest32.amax(1), bad.sum())
 
@@ -116,7 +118,7 @@ def segment_sums(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     experts = len(offsets) - 1
     sums = torch.empty(experts, dtype=torch.float32, device=values.device)
     squares = torch.empty_like(sums)
-    launch = _segment_kernel[(experts,)]  # type: ignore[reportIndexIssue]
+    launch: Any = _segment_kernel[(experts,)]  # type: ignore[reportIndexIssue]
     launch(values, offsets, sums, squares, W=1024, num_warps=4)
     return sums, squares
 
@@ -157,13 +159,35 @@ def add_grams(total: Tensor, x: Tensor, offsets: Tensor) -> None:
     n = x.shape[1]
     tiles = triton.cdiv(n, GRAM_TILE)
     grid = (tiles * (tiles + 1) // 2, len(offsets) - 1)
-    _gram_kernel[grid](  # type: ignore[reportIndexIssue]
+    depth, stages = GRAM_WIDE if n > WIDE else GRAM_NARROW
+    launch: Any = _gram_kernel[grid]  # type: ignore[reportIndexIssue]
+    launch(
         x,
         offsets,
         total,
         n,
-        T=GRAM_TILE,  # type: ignore[arg-type]
-        K=GRAM_DEPTH,  # type: ignore[arg-type]
-        num_warps=GRAM_WARPS,
-        num_stages=GRAM_STAGES,
+        T=GRAM_TILE,
+        K=depth,
+        num_warps=8,
+        num_stages=stages,
     )
+
+
+@triton.jit
+def _scale_kernel(x, share, out, rows, n, R: tl.constexpr, C: tl.constexpr):
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    inside = (row < rows)[:, None] & (column < n)[None, :]
+    place = row[:, None].to(tl.int64) * n + column[None, :]
+    v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(share + row, mask=row < rows, other=0.0)
+    tl.store(out + place, (v * s[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def scale_rows(x: Tensor, share: Tensor) -> Tensor:
+    """x [R, n] contiguous times share [R] float32, rounded once to x's dtype."""
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(x.shape[0], 16), triton.cdiv(x.shape[1], 512))
+    launch: Any = _scale_kernel[grid]  # type: ignore[reportIndexIssue]
+    launch(x, share, out, x.shape[0], x.shape[1], R=16, C=512, num_warps=8)
+    return out
