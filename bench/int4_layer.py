@@ -1,6 +1,6 @@
 """GPTQ of one real-size layer with the moments given: 256 experts, w1+w3 stacked [3072, 3072] and w2 [3072, 1536].
 
-    python bench/int4_layer.py [--experts 256] [--chunk 64] [--group 128] [--tune]
+    python bench/int4_layer.py [--experts 256] [--chunk 128] [--group 128] [--tune]
 
 Prints seconds and parts beside their floors, the allocator's peak, and checks the codes against the CPU's.
 """
@@ -23,7 +23,7 @@ from mmquant.quantize.gptq import Grid  # noqa: E402
 from mmquant.quantize.int_grid import dequantize, search_weights  # noqa: E402
 
 FP32 = 60e12  # float32 multiply-adds counted as two operations, H200 without TF32
-BYTES = 4.8e12
+TILING = ("SEARCH_TILE", "SEARCH_WARPS", "SWEEP_TILE", "SWEEP_WARPS")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -81,8 +81,8 @@ def parts_of(weight: Tensor, second: Tensor, group: int) -> dict[str, float]:
                 torch.baddbmm(view, lower[:, stop:, start:stop].mT, columns[:, stop:], out=view)
 
     found["error products"] = seconds(products)
-    floor = experts * outputs * n * n / FP32
-    print(f"  floor of the products {floor:.3f} s, of the factorization {experts * n**3 / 3 / FP32:.3f} s")
+    found["floor of products"] = experts * outputs * n * n / FP32
+    found["floor of factor"] = experts * n**3 / 3 / FP32
     return found
 
 
@@ -93,9 +93,10 @@ def tune(experts: int, group: int) -> None:
     scale = gptq_triton.search_group(part, importance, 4)
     codes, errors = torch.empty(part.shape, dtype=torch.int8, device="cuda"), torch.empty_like(part)
     triangle, columns = torch.eye(group, device="cuda").repeat(experts, 1, 1), part.clone()
+    usual = [getattr(gptq_triton, name) for name in TILING]
     for tile, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8)):
-        gptq_triton.SEARCH_TILE, gptq_triton.SEARCH_WARPS = tile, warps
-        gptq_triton.SWEEP_TILE, gptq_triton.SWEEP_WARPS = tile, warps
+        for name, value in zip(TILING, (tile, warps, tile, warps), strict=True):
+            setattr(gptq_triton, name, value)
         times = []
         for work in (
             lambda: gptq_triton.search_group(part, importance, 4),
@@ -104,6 +105,8 @@ def tune(experts: int, group: int) -> None:
             work()
             times.append(seconds(work))
         print(f"  tile {tile:3d} warps {warps}: search {1e3 * times[0]:7.2f} ms, sweep {1e3 * times[1]:7.2f} ms")
+    for name, value in zip(TILING, usual, strict=True):
+        setattr(gptq_triton, name, value)
 
 
 def check(group: int) -> None:
@@ -139,7 +142,7 @@ def measure(name: str, outputs: int, n: int, a: argparse.Namespace) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--experts", type=int, default=256)
-    arguments.add_argument("--chunk", type=int, default=64)
+    arguments.add_argument("--chunk", type=int, default=128)
     arguments.add_argument("--group", type=int, default=128)
     arguments.add_argument("--tune", action="store_true")
     a = arguments.parse_args()

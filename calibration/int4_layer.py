@@ -38,7 +38,7 @@ class Int4Options:
     grid: Grid = field(default_factory=Grid)
     attention: str = "bf16"
     damping: float = DAMPING
-    shrinkage: float = 0.3
+    shrinkage: float = 1.0
     memory: int = 16 << 30
     seed: int = 0
 

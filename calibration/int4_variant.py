@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint
-from ..convert.int4_variant import Int4Variant, packed_tensors
+from ..convert.int4_formats import matrix_tensors
+from ..convert.int4_variant import Int4Variant
 from ..convert.minimax_m2 import ATTENTION, PROJECTIONS, LayerWeights, attention_name, expert_name, plain_shapes
 from ..convert.variant import plain_tensors
 from .int4_layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer, select
@@ -33,7 +34,7 @@ class CalibratedInt4(Int4Variant):
     def run(self) -> dict[str, Any]:
         o = self.options
         settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
-        return {**super().run(), "method": o.method, "symmetric": o.grid.symmetric, **settings}
+        return {**super().run(), "method": o.method, **settings}
 
     def calibrated_layer(
         self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
@@ -52,7 +53,7 @@ class CalibratedInt4(Int4Variant):
         for projection in ATTENTION:
             name = attention_name(layer, projection)
             if projection in quantized.attention:
-                tensors |= packed_tensors(name, quantized.attention[projection])
+                tensors |= matrix_tensors(self.layout, name, quantized.attention[projection])
             else:
                 tensors |= self.attention_tensors(source, name, device)
         tensors |= self.packed_experts(quantized, layer)
@@ -64,5 +65,6 @@ class CalibratedInt4(Int4Variant):
         for projection in PROJECTIONS:
             batch = quantized.experts[projection]
             for expert in range(batch.codes.shape[0]):
-                tensors |= packed_tensors(expert_name(layer, expert, projection), select(batch, expert))
+                name = expert_name(layer, expert, projection)
+                tensors |= matrix_tensors(self.layout, name, select(batch, expert))
         return tensors

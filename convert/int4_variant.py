@@ -10,28 +10,16 @@ from torch import Tensor
 
 from ..quantize.fp8 import quantize_tiles, round_up_bfloat16
 from ..quantize.int_grid import IntWeight
-from ..quantize.pack import pack_rows, pack_zeros_ct
 from ..quantize.rtn import rtn_int
 from . import compressed_tensors as ct
 from .checkpoint import Checkpoint
 from .folder_writer import TensorSpec
+from .int4_formats import MANIFEST_FORMAT, check_format, matrix_specs, matrix_tensors, other_config
 from .minimax_m2 import ATTENTION, PROJECTIONS, Geometry, attention_name, expert_name, matrix_shapes, plain_shapes
 from .variant import plain_specs, plain_tensors
 
 TILE = (128, 128)
 ATTENTION_CHOICES = ("bf16", "fp8", "int4")
-
-
-def packed_tensors(name: str, weight: IntWeight) -> dict[str, Tensor]:
-    """The tensors of one matrix in pack-quantized form: words along the inputs, bfloat16 scales, shape, zero points."""
-    tensors = {
-        name + ".weight_packed": pack_rows(weight.codes, weight.bits),
-        name + ".weight_scale": weight.scales.to(torch.bfloat16),
-        name + ".weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
-    }
-    if weight.zeros is not None:
-        tensors[name + ".weight_zero_point"] = pack_zeros_ct(weight.zeros, weight.bits)
-    return tensors
 
 
 def select(weight: IntWeight, index: int) -> IntWeight:
@@ -58,6 +46,8 @@ class Int4Variant:
     group_size: int = 128
     attention: str = "bf16"
     bits: int = 4
+    layout: str = "compressed-tensors"
+    symmetric: bool = True
 
     @property
     def label(self) -> str:
@@ -65,7 +55,7 @@ class Int4Variant:
 
     @property
     def format(self) -> str:
-        return "compressed-tensors"
+        return MANIFEST_FORMAT[self.layout]
 
     def run(self) -> dict[str, Any]:
         return {
@@ -74,14 +64,17 @@ class Int4Variant:
             "bits": self.bits,
             "group_size": self.group_size,
             "attention": self.attention,
+            "format": self.layout,
+            "symmetric": self.symmetric,
         }
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         check_groups(source.geometry, self.group_size)
+        check_format(self.layout, self.bits, self.attention, self.symmetric)
         specs = plain_specs(source, plain_shapes(source.geometry, layer))
         for name, shape in matrix_shapes(source.geometry, layer):
             if ".experts." in name or self.attention == "int4":
-                specs.extend(ct.int_specs(name, shape, self.bits, self.group_size))
+                specs.extend(matrix_specs(self.layout, name, shape, self.bits, self.group_size, self.symmetric))
             elif self.attention == "bf16":
                 specs.append(TensorSpec(name + ".weight", "BF16", shape))
             elif source.is_quantized(name):
@@ -106,7 +99,7 @@ class Int4Variant:
             return {name + ".weight": source.read(name + ".weight").to(torch.bfloat16)}
         if self.attention == "int4":
             weight = source.read(name + ".weight").to(device)
-            return packed_tensors(name, rtn_int(weight, self.bits, self.group_size))
+            return matrix_tensors(self.layout, name, rtn_int(weight, self.bits, self.group_size, self.symmetric))
         if source.is_quantized(name):
             codes, scales = source.native(name)
             return {name + ".weight": codes, name + ".weight_scale": scales.to(source.scale_dtype(name))}
@@ -122,13 +115,16 @@ class Int4Variant:
         for start in range(0, g.experts, step):
             chosen = range(start, min(start + step, g.experts))
             weights = source.read_experts(layer, projection, chosen, device, torch.float32)
-            packed = rtn_int(weights, self.bits, self.group_size)
+            packed = rtn_int(weights, self.bits, self.group_size, self.symmetric)
             for position, expert in enumerate(chosen):
-                tensors |= packed_tensors(expert_name(layer, expert, projection), select(packed, position))
+                name = expert_name(layer, expert, projection)
+                tensors |= matrix_tensors(self.layout, name, select(packed, position))
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
-        return int4_config(self.bits, self.group_size, self.attention, source)
+        if self.layout != "compressed-tensors":
+            return other_config(self.layout, self.bits, self.group_size, self.attention)
+        return int4_config(self.bits, self.group_size, self.attention, source, self.symmetric)
 
 
 def int4_config(

@@ -18,9 +18,9 @@ from torch import Tensor
 from .int_grid import IntWeight, code_range, groups_of, search, search_weights
 from .linear_algebra import cholesky, full_float32
 
-DAMPING = 0.01
+DAMPING = 0.03
 BLOCK = 128  # columns that one matrix product brings up to date
-ESCALATIONS = (1.0, 10.0, 100.0)  # a failed factorization is tried again with this many times the damping
+ESCALATIONS = (1.0, 10.0, 50.0)  # a failed factorization is tried again with this many times the damping
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .int_grid import RATIO_LEAST, RATIO_SPAN, RATIOS, code_range
 
-SEARCH_TILE, SEARCH_WARPS = 32, 4
-SWEEP_TILE, SWEEP_WARPS = 64, 4
+SEARCH_TILE, SEARCH_WARPS = 32, 1
+SWEEP_TILE, SWEEP_WARPS = 64, 2
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
 
 
