@@ -28,16 +28,16 @@ class State:
 
     folder: Path | None
     name: str
-    every: float = EVERY
+    every: float
     saved: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, folder: Path | None, identity: str, ranks: Ranks, every: float = EVERY) -> State:
+    def open(cls, folder: Path | None, identity: str, ranks: Ranks) -> State:
         """The state of the run that `identity` describes (models, dtypes, tokens) on this many ranks."""
         digest = hashlib.sha256(f"{identity} {ranks.world}".encode()).hexdigest()[:16]
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder, digest, every)
+        return cls(folder, digest, EVERY)
 
     def _path(self, layer: int, rank: int) -> Path:
         assert self.folder is not None

@@ -222,7 +222,7 @@ class StoredReference:
             raise ValueError(f"{self.path}: a block larger than the file: the file is damaged")
         return made_of, blocks
 
-    def check(self, sample: Sample, source: Source | None, tokenizer: str) -> None:
+    def check(self, sample: Sample, source: Source | None, tokenizer: str | None) -> None:
         """Refuse to stand in for another reference: ValueError naming the first thing that differs."""
         wanted: dict[str, Any] = {
             "tokenizer": tokenizer,
