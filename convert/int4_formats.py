@@ -1,7 +1,7 @@
 """How an INT4 matrix lies in a folder: compressed-tensors, AWQ (GEMM) or GPTQ (v1), and what config.json says of it.
 
-Names are the release's (w1, w2, w3): engines skip others without a word. AWQ and GPTQ keep float16 scales, which engines
-cast to bfloat16 when they serve in it: scales are exact in both or refused. Layouts: vLLM 0.33 auto_awq.py and
+Names are the release's (w1, w2, w3): engines skip others without a word. AWQ and GPTQ keep float16 scales, which
+engines cast to bfloat16 when they serve in it: scales are exact in both or refused. Layouts: vLLM 0.33 auto_awq.py and
 auto_gptq.py. GPTQ is symmetric, v1: zero points stored minus one (7), ignored by the kernels but read for their shape.
 """
 
@@ -89,9 +89,7 @@ def half_scales(name: str, scales: Tensor) -> Tensor:
     off = (half.float() - scales).abs() > scales.abs() * 2.0**-9
     if bool(off.any()) or not bool(torch.isfinite(half).all()):
         worst = float(scales[off | ~torch.isfinite(half)].abs().min())
-        raise ValueError(
-            f"{name}: scale {worst:.3g} is beyond float16, expected 3.1e-05 to 65504; use compressed-tensors"
-        )
+        raise ValueError(f"{name}: scale {worst:.3g} does not fit float16; use format compressed-tensors")
     return half
 
 
