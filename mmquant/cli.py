@@ -17,6 +17,8 @@ COMMANDS = {
     "gguf": "GGUF for llama.cpp.",
     "calibrate": "Every expert's statistics in one streamed pass.",
     "eval": "Perplexity, KL divergence and agreement with the reference.",
+    "pull": "Fetch a repository, verified and resumable.",
+    "push": "Publish a finished folder to a hub.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
 }

@@ -273,6 +273,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def dispatch(self) -> None:
         self._body: bytes | None = None
+        self.body()  # whatever it is, it must not be taken for the next request
         url = urlsplit(self.path)
         self.query = {k: v[0] for k, v in parse_qs(url.query, keep_blank_values=True).items()}
         line = f"{self.command} {unquote(url.path)}" + (f"?{url.query}" if url.query else "")
