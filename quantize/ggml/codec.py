@@ -1,6 +1,6 @@
 """Encode and decode rows of weights as ggml tensor types, bit for bit in llama.cpp's layout.
 
-    encode(rows [R, n] float32, kind, importance [n] or [R, n] or None) -> uint8 [R, bytes of a row]
+    encode(rows [R, n] float32, kind, importance [n], [G, n] or None) -> uint8 [R, bytes of a row]
     decode(data [R, bytes of a row] uint8, kind, columns) -> float32 [R, n]
 
 Both run on the device of their input. `encode` minimises sum importance * (x - q)^2 (plain squares without importance).
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import iq4, kquants, legacy
 from .blocks import Blocks
-from .effort import Effort
+from .effort import EFFORTS, Effort
 from .grid import FORMS, Grid, nearest, values
 from .searching import search_rows
 from .types import GGMLType
@@ -65,14 +65,16 @@ _UNPACK: dict[GGMLType, Callable[[Tensor], Blocks]] = {
     GGMLType.IQ4_XS: iq4.unpack_iq4_xs,
     GGMLType.MXFP4: iq4.unpack_mxfp4,
 }
-_DEFAULT = Effort()
+_HALF_MAX = 65504.0
+_DEFAULT = EFFORTS["default"]
 _PLAIN = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 
 def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: Effort = _DEFAULT) -> Tensor:
     """`rows` [R, n] float32 as `kind`: uint8 [R, bytes of a row] on the same device.
 
-    importance  [n] or [R, n], not negative; the error that is minimised is sum importance * (x - q)^2
+    importance  [n], or [G, n] for G groups of R/G rows each; not negative. The error that is minimised is
+                sum importance * (x - q)^2
 
     Raises ValueError for a ragged row, for NaN or infinity, for values that the type's float16 scale cannot reach and
     for an importance of the wrong shape, negative or not finite.
@@ -142,18 +144,38 @@ def _check_rows(rows: Tensor, kind: GGMLType) -> None:
     low, high = (float(v) for v in torch.aminmax(rows))
     if not (low > -float("inf") and high < float("inf")):
         raise ValueError(f"{kind.name}: the weights hold NaN or infinity, expected finite values")
+    limit = largest(kind)
+    if max(-low, high) > limit:
+        raise ValueError(f"{kind.name}: a weight of magnitude {max(-low, high):.4g}, expected at most {limit:.4g}")
+
+
+def largest(kind: GGMLType) -> float:
+    """The magnitude up to which every weight can be stored; beyond it a float16 scale would overflow."""
+    if kind is GGMLType.F16:
+        return _HALF_MAX
+    form = FORMS.get(kind)
+    if form is None or kind is GGMLType.MXFP4:
+        return float("inf")
+    if form.minimums is not None:
+        return _HALF_MAX * max(form.minimums, 1)
+    return _HALF_MAX * -form.lowest * (1 if form.steps is None else -form.steps[0])
 
 
 def _check_importance(importance: Tensor | None, rows: Tensor, kind: GGMLType) -> Tensor | None:
     if importance is None:
         return None
-    if importance.shape not in ((rows.shape[1],), tuple(rows.shape)):
-        found = tuple(importance.shape)
-        raise ValueError(f"{kind.name}: importance {found}, expected ({rows.shape[1]},) or {tuple(rows.shape)}")
-    low, high = (float(v) for v in torch.aminmax(importance))
+    table = importance if importance.dim() == 2 else importance.unsqueeze(0)
+    groups = len(table) if table.dim() == 2 else 0
+    if table.shape[-1] != rows.shape[1] or groups == 0 or len(rows) % groups:
+        found, expected = (
+            tuple(importance.shape),
+            f"[{rows.shape[1]}] or [G, {rows.shape[1]}], G a divisor of {len(rows)}",
+        )
+        raise ValueError(f"{kind.name}: importance of shape {found}, expected {expected}")
+    low, high = (float(v) for v in torch.aminmax(table))
     if not (low >= 0 and high < float("inf")):
         raise ValueError(f"{kind.name}: an importance of {low if not low >= 0 else high}, expected finite values >= 0")
-    return importance.to(rows.device, torch.float32)
+    return table.to(rows.device, torch.float32)
 
 
 def _check_data(data: Tensor, kind: GGMLType, columns: int) -> None:

@@ -1,35 +1,69 @@
-"""How widely the scales of a grid type are searched; the numbers were chosen by bench/ggml_encode.py."""
+"""How widely the scales of a grid type are searched, and what that means for one type."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .grid import Form
+import torch
+from torch import Tensor
+
+from .grid import FORMS, Form
+from .starts import LEVEL_STARTS, RANGE_STARTS
+from .types import GGMLType
+
+_SPREAD = 0.15  # share by which the largest stored integer of a block may miss the end of its range
 
 
 @dataclass(frozen=True)
 class Effort:
-    """The candidates of a search.
+    """How much is tried.
 
-    stretches        types without minimum: levels by which the range of a sub-block is stretched (its largest magnitude
-                     falls that far beyond the end level)
-    other_stretches  the same with the largest magnitude at the other end, for types with one level more below zero
-    range_stretches  types with a minimum: (stretch of the range in levels, levels cut off at its lower end)
-    refits           rounds of nearest levels and least squares on the best candidate
-    supers           offsets of the highest stored integer: the candidates of d and dmin
-    rounds           rounds of refitting stored integers and d at the levels they give
+    starts   starting points of a sub-block's step (and minimum), from the head of the type's list
+    refits   rounds of nearest levels and least squares on the best of them
+    supers   candidates of d (and dmin)
+    rounds   rounds of refitting the stored integers and d to the levels they give
     """
 
-    stretches: tuple[float, ...] = (0.0, -0.5, -1.0, 0.5, 1.0)
-    other_stretches: tuple[float, ...] = (0.0, 0.5)
-    range_stretches: tuple[tuple[float, float], ...] = ((0.0, 0.0), (-0.5, 0.0), (0.5, 0.0), (1.0, 0.5))
-    refits: int = 2
-    supers: tuple[float, ...] = (0.0, -0.5, 0.5, -1.5, 1.5, -3.0, 3.0, -6.0)
+    starts: int = 16
+    refits: int = 1
+    supers: int = 32
     rounds: int = 2
 
-    def candidates(self, form: Form) -> int:
-        """How many candidates a sub-block has."""
-        if form.minimums is not None:
-            return len(self.range_stretches)
-        both = -form.lowest > form.levels[-1]
-        return len(self.stretches) + (len(self.other_stretches) if both else 0)
+
+EFFORTS = {"fast": Effort(6, 1, 8, 1), "default": Effort(), "high": Effort(32, 2, 64, 4)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The search of one type, for the kernels.
+
+    tries  [N, 2] float32. With a minimum: (step as a share of the range, steps from the smallest weight up to the
+           lowest level); without: (step as a share of the weight of largest magnitude, 0)
+    ends   [M] float32: d as a share of the largest step (dmin: of the largest minimum) of the block
+    """
+
+    form: Form
+    tries: Tensor
+    ends: Tensor
+    refits: int
+    rounds: int
+
+
+def plan(kind: GGMLType, effort: Effort) -> Plan:
+    """What `effort` means for `kind`."""
+    form = FORMS[kind]
+    if form.minimums is None:
+        tries = [(1 / level, 0.0) for level in LEVEL_STARTS[kind][: effort.starts]]
+    else:
+        top = form.levels[-1]
+        cuts = RANGE_STARTS[kind][: effort.starts]
+        tries = [((top - low - high) / top**2, low * top / (top - low - high)) for low, high in cuts]
+    return Plan(form, torch.tensor(tries, dtype=torch.float32), _ends(form, effort), effort.refits, effort.rounds)
+
+
+def _ends(form: Form, effort: Effort) -> Tensor:
+    if form.steps is None:
+        return torch.ones(1)
+    low, high = form.steps
+    stretch = 1 + torch.linspace(-_SPREAD, _SPREAD, effort.supers)
+    return 1 / (high * stretch if low == 0 else torch.cat([low * stretch[::2], high * stretch[1::2]]))

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .blocks import Blocks, bytes_half, from_nibbles, half_bytes, join, need, nibbles, split
 
-# MXFP4 stores sign and magnitude: the nibble of each ascending level, and the level of each nibble (8 is -0).
-_MXFP4_NIBBLE = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
+# MXFP4 stores sign and magnitude: the code (of ascending levels, 0 being 7) of each nibble; nibble 8 is -0.
 _MXFP4_LEVEL = (7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0)
 
 
@@ -43,8 +42,8 @@ def unpack_iq4_xs(data: Tensor) -> Blocks:
 
 def pack_mxfp4(blocks: Blocks) -> Tensor:
     """The exponent byte, then 16 bytes of nibbles."""
-    table = torch.tensor(_MXFP4_NIBBLE, dtype=torch.uint8, device=blocks.codes.device)
-    return torch.cat([blocks.d.view(-1, 1), nibbles(table[blocks.codes.int()].view(-1, 1, 32))], 1)
+    stored = torch.where(blocks.codes < 7, 15 - blocks.codes, blocks.codes - 7)
+    return torch.cat([blocks.d.view(-1, 1), nibbles(stored.view(-1, 1, 32))], 1)
 
 
 def unpack_mxfp4(data: Tensor) -> Blocks:

@@ -1,84 +1,54 @@
-"""Rows to grids: cut into blocks, weighted, searched in chunks by the route of their device, and put together again.
-
-CUDA: `search` compiled by torch (Triton underneath); without Triton or a C compiler the same code uncompiled.
-"""
+"""Rows to grids: cut into blocks, searched by the kernels of their device, put together again."""
 
 from __future__ import annotations
-
-import os
-import shutil
-from collections.abc import Callable
-from functools import lru_cache, partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from .effort import Effort
-from .grid import FORMS, Grid
-from .search import Problem, find, find_exponent
+from . import mxfp4
+from .effort import Effort, plan
+from .grid import Grid
 from .types import GGMLType
-
-_CHUNK = 1 << 26  # weights at a time on an accelerator
-_CPU_CHUNK = 1 << 16
-_FLOOR = 1e-6  # least importance beside the mean of a block: a weight that never matters still gets a sensible value
-
-Search = Callable[[Tensor, Tensor], tuple[Tensor | None, ...]]
+from .weighted import Weighted, cut, empty
 
 
 def search_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None, effort: Effort) -> tuple[Grid, Tensor]:
-    """The grid of `rows` [R, n] float32 and the nearest codes uint8 [R, n]; importance [n], [G, n] or None."""
-    form, block = FORMS[kind], kind.block_columns
-    subs = block // form.sub
-    x = rows.reshape(-1, subs, form.sub)
-    function = _search(kind, effort, rows.is_cuda)
-    size = max(1, (_CHUNK if rows.is_cuda else _CPU_CHUNK) // block)
-    parts = []
-    for first in range(0, len(x), size):
-        chunk = x[first : first + size]
-        weight = torch.ones((), device=rows.device).expand(chunk.shape)
-        if importance is not None:
-            weight = _weight(importance, rows.shape, first, len(chunk), block).view(chunk.shape)
-        if rows.is_cuda:
-            torch._dynamo.maybe_mark_dynamic(chunk, 0)
-            torch._dynamo.maybe_mark_dynamic(weight, 0)
-        parts.append(function(chunk, weight))
-    d, dmin, steps, minimums, codes = (None if p[0] is None else torch.cat(p) for p in zip(*parts, strict=True))
-    shaped = (None if p is None else p.reshape(len(rows), -1) for p in (d, dmin, steps, minimums))
-    assert codes is not None
-    return Grid(kind, *shaped), codes.view(rows.shape)  # type: ignore[arg-type]
+    """The grid of `rows` [R, n] float32 and the nearest codes uint8 [R, n]; importance [G, n] (G divides R) or None.
+
+    CUDA tensors are searched by Triton, all others by numba.
+    """
+    blocks = cut(rows, kind.block_columns, importance)
+    if kind is GGMLType.MXFP4:
+        exponents, codes = search_exponents(blocks)
+        return Grid(kind, exponents.view(len(rows), -1)), codes.view(rows.shape)
+    search = plan(kind, effort)
+    form, count = search.form, len(rows)
+    found = empty(blocks, kind.block_columns // form.sub)
+    if rows.is_cuda:
+        from . import search_cuda
+
+        search_cuda.search_blocks(blocks, search, found)
+    else:
+        from . import search_cpu
+
+        search_cpu.search_blocks(blocks, search, found)
+    grid = Grid(
+        kind,
+        found.d.view(count, -1),
+        found.dmin.view(count, -1) if form.minimums is not None else None,
+        found.steps.view(count, -1) if form.steps is not None else None,
+        found.minimums.view(count, -1) if form.minimums else None,
+    )
+    return grid, found.codes.view(rows.shape)
 
 
-def _weight(importance: Tensor, shape: torch.Size, first: int, count: int, block: int) -> Tensor:
-    """Importance [count, block] of the blocks first .. first + count, of mean 1 and never zero."""
-    per_row = shape[1] // block
-    table = importance.reshape(-1, block)
-    mean = table.mean(1, keepdim=True)
-    table = torch.where(mean > 0, table / mean, 1.0).clamp(min=_FLOOR)
-    index = torch.arange(first, first + count, device=importance.device)
-    share = shape[0] // (len(table) // per_row)
-    return table[(index // per_row // share) * per_row + index % per_row]
+def search_exponents(blocks: Weighted) -> tuple[Tensor, Tensor]:
+    """MXFP4's exponents uint8 [P] and codes uint8 [P, 32]."""
+    if blocks.x.is_cuda:
+        return mxfp4.search_blocks(blocks)
+    from . import search_cpu
 
-
-@lru_cache(maxsize=64)
-def _search(kind: GGMLType, effort: Effort, cuda: bool) -> Search:
-    function = partial(_found, kind, effort)
-    if cuda and _can_compile():
-        return torch.compile(function, dynamic=None)
-    return function
-
-
-def _can_compile() -> bool:
-    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    return find_spec("triton") is not None and any(shutil.which(c) for c in compilers if c)
-
-
-def _found(kind: GGMLType, effort: Effort, x: Tensor, w: Tensor) -> tuple[Tensor | None, ...]:
-    problem = Problem(x, w, FORMS[kind])
-    found = find_exponent(problem) if kind is GGMLType.MXFP4 else find(problem, effort)
-    form = FORMS[kind]
-    d = found.d.to(torch.uint8 if kind is GGMLType.MXFP4 else torch.float16)
-    dmin = None if found.dmin is None else found.dmin.half()
-    steps = found.steps.to(torch.int16) if form.steps else None
-    minimums = found.minimums.to(torch.int16) if form.minimums and found.minimums is not None else None
-    return d, dmin, steps, minimums, found.codes
+    exponents = torch.empty(len(blocks.x), dtype=torch.uint8)
+    codes = torch.empty(blocks.x.shape, dtype=torch.uint8)
+    search_cpu.search_exponents(blocks, exponents, codes)
+    return exponents, codes
