@@ -1,7 +1,8 @@
 """Speed and error of the vector-codebook encoders, beside ggml's where its library is installed.
 
-python bench/iquant_encode.py [--device cuda] [--million 64] [--kinds IQ3_S,IQ2_S] [--ggml] [--passes]
-Weights are Student-t (5 degrees), importance is the square of a log-normal; CPU seconds, one thread, when --device is cpu.
+python bench/iquant_encode.py [--device cuda] [--million 64] [--kinds IQ3_S,IQ2_S] [--ggml] [--passes] [--feedback 64]
+Weights are Student-t (5 degrees), importance is the square of a log-normal; CPU seconds, one thread, when --device is
+cpu.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import _path  # noqa: F401
 import torch
 
-from mmquant.quantize.ggml import iquants, iquants_search
+from mmquant.quantize.ggml import iquant_feedback, iquants, iquants_search
 from mmquant.quantize.ggml.iquants_layout import LAYOUTS
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(LAYOUTS))
     parser.add_argument("--ggml", action="store_true", help="also ggml's encoder, on CPU (needs the llamacpp extra)")
     parser.add_argument("--passes", action="store_true", help="also the searches alone")
+    parser.add_argument("--feedback", type=int, default=0, help="time error feedback on so many experts of 1536 x 3072")
     options = parser.parse_args()
     million = options.million or (100 if options.device == "cuda" else 0.8)
     torch.set_num_threads(1)
@@ -91,11 +93,44 @@ def main() -> None:
         if options.passes:
             line += passes(kind, rows, options.device)
         print(line, flush=True)
+        if options.feedback:
+            feedback(kind, options.feedback, options.device)
+
+
+def feedback(kind: GGMLType, experts: int, device: str, shape: tuple[int, int] = (1536, 3072)) -> None:
+    """Time and gain of block LDLQ and of descent on random experts with correlated inputs."""
+    outputs, n = shape
+    generator = torch.Generator(device).manual_seed(2)
+    rows = torch.randn(experts, outputs, n, generator=generator, device=device) * 0.02
+    mixed = torch.randn(experts, n, n // 4, generator=generator, device=device)
+    mixed *= torch.rand(experts, 1, n // 4, generator=generator, device=device) ** 2
+    second = mixed @ mixed.mT / (n // 4)
+    second.diagonal(dim1=1, dim2=2).add_(0.3)
+    del mixed
+    size = torch.randn(experts, n, generator=generator, device=device).mul_(0.5).exp_()
+    second *= size.unsqueeze(1) * size.unsqueeze(2)
+    importance = second.diagonal(dim1=1, dim2=2).unsqueeze(1).expand_as(rows).flatten(0, 1)
+    before = output_error(rows, iquants.encode(rows.flatten(0, 1), kind, importance), second, kind)
+    known = iquant_feedback.factor(second, kind)
+    took = [seconds(lambda: iquant_feedback.factor(second, kind), device)]
+    line = f"  {experts} experts {outputs} x {n}: factor {took[0]:.2f} s"
+    for passes in (0, 1):
+        took.append(seconds(lambda p=passes: iquant_feedback.encode_with_feedback(rows, kind, known, passes=p), device))
+        data = iquant_feedback.encode_with_feedback(rows, kind, known, passes=passes).flatten(0, 1)
+        line += f"  passes {passes}: {took[-1]:.2f} s {rows.numel() / took[-1] / 1e6:.0f} Mw/s"
+        line += f" error {output_error(rows, data, second, kind) / before:.4f} of plain"
+    print(line, flush=True)
+
+
+def output_error(rows: torch.Tensor, data: torch.Tensor, second: torch.Tensor, kind: GGMLType) -> float:
+    """Sum over experts of tr(E H E^T)."""
+    off = rows - iquants.decode(data.reshape(-1, data.shape[-1]), kind, rows.shape[2]).reshape(rows.shape)
+    return float((torch.bmm(off, second) * off).sum(dtype=torch.float64))
 
 
 def ggml(rows: torch.Tensor, kind: GGMLType, importance: torch.Tensor) -> str:
     """ggml_quantize_chunk: speed in CPU seconds and error."""
-    from mmquant import llamacpp
+    from mmquant import llamacpp  # type: ignore[attr-defined]
 
     def work() -> torch.Tensor:
         return torch.from_numpy(llamacpp.quantize(int(kind), rows.numpy(), importance.numpy()))

@@ -32,7 +32,7 @@ def points_on(name: str, device: torch.device) -> Tensor:
 
 
 def with_parity(signs: Tensor) -> Tensor:
-    """Sign bytes (bit i = minus at position i) from 7-bit codes: bit 7 makes the number of set bits even. uint8 -> uint8."""
+    """Sign bytes (bit i = minus at position i) from 7-bit codes: bit 7 makes the number of set bits even. uint8."""
     folded = signs ^ (signs >> 4)
     folded = folded ^ (folded >> 2)
     odd = (folded ^ (folded >> 1)) & 1

@@ -1,11 +1,11 @@
-"""Block LDLQ into the vector codebooks of GGUF: each 8 (or 4) columns are rounded together, later ones make good their error.
+"""Block LDLQ into the vector codebooks of GGUF: 8 (or 4) columns are rounded together and make good earlier errors.
 
-With H = C C^T (C lower triangular) and E = W - Q, tr(E H E^T) is the sum over groups k of columns of
-||e_k C_kk + sum_{j>k} e_j C_jk||^2. Going from the last group to the first, group k is therefore best rounded at
-w_k + sum_{j>k} e_j L_jk, L_jk = C_jk C_kk^-1, and its own error is measured by D_k = C_kk C_kk^T: the block form of
-https://arxiv.org/abs/2307.13304 (theorem 6), as in https://arxiv.org/abs/2402.04396. The order of super-blocks is free (it does
-not reach the file): those with the most energy go first. A super-block's scales are searched when its turn has come, on the
-weights that hold the errors made so far.
+With H = C C^T (C lower triangular) and E = W - Q, tr(E H E^T) is the sum over groups k of columns of ||e_k C_kk +
+sum_{j>k} e_j C_jk||^2. Going from the last group to the first, group k is therefore best rounded at w_k + sum_{j>k}
+e_j L_jk, L_jk = C_jk C_kk^-1, and its own error is measured by D_k = C_kk C_kk^T: the block form of
+https://arxiv.org/abs/2307.13304 (theorem 6), as in https://arxiv.org/abs/2402.04396. The order of super-blocks is
+free (it does not reach the file): those with the most energy go first. A super-block's scales are searched when its
+turn has come, on the weights that hold the errors made so far.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def unit_of(layout: Layout) -> int:
 def factor(second: Tensor, kind: GGMLType, damping: float = DAMPING) -> Factor:
     """Factor mean second moments [E, n, n] for `kind`; `damping` is the share of the mean diagonal that is added.
 
-    A matrix that has no factor even at 100 times the damping (no energy, or not finite) gets the identity: plain rounding.
+    A matrix that has no factor even at 100 times the damping (no energy, or not finite) gets the identity.
     """
     layout = layout_of(kind, second.shape)
     experts, n = second.shape[0], second.shape[-1]
@@ -99,7 +99,8 @@ def _cholesky(matrices: Tensor, mean: Tensor, damping: float) -> Tensor:
 class State:
     """E matrices being rounded, columns in processing order.
 
-    weight, decoded  [E, R, n] float32; fields: of each place [E * R super-blocks]; a place that is not rounded yet holds None
+    weight, decoded  [E, R, n] float32
+    fields           of each place, E * R super-blocks; None where nothing is rounded yet
     """
 
     weight: Tensor
@@ -188,7 +189,7 @@ def _round(x: Tensor, diagonal: Tensor, scale: Tensor, first: int, fields: Field
 
 @dataclass(frozen=True)
 class Rounded:
-    """A unit of columns of E * R rows: code [E * R, points], signs uint8 [E * R], minus bool [E * R], decoded [.., unit]."""
+    """A unit of columns of N rows: code [N, points], signs uint8 [N], minus bool [N], decoded [N, unit]."""
 
     code: Tensor
     signs: Tensor
@@ -212,7 +213,7 @@ def _write(found: Rounded, fields: Fields, first: int, layout: Layout, where: Te
 
 
 def _nearest(x: Tensor, diagonal: Tensor, scale: Tensor, minus: Tensor, layout: Layout) -> Rounded:
-    """Nearest points to x [E, R, unit]; minus [E * R]: the delta that IQ1_S has (one for 32 columns, chosen with the scales)."""
+    """Nearest points to x [E, R, unit]; minus [E * R]: the delta of IQ1_S (one for 32 columns, chosen with the scales)."""
     unit = x.shape[-1]
     weight = diagonal.unsqueeze(1).expand_as(x).reshape(-1, unit)
     x, scale = x.reshape(-1, unit), scale.unsqueeze(1)

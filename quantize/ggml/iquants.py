@@ -1,7 +1,8 @@
-"""Encode rows as GGUF's vector-codebook types IQ1_S ... IQ3_S: scales searched together, every group at its true nearest point.
+"""Encode rows as IQ1_S ... IQ3_S of GGUF: scales are searched together, every group is at its true nearest point.
 
-For each super-block of 256: (1) the error of every block of 16 or 32 at a fan of scales; (2) from these curves, the fp16 scale and
-the levels that lose least together; (3) levels and points at exactly that scale, least-squares refit of the scale, and once more.
+For each super-block of 256: (1) the error of every block of 16 or 32 at a fan of scales; (2) from these curves, the
+fp16 scale and the levels that lose least together; (3) levels and points at exactly that scale, least-squares refit
+of the scale, and once more.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SMALL_CHUNK = 1 << 12
 
 @dataclass(frozen=True)
 class Effort:
-    """How widely scales are searched: `fan` scales a block, `supers` super-scales, levels up to `near` away, `rounds` of refit."""
+    """How widely scales are searched: `fan` a block, `supers` a super-block, levels up to `near` away, `rounds` of it."""
 
     fan: int
     supers: int
@@ -122,7 +123,7 @@ def _encode_blocks(x: Tensor, weight: Tensor, layout: Layout, effort: Effort) ->
 
 
 def scaled(x: Tensor, weight: Tensor) -> Scaled:
-    """Super-blocks [N, 256] and their importance, normalised; a block without any importance counts all its weights alike."""
+    """Super-blocks [N, 256] and their importance, normalised; one without any importance counts all its weights alike."""
     x = x.float()
     unit = x.abs().amax(1)
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
@@ -141,13 +142,15 @@ def search(blocks: Scaled, layout: Layout, effort: Effort) -> Fields:
 
 
 def block_scales(scale: Tensor, level: Tensor, layout: Layout) -> Tensor:
-    """What a unit of the codebook stands for in each block: scale [N], level [N, blocks, ...] -> float32, level's shape."""
+    """What a unit of the codebook stands for in each block: scale [N], level [N, blocks, ...] -> float32 like level."""
     return scale.reshape(-1, *[1] * (level.dim() - 1)) * (layout.offset + layout.step * level.float())
 
 
 def _fan(layout: Layout, steps: int, device: torch.device) -> Tensor:
-    """Scales to try, relative to (largest magnitude of the block) / (largest point): where optima were seen, with and without
-    importance, on Gaussian, Student-t and trained weights."""
+    """Scales to try, relative to (largest magnitude of the block) / (largest point).
+
+    This is where the optima were seen, with and without importance, on Gaussian, Student-t and trained weights.
+    """
     low, high = (0.25, 1.0) if layout.signs is Signs.DELTA else (0.55, 1.5)
     return torch.linspace(low, high, steps, device=device)
 
@@ -177,7 +180,7 @@ def _first_guess(blocks: Scaled, layout: Layout, effort: Effort) -> tuple[Tensor
 
 
 def _near(blocks: Scaled, scale: Tensor, level: Tensor, layout: Layout, near: int) -> Fields:
-    """The best levels within `near` of `level`, and the nearest points, at exactly the scale that is stored for `scale` [N]."""
+    """The best levels within `near` of `level`, and the nearest points, at exactly what is stored for `scale` [N]."""
     stored = (scale * blocks.unit).clamp(0, LARGEST).half()
     offsets = torch.arange(-near, near + 1, device=scale.device)
     tried = (level.long().unsqueeze(2) + offsets).clamp(0, layout.levels - 1)

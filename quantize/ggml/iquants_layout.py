@@ -1,8 +1,9 @@
 """Bit layouts of the seven vector-codebook types of GGUF (IQ1_S ... IQ3_S): fields of a super-block to bytes and back.
 
-A super-block is 256 weights: weight = d * (offset + step * level) * (sign * point + delta), where `d` is an fp16, `level` a
-3- or 4-bit integer per 16 or 32 weights, and `point` a row of the type's codebook for each group of 4 or 8 weights.
-Source: the block structs of ggml-common.h and ggml's dequantize_row_iq*; checked in the tests against ggml and gguf-py.
+A super-block is 256 weights: weight = d * (offset + step * level) * (sign * point + delta), where `d` is an fp16,
+`level` a 3- or 4-bit integer per 16 or 32 weights, and `point` a row of the type's codebook for each group of 4 or 8
+weights. Source: the block structs of ggml-common.h and ggml's dequantize_row_iq*; checked in the tests against ggml
+and gguf-py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Signs(Enum):
 
 @dataclass(frozen=True)
 class Layout:
-    """One type: `bytes` of a super-block, weights that share a `level`, `group` of one point; scale = d*(offset+step*level)."""
+    """One type: `bytes` of a super-block, weights that share a level, `group` of a point; scale d*(offset+step*level)."""
 
     name: str
     bytes: int
@@ -84,7 +85,7 @@ class Fields:
 
 
 def values(fields: Fields, layout: Layout) -> Tensor:
-    """The weights that `fields` stand for: float32 [N, 256]. The products are formed in ggml's order, so they are equal bit by bit."""
+    """The weights that `fields` stand for: float32 [N, 256]; all products are exact, so they are ggml's bit by bit."""
     count = fields.scale.shape[0]
     points = points_on(layout.name, fields.scale.device)[fields.code.long()].reshape(count, -1, 8)
     if layout.signs is Signs.DELTA:

@@ -1,10 +1,11 @@
-"""Exhaustive search of the I-quants' codebooks on CPU (numba): the error of many scales at once, and the nearest points.
+"""Exhaustive search of the codebooks of the I-quants on CPU (numba): errors at many scales, and the nearest points.
 
-With a = w*|x|, and P = 2 a.c and Q = w.c^2 for each point c of the codebook, the weighted error at any scale s is w.x^2 - sP + s^2 Q:
-P and Q are formed once, after which one more scale costs two operations a point. Where the number of minus signs must be even
-but is odd, the cheapest weight to turn costs 4s min_i(a_i c_i): P falls by 4 min_i(a_i c_i), still exactly. The points of IQ1 are
-signed and shifted by +-delta: a = w*x, and both shifts share their products.
-Kernels leave the constant w.x^2 out and take NumPy arrays: `iquants_search` has the meaning of their arguments.
+With a = w*|x|, and P = 2 a.c and Q = w.c^2 for each point c of the codebook, the weighted error at any scale s is
+w.x^2 - sP + s^2 Q: P and Q are formed once, after which one more scale costs two operations a point. Where the number
+of minus signs must be even but is odd, the cheapest weight to turn costs 4s min_i(a_i c_i): P falls by 4 min_i(a_i
+c_i), still exactly. The points of IQ1 are signed and shifted by +-delta: a = w*x, and both shifts share their
+products. Kernels leave the constant w.x^2 out and take NumPy arrays: `iquants_search` has the meaning of their
+arguments.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ TWO = np.float32(2)
 FREE, PARITY, DELTA_EACH, DELTA_SHARED = range(4)
 
 
-@intrinsic
-def _smaller(context: Any, left: Any, right: Any) -> Any:
+def _minnum(context: Any, left: Any, right: Any) -> Any:
     """min() as LLVM's own operation: a loop over numba's `min` of floats is not vectorized (16 times slower here)."""
     signature = types.float32(types.float32, types.float32)
 
@@ -35,9 +35,12 @@ def _smaller(context: Any, left: Any, right: Any) -> Any:
     return signature, generate
 
 
+_smaller: Any = intrinsic(_minnum)
+
+
 @numba.njit(cache=True, fastmath=True, nogil=True)
 def _products(a, w, points, row, p, q):  # type: ignore[no-untyped-def]
-    """Four terms of P and Q of two groups for all points [group, N]: the loads of a point serve both. a, w [2, group]."""
+    """Four terms of P and Q of two groups a, w [2, group] for all points [group, N]: a point's loads serve both."""
     a0, a1, a2, a3 = a[0, row], a[0, row + 1], a[0, row + 2], a[0, row + 3]
     b0, b1, b2, b3 = a[1, row], a[1, row + 1], a[1, row + 2], a[1, row + 3]
     u0, u1, u2, u3 = w[0, row], w[0, row + 1], w[0, row + 2], w[0, row + 3]
@@ -70,7 +73,7 @@ def _turn(a, points, p, turned):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, fastmath=True, nogil=True)
 def _shift(x, w, points, delta, q, linear):  # type: ignore[no-untyped-def]
-    """What delta changes: leaves 2 delta w.c in `linear`, adds delta^2 sum(w) to q, returns 2 delta w.x. One group of 8."""
+    """What delta changes in a group: 2 delta w.c in `linear`, delta^2 sum(w) more in q; returns 2 delta w.x."""
     total, weight = np.float32(0), np.float32(0)
     for i in range(8):
         total += x[i] * w[i]
@@ -256,8 +259,11 @@ def _sign_bytes(x, a, points, code, flag, signs):  # type: ignore[no-untyped-def
 
 @numba.njit(cache=True, nogil=True)
 def search(x, w, scales, points, rule, delta, errors, chosen, code, signs, minus):  # type: ignore[no-untyped-def]
-    """Errors [B, S] of blocks x, w [B, shared] at scales [B, S]; when `chosen` [B] is not empty also the best scale's index there
-    and its nearest points: code [B, groups], signs and minus [B, octets]."""
+    """Errors [B, S] of blocks x, w [B, shared] at scales [B, S].
+
+    When `chosen` [B] is not empty also the index of the best scale, and its nearest points: code [B, groups], signs and
+    minus [B, octets].
+    """
     group, entries = points.shape
     groups, steps = x.shape[1] // group, scales.shape[1]
     even = groups + groups % 2  # the products are formed for two groups at a time

@@ -1,7 +1,8 @@
 """Nearest codebook points under importance weights: the two questions of every I-quant encoder, on any device.
 
-`scan` asks what error a block of weights has at each of several scales; `choose` also picks the best of them with the nearest
-points and signs. Both are exhaustive: no neighbour lists, exact under the sign rules. CUDA: Triton, CPU: numba, else torch.
+`scan` asks what error a block of weights has at each of several scales; `choose` also picks the best of them with the
+nearest points and signs. Both are exhaustive: no neighbour lists, exact under the sign rules. CUDA: Triton, CPU:
+numba, else torch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def scan(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
 
     x, weight  [B, width] float32, weight >= 0; width: layout.shared, or whole groups (PARITY: whole octets) of it
     scales     [B, S] float32, >= 0: what a unit of the codebook stands for
-    returns    [B, S] float32: min over points and allowed signs of sum(weight * (x - scale * sign * point)^2 - weight * x^2)
+    returns    [B, S] float32: least sum(weight * (x - scale * sign * point)^2 - weight * x^2) of all points and signs
     """
     if x.device.type == "cuda":
         from .iquants_triton import scan as scan_triton
@@ -107,7 +108,7 @@ def _search_numba(
 
 
 def _products(x: Tensor, weight: Tensor, layout: Layout, delta: float) -> tuple[Tensor, Tensor]:
-    """P and Q [groups, variants, entries] of x, weight [groups, group]; variants: plain and turned, or +delta and -delta."""
+    """P and Q [groups, variants, entries] of x, weight [groups, group]; variants: plain and turned, or +-delta."""
     table = points_on(layout.name, x.device)
     if layout.signs is Signs.DELTA:
         shifted = torch.stack((table + delta, table - delta))
@@ -136,7 +137,7 @@ def _combined(least: Tensor, x: Tensor, layout: Layout) -> Tensor:
 
 
 def _least(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float) -> tuple[Tensor, Tensor]:
-    """Least error and its point for each group and variant at each scale: [B, groups, variants, S] float32 and int64."""
+    """Least error and its point for each group, variant and scale: [B, groups, variants, S] float32 and int64."""
     per = x.shape[1] // layout.group
     p, q = _products(x.reshape(-1, layout.group), weight.reshape(-1, layout.group), layout, delta)
     found = []

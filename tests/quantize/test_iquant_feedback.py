@@ -79,10 +79,10 @@ def test_descent_never_raises_its_objective() -> None:
     second, rows = moments(1, 512, 64), weights(1, 9, 512)
     known = factor(second, GGMLType.IQ3_XXS, damping=0.1)
     damped = second + 0.1 * second.diagonal(dim1=1, dim2=2).mean() * torch.eye(512)
-    losses = [
-        float(loss(rows - decoded(encode_with_feedback(rows, GGMLType.IQ3_XXS, known, FAST, passes=p), GGMLType.IQ3_XXS, rows.shape), damped))
-        for p in (0, 1, 3)
-    ]  # fmt: skip
+    losses = []
+    for passes in (0, 1, 3):
+        data = encode_with_feedback(rows, GGMLType.IQ3_XXS, known, FAST, passes)
+        losses.append(float(loss(rows - decoded(data, GGMLType.IQ3_XXS, rows.shape), damped)))
     assert losses[0] > losses[1] > losses[2]
 
 

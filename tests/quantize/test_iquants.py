@@ -1,11 +1,10 @@
-"""Vector-codebook types: layouts against gguf-py and ggml, the search against brute force, errors against ggml's encoder."""
+"""Vector-codebook types: layouts against gguf-py and ggml, search against brute force, errors against ggml's."""
 
 from __future__ import annotations
 
 import itertools
 
 import gguf
-import ggml_lib
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import ggml_lib
 from mmquant.quantize.ggml import codec, iquants, iquants_search
 from mmquant.quantize.ggml.grids import points, with_parity
 from mmquant.quantize.ggml.iquants_layout import LAYOUTS, Layout, Signs, pack, unpack, values
