@@ -60,6 +60,7 @@ bench: $(READY) ## the benchmarks of bench/
 	@for script in $$(ls bench/[a-z]*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
+	rm -rf notebooks/m27-demo
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 constraints: ## rewrite constraints.txt from .venv

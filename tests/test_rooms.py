@@ -35,7 +35,9 @@ LIBRARIES = {
 # Libraries that single modules may import besides: optional ones, and tables that upstream publishes.
 MODULES = {
     "quantize/ggml/grids.py": {"gguf"},  # ggml's codebooks of the IQ types
+    "convert/hub_http.py": {"urllib3"},  # requests' own transport, for its errors and retries
     "mmquant/llamacpp.py": {"xllamacpp"},  # extra: llamacpp
+    "mmquant/engines.py": {"vllm"},  # the user's own installation
 }
 NEVER = {"llmcompressor", "auto_gptq", "compressed_tensors", "transformers", "accelerate"}  # tests and peers only
 
