@@ -111,8 +111,9 @@ def tune(experts: int, group: int) -> None:
 
 def check(group: int) -> None:
     """A small case on both paths: share of codes that differ, and the losses."""
-    x = torch.randn(3, 1500, 512) @ torch.randn(512, 512) / 22
-    second, weight = x.mT @ x / 1500, torch.randn(3, 100, 512)
+    n = 256 if group == 32 else 512
+    x = torch.randn(3, 1500, n) @ torch.randn(n, n) / 22
+    second, weight = x.mT @ x / 1500, torch.randn(3, 100, n)
     cpu = gptq.quantize(weight, second, Grid(4, group)).weight
     gpu = gptq.quantize(weight.cuda(), second.cuda(), Grid(4, group)).weight
     losses = []

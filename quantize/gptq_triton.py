@@ -173,6 +173,7 @@ def sweep_block(
     experts, count, outputs = part.shape
     strides = {t.stride() for t in (part, columns, codes, errors)}
     assert len(strides) == 1, strides
+    assert triangle.stride(-1) == part.stride(-1) == 1, (triangle.stride(), part.stride())
     low, high = code_range(bits)
     scale, zero = grids
     grid = (triton.cdiv(outputs, SWEEP_TILE), experts)

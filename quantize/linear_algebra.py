@@ -29,7 +29,8 @@ def cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not matrices.is_cuda or matrices.shape[-1] <= 2 * BLOCK:
         lower, info = torch.linalg.cholesky_ex(matrices)
-        return lower, (info == 0) & torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
+        # The library may answer in column order; the kernels walk along rows.
+        return lower.contiguous(), (info == 0) & torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
     with full_float32():
         return _blocked(matrices)
 

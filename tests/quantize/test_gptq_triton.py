@@ -61,11 +61,12 @@ def test_sweep_inside_a_block(count: int, outputs: int, zero_points: bool) -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [256, 640])
 @pytest.mark.parametrize(("group", "symmetric"), [(32, True), (128, True), (-1, True), (128, False)])
-def test_the_gpu_gives_the_codes_of_the_cpu(group: int, symmetric: bool) -> None:
+def test_the_gpu_gives_the_codes_of_the_cpu(group: int, symmetric: bool, n: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 2000, 640, generator=generator) @ torch.randn(640, 640, generator=generator) / 25
-    second, weight = x.mT @ x / 2000, torch.randn(5, 200, 640, generator=generator)
+    x = torch.randn(5, 2000, n, generator=generator) @ torch.randn(n, n, generator=generator) / 25
+    second, weight = x.mT @ x / 2000, torch.randn(5, 200, n, generator=generator)
     grid = Grid(4, group, symmetric)
     cpu = gptq.quantize(weight, second, grid).weight
     gpu = gptq.quantize(weight.cuda(), second.cuda(), grid).weight
