@@ -6,7 +6,7 @@ them are products with the routing matrix [N, E]. Only w2's input is read row by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -139,6 +139,9 @@ class Collector(Observer):
     def moe_input(self, x: Tensor, routing: Routing) -> None:
         values = row_extremes(x)
         x, values, good = self._finite(x, values, "input of the experts", None)
+        if good is not None:
+            # The router's weights of a token that is not finite are not finite either.
+            routing = replace(routing, weights=torch.where(good[:, None], routing.weights, 0.0))
         self.routing, self.good = routing, good
         self.share = routing.weights if self.collect.weighting == "router" else torch.ones_like(routing.weights)
         if self.shared:
