@@ -194,6 +194,23 @@ def test_gptq_packing_is_autorounds(source: dict[str, Tensor]) -> None:
         assert 0.05 < relative_error(dequantize(weight), source[name + ".weight"]) < 0.12
 
 
+RELEASE_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+@pytest.mark.parametrize("layout_name, symmetric", [("awq", False), ("gptq", True)])
+def test_awq_and_gptq_folders_have_autorounds_layout(layout_name: str, symmetric: bool, tmp_path: Path) -> None:
+    """Same tensors under the release's expert names; the rest stays bfloat16 (the peer casts it to float16)."""
+    variant = Int4Variant(group_size=128, attention="int4", layout=layout_name, symmetric=symmetric)
+    mine = layout(write_folder(open_native(GOLDEN / "source-bf16"), variant, tmp_path / "out"))
+    theirs = layout(GOLDEN / f"peer-autoround-{layout_name}-g128")
+    for theirs_name, ours_name in RELEASE_NAMES.items():
+        theirs = {name.replace(theirs_name, ours_name): kind for name, kind in theirs.items()}
+    assert set(mine) == set(theirs)
+    for name, kind in mine.items():
+        quantized = name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))
+        assert kind == (theirs[name] if quantized else (torch.bfloat16, theirs[name][1])), name
+
+
 def test_comparison_sees_a_single_wrong_code(ours: dict[str, Path], source: dict[str, Tensor]) -> None:
     """The checks above bite: one nibble of one word changed is a weight that compressed-tensors reads differently."""
     stored: dict[str, Any] = copy.deepcopy(tensors_of(ours[INT4]))

@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ct_reader import tensors_of
+from mmquant.convert.int4_variant import Int4Variant
+from mmquant.convert.open import open_native, open_source
+from mmquant.pipeline import write_folder
 from mmquant.quantize.int_grid import IntWeight, dequantize
 from mmquant.quantize.pack import pack_gptq, pack_gptq_zeros
 from mmquant.quantize.rtn import rtn_int
@@ -75,3 +78,16 @@ def test_it_reads_autorounds_file(tmp_path: Path) -> None:
     read = auto_gptq(tensors, tmp_path, 4, 128)["m.weight"]
     weight = tensors_of(GOLDEN / "source-bf16")[name + ".weight"].float()
     assert 0.05 < (read - weight).norm() / weight.norm() < 0.12
+
+
+def test_it_reads_every_matrix_of_our_folder(tmp_path: Path) -> None:
+    variant = Int4Variant(group_size=64, attention="int4", layout="gptq", symmetric=True)
+    folder = write_folder(open_native(GOLDEN / "source-bf16"), variant, tmp_path / "out")
+    stored = {name: tensor for name, tensor in tensors_of(folder).items() if not name.endswith(".weight")}
+    read, ours = auto_gptq(stored, tmp_path, 4, 64), open_source(folder)
+    names = [name for name in stored if name.endswith(".qweight")]
+    assert len(names) == 16  # four of attention, three of each of the four experts
+    for name in names:
+        weight = name.replace(".qweight", ".weight")
+        assert torch.equal(read[weight], ours.read(weight)), name
+        assert torch.equal(read[name], stored[name]), name
