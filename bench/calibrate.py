@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=262144)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--rows", type=int, nargs="+", default=[forward.ROWS << 2])
+    parser.add_argument("--rows", type=int, nargs="+", default=[forward.ROWS << 3])
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--demo", action="store_true")
     args = parser.parse_args()

@@ -171,8 +171,9 @@ class Collector(Observer):
         self.coactivation += chosen.T @ chosen
         keep = routing.chosen.shape[1]
         if keep < self.geometry.experts:
-            top = torch.topk(routing.scores + self.weights.router_bias.float(), keep + 1, dim=1).values
-            gap = top[:, keep - 1] - top[:, keep]
+            biased = routing.scores + self.weights.router_bias.float()
+            last = biased.gather(1, routing.chosen).amin(1)
+            gap = last - biased.scatter(1, routing.chosen, -torch.inf).amax(1)
             gap = gap if good is None else gap[good]
             place = torch.log2(gap.clamp(min=2.0**-40)).floor().long() + MARGIN_BINS
             self.margins += torch.bincount(place.clamp(0, MARGIN_BINS - 1), minlength=MARGIN_BINS)

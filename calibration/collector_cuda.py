@@ -45,52 +45,49 @@ class FusedCollector(Collector):
 
         ends = torch.tensor(offsets, dtype=torch.int32, device=x.device)
         share = self.share[token, slot].contiguous()
+        full = self.collect.full
+        scaled_x, scaled_h = (torch.empty_like(v) if full else None for v in (x, h))
+        mid = column_sums(h, share, ends, scaled_h)
+        if bool(mid.bad > 0):
+            if self.first:
+                self._fold(self.expert_in, column_sums(x, share, ends), ends, share)
+                self.weight4 += segment_sums(share.square(), ends)[1]
+            super().experts(x, h, y, token, slot, offsets)
+            return
+        wide = column_sums(x, share, ends, scaled_x)
         if self.first:
-            mid = column_sums(h, share, ends)
-            if bool(mid.bad > 0):
-                self._token_level_of_rows(x, share, ends)
-                self._plain_mid(x, h, y, token, slot, offsets)
-                return
             norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32)
             self.saliency += segment_sums(norm * self.routing.weights[token, slot], ends)[0]
-            count, (weight, _) = ends.diff().float(), segment_sums(share.square(), ends)
-            self._token_level_of_rows(x, share, ends)
-            self._fold(self.expert_mid, mid, count, weight)
+            self.weight4 += segment_sums(share.square(), ends)[1]
+            self._fold(self.expert_in, wide, ends, share)
+            self._fold(self.expert_mid, mid, ends, share)
             torch.maximum(self.mid_amax, mid.peak, out=self.mid_amax)
-        self._grams(x, h, share, ends, offsets)
+        if scaled_x is not None and scaled_h is not None:
+            self._grams(scaled_x, scaled_h, ends, offsets)
 
-    def _token_level_of_rows(self, x: Tensor, share: Tensor, ends: Tensor) -> None:
-        from ..quantize.moments_triton import column_sums, segment_sums
+    def _fold(self, sums: Sums, found: Any, ends: Tensor, share: Tensor) -> None:
+        from ..quantize.moments_triton import segment_sums
 
-        weight, weight4 = segment_sums(share.square(), ends)
-        self.weight4 += weight4
-        self._fold(self.expert_in, column_sums(x, share, ends), ends.diff().float(), weight)
-
-    def _plain_mid(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
-        super().experts(x, h, y, token, slot, offsets)
-
-    def _fold(self, sums: Sums, found: Any, count: Tensor, weight: Tensor) -> None:
-        sums.count += count
-        sums.weight += weight
+        sums.count += ends.diff()
+        sums.weight += segment_sums(share.square(), ends)[0]
         sums.plain += found.plain
         if sums.second is None:
             sums.diagonal += found.weighted
         sums.extremes((found.peak.amax(1), found.sum32, found.sum16))
 
-    def _grams(self, x: Tensor, h: Tensor, share: Tensor, ends: Tensor, offsets: list[int]) -> None:
-        from ..quantize.moments_triton import add_grams, scale_rows
+    def _grams(self, x: Tensor, h: Tensor, ends: Tensor, offsets: list[int]) -> None:
+        """Second moments of the kept experts from weighted rows."""
+        from ..quantize.moments_triton import add_grams
 
         kept = self.kept
         rows = slice(offsets[kept.start], offsets[kept.stop])
         inner = (ends[kept.start : kept.stop + 1] - ends[kept.start]).contiguous()
-        for second, values in ((self.expert_in.second, x), (self.expert_mid.second, h)):
-            if second is None:
+        for second, values in ((self.expert_in.second, x[rows]), (self.expert_mid.second, h[rows])):
+            assert second is not None
+            if values.dtype == torch.bfloat16:
+                add_grams(second, values, inner)
                 continue
-            scaled = scale_rows(values[rows], share[rows])
-            if scaled.dtype == torch.bfloat16:
-                add_grams(second, scaled, inner)
-                continue
-            for index in range(len(kept)):
-                start, stop = offsets[kept.start + index] - rows.start, offsets[kept.start + index + 1] - rows.start
+            for index, expert in enumerate(kept):
+                start, stop = offsets[expert] - rows.start, offsets[expert + 1] - rows.start
                 if stop > start:
-                    add_gram(second[index], scaled[start:stop])
+                    add_gram(second[index], values[start:stop])

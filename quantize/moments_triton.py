@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS = 32, 128  # tile of the column sums; columns a multiple of 32
-GRAM_TILE = 128  # x^T x is computed in square tiles; (rows at once, stages) by width, measured on an H200
-GRAM_WIDE, GRAM_NARROW, WIDE = (128, 3), (64, 4), 2048
+GRAM = (128, 256, 64, 3)  # x^T x: tile height and width, rows at once, stages; measured on an H200
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,20 @@ class ColumnSums:
 
 @triton.jit
 def _column_kernel(
-    x, share, offsets, plain, weighted, peak, largest16, largest32, bad, n, R: tl.constexpr, C: tl.constexpr
+    x,
+    share,
+    offsets,
+    scaled,
+    plain,
+    weighted,
+    peak,
+    largest16,
+    largest32,
+    bad,
+    n,
+    SCALE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
 ):
     expert, tile, tiles = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     column = tile * C + tl.arange(0, C)
@@ -51,6 +63,9 @@ def _column_kernel(
         place = row[:, None].to(tl.int64) * n + column[None, :]
         v = tl.load(x + place, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
         s = tl.load(share + row, mask=live, other=0.0)
+        if SCALE:
+            w = (v * s[:, None]).to(scaled.dtype.element_ty)
+            tl.store(scaled + place, w, mask=live[:, None] & inside[None, :])
         v2 = v * v
         squares += v2
         heavy += v2 * (s * s)[:, None]
@@ -70,8 +85,11 @@ def _column_kernel(
     tl.store(bad + expert * tiles + tile, tl.sum(tl.sum(wrong, 1), 0))
 
 
-def column_sums(x: Tensor, share: Tensor, offsets: Tensor) -> ColumnSums:
-    """x [R, n] contiguous bfloat16 or float32, share [R] float32, offsets [E + 1] int32: sums of each expert's rows."""
+def column_sums(x: Tensor, share: Tensor, offsets: Tensor, scaled: Tensor | None = None) -> ColumnSums:
+    """x [R, n] contiguous bfloat16 or float32, share [R] float32, offsets [E + 1] int32: sums of each expert's rows.
+
+    scaled [R, n], of x's dtype: filled with s * x, rounded once.
+    """
     n, experts = x.shape[1], len(offsets) - 1
     tiles = triton.cdiv(n, COLUMNS)
 
@@ -85,6 +103,7 @@ def column_sums(x: Tensor, share: Tensor, offsets: Tensor) -> ColumnSums:
         x,
         share,
         offsets,
+        x if scaled is None else scaled,
         plain,
         weighted,
         peak,
@@ -92,6 +111,7 @@ def column_sums(x: Tensor, share: Tensor, offsets: Tensor) -> ColumnSums:
         largest32,
         bad,
         n,
+        SCALE=scaled is not None,
         R=ROWS,
         C=COLUMNS,
         num_warps=4,
@@ -124,17 +144,19 @@ def segment_sums(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _gram_kernel(x, offsets, total, n, T: tl.constexpr, K: tl.constexpr):
+def _gram_kernel(x, offsets, total, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    # A program a tile of M x N that reaches the lower triangle; N is a multiple of M.
     expert = tl.program_id(1)
     index = tl.program_id(0)
-    # The lower triangle of tiles, row by row.
-    i = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > index, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= index, i + 1, i)
-    j = index - i * (i + 1) // 2
-    left, right = i * T + tl.arange(0, T), j * T + tl.arange(0, T)
+    i = index * 0
+    before = index * 0
+    while before + i * M // N + 1 <= index:
+        before += i * M // N + 1
+        i += 1
+    j = index - before
+    left, right = i * M + tl.arange(0, M), j * N + tl.arange(0, N)
     start, stop = tl.load(offsets + expert), tl.load(offsets + expert + 1)
-    acc = tl.zeros((T, T), tl.float32)
+    acc = tl.zeros((M, N), tl.float32)
     for first in range(start, stop, K):
         row = first + tl.arange(0, K)
         live = (row < stop)[:, None]
@@ -143,12 +165,12 @@ def _gram_kernel(x, offsets, total, n, T: tl.constexpr, K: tl.constexpr):
         b = tl.load(x + place + right[None, :], mask=live & (right < n)[None, :], other=0.0)
         acc = tl.dot(tl.trans(a), b, acc)
     base = total + expert.to(tl.int64) * n * n
-    both = (left < n)[:, None] & (right < n)[None, :]
+    below = (left < n)[:, None] & (left[:, None] >= right[None, :])
     here = base + left[:, None].to(tl.int64) * n + right[None, :]
-    acc += tl.load(here, mask=both, other=0.0)
-    tl.store(here, acc, mask=both)
-    if i != j:
-        tl.store(base + right[None, :].to(tl.int64) * n + left[:, None], acc, mask=both)
+    acc += tl.load(here, mask=below, other=0.0)
+    tl.store(here, acc, mask=below)
+    strictly = (left < n)[:, None] & (left[:, None] > right[None, :])
+    tl.store(base + right[None, :].to(tl.int64) * n + left[:, None], acc, mask=strictly)
 
 
 def add_grams(total: Tensor, x: Tensor, offsets: Tensor) -> None:
@@ -157,37 +179,7 @@ def add_grams(total: Tensor, x: Tensor, offsets: Tensor) -> None:
     Half the arithmetic of a general product: only tiles on and below the diagonal are computed, then mirrored.
     """
     n = x.shape[1]
-    tiles = triton.cdiv(n, GRAM_TILE)
-    grid = (tiles * (tiles + 1) // 2, len(offsets) - 1)
-    depth, stages = GRAM_WIDE if n > WIDE else GRAM_NARROW
+    high, wide, depth, stages = GRAM
+    grid = (sum(i * high // wide + 1 for i in range(triton.cdiv(n, high))), len(offsets) - 1)
     launch: Any = _gram_kernel[grid]  # type: ignore[reportIndexIssue]
-    launch(
-        x,
-        offsets,
-        total,
-        n,
-        T=GRAM_TILE,
-        K=depth,
-        num_warps=8,
-        num_stages=stages,
-    )
-
-
-@triton.jit
-def _scale_kernel(x, share, out, rows, n, R: tl.constexpr, C: tl.constexpr):
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    column = tl.program_id(1) * C + tl.arange(0, C)
-    inside = (row < rows)[:, None] & (column < n)[None, :]
-    place = row[:, None].to(tl.int64) * n + column[None, :]
-    v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(share + row, mask=row < rows, other=0.0)
-    tl.store(out + place, (v * s[:, None]).to(out.dtype.element_ty), mask=inside)
-
-
-def scale_rows(x: Tensor, share: Tensor) -> Tensor:
-    """x [R, n] contiguous times share [R] float32, rounded once to x's dtype."""
-    out = torch.empty_like(x)
-    grid = (triton.cdiv(x.shape[0], 16), triton.cdiv(x.shape[1], 512))
-    launch: Any = _scale_kernel[grid]  # type: ignore[reportIndexIssue]
-    launch(x, share, out, x.shape[0], x.shape[1], R=16, C=512, num_warps=8)
-    return out
+    launch(x, offsets, total, n, M=high, N=wide, K=depth, num_warps=8, num_stages=stages)

@@ -24,9 +24,9 @@ DOCS, COMPUTE, WHAT = PHRASES["docs"], PHRASES["compute"], PHRASES["what"]
 MODULES = (
     "itertools functools collections heapq bisect statistics fractions decimal textwrap string re json csv pathlib "
     "shutil tempfile zipfile tarfile gzip hashlib hmac secrets random datetime calendar time sched threading queue "
-    "subprocess socket selectors ssl http.client urllib.parse email.message html xml.etree.ElementTree sqlite3 logging argparse "
-    "configparser shlex glob fnmatch linecache difflib dis ast inspect types copy pprint enum dataclasses contextlib "
-    "weakref gc tracemalloc cProfile timeit unittest.mock doctest pdb asyncio concurrent.futures multiprocessing struct"
+    "subprocess socket selectors ssl http.client urllib.parse email.message html xml.etree.ElementTree sqlite3 logging "
+    "argparse configparser shlex glob fnmatch linecache difflib dis ast inspect types copy pprint enum dataclasses "
+    "contextlib weakref gc tracemalloc cProfile timeit unittest.mock doctest pdb asyncio concurrent.futures multiprocessing struct"
 ).split()
 
 
