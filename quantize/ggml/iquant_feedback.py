@@ -213,7 +213,7 @@ def _write(found: Rounded, fields: Fields, first: int, layout: Layout, where: Te
 
 
 def _nearest(x: Tensor, diagonal: Tensor, scale: Tensor, minus: Tensor, layout: Layout) -> Rounded:
-    """Nearest points to x [E, R, unit]; minus [E * R]: the delta of IQ1_S (one for 32 columns, chosen with the scales)."""
+    """Nearest points to x [E, R, unit]; minus [E * R]: the delta of IQ1_S, chosen for 32 columns with the scales."""
     unit = x.shape[-1]
     weight = diagonal.unsqueeze(1).expand_as(x).reshape(-1, unit)
     x, scale = x.reshape(-1, unit), scale.unsqueeze(1)

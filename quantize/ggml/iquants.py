@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .grids import points
-from .iquants_layout import LAYOUTS, SUPER, Fields, Layout, Signs, pack, unpack, values
-from .iquants_search import choose, scan
+from .iquants_layout import DELTA, LAYOUTS, SUPER, Fields, Layout, Signs, pack, unpack, values
+from .iquants_search import choose, codebook, in_threads, numba_rule, scan
 from .types import GGMLType
 
 LARGEST = 65504.0  # fp16
@@ -25,7 +27,7 @@ SMALL_CHUNK = 1 << 12
 
 @dataclass(frozen=True)
 class Effort:
-    """How widely scales are searched: `fan` a block, `supers` a super-block, levels up to `near` away, `rounds` of it."""
+    """How widely scales are searched: `fan` a block, `supers` a super-block, levels `near` by; `rounds` of refit."""
 
     fan: int
     supers: int
@@ -123,7 +125,7 @@ def _encode_blocks(x: Tensor, weight: Tensor, layout: Layout, effort: Effort) ->
 
 
 def scaled(x: Tensor, weight: Tensor) -> Scaled:
-    """Super-blocks [N, 256] and their importance, normalised; one without any importance counts all its weights alike."""
+    """Super-blocks [N, 256] and their importance, normalised; one without importance counts its weights alike."""
     x = x.float()
     unit = x.abs().amax(1)
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
@@ -134,6 +136,42 @@ def scaled(x: Tensor, weight: Tensor) -> Scaled:
 
 def search(blocks: Scaled, layout: Layout, effort: Effort) -> Fields:
     """The scale, levels and points that lose least."""
+    if blocks.x.device.type == "cpu":
+        return _search_cpu(blocks, layout, effort)
+    return search_tensors(blocks, layout, effort)
+
+
+def _search_cpu(blocks: Scaled, layout: Layout, effort: Effort) -> Fields:
+    from . import iquants_cpu
+
+    encode_blocks: Any = iquants_cpu.encode
+
+    count = blocks.x.shape[0]
+    ours = [t.contiguous().numpy() for t in (blocks.x, blocks.weight, blocks.unit)]
+    fan = _fan(layout, effort.fan + -effort.fan % 4, blocks.x.device).numpy()
+    outs = [
+        np.empty(count, np.float32),
+        np.empty((count, layout.blocks), np.uint8),
+        np.empty((count, layout.groups), np.int16),
+        np.zeros((count, SUPER // 8), np.uint8),
+        np.zeros((count, SUPER // 8), np.bool_),
+    ]
+    numbers = [np.float32(v) for v in (DELTA, layout.offset, layout.step)]
+    spread = _spread(effort, blocks.x.device).numpy()
+
+    def work(start: int, stop: int) -> None:
+        encode_blocks(
+            *(t[start:stop] for t in ours), codebook(layout.name), numba_rule(layout), numbers[0], layout.shared,
+            *numbers[1:], layout.levels, fan, spread, effort.near, effort.rounds, *(t[start:stop] for t in outs),
+        )  # fmt: skip
+
+    in_threads(work, count)
+    scale, *rest = (torch.from_numpy(t) for t in outs)
+    return Fields(scale.half(), *rest)
+
+
+def search_tensors(blocks: Scaled, layout: Layout, effort: Effort) -> Fields:
+    """`search` in tensor operations around `scan` and `choose`."""
     scale, level = _first_guess(blocks, layout, effort)
     fields = _near(blocks, scale, level, layout, effort.near)
     for _ in range(effort.rounds - 1):
@@ -155,6 +193,11 @@ def _fan(layout: Layout, steps: int, device: torch.device) -> Tensor:
     return torch.linspace(low, high, steps, device=device)
 
 
+def _spread(effort: Effort, device: torch.device) -> Tensor:
+    """Super-scales to try, relative to the one at which the largest block takes the highest level."""
+    return torch.linspace(0.7, 1.15, effort.supers, device=device)
+
+
 def _first_guess(blocks: Scaled, layout: Layout, effort: Effort) -> tuple[Tensor, Tensor]:
     """Scale [N] and levels [N, blocks] from each block's error curve, linear between the scales that were tried."""
     x, weight = (t.reshape(-1, layout.shared) for t in (blocks.x, blocks.weight))
@@ -164,7 +207,7 @@ def _first_guess(blocks: Scaled, layout: Layout, effort: Effort) -> tuple[Tensor
     errors = scan(x, weight, reference.unsqueeze(1) * fan, layout)
     best = (reference * fan[errors.argmin(1)]).reshape(count, -1)
     top = layout.offset + layout.step * (layout.levels - 1)
-    tried = best.amax(1, keepdim=True) / top * torch.linspace(0.7, 1.15, effort.supers, device=x.device)
+    tried = best.amax(1, keepdim=True) / top * _spread(effort, x.device)
     wanted = best.unsqueeze(2) / tried.unsqueeze(1).clamp(min=1e-30)
     level = ((wanted - layout.offset) / layout.step).round().clamp(0, layout.levels - 1)
     scales = (tried.unsqueeze(1) * (layout.offset + layout.step * level)).reshape(x.shape[0], -1)

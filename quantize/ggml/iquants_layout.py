@@ -30,7 +30,7 @@ class Signs(Enum):
 
 @dataclass(frozen=True)
 class Layout:
-    """One type: `bytes` of a super-block, weights that share a level, `group` of a point; scale d*(offset+step*level)."""
+    """One type: `bytes` of a super-block, weights `shared` by a level, `group` of a point; d*(offset+step*level)."""
 
     name: str
     bytes: int

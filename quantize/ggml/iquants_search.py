@@ -66,11 +66,21 @@ def choose(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: flo
 
 
 @lru_cache
-def _table(name: str) -> np.ndarray:
+def codebook(name: str) -> np.ndarray:
+    """The codebook as the CPU kernels take it: [group, entries]."""
     return np.ascontiguousarray(points(name).T)
 
 
-def _in_threads(work: Any, count: int) -> None:
+def numba_rule(layout: Layout) -> int:
+    """The sign rule as a number of `iquants_numba`."""
+    from . import iquants_numba as kernels
+
+    if layout.signs is Signs.DELTA:
+        return kernels.DELTA_SHARED if layout.name == "IQ1_S" else kernels.DELTA_EACH
+    return kernels.FREE if layout.signs is Signs.FREE else kernels.PARITY
+
+
+def in_threads(work: Any, count: int) -> None:
     """work(start, stop) over range(count) in as many threads as torch uses; the kernels hold no interpreter lock."""
     threads = min(torch.get_num_threads(), max(1, count // 64))
     if threads == 1:
@@ -83,14 +93,13 @@ def _in_threads(work: Any, count: int) -> None:
 def _search_numba(
     x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float, choosing: bool
 ) -> tuple[Tensor, Choice]:
-    from . import iquants_numba as kernels
+    from . import iquants_numba
 
+    search: Any = iquants_numba.search
     (count, width), steps = x.shape, scales.shape[1]
     if steps % 4:  # the kernels take four scales at a time
         scales = torch.cat((scales, scales[:, -1:].expand(-1, 4 - steps % 4)), 1)
     ours = [t.contiguous().numpy() for t in (x, weight, scales)]
-    rule = {Signs.FREE: kernels.FREE, Signs.PARITY: kernels.PARITY, Signs.DELTA: kernels.DELTA_EACH}[layout.signs]
-    rule = kernels.DELTA_SHARED if layout.name == "IQ1_S" else rule
     errors = np.empty(scales.shape, np.float32)
     chosen = np.empty(count if choosing else 0, np.int64)
     code = np.empty((count, width // layout.group), np.int16)
@@ -100,9 +109,9 @@ def _search_numba(
     def work(start: int, stop: int) -> None:
         part = slice(start, stop)
         results = (errors[part], chosen[part], code[part], signs[part], minus[part])
-        kernels.search(*(t[part] for t in ours), _table(layout.name), rule, np.float32(delta), *results)
+        search(*(t[part] for t in ours), codebook(layout.name), numba_rule(layout), np.float32(delta), *results)
 
-    _in_threads(work, count)
+    in_threads(work, count)
     found = [torch.from_numpy(t) for t in (chosen, code, signs, minus)]
     return torch.from_numpy(errors)[:, :steps], Choice(*found)
 

@@ -42,7 +42,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Error of each block of PER groups at each scale, or the best scale with its points.
 
-    x, w [groups, GROUP], scale [groups / PER, STEPS], table [ENTRIES, GROUP]. Without CHOOSE: error [groups / PER, STEPS].
+    x, w [groups, GROUP], scale [groups / PER, STEPS], table [ENTRIES, GROUP]. Without CHOOSE: error, as scale.
     With: index [groups / PER], code [groups], sign bytes and minus [octets]. A group has one variant, or two: a sign
     turned (PARITY with GROUP 4: in one of two groups), delta negative (SHIFTED; SHARED: the same for the block).
     """
@@ -169,9 +169,9 @@ def _search(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: fl
     table = points_on(layout.name, x.device)
     parity, shifted = layout.signs is Signs.PARITY, layout.signs is Signs.DELTA
     _kernel[(triton.cdiv(count * per, LANES),)](
-        x.contiguous(), weight.contiguous(), scales.contiguous(), table, error, index, code, signs, minus.view(torch.int8),
-        count * per, delta, table.shape[0], layout.group, per, parity, shifted, layout.name == "IQ1_S", steps, choosing,
-        LANES, num_warps=WARPS,
+        x.contiguous(), weight.contiguous(), scales.contiguous(), table, error, index, code, signs,
+        minus.view(torch.int8), count * per, delta, table.shape[0], layout.group, per, parity, shifted,
+        layout.name == "IQ1_S", steps, choosing, LANES, num_warps=WARPS,
     )  # fmt: skip
     return (index, code, signs, minus) if choosing else (error,)
 

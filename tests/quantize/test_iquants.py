@@ -15,6 +15,7 @@ from torch import Tensor
 import ggml_lib
 from mmquant.quantize.ggml import codec, iquants, iquants_search
 from mmquant.quantize.ggml.grids import points, with_parity
+from mmquant.quantize.ggml.iquants_cpu import half
 from mmquant.quantize.ggml.iquants_layout import LAYOUTS, Layout, Signs, pack, unpack, values
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -204,6 +205,26 @@ def test_more_search_is_never_worse_by_much(kind: GGMLType) -> None:
     ]
     assert errors[1] < errors[0] * 1.001
     assert errors[2] < errors[1] * 1.001
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_encoder_of_the_cpu_does_what_the_tensor_form_does(kind: GGMLType) -> None:
+    layout = LAYOUTS[kind.name]
+    rows, importance = inputs(256, 16)["heavy, importance"]
+    assert importance is not None
+    rows[3] = 0
+    blocks = iquants.scaled(rows, importance.expand_as(rows))
+    for effort in iquants.EFFORTS.values():
+        ours, theirs = (f(blocks, layout, effort) for f in (iquants.search, iquants.search_tensors))
+        errors = [float((blocks.weight * (rows - values(f, layout)) ** 2).sum()) for f in (ours, theirs)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+        assert float((ours.code == theirs.code).float().mean()) > 0.97
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0, 65504, width=32) | st.floats(0, 2.0**-13, width=32))
+def test_half_is_rounded_as_by_torch(value: float) -> None:
+    assert half(value) == float(torch.tensor(value).half())
 
 
 @pytest.mark.parametrize("kind", KINDS)
