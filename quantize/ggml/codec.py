@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import iq4, kquants, legacy
 from .blocks import Blocks
-from .effort import EFFORTS, Effort
+from .effort import EFFORTS
 from .grid import FORMS, Grid, nearest, values
 from .searching import search_rows
 from .types import GGMLType
@@ -66,15 +66,15 @@ _UNPACK: dict[GGMLType, Callable[[Tensor], Blocks]] = {
     GGMLType.MXFP4: iq4.unpack_mxfp4,
 }
 _HALF_MAX = 65504.0
-_DEFAULT = EFFORTS["default"]
 _PLAIN = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 
-def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: Effort = _DEFAULT) -> Tensor:
+def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: str = "default") -> Tensor:
     """`rows` [R, n] float32 as `kind`: uint8 [R, bytes of a row] on the same device.
 
     importance  [n], or [G, n] for G groups of R/G rows each; not negative. The error that is minimised is
                 sum importance * (x - q)^2
+    effort      "fast", "default" or "high": how widely scales are searched
 
     Raises ValueError for a ragged row, for NaN or infinity, for values that the type's float16 scale cannot reach and
     for an importance of the wrong shape, negative or not finite.
@@ -83,10 +83,13 @@ def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effor
     if kind in _PLAIN:
         return rows.to(_PLAIN[kind]).contiguous().view(torch.uint8).view(len(rows), -1)
     if kind in FORMS:
-        return pack(*search_rows(rows, kind, _check_importance(importance, rows, kind), effort))
+        return pack(*search_rows(rows, kind, _check_importance(importance, rows, kind), EFFORTS[effort]))
     from . import iquants
 
-    return iquants.encode(rows, kind, _check_importance(importance, rows, kind))
+    weight = _check_importance(importance, rows, kind)
+    if weight is not None:
+        weight = weight.repeat_interleave(len(rows) // len(weight), 0)
+    return iquants.encode(rows, kind, weight, iquants.EFFORTS[effort])
 
 
 def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
@@ -101,19 +104,19 @@ def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
     return iquants.decode(data, kind, columns)
 
 
-def search(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: Effort = _DEFAULT) -> Grid:
+def search(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: str = "default") -> Grid:
     """The scales of `rows` [R, n] float32 as they will be stored. ValueError as for `encode`."""
     _check_rows(rows, kind)
-    return search_rows(rows, kind, _check_importance(importance, rows, kind), effort)[0]
+    return search_rows(rows, kind, _check_importance(importance, rows, kind), EFFORTS[effort])[0]
 
 
 def pack(grid: Grid, codes: Tensor) -> Tensor:
     """The bytes [R, bytes of a row] uint8 of codes [R, n] uint8 in their grid."""
-    parts = (grid.dmin, grid.steps, grid.minimums)
-    per_block = [None if part is None else part.reshape(grid.d.numel(), -1) for part in parts]
-    dmin = None if per_block[0] is None else per_block[0].view(-1)
-    blocks = Blocks(codes.reshape(grid.d.numel(), -1), grid.d.reshape(-1), dmin, *per_block[1:])
-    return _PACK[grid.kind](blocks).view(len(grid.d), -1)
+    subs = grid.kind.block_columns // grid.form.sub
+    steps, minimums = (None if part is None else part.reshape(-1, subs) for part in (grid.steps, grid.minimums))
+    dmin = None if grid.dmin is None else grid.dmin.reshape(-1)
+    blocks = Blocks(codes.reshape(-1, grid.kind.block_columns), grid.d.reshape(-1), dmin, steps, minimums)
+    return _PACK[grid.kind](blocks).view(len(grid.d), grid.kind.row_bytes(grid.columns))
 
 
 def unpack(data: Tensor, kind: GGMLType, columns: int) -> tuple[Grid, Tensor]:
@@ -140,7 +143,7 @@ def _check_rows(rows: Tensor, kind: GGMLType) -> None:
         raise ValueError(f"{kind.name}: {rows.dtype} of shape {tuple(rows.shape)}, expected float32 rows [R, n]")
     kind.row_bytes(rows.shape[1])
     if rows.numel() == 0:
-        return
+        raise ValueError(f"{kind.name}: rows of shape {tuple(rows.shape)}, expected at least one weight")
     low, high = (float(v) for v in torch.aminmax(rows))
     if not (low > -float("inf") and high < float("inf")):
         raise ValueError(f"{kind.name}: the weights hold NaN or infinity, expected finite values")

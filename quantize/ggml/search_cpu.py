@@ -220,7 +220,7 @@ def _refit_d(d, dmin, steps, minimums, sums, w1, minimum):  # type: ignore[no-un
             c += minimums[i] * minimums[i] * w1[i]
             left -= minimums[i] * sums[1, i]
     if a <= ZERO:
-        return d, dmin
+        return d, (_half(dmin + left / c) if c > ZERO else dmin)
     if minimum is None or c <= ZERO:
         return _half(d + right / a), dmin
     det = a * c - b * b

@@ -202,7 +202,8 @@ def _refit_d(d, dmin, steps, minimums, r1, rq, q1, qq, w1, MINIMUM: tl.constexpr
         usable = det > 1e-6 * a * c
         inv = 1.0 / tl.where(usable, det, 1.0)
         alone = tl.where(usable, d + (right * c + b * left) * inv, tl.where(c > 0.0, d, alone))
-        dmin = _half(tl.where(usable, dmin + (a * left + b * right) * inv, dmin))
+        flat = tl.where(a <= 0.0, dmin + left * _inverse(c), dmin)
+        dmin = _half(tl.where(usable, dmin + (a * left + b * right) * inv, flat))
     return _half(alone), dmin
 
 

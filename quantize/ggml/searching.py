@@ -20,9 +20,10 @@ def search_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None, effort:
     blocks = cut(rows, kind.block_columns, importance)
     if kind is GGMLType.MXFP4:
         exponents, codes = search_exponents(blocks)
-        return Grid(kind, exponents.view(len(rows), -1)), codes.view(rows.shape)
+        return Grid(kind, exponents.view(len(rows), rows.shape[1] // kind.block_columns)), codes.view(rows.shape)
     search = plan(kind, effort)
-    form, count = search.form, len(rows)
+    form, wide = search.form, (len(rows), rows.shape[1] // kind.block_columns)
+    fine = (len(rows), rows.shape[1] // form.sub)
     found = empty(blocks, kind.block_columns // form.sub)
     if rows.is_cuda:
         from . import search_cuda
@@ -34,10 +35,10 @@ def search_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None, effort:
         search_cpu.search_blocks(blocks, search, found)
     grid = Grid(
         kind,
-        found.d.view(count, -1),
-        found.dmin.view(count, -1) if form.minimums is not None else None,
-        found.steps.view(count, -1) if form.steps is not None else None,
-        found.minimums.view(count, -1) if form.minimums else None,
+        found.d.view(wide),
+        found.dmin.view(wide) if form.minimums is not None else None,
+        found.steps.view(fine) if form.steps is not None else None,
+        found.minimums.view(fine) if form.minimums else None,
     )
     return grid, found.codes.view(rows.shape)
 
