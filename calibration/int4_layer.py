@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..convert.minimax_m2 import ATTENTION, LayerWeights
+from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..quantize.gptq import DAMPING, Grid, Solved, quantize
 from ..quantize.int_grid import IntWeight, dequantize
 from ..quantize.moments import Moments, check_moments, shrunk, shrunk_diagonal
 from ..quantize.rtn import rtn_int
 from ..quantize.transforms import overflow_cure, scale_pair
+from .int4_awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
 from .statistics import LayerStatistics
 
 METHODS = ("gptq", "awq", "rtn")
@@ -93,9 +94,10 @@ def quantize_layer(
     weights: LayerWeights,
     statistics: LayerStatistics,
     options: Int4Options,
+    geometry: Geometry,
     read: ReadExperts | None = None,
 ) -> QuantizedLayer:
-    """Codes of one layer by GPTQ (or moment-weighted rounding for method rtn).
+    """Codes of one layer: GPTQ, or moment-weighted rounding, after equalization for method awq.
 
     weights  any compute dtype, on the device that does the work
     read     gives experts in float32 (projection, range) when `weights` are not exact; default: from `weights`
@@ -107,27 +109,40 @@ def quantize_layer(
     cure = overflow_cure(_largest(statistics.expert_mid)).to(device)
     reader = read if read is not None else _reader(weights)
     mid = scaled_moments(statistics.expert_mid, cure.to(statistics.expert_mid.weight.device))
+    plain: dict[str, Tensor] = {}
+    scale: Tensor | float = 1.0
+    if options.method == "awq":
+        scale, plain = equalize_norm(weights, statistics, options, reader)
     found: list[tuple[dict[str, IntWeight], list[Solved]]] = []
     for chosen in expert_chunks(weights, options.memory):
         w1, w3, w2 = (reader(name, chosen).to(device=device, dtype=torch.float32) for name in ("w1", "w3", "w2"))
         w3, w2 = scale_pair(w3, w2, cure[chosen.start : chosen.stop])
         part = slice(chosen.start, chosen.stop)
-        first = solve(torch.cat((w1, w3), 1), statistics.expert_in, part, options)
-        second = solve(w2, mid, part, options)
+        between: Tensor | float = 1.0
+        if options.method == "awq":
+            between = expert_pairs(w2, mid, part, options.grid, options.shrinkage)
+            w3, w2 = w3 / between.unsqueeze(-1), w2 * between.unsqueeze(-2)
+        second = solve(w2, mid, part, options, between)
+        first = solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale)
         width = w1.shape[1]
         pieces = {"w1": rows_of(first.weight, slice(0, width)), "w3": rows_of(first.weight, slice(width, None))}
         found.append(({**pieces, "w2": second.weight}, [first, second]))
     experts = {name: join([piece[name] for piece, _ in found]) for name in ("w1", "w3", "w2")}
     report = make_report(layer, statistics, cure, [solved for _, solved in found])
-    attention = quantize_attention(weights, statistics, options) if options.attention == "int4" else {}
-    return QuantizedLayer(experts, attention, {}, report)
+    attention: dict[str, IntWeight] = {}
+    if options.attention == "int4":
+        attention, changed = quantize_attention(weights, statistics, options, geometry)
+        plain |= changed
+    return QuantizedLayer(experts, attention, plain, report)
 
 
-def solve(weight: Tensor, moments: Moments, part: slice, options: Int4Options) -> Solved:
-    """One chunk of matrices [E, O, I] float32 by the options' method."""
+def solve(weight: Tensor, moments: Moments, part: slice, options: Int4Options, scale: Tensor | float = 1.0) -> Solved:
+    """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I]."""
     grid = options.grid
-    if options.method == "rtn":
+    if options.method != "gptq":
         importance = shrunk_diagonal(moments, options.shrinkage, part).to(weight.device)
+        if isinstance(scale, Tensor):
+            importance = importance / scale.square()
         rounded = rtn_int(weight, grid.bits, grid.group_size, grid.symmetric, importance=importance)
         nothing = torch.zeros(weight.shape[0], device=weight.device)
         return Solved(rounded, None, nothing, nothing.bool())
@@ -135,16 +150,35 @@ def solve(weight: Tensor, moments: Moments, part: slice, options: Int4Options) -
     return quantize(weight, second, grid, options.damping)
 
 
+def equalize_norm(
+    weights: LayerWeights, statistics: LayerStatistics, options: Int4Options, read: ReadExperts
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scale [H] of w1 and w3's columns, and the norm and router that make up for it."""
+    pair = experts_pair(weights, statistics, options.grid, options.shrinkage, read)
+    return pair.scale, {"post_norm": pair.norm, "router": weights.router * pair.scale}
+
+
 def quantize_attention(
-    weights: LayerWeights, statistics: LayerStatistics, options: Int4Options
-) -> dict[str, IntWeight]:
-    """q, k, v under what enters them, o under what enters it."""
-    names = {"q_proj": weights.q, "k_proj": weights.k, "v_proj": weights.v, "o_proj": weights.o}
+    weights: LayerWeights, statistics: LayerStatistics, options: Int4Options, geometry: Geometry
+) -> tuple[dict[str, IntWeight], dict[str, Tensor]]:
+    """q, k, v under what enters them, o under what enters it; for AWQ also the norm that is changed."""
+    matrices = {"q_proj": weights.q, "k_proj": weights.k, "v_proj": weights.v, "o_proj": weights.o}
+    matrices = {name: matrix.float() for name, matrix in matrices.items()}
+    scales: dict[str, Tensor | float] = dict.fromkeys(matrices, 1.0)
+    plain: dict[str, Tensor] = {}
+    if options.method == "awq":
+        pair = attention_pair(weights, statistics, options.grid)
+        values = value_pair(weights, statistics.attention_out, options.grid, geometry)
+        matrices["v_proj"] = matrices["v_proj"] / values.unsqueeze(-1)
+        scales |= {"q_proj": pair.scale, "k_proj": pair.scale, "v_proj": pair.scale}
+        scales["o_proj"] = spread_values(values, geometry)
+        plain["input_norm"] = pair.norm
     found = {}
-    for name in ATTENTION:
+    for name, matrix in matrices.items():
         moments = statistics.attention_out if name == "o_proj" else statistics.attention_in
-        found[name] = select(solve(names[name].float().unsqueeze(0), moments, slice(None), options).weight, 0)
-    return found
+        solved = solve((matrix * scales[name]).unsqueeze(0), moments, slice(None), options, scales[name])
+        found[name] = select(solved.weight, 0)
+    return found, plain
 
 
 def check_statistics(layer: int, weights: LayerWeights, statistics: LayerStatistics) -> None:

@@ -11,12 +11,29 @@ import torch
 from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.folder_writer import TensorSpec
 from ..convert.int4_formats import matrix_tensors
 from ..convert.int4_variant import Int4Variant
-from ..convert.minimax_m2 import ATTENTION, PROJECTIONS, LayerWeights, attention_name, expert_name, plain_shapes
+from ..convert.minimax_m2 import (
+    ATTENTION,
+    PROJECTIONS,
+    LayerWeights,
+    attention_name,
+    expert_name,
+    layer_prefix,
+    plain_shapes,
+)
 from ..convert.variant import plain_tensors
 from .int4_layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer, select
 from .provider import LayerInputs
+
+PLAIN_NAMES = {
+    "input_norm": "input_layernorm.weight",
+    "post_norm": "post_attention_layernorm.weight",
+    "router": "block_sparse_moe.gate.weight",
+    "router_bias": "block_sparse_moe.e_score_correction_bias",
+}
+EXACT = ("router", "router_bias")  # written in float32 when changed: engines keep them so
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,13 @@ class CalibratedInt4(Int4Variant):
         settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
         return {**super().run(), "method": o.method, **settings}
 
+    def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        specs = super().specs(source, layer)
+        if self.options.method != "awq":
+            return specs
+        exact = tuple(layer_prefix(layer) + PLAIN_NAMES[field] for field in EXACT)
+        return [TensorSpec(s.name, "F32", s.shape) if s.name in exact else s for s in specs]
+
     def calibrated_layer(
         self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
     ) -> tuple[dict[str, Tensor], LayerWeights | None]:
@@ -46,10 +70,15 @@ class CalibratedInt4(Int4Variant):
             return source.read_experts(layer, projection, chosen, device, torch.float32)
 
         read = None if weights.w1.dtype == torch.float32 else exact
-        quantized = quantize_layer(layer, weights, inputs.statistics, self.options, read)
+        quantized = quantize_layer(layer, weights, inputs.statistics, self.options, source.geometry, read)
         for line in quantized.report.lines():
             self.report(line)
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
+        if self.options.method == "awq":
+            tensors |= {n: tensors[n].float() for n in (layer_prefix(layer) + PLAIN_NAMES[field] for field in EXACT)}
+        for field, value in quantized.plain.items():
+            name = layer_prefix(layer) + PLAIN_NAMES[field]
+            tensors[name] = value.cpu() if field in EXACT else value.cpu().to(tensors[name].dtype)
         for projection in ATTENTION:
             name = attention_name(layer, projection)
             if projection in quantized.attention:

@@ -84,9 +84,13 @@ def _pack_quantized(name: str, weight: IntWeight) -> dict[str, Tensor]:
 
 
 def half_scales(name: str, scales: Tensor) -> Tensor:
-    """Scales as float16. ValueError when that is not exact enough: too large, or subnormal by more than 2^-9."""
+    """Scales as float16. ValueError when one that matters is too large, or so small that it loses more than 2^-9.
+
+    A group a thousand times smaller than the others of its matrix does not matter.
+    """
     half = scales.to(torch.float16)
-    off = (half.float() - scales).abs() > scales.abs() * 2.0**-9
+    size = scales.abs()
+    off = (half.float() - scales).abs() > torch.maximum(size, size.median() / 1024) * 2.0**-9
     if bool(off.any()) or not bool(torch.isfinite(half).all()):
         worst = float(scales[off | ~torch.isfinite(half)].abs().min())
         raise ValueError(f"{name}: scale {worst:.3g} does not fit float16; use format compressed-tensors")

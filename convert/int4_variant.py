@@ -28,14 +28,27 @@ def select(weight: IntWeight, index: int) -> IntWeight:
     return IntWeight(weight.codes[index], weight.scales[index], zeros, weight.bits)
 
 
-def check_groups(g: Geometry, group_size: int) -> None:
-    """ValueError when a group does not divide the inputs of a matrix, with the tensor parallelism that works."""
+def check_groups(g: Geometry, group_size: int, parallel: int = 1) -> None:
+    """ValueError when a group does not divide the inputs of a matrix, whole or split over `parallel` devices.
+
+    Tensor parallelism splits w2's inputs; a group must not straddle two devices (vLLM refuses to load).
+    """
+    width = g.expert_width // parallel
+    if g.expert_width % parallel:
+        raise ValueError(f"expert width {g.expert_width} is not a multiple of {parallel} devices")
     if group_size == -1:
         return
+    works = ", ".join(str(s) for s in (32, 64, 128) if not g.hidden % s and not width % s) or "none"
     if g.hidden % group_size or g.expert_width % group_size:
         raise ValueError(
             f"group size {group_size} does not divide hidden {g.hidden} and expert width {g.expert_width}; "
-            f"sizes that do: {', '.join(str(s) for s in (32, 64, 128) if not g.hidden % s and not g.expert_width % s)}"
+            f"sizes that do: {works}"
+        )
+    if width % group_size:
+        most = max(p for p in range(1, parallel) if not g.expert_width % (p * group_size))
+        raise ValueError(
+            f"group size {group_size}: {g.expert_width}/{parallel} = {width} is not a multiple of it; what works: "
+            f"group sizes {works}, at most {most} devices, or expert parallelism (--enable-expert-parallel)"
         )
 
 

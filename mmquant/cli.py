@@ -14,6 +14,7 @@ from mmquant.errors import MmquantError
 COMMANDS = {
     "fp8": "FP8 for vLLM and SGLang, exact from the release.",
     "int4": "INT4 weights (W4A16) for vLLM and SGLang.",
+    "awq": "INT4 by AWQ, in its format.",
     "gguf": "GGUF for llama.cpp.",
     "calibrate": "Every expert's statistics in one streamed pass.",
     "eval": "Perplexity, KL divergence and agreement with the reference.",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mmquant.options import device_option, dry_run_option, model_option, out_option, shard_option
+from mmquant.options_calibration import calibration_options
 from mmquant.options_fetch import fetch_options, open_model
 
 if TYPE_CHECKING:
@@ -17,34 +18,38 @@ if TYPE_CHECKING:
 @click.command(short_help="INT4 weights (W4A16) for vLLM and SGLang.")
 @model_option()
 @out_option()
-@click.option("--method", type=click.Choice(["rtn"]), default="rtn", show_default=True)
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True)
+@click.option("--method", type=click.Choice(["gptq", "awq", "rtn"]), default="gptq", show_default=True)
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["compressed-tensors", "awq", "gptq"]),
+    default="compressed-tensors",
+    show_default=True,
+)
+@click.option("--group-size", type=click.Choice(["32", "64", "128", "-1"]), default="128", show_default=True)
 @click.option("--attention", type=click.Choice(["bf16", "fp8", "int4"]), default="bf16", show_default=True)
+@click.option("--effort", type=click.Choice(["fast", "default", "high"]), default="default", show_default=True)
+@click.option("--asymmetric", is_flag=True, help="Zero points (always with --format awq).")
+@click.option(
+    "--tp", type=click.IntRange(1), default=2, show_default=True, help="Tensor parallelism to be loadable at."
+)
+@calibration_options()
 @shard_option()
 @device_option()
 @fetch_options()
 @dry_run_option()
-def command(
-    model: str,
-    out: Path,
-    method: str,
-    group_size: str,
-    attention: str,
-    limit: int,
-    device: str,
-    fetch: FetchOptions,
-    dry_run: bool,
-) -> None:
-    """Write W4A16 experts as compressed-tensors pack-quantized.
+def command(model: str, out: Path, fetch: FetchOptions, dry_run: bool, limit: int, device: str, **options: Any) -> None:
+    """Write W4A16 experts for vLLM and SGLang, calibrated in the same pass over the checkpoint.
 
-    Example: mmquant int4 --model demo --method rtn --out ./m27-int4
+    Example: mmquant int4 --model demo --out ./m27-int4
     """
-    from mmquant.convert.int4_variant import Int4Variant
-    from mmquant.pipeline import describe, prepare, write_folder
+    from mmquant.int4_run import Int4Request, write_int4
+    from mmquant.pipeline import describe, prepare
 
+    request = Int4Request.from_options(options, device)
     source = open_model(model, fetch, None if dry_run else out)
-    variant = Int4Variant(int(group_size), attention)
+    variant = request.variant(source)
     if dry_run:
         click.echo(describe(out, variant.label, prepare(source, variant).bytes))
         return
-    click.echo(write_folder(source, variant, out, device=device, limit=limit))
+    click.echo(write_int4(source, variant, request, out, limit))

@@ -77,11 +77,17 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> I
 
 
 def search(
-    weight: Tensor, importance: Tensor | None, bits: int, group_size: int, symmetric: bool = True, signed: bool = True
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+    signed: bool = True,
+    tries: int = RATIOS,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [..., O, G] float32 (exact in bfloat16) and zeros [..., O, G] int8 with the least weighted square error.
 
-    weight [..., O, I]; importance [..., I] >= 0 weighs the squared errors of a column (None: all alike).
+    weight [..., O, I]; importance [..., I] >= 0 weighs the squared errors of a column (None: all alike); tries: ranges looked at.
     """
     size = groups_of(weight.shape[-1], group_size)
     grouped = weight.float().unflatten(-1, (-1, size))
@@ -97,7 +103,7 @@ def search(
     for start in range(0, flat.shape[0], step):
         part = flat[start : start + step]
         h = rows(start, start + part.shape[0])
-        scale, zero = _symmetric(part, h, bits, signed) if symmetric else _asymmetric(part, h, bits)
+        scale, zero = _symmetric(part, h, bits, signed, tries) if symmetric else _asymmetric(part, h, bits, tries)
         scales.append(scale)
         zeros.append(zero)
     joined = None if symmetric else torch.cat([z for z in zeros if z is not None]).view(shape)
@@ -141,15 +147,15 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
-def _symmetric(part: Tensor, h: Tensor, bits: int, signed: bool) -> tuple[Tensor, None]:
+def _symmetric(part: Tensor, h: Tensor, bits: int, signed: bool, tries: int) -> tuple[Tensor, None]:
     low, high = code_range(bits)
     extreme = part.gather(-1, part.abs().argmax(-1, keepdim=True)).squeeze(-1)
     start = extreme / low if signed else extreme.abs() / (0.5 * (high - low))
     best_scale = _usable(start)
     best, best_scale = _cost(part, h, best_scale, None, bits)
     signs = (1.0, -1.0) if signed else (1.0,)
-    for index in range(RATIOS):
-        ratio = RATIO_LEAST + RATIO_SPAN * index / (RATIOS - 1)
+    for index in range(tries):
+        ratio = RATIO_LEAST + RATIO_SPAN * index / (tries - 1)
         for sign in signs:
             error, scale = _cost(part, h, _usable(start * (ratio * sign)), None, bits)
             better = error < best
@@ -157,13 +163,13 @@ def _symmetric(part: Tensor, h: Tensor, bits: int, signed: bool) -> tuple[Tensor
     return best_scale, None
 
 
-def _asymmetric(part: Tensor, h: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _asymmetric(part: Tensor, h: Tensor, bits: int, tries: int) -> tuple[Tensor, Tensor]:
     low, high = code_range(bits)
     least, most = part.amin(-1).clamp(max=0), part.amax(-1).clamp(min=0)
     best_scale, best_zero = _usable((most - least) / (high - low)), torch.zeros_like(least)
     best = torch.full_like(least, torch.inf)
-    for index in range(RATIOS):
-        ratio = 0.5 + 0.55 * index / (RATIOS - 1)
+    for index in range(tries):
+        ratio = 0.5 + 0.55 * index / (tries - 1)
         scale = _usable((most - least) * (ratio / (high - low)))
         middle = low - least * ratio / scale
         for zero in (middle.floor().clamp(low, high), middle.ceil().clamp(low, high)):

@@ -1,0 +1,87 @@
+"""What `mmquant int4` was asked for, checked, and carried out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mmquant.calibration.int4_layer import Int4Options
+from mmquant.calibration.int4_variant import CalibratedInt4
+from mmquant.convert.checkpoint import Checkpoint
+from mmquant.convert.int4_variant import Int4Variant, check_groups
+from mmquant.convert.selfcheck import check_folder
+from mmquant.errors import UsageError
+from mmquant.options_calibration import NAMES, make_provider
+from mmquant.pipeline import write_folder
+from mmquant.quantize.gptq import Grid
+
+
+@dataclass(frozen=True)
+class Int4Request:
+    """The options of one run; `calibration`: those of options_calibration."""
+
+    method: str
+    layout: str
+    group_size: int
+    attention: str
+    effort: str
+    symmetric: bool
+    tp: int
+    device: str
+    calibration: dict[str, Any]
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], device: str) -> Int4Request:
+        """Check what contradicts itself (UsageError)."""
+        layout, asymmetric = options["layout"], options["asymmetric"] or options["layout"] == "awq"
+        if layout == "gptq" and options["asymmetric"]:
+            raise UsageError("--format gptq --asymmetric: engines read symmetric GPTQ only; use --format awq")
+        if layout != "compressed-tensors" and options["attention"] == "fp8":
+            raise UsageError(f"--format {layout} --attention fp8: only compressed-tensors holds FP8 beside INT4")
+        if options["effort"] == "high" and (options["method"] == "rtn" or asymmetric):
+            raise UsageError("--effort high: learned rounding starts from a symmetric gptq, expected --method gptq")
+        if options["method"] == "rtn" and options["statistics"] is not None:
+            raise UsageError("--method rtn --statistics: round to nearest uses no statistics")
+        return cls(
+            options["method"],
+            layout,
+            int(options["group_size"]),
+            options["attention"],
+            options["effort"],
+            not asymmetric,
+            options["tp"],
+            device,
+            {name: options[name] for name in NAMES},
+        )
+
+    def variant(self, source: Checkpoint) -> Int4Variant:
+        """The artifact to write. ValueError when its groups do not fit the model at the tensor parallelism."""
+        check_groups(source.geometry, self.group_size, self.tp)
+        shape = {"group_size": self.group_size, "attention": self.attention, "layout": self.layout}
+        if self.method == "rtn":
+            return Int4Variant(**shape, symmetric=self.symmetric)
+        options = Int4Options(
+            method=self.method,
+            effort=self.effort,
+            grid=Grid(4, self.group_size, self.symmetric),
+            attention=self.attention,
+            seed=self.calibration["seed"],
+        )
+        return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, limit: int) -> Path:
+    """Write the folder, then read it again as an engine would."""
+    provider = None
+    if isinstance(variant, CalibratedInt4):
+        provider = make_provider(source, request.calibration, request.device, out, hidden=request.effort == "high")
+    done = write_folder(source, variant, out, device=request.device, limit=limit, provider=provider)
+    check_folder(done, source)
+    return done
