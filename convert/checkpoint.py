@@ -90,6 +90,13 @@ def collect_tensors(store: ShardStore) -> dict[str, TensorInfo]:
     return tensors
 
 
+def check_count(geometry: Geometry, tensors: int, label: str) -> None:
+    """Refuse sizes that no shard could hold before anything is listed by them (a hostile config.json)."""
+    matrices = geometry.layers * (4 + 3 * geometry.experts)
+    if matrices > tensors:
+        raise ValueError(f"{label}: config.json calls for {matrices} matrices, the shards hold {tensors} tensors")
+
+
 class Checkpoint:
     """The source of everything: exact float32 values of native FP8 (or BF16) weights, by release name."""
 

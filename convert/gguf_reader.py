@@ -94,6 +94,9 @@ class GgufSource:
                 self._where[name] = (file, tensor)
         self.config = self._config()
         self.geometry = Geometry.from_config(self.config)
+        # A hostile header must not make us list layers that no file could hold.
+        if self.geometry.layers > len(self._where):
+            raise ValueError(f"{self.label}: {self.geometry.layers} layers, but only {len(self._where)} tensors")
 
     def _check_split(self) -> None:
         count = self._number("split.count", len(self.files))
@@ -231,8 +234,12 @@ class GgufSource:
         """Bytes of all tensors of the model."""
         return sum(tensor.size for name, (_, tensor) in self._where.items() if not self._beyond(name))
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         """Digest over the headers and the first bytes of every tensor."""
         digest = hashlib.sha256()
         for file in self.files:

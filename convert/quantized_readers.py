@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..quantize.fp8 import expand_tiles
 from ..quantize.pack import unpack_awq, unpack_gptq, unpack_gptq_zeros, unpack_rows, unpack_zeros_ct
-from .checkpoint import PLAIN, READERS, collect_tensors, read_config, read_tensor
+from .checkpoint import PLAIN, READERS, check_count, collect_tensors, read_config, read_tensor
 from .minimax_m2 import EMBED, HEAD, Geometry, expert_name, global_shapes, is_mtp, matrix_shapes, plain_shapes
 from .quantization_config import SGLANG, Scheme, scheme_of
 from .store import ShardStore, TensorInfo
@@ -75,6 +75,7 @@ class QuantizedFolder:
         self.notes: list[str] = []
         found = collect_tensors(store)
         self.tensors = {n: t for n, t in found.items() if not is_mtp(n, self.geometry)}
+        check_count(self.geometry, len(found), self.label)
         self._by_module: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
             module, _, suffix = name.rpartition(".")
@@ -218,8 +219,12 @@ class QuantizedFolder:
         """Bytes of all tensors of the model."""
         return sum(info.size for info in self.tensors.values())
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         """Digest over the config, the tensors' names and shapes, and the first bytes of some of them."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         names = sorted(self.tensors)
