@@ -15,7 +15,7 @@ from .live import PassOptions, moment_plan
 from .packed import stored_bytes
 from .statistics import LayerStatistics
 from .statistics_store import StatisticsWriter, identity_of
-from .stream import Stream
+from .stream import Stream, forget
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,13 @@ def calibrate_into(
     last = source.geometry.layers if layers is None else layers.stop
     barrier()  # every rank has read the manifest before rank 0 changes it
     if writer.done >= last:
+        if rank == 0 and last == source.geometry.layers:
+            forget(folder)
         return
     mine = share(corpus.tokens.shape[0], rank, size)
     plan = moment_plan(source, options)
     folder.mkdir(parents=True, exist_ok=True)
+    writer.commit()  # the folder is ours from here on, whatever a kill leaves in it
     stream = Stream(
         source,
         corpus.tokens[mine.start : mine.stop],

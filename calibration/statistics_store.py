@@ -53,9 +53,11 @@ class StatisticsWriter:
             if found["identity"] != self.identity:
                 raise ValueError(f"{folder}: holds statistics of {first_difference(found['identity'], self.identity)}")
             self.layers = found["layers"]
-        elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            strange = min(p.name for p in folder.iterdir() if not p.name.startswith("."))
-            raise ValueError(f"{folder}: holds {strange}, expected an empty folder or unfinished statistics")
+            return
+        strange = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+        strange = sorted(name for name in strange if not name.endswith(".tmp"))
+        if strange:
+            raise ValueError(f"{folder}: holds {strange[0]}, expected an empty folder or unfinished statistics")
 
     @property
     def done(self) -> int:

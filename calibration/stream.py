@@ -113,6 +113,12 @@ class Stream:
         return None if self.folder is None else self.folder / f".hidden-{layer:03d}{self._suffix}"
 
 
+def forget(folder: Path) -> None:
+    """Delete the hidden states of all ranks that a finished run left in `folder`."""
+    for path in folder.glob(".hidden-*"):
+        path.unlink(missing_ok=True)
+
+
 def batch_windows(context: int, device: torch.device | str) -> int:
     """Windows at a time: decided by the device's total memory alone, so that equal runs add in equal order."""
     device = torch.device(device)

@@ -26,7 +26,8 @@ MODULES = (
     "shutil tempfile zipfile tarfile gzip hashlib hmac secrets random datetime calendar time sched threading queue "
     "subprocess socket selectors ssl http.client urllib.parse email.message html xml.etree.ElementTree sqlite3 logging "
     "argparse configparser shlex glob fnmatch linecache difflib dis ast inspect types copy pprint enum dataclasses "
-    "contextlib weakref gc tracemalloc cProfile timeit unittest.mock doctest pdb asyncio concurrent.futures multiprocessing struct"
+    "contextlib weakref gc tracemalloc cProfile timeit unittest.mock doctest pdb asyncio concurrent.futures "
+    "multiprocessing struct"
 ).split()
 
 
