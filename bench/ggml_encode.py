@@ -1,9 +1,9 @@
-"""Encoders of the ggml grid types beside ggml's own: error and speed. Tables in Markdown.
+"""Encoders of the ggml grid types beside ggml's own: error and speed. Prints tables in Markdown.
 
-python bench/ggml_encode.py --errors            error ratios on Gaussian, Student-t and demo rows (needs the llamacpp extra)
-python bench/ggml_encode.py --cpu               Mweights/s of one thread, ours and ggml's (needs the llamacpp extra)
-python bench/ggml_encode.py --cuda              Gweights/s of one GPU, M2.7's shapes, importance per expert
-python bench/ggml_encode.py --cuda --threads 16 the same, and ggml on that many cores of the same machine
+python bench/ggml_encode.py --errors             error ratios on three kinds of rows (needs the llamacpp extra)
+python bench/ggml_encode.py --cpu                Mweights/s of one thread (needs the llamacpp extra)
+python bench/ggml_encode.py --cuda               Gweights/s of one GPU, M2.7's shapes, importance per expert
+python bench/ggml_encode.py --cuda --threads 16  the same beside ggml on that many cores of the same machine
 """
 
 from __future__ import annotations

@@ -18,19 +18,21 @@ _SPREAD = 0.15  # share by which the largest stored integer of a block may miss 
 class Effort:
     """How much is tried.
 
-    starts   starting points of a sub-block's step (and minimum), from the head of the type's list
+    levels   starting points of a sub-block's step, from the head of the list of a type without a minimum
+    ranges   starting points of step and minimum, from the head of the list of a type with one
     refits   rounds of nearest levels and least squares on the best of them
     supers   candidates of d (and dmin)
     rounds   rounds of refitting the stored integers and d to the levels they give
     """
 
-    starts: int = 16
+    levels: int = 10
+    ranges: int = 16
     refits: int = 1
     supers: int = 32
     rounds: int = 2
 
 
-EFFORTS = {"fast": Effort(6, 1, 8, 1), "default": Effort(), "high": Effort(32, 2, 64, 4)}
+EFFORTS = {"fast": Effort(6, 6, 1, 8, 1), "default": Effort(), "high": Effort(32, 32, 2, 64, 4)}
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ def plan(kind: GGMLType, effort: Effort) -> Plan:
     """What `effort` means for `kind`."""
     form = FORMS[kind]
     if form.minimums is None:
-        tries = [(1 / level, 0.0) for level in LEVEL_STARTS[kind][: effort.starts]]
+        tries = [(1 / level, 0.0) for level in LEVEL_STARTS[kind][: effort.levels]]
     else:
         top = form.levels[-1]
-        cuts = RANGE_STARTS[kind][: effort.starts]
+        cuts = RANGE_STARTS[kind][: effort.ranges]
         tries = [((top - low - high) / top**2, low * top / (top - low - high)) for low, high in cuts]
     return Plan(form, torch.tensor(tries, dtype=torch.float32), _ends(form, effort), effort.refits, effort.rounds)
 

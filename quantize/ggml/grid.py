@@ -101,6 +101,11 @@ class Grid:
         """n."""
         return self.d.shape[1] * self.kind.block_columns
 
+    def to(self, device: torch.device) -> Grid:
+        """The same grid on another device."""
+        parts = (None if p is None else p.to(device) for p in (self.dmin, self.steps, self.minimums))
+        return Grid(self.kind, self.d.to(device), *parts)
+
     @cached_property
     def step(self) -> Tensor:
         """[R, n/sub] float32, signed; exactly the factor that ggml multiplies a level with."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,11 @@ from .weighted import Weighted, cut, empty
 def search_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None, effort: Effort) -> tuple[Grid, Tensor]:
     """The grid of `rows` [R, n] float32 and the nearest codes uint8 [R, n]; importance [G, n] (G divides R) or None.
 
-    CUDA tensors are searched by Triton, all others by numba.
+    CUDA tensors are searched by Triton, all others (and CUDA's where Triton is missing) by numba on the CPU.
     """
+    if rows.device.type != "cpu" and not (rows.is_cuda and find_spec("triton")):
+        grid, codes = search_rows(rows.cpu(), kind, None if importance is None else importance.cpu(), effort)
+        return grid.to(rows.device), codes.to(rows.device)
     blocks = cut(rows, kind.block_columns, importance)
     if kind is GGMLType.MXFP4:
         exponents, codes = search_exponents(blocks)
