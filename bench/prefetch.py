@@ -1,6 +1,6 @@
 """How much of the transfer hides behind the work: `mmquant fp8` from a server of limited rate, against each part alone.
 
-    python bench/prefetch.py [--shards 24] [--max-shards 6]
+    python bench/prefetch.py [--shards 60] [--max-shards 8]
 
 The server (tests/hub_server.py) runs in a process of its own. Columns: seconds of the transfer alone (bytes / rate), of
 the work alone (the same command on a local folder), of both together, and together / max(transfer, work).
@@ -20,8 +20,11 @@ from pathlib import Path
 import _path  # noqa: F401
 import torch
 
+import mmquant
+
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path.append(str(TESTS))  # last: it has a folder mmquant
+assert mmquant.__file__  # imported before the tests, which have a folder of that name
+sys.path.append(str(TESTS))
 
 SERVER = """
 import sys, time
@@ -33,7 +36,7 @@ with HubServer(rate={rate}) as hub:
     print("|".join(f"{{k}}={{v}}" for k, v in hub.environment().items()), flush=True)
     sys.stdin.read()
 """
-MODEL = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 12, "num_local_experts": 16}
+MODEL = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 30, "num_local_experts": 8}
 
 
 def work(spec: str, out: Path, max_shards: int) -> float:
@@ -44,7 +47,7 @@ def work(spec: str, out: Path, max_shards: int) -> float:
     from mmquant.pipeline import write_folder
 
     shutil.rmtree(out, ignore_errors=True)
-    fetch = FetchOptions(work=out / ".mmquant.source", max_shards=max_shards, block=1 << 20)
+    fetch = FetchOptions(work=out / ".mmquant.source", max_shards=max_shards, block=1 << 19, connections=4)
     source = open_native(spec, fetch)
     source.fingerprint  # noqa: B018  (headers and samples are read here, by whoever opens a model)
     start = time.perf_counter()
@@ -72,8 +75,8 @@ def main() -> None:
     from tiny import write_tiny  # pyright: ignore[reportMissingImports]
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shards", type=int, default=24)
-    parser.add_argument("--max-shards", type=int, default=6)
+    parser.add_argument("--shards", type=int, default=60)
+    parser.add_argument("--max-shards", type=int, default=8)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

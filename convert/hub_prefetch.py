@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FETCHERS = 3  # shards in flight at once: the next one's ranges fill the gap at the end of the current one
-SPARED = 3  # readers without a plan open what they ask for at once: so many files are never deleted under them
+SPARED = 3  # readers outside the plan open what they ask for at once: so many files are never deleted under them
 
 
 class DaemonPool(Executor):
@@ -67,12 +67,11 @@ class Prefetcher:
         self._ready: dict[str, tuple[Path, bool]] = {}
         self._failed: dict[str, BaseException] = {}
         self._used: dict[str, None] = {}  # handed out, not yet released; the longest unasked first
-        self._planned = False
 
     def plan(self, order: list[str]) -> None:
         """Shards in the order of their coming use; replaces an earlier plan."""
         with self._changed:
-            self._order, self._planned = list(dict.fromkeys(order)), True
+            self._order = list(dict.fromkeys(order))
             self._pump()
 
     def path(self, name: str) -> Path:
@@ -145,19 +144,19 @@ class Prefetcher:
             threading.Thread(target=self._run, args=(name,), daemon=True).start()
 
     def _evict(self) -> bool:
-        """Delete the shard that was fetched ahead and is needed last; without a plan, the one unasked for longest."""
+        """Delete the shard that was fetched ahead and is needed last, else the unplanned one unasked for longest."""
         ahead = [n for n in self._ready if n not in self._used and n not in self._wanted]
         if self._keep:
             return False
         if ahead:
             self._drop(max(ahead, key=lambda n: self._order.index(n) if n in self._order else len(self._order)))
             return True
-        if not self._planned and len(self._used) > SPARED:
-            oldest = next(iter(self._used))
-            del self._used[oldest]
-            self._drop(oldest)
-            return True
-        return False
+        unplanned = [n for n in self._used if n not in self._order]
+        if len(unplanned) <= SPARED:
+            return False
+        del self._used[unplanned[0]]
+        self._drop(unplanned[0])
+        return True
 
     def _too_tight(self, name: str) -> None:
         """ValueError when nothing will make room for a shard that is needed now; else something can be waited for."""

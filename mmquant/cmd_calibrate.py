@@ -9,12 +9,14 @@ import click
 
 from mmquant.errors import FitError, UsageError
 from mmquant.options import device_option, dry_run_option, json_option, model_option, out_option, parse_size
+from mmquant.options_fetch import close_model, fetch_options, open_model
 
 if TYPE_CHECKING:
     from mmquant.calibration.corpus import Corpus
     from mmquant.calibration.live import PassOptions
     from mmquant.calibration.run import Needs
     from mmquant.convert.checkpoint import Checkpoint
+    from mmquant.convert.hub_store import FetchOptions
 
 FILE = click.Path(path_type=Path)
 FULL_BY_DEFAULT = 16 << 30  # full moments are kept by default while they take no more than this on disk
@@ -53,9 +55,12 @@ def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> ra
 @click.option("--layers", callback=_layers, metavar="0:B", help="Only the first B layers (development).")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of matrix products; default: bf16 on CUDA.")
 @device_option()
+@fetch_options()
 @dry_run_option()
 @json_option()
-def command(model: str, out: Path, imatrix: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, out: Path, imatrix: Path | None, fetch: FetchOptions, dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Run calibration text through the model and keep, per expert, what every quantizer needs.
 
     Killed and run again it continues with the layer it was in; under torchrun the windows are split over the ranks.
@@ -67,17 +72,17 @@ def command(model: str, out: Path, imatrix: Path | None, dry_run: bool, as_json:
     from mmquant.calibration.calibration_report import as_json as to_json
     from mmquant.calibration.calibration_report import findings, table
     from mmquant.calibration.distributed import leave, world
-    from mmquant.convert.open import open_native
 
     if imatrix is not None and imatrix.suffix != ".gguf":
         raise UsageError(f"--imatrix {imatrix}: expected a name ending in .gguf")
-    source = open_native(model)
+    source = open_model(model, fetch, None if dry_run else out)
     corpus = make_corpus(source, options)
     chosen = pass_options(source, options)
     if dry_run:
         click.echo(describe(out, corpus, chosen, options["store"], source))
         return
     summaries = calibrate(source, corpus, chosen, out, options)
+    close_model(source, finished=True)
     if world()[0] == 0:
         if imatrix is not None:
             export_imatrix(out, imatrix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,20 +68,25 @@ def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Chec
     if not model.startswith(("hf:", "ms:")):
         return open_native(model)
     if out is not None and (out.is_dir() or not out.exists()):
-        fetch = replace(fetch, work=out / WORK)
+        rank = os.environ.get("RANK", "0")  # under torchrun every process has a folder of its own
+        fetch = replace(fetch, work=out / (WORK if rank == "0" else f"{WORK}-{rank}"))
     source = open_native(model, fetch)
     context = click.get_current_context(silent=True)
     if context is not None:
-        context.call_on_close(lambda: close_model(source, fetch))
+        context.call_on_close(lambda: close_model(source))
     return source
 
 
-def close_model(source: Checkpoint, fetch: FetchOptions) -> None:
-    """Stop fetching; when `out` is finished, its work folder goes (unless the shards are to be kept)."""
+def close_model(source: Checkpoint, finished: bool = False) -> None:
+    """Stop fetching; when the output is finished, the work folder in it goes (unless the shards are to be kept)."""
     from mmquant.convert.hub_store import HubFolder
     from mmquant.convert.manifest import MANIFEST
 
-    if isinstance(source.store, HubFolder):
-        source.store.close()
-    if fetch.work is not None and not fetch.keep_shards and (fetch.work.parent / MANIFEST).exists():
-        shutil.rmtree(fetch.work, ignore_errors=True)
+    if not isinstance(source.store, HubFolder):
+        return
+    source.store.close()
+    options = source.store.options
+    if options.work is None or options.keep_shards:
+        return
+    if finished or (options.work.parent / MANIFEST).exists():
+        shutil.rmtree(options.work, ignore_errors=True)

@@ -313,3 +313,15 @@ def test_xet_that_stalls_is_killed_and_ranges_take_over(hub: HubServer, tmp_path
     hub.fault("HEAD /org/tiny/resolve", delay=30.0, times=9)
     assert hashlib.sha256(store.path(names[1]).read_bytes()).hexdigest() == store.listing.files[names[1]].sha256
     assert not list(tmp_path.rglob("*.xet"))
+
+
+def test_shards_outside_the_plan_give_way_and_the_planned_ones_stay(hub: HubServer, tmp_path: Path) -> None:
+    store = hub_source("hf:org/tiny", options(tmp_path / "w", max_shards=6))
+    names = shards_of(store)
+    store.plan(names[9:])  # as a continued pass does, whose calibration replays the layers before
+    for name in names[:9]:
+        assert store.path(name).is_file()
+    walk(store, names[9:])
+    for name in names:  # as the check of a finished artifact does
+        assert store.path(name).is_file()
+        assert len(shard_files(tmp_path / "w")) <= 6
