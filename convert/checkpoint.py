@@ -139,6 +139,7 @@ class Checkpoint:
 
         Raises ValueError with the first fault and how many there are of its sort.
         """
+        check_count(self.geometry, 4 * len(self.tensors) + 1000, self.label)
         wanted = self.expected()
         have = {n: t for n, t in self.tensors.items() if n not in self.skipped}
         if missing := [n for n in wanted if n not in have]:
