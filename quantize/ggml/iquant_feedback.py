@@ -19,7 +19,7 @@ from ..linear_algebra import cholesky, full_float32
 from .grids import points_on
 from .iquants import EFFORTS, LARGEST, Effort, block_scales, check_rows, layout_of, scaled, search
 from .iquants_layout import DELTA, SUPER, Fields, Layout, Signs, pack, unpack_bits, values
-from .iquants_search import choose
+from .iquants_search import Choice, choose
 from .types import GGMLType
 
 DAMPING = 0.02
@@ -219,15 +219,18 @@ def _nearest(x: Tensor, diagonal: Tensor, scale: Tensor, minus: Tensor, layout: 
     x, scale = x.reshape(-1, unit), scale.unsqueeze(1)
     shared = layout.name == "IQ1_S"
     shift = torch.where(minus, -DELTA, DELTA).unsqueeze(1) * scale if shared else torch.zeros_like(scale)
-    choice = choose(x - shift, weight, scale, layout, 0.0 if shared else DELTA)
-    points = points_on(layout.name, x.device)[choice.code.long()].reshape(x.shape)
-    signs = choice.signs[:, 0]
-    if layout.signs is not Signs.DELTA:
-        return Rounded(choice.code, signs, minus, scale * points * (1 - 2 * unpack_bits(signs)[:, :unit].float()))
-    if shared:
-        return Rounded(choice.code, signs, minus, scale * points + shift)
-    delta = torch.where(choice.minus, -DELTA, DELTA)
-    return Rounded(choice.code, signs, choice.minus[:, 0], scale * (points + delta))
+    delta = 0.0 if shared else DELTA
+    choice = choose(x - shift, weight, scale, layout, delta)
+    minus = choice.minus[:, 0] if layout.signs is Signs.DELTA and not shared else minus
+    return Rounded(choice.code, choice.signs[:, 0], minus, values_of(choice, scale, layout, delta) + shift)
+
+
+def values_of(choice: Choice, scale: Tensor, layout: Layout, delta: float) -> Tensor:
+    """What a choice stands for, [B, width], with scale [B, 1]."""
+    points = points_on(layout.name, scale.device)[choice.code.long()].flatten(1)
+    if layout.signs is Signs.DELTA:
+        return scale * (points + torch.where(choice.minus, -delta, delta).repeat_interleave(8, 1))
+    return scale * points * (1 - 2 * unpack_bits(choice.signs).flatten(1)[:, : points.shape[1]].float())
 
 
 def descend(state: State, known: Factor, layout: Layout) -> None:
@@ -240,12 +243,12 @@ def descend(state: State, known: Factor, layout: Layout) -> None:
         assert fields is not None
         moments = known.moments[:, span, span]
         pull = torch.bmm(state.weight - state.decoded, known.moments[:, :, span])  # (E H) of this super-block
-        fields = _rescale(state.decoded[..., span], pull, moments, fields, layout)
+        fields = rescale(state.decoded[..., span], pull, moments, fields, layout)
         _descend_block(state.decoded[..., span], pull, moments, fields, layout)
         state.fields[place] = fields
 
 
-def _rescale(decoded: Tensor, pull: Tensor, moments: Tensor, fields: Fields, layout: Layout) -> Fields:
+def rescale(decoded: Tensor, pull: Tensor, moments: Tensor, fields: Fields, layout: Layout) -> Fields:
     """The scale that is best with all else held; `decoded` and `pull` [E, R, 256] follow it in place."""
     bent = torch.bmm(decoded, moments)
     gain = (pull * decoded).sum(-1) / (bent * decoded).sum(-1).clamp(min=1e-30)

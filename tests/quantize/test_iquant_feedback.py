@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mmquant.quantize.ggml import iquant_feedback, iquants
 from mmquant.quantize.ggml.iquant_feedback import encode_with_feedback, factor
-from mmquant.quantize.ggml.iquants_layout import LAYOUTS, SUPER
+from mmquant.quantize.ggml.iquants_layout import DELTA, LAYOUTS, SUPER, unpack, values
+from mmquant.quantize.ggml.iquants_search import choose_torch
 from mmquant.quantize.ggml.types import GGMLType
 
 KINDS = [GGMLType[name] for name in LAYOUTS]
@@ -73,6 +74,53 @@ def test_feedback_lowers_the_output_error(kind: GGMLType) -> None:
     descended = loss(rows - decoded(encode_with_feedback(rows, kind, known, FAST, passes=1), kind, rows.shape), second)
     assert bool((swept < 0.88 * before).all())
     assert bool((descended < 0.97 * swept).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_group_is_nearest_to_what_the_theorem_says(kind: GGMLType) -> None:
+    """From the result alone: with E = W - Q and the dense L, each unit is the nearest to W + E (L - I) under D."""
+    layout = LAYOUTS[kind.name]
+    second, rows = moments(1, 512, 100), weights(1, 5, 512)
+    known = factor(second, kind)
+    data = encode_with_feedback(rows, kind, known, FAST, passes=0).reshape(-1, layout.bytes)
+    fields = unpack(data, layout)
+    columns = (known.order[0].unsqueeze(-1) * SUPER + torch.arange(SUPER)).flatten()
+    target = rows[0][:, columns].double()
+    quantized = values(fields, layout).reshape(5, 512)[:, columns].double()
+    target = target + (target - quantized) @ (known.lower[0].double() - torch.eye(512))
+    scale = iquants.block_scales(fields.scale.float(), fields.level, layout).reshape(5, -1)
+    scale = scale.repeat_interleave(layout.shared, 1)[:, columns]
+    minus = fields.minus.reshape(5, -1).repeat_interleave(8, 1)[:, columns]
+    unit = iquant_feedback.unit_of(layout)
+    for first in range(0, 512, unit):
+        span = slice(first, first + unit)
+        weight = known.metric[0, first // unit].diagonal().expand(5, -1).contiguous()
+        x, step = target[:, span].float(), scale[:, first : first + 1]
+        shared = layout.name == "IQ1_S"
+        shift = torch.where(minus[:, first : first + 1], -DELTA, DELTA) * step if shared else torch.zeros_like(step)
+        delta = 0.0 if shared else DELTA
+        best = choose_torch(x - shift, weight, step, layout, delta)
+        nearest = iquant_feedback.values_of(best, step, layout, delta) + shift
+        errors = [(weight * (x - q) ** 2).sum(1) for q in (quantized[:, span].float(), nearest)]
+        assert torch.allclose(*errors, rtol=2e-3, atol=1e-9)
+
+
+def test_the_scale_of_a_super_block_is_at_its_least_square() -> None:
+    layout = LAYOUTS["IQ3_S"]
+    second, rows = moments(1, 256, 64), weights(1, 40, 256)
+    fields = unpack(
+        encode_with_feedback(rows * 1.1, GGMLType.IQ3_S, factor(second, GGMLType.IQ3_S)).flatten(0, 1), layout
+    )
+    decoded = values(fields, layout).unsqueeze(0)
+    pull = (rows - decoded) @ second
+    before = loss(rows - decoded, second)
+    after = iquant_feedback.rescale(decoded, pull, second, fields, layout)
+    assert torch.allclose(values(after, layout), decoded[0], atol=1e-7)
+    assert torch.allclose((rows - decoded) @ second, pull, atol=1e-4 * float(second.max()))
+    assert float(loss(rows - decoded, second)) < 0.6 * float(before)
+    bent = (decoded @ second * decoded).sum(-1)
+    left = (pull * decoded).sum(-1) / bent  # what is left of the gain: the rounding of fp16
+    assert float(left.abs().max()) < 2.0**-11
 
 
 def test_descent_never_raises_its_objective() -> None:
