@@ -1,1 +1,0 @@
-../../mmquant/__init__.py
