@@ -99,7 +99,7 @@ def provenance_keys(source: Source, settings: dict[str, str]) -> Metadata:
     except PackageNotFoundError:  # a bare checkout
         release = "0"
     label = source.label if re.match(r"(hf|ms):|demo$", source.label) else source.label.rstrip("/").rsplit("/", 1)[-1]
-    fixed = {"version": release, "source": label, "source.fingerprint": source.fingerprint}
+    fixed = {"version": release, "source": f"{label}@{source.fingerprint[:16]}"}
     return {f"mmquant.{key}": Value("str", value) for key, value in {**fixed, **settings}.items()}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .fit import Weights
-from .gguf_metadata import Importance, Metadata, Value, model_metadata, provenance_keys
+from .gguf_metadata import Importance, Metadata, model_metadata, provenance_keys
 from .gguf_mix import Mix, tensor_types
 from .gguf_names import EXPERT_TENSORS, split_block, step_shapes
 from .gguf_writer import PART_BYTES, Part, TensorInfo, plan_parts
@@ -62,10 +62,9 @@ class GgufVariant:
 
     def metadata(self, source: Source, calibration: Importance | None) -> Metadata:
         """All keys of the first file."""
-        keys = model_metadata(source, self.stem, self.mix.file_type, calibration) | provenance_keys(
-            source, self.settings
-        )
-        return keys | {"general.quantized_by": Value("str", "mmquant")}
+        name = self.stem.removesuffix(f"-{self.mix.name}")
+        keys = model_metadata(source, name, self.mix.file_type, calibration)
+        return keys | provenance_keys(source, self.settings)
 
     def weights(self, geometry: Geometry) -> Weights:
         """Bytes by kind, for the manifest."""

@@ -160,6 +160,13 @@ class GgufWriter:
         assert self.done == len(self.tensors), f"{len(self.tensors) - self.done} tensors are missing"
         return [self.folder / part.name for part in self.parts]
 
+    def restart(self) -> None:
+        """Forget what is written and begin again."""
+        self.close()
+        self.journal.unlink(missing_ok=True)
+        self.done = self._resume()
+        self.checkpoint()
+
     def clear_progress(self) -> None:
         """Forget how far the run was; called once the manifest is there."""
         self.journal.unlink(missing_ok=True)

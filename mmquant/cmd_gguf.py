@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,8 @@ from mmquant.options import device_option, dry_run_option, model_option, out_opt
 from mmquant.options_fetch import fetch_options, open_model
 
 if TYPE_CHECKING:
+    from mmquant.calibration.gguf_pass import Calibration
+    from mmquant.convert.checkpoint import Checkpoint
     from mmquant.convert.hub_store import FetchOptions
 
 
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 )
 @click.option("--name", default=None, help="Name of the file without .gguf; default: model and type.")
 @click.option("--max-part-size", default="48GB", show_default=True, help="Largest file; more become -00001-of-0000N.")
+@click.option("--text", "texts", multiple=True, help="Calibration text: file, folder or `default`, PATH[=WEIGHT].")
+@click.option("--context", type=click.IntRange(2), help="Tokens in a window; default 512 for the demo, else 2048.")
+@click.option("--windows", type=click.IntRange(1), default=128, show_default=True, help="Windows at most.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the documents' order.")
+@click.option("--effort", type=click.Choice(["fast", "default", "high"]), default="default", show_default=True)
+@click.option("--no-calibration", is_flag=True, help="Every weight to its nearest point; no text is read.")
 @device_option()
 @fetch_options()
 @dry_run_option()
@@ -38,12 +46,18 @@ def command(
     device: str,
     fetch: FetchOptions,
     dry_run: bool,
+    effort: str,
+    no_calibration: bool,
+    **text: Any,
 ) -> None:
     """Write a GGUF file that stock llama.cpp loads.
 
-    Example: mmquant gguf --model demo --type Q8_0 --out ./m27-gguf
+    Types below 8 bits are calibrated in the same pass: each matrix is corrected for what the layers before it lost and
+    rounded with error feedback. F32, F16, BF16 and Q8_0 need no calibration.
+
+    Example: mmquant gguf --model demo --type Q4_K_M --out ./m27-gguf
     """
-    from mmquant.convert.gguf_mix import find_mix, parse_overrides
+    from mmquant.convert.gguf_mix import PLAIN, find_mix, parse_overrides
     from mmquant.convert.gguf_variant import GgufVariant
     from mmquant.gguf_run import write_gguf
     from mmquant.pipeline import describe
@@ -52,11 +66,23 @@ def command(
     changed = parse_overrides(overrides)
     source = open_model(model, fetch, None if dry_run else out)
     stem = name or f"{model_stem(model)}-{mix.name}"
-    variant = GgufVariant(mix, stem, False, changed, part_bytes=parse_size(max_part_size))
+    calibrated = not no_calibration and mix.base not in (*PLAIN, "Q8_0")
+    variant = GgufVariant(mix, stem, calibrated, changed, part_bytes=parse_size(max_part_size))
     if dry_run:
         click.echo(describe(out, variant.label, sum(part.bytes for part in variant.parts(source, None))))
         return
-    click.echo(write_gguf(source, variant, out, device=device))
+    calibration = make_calibration(source, effort, text) if calibrated else None
+    click.echo(write_gguf(source, variant, out, calibration=calibration, device=device))
+
+
+def make_calibration(source: Checkpoint, effort: str, text: dict[str, Any]) -> Calibration:
+    """Read, check and pack the calibration text."""
+    from mmquant.calibration.gguf_pass import Calibration
+    from mmquant.cmd_calibrate import make_corpus
+
+    corpus = make_corpus(source, {"evaluation": (), **text})
+    names = ", ".join(Path(spec.split("=")[0]).name for spec in text["texts"]) or "default"
+    return Calibration(corpus.tokens, {"corpus": corpus.fingerprint}, names, effort)
 
 
 def model_stem(model: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from mmquant.calibration.gguf_layer import encode_tensors
+from mmquant.calibration.gguf_pass import CalibratedRun, Calibration
 from mmquant.convert.checkpoint import Checkpoint
 from mmquant.convert.files import write_whole
 from mmquant.convert.gguf_variant import GgufVariant
@@ -21,15 +22,25 @@ from mmquant.convert.store import LocalFolder
 from mmquant.pipeline import check_disk, claim, finish_folder, is_finished, written_bytes
 
 
-def write_gguf(source: Checkpoint, variant: GgufVariant, out: Path, *, device: torch.device | str = "cpu") -> Path:
+def write_gguf(
+    source: Checkpoint,
+    variant: GgufVariant,
+    out: Path,
+    *,
+    calibration: Calibration | None = None,
+    device: torch.device | str = "cpu",
+) -> Path:
     """Write `variant` of `source` into the folder `out`; returns the file to give to llama.cpp (the first part).
+
+    With `calibration` its text steers the codes (gguf_paired); without, every weight goes to the nearest point.
 
     A finished folder of the same run is left alone, an unfinished one continued at its layer. UsageError when `out`
     holds something else, FitError when the disk is too small.
     """
     source.validate(scales=isinstance(source.store, LocalFolder))
     run = {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes}
-    parts = variant.parts(source, None)
+    run |= calibration.run() if calibration else {}
+    parts = variant.parts(source, calibration.importance(source.geometry) if calibration else None)
     first = out / parts[0].name
     if is_finished(out, run):
         return first
@@ -37,12 +48,17 @@ def write_gguf(source: Checkpoint, variant: GgufVariant, out: Path, *, device: t
     with hold(out):
         check_disk(out, sum(part.bytes for part in parts) - written_bytes(out))
         writer = GgufWriter(out, parts, run)
-        write_steps(source, variant, writer, device)
+        if calibration is None:
+            write_steps(source, variant, writer, device)
+        else:
+            CalibratedRun(source, variant, writer, calibration, device).write()
         paths = writer.finish()
         entries = [FileEntry(p.name, p.stat().st_size, writer.sha256[p.name]) for p in paths]
         entries += carry_licence(source, out)
         weights = variant.weights(source.geometry)
         finish_folder(out, source, "gguf", variant.label, tuple(entries), weights, run, entry=first.name)
+        for leftover in out.glob(".hidden-*"):
+            leftover.unlink()
         writer.clear_progress()
     return first
 

@@ -55,7 +55,8 @@ def test_demo_has_the_converters_keys() -> None:
     assert len(data["tokenizer.ggml.tokens"]) == source.geometry.vocab == len(data["tokenizer.ggml.token_type"])
     assert data["general.quantization_version"] == 2
     assert len(data["quantize.imatrix.dataset"]) == 127
-    assert data["mmquant.source.fingerprint"] == source.fingerprint
+    assert data["mmquant.source"] == f"demo@{source.fingerprint[:16]}"
+    assert data["mmquant.effort"] == "default"
     for name, expected in {"expert_gating_func": 2, "rope.dimension_count": 32, "block_count": 4}.items():
         assert data[f"minimax-m2.{name}"] == expected
 

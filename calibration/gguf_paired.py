@@ -1,0 +1,224 @@
+"""One layer quantized on what the quantized layers before it really deliver: two residual streams, side by side.
+
+The reference stream runs through the original weights, the other through what was written so far. With x the reference
+input of a matrix W and z the other's, sum |W x - Q z|^2 is least, before rounding, at T = W X (H + l)^-1 with
+H = E z z^T, X = E x z^T (l: damping, also added to X, so that T = W where nothing is known). T is then rounded with
+error
+feedback under H: what earlier layers lost is made good where a linear map can. Inside the layer the order is q, k, v;
+o;
+w1, w3; w2; each is calibrated on the quantized matrices before it. Rows are weighted by the reference's router weight
+and
+follow the reference's routing. After https://arxiv.org/abs/2504.02692 (asymmetric calibration), here per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..convert.minimax_m2 import Geometry, LayerWeights
+from .forward import Observer, attention, grouped_matmul, rms_norm, route, run_experts
+from .hidden import HiddenStates
+
+PRIOR = 0.1  # strength of the pooled moments, in rows per input (quantize/moments.py)
+SAFE_SUM = 65504.0 / 4  # what the largest sum of 32 inputs is brought below: two bits of margin for unseen text
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T, weight and rows
+    [E]."""
+
+    own: Tensor
+    cross: Tensor
+    weight: Tensor
+    rows: Tensor
+
+    @classmethod
+    def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Pair:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        return cls(zeros(matrices, inputs, inputs), zeros(matrices, inputs, inputs), zeros(matrices), zeros(matrices))
+
+    def add(self, matrix: int, x: Tensor, z: Tensor, share: Tensor | None = None) -> None:
+        """Rows x, z [R, n] of one matrix, each counted by share^2 [R]."""
+        if not len(x):
+            return
+        left = z.float() if share is None else z.float() * share.square().unsqueeze(1)
+        self.own[matrix] += left.T @ z.float()
+        self.cross[matrix] += x.float().T @ left
+        self.weight[matrix] += len(x) if share is None else share.square().sum()
+        self.rows[matrix] += len(x)
+
+    def means(self, chosen: slice) -> tuple[Tensor, Tensor]:
+        """Mean own and cross moments of some matrices, blended with the pooled ones where rows are few.
+
+        The pool counts as PRIOR * n rows of average weight and average energy.
+        """
+        tiny = torch.finfo(torch.float32).tiny
+        weight = self.weight.clamp(min=tiny)
+        energy = self.own.diagonal(dim1=1, dim2=2).mean(1) / weight  # [E]: a loud expert must not drown the others
+        unit = (self.weight > 0) / energy.clamp(min=tiny) / max(1, int((self.weight > 0).sum()))
+        pooled = [torch.einsum("e,eij->ij", unit / weight, part) for part in (self.own, self.cross)]
+        prior = PRIOR * self.own.shape[-1] * self.weight.sum() / self.rows.sum().clamp(min=1.0)
+        share = (prior / (self.weight + prior).clamp(min=tiny))[chosen].view(-1, 1, 1)
+        level = torch.where(self.weight > 0, energy, energy.sum() / (self.weight > 0).sum().clamp(min=1))[chosen]
+        own, cross = (
+            torch.lerp(part[chosen] / weight[chosen].view(-1, 1, 1), level.view(-1, 1, 1) * pool, share)
+            for part, pool in zip((self.own, self.cross), pooled, strict=True)
+        )
+        return own, cross
+
+
+def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """T = W (X + l) (H + l)^-1 for weight [E, O, n]; W itself where H cannot be factored."""
+    mean = own.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = (damping * mean).view(-1, 1, 1) * torch.eye(own.shape[-1], device=own.device)
+    lower, info = torch.linalg.cholesky_ex(own + ridge)
+    turn = torch.cholesky_solve((cross + ridge).mT, lower)
+    good = (info == 0) & (mean > 0) & torch.isfinite(turn).flatten(1).all(1)
+    return torch.where(good.view(-1, 1, 1), weight @ turn.mT, weight)
+
+
+class Rows(Observer):
+    """Hands the routed rows of the reference on."""
+
+    def __init__(self, take: Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], None]) -> None:
+        self.take = take
+
+    def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+        self.take(x, h, token, slot, offsets)
+
+
+class AttentionOutput(Observer):
+    """Keeps what o sees in one batch."""
+
+    output: Tensor
+
+    def attention_output(self, x: Tensor) -> None:
+        self.output = x
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual stream before a layer: of the reference, and of the model as written; `batch` windows at a time."""
+
+    reference: HiddenStates
+    written: HiddenStates
+    batch: int
+    device: torch.device | str
+
+    def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first window, reference, written) [B, T, H] float32."""
+        pairs = zip(
+            self.reference.batches(self.batch, self.device), self.written.batches(self.batch, self.device), strict=True
+        )
+        for (start, reference), (_, written) in pairs:
+            yield start, reference, written
+
+    def put(self, start: int, reference: Tensor, written: Tensor) -> None:
+        self.reference.put(start, reference)
+        self.written.put(start, written)
+
+
+def input_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
+    """Sums of what q, k and v see."""
+    pair = Pair.empty(1, g.hidden, streams.device)
+    for _, reference, written in streams.batches():
+        x, z = (rms_norm(hidden, weights.input_norm, g.norm_eps).flatten(0, 1) for hidden in (reference, written))
+        pair.add(0, x.to(weights.q.dtype), z.to(weights.q.dtype))
+    return pair
+
+
+def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
+    """Sums of what o sees, with q, k, v of `new` on the written side."""
+    pair = Pair.empty(1, g.heads * g.head_dim, streams.device)
+    for _, reference, written in streams.batches():
+        x, z = AttentionOutput(), AttentionOutput()
+        attention(weights, g, reference, x)
+        attention(new, g, written, z)
+        pair.add(0, x.output, z.output)
+    return pair
+
+
+def pass_attention(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> None:
+    """Move both streams past attention."""
+    for start, reference, written in streams.batches():
+        reference = reference + attention(weights, g, reference, Observer())
+        streams.put(start, reference, written + attention(new, g, written, Observer()))
+
+
+def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
+    """Sums of what the router sees."""
+    pair = Pair.empty(1, g.hidden, streams.device)
+    for _, reference, written in streams.batches():
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+        pair.add(0, x, z)
+    return pair
+
+
+def expert_pairs(
+    streams: Streams, weights: LayerWeights, new: LayerWeights | None, g: Geometry, kept: range
+) -> tuple[Pair, Tensor]:
+    """Sums of what the experts' w1 and w3 see, or with `new` (their quantized w1, w3) what w2 sees; `kept` experts.
+
+    Returns also the largest |sum of 32 inputs| of w2 by expert [E], in the reference.
+    """
+    pair = Pair.empty(len(kept), g.hidden if new is None else g.expert_width, streams.device)
+    largest = torch.zeros(g.experts, device=streams.device)
+    for _, reference, written in streams.batches():
+        dtype = weights.w1.dtype
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1).to(dtype) for h in (reference, written))
+        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+
+        def take(rows: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+            share = routing.weights[token, slot]  # noqa: B023 - used within this iteration
+            other = z[token]  # noqa: B023
+            left, right = rows, other
+            if new is not None:
+                gate, up = (grouped_matmul(other, matrix, offsets) for matrix in (new.w1, new.w3))
+                left, right = h, F.silu(gate) * up
+            for expert in range(g.experts):
+                part = slice(offsets[expert], offsets[expert + 1])
+                if expert in kept:
+                    pair.add(expert - kept.start, left[part], right[part], share[part])
+                if part.stop > part.start:
+                    sums = h[part].float().unflatten(1, (-1, 32)).sum(-1).abs().amax()
+                    largest[expert] = torch.maximum(largest[expert], sums)
+
+        run_experts(weights, x, routing, Rows(take))
+    return pair, largest
+
+
+def pass_experts(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> None:
+    """Move both streams past the experts, each with its own routing."""
+    for start, reference, written in streams.batches():
+        done = []
+        for hidden, side in ((reference, weights), (written, new)):
+            x = rms_norm(hidden, side.post_norm, g.norm_eps).flatten(0, 1).to(side.w1.dtype)
+            routing = route(x, side.router, side.router_bias, g.experts_per_token)
+            done.append(hidden + run_experts(side, x, routing, Observer()).view(hidden.shape))
+        streams.put(start, *done)
+
+
+def overflow_exponents(largest: Tensor) -> Tensor:
+    """[E] powers of two by which w3 is divided and w2 multiplied, so that sums of 32 stay below SAFE_SUM; 0 for most.
+
+    CUDA keeps such sums in float16 for Q4_K, Q5_K and others (llama.cpp ggml-cuda/quantize.cu).
+    """
+    over = largest > 65504.0 / 2
+    wanted = torch.ceil(torch.log2((largest / SAFE_SUM).clamp(min=1.0)))
+    return torch.where(over, wanted, torch.zeros_like(wanted))
+
+
+def cured(weights: LayerWeights, exponents: Tensor) -> LayerWeights:
+    """The layer with up and down rescaled by exact powers of two; its output is the same."""
+    if not bool((exponents > 0).any()):
+        return weights
+    factor = torch.exp2(exponents).view(-1, 1, 1).to(weights.w3.dtype)
+    return replace(weights, w3=weights.w3 / factor, w2=weights.w2 * factor)

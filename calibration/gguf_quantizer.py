@@ -1,0 +1,182 @@
+"""Calibrated tensors of a GGUF file, step by step: each matrix corrected for what came before it, then rounded with
+feedback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..convert.gguf_names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, PLAIN_TENSORS
+from ..convert.minimax_m2 import Geometry, LayerWeights
+from ..quantize.ggml import feedback, iquant_feedback
+from ..quantize.ggml.codec import decode, encode
+from ..quantize.ggml.grid import FORMS
+from ..quantize.ggml.types import GGMLType
+from .forward import rms_norm
+from .gguf_paired import (
+    Pair,
+    Streams,
+    corrected,
+    cured,
+    expert_pairs,
+    input_pair,
+    output_pair,
+    overflow_exponents,
+    pass_attention,
+    pass_experts,
+    router_pair,
+)
+
+PLAIN_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+CHUNK_WEIGHTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # weights solved at once; bounds the working memory
+ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a matrix is rounded.
+
+    feedback  error feedback under the second moments; otherwise a search weighted by their diagonal
+    correct   let each matrix make good what the layers before it lost
+    passes    rounds of coordinate descent after the sweep
+    damping   share of the mean diagonal added to the moments
+    """
+
+    feedback: bool = True
+    correct: bool = True
+    passes: int = 2
+    damping: float = 0.05
+
+
+METHODS = {"fast": Method(False, False, 0), "default": Method(), "high": Method(passes=6)}
+
+
+@dataclass
+class Report:
+    """What a run did beyond rounding: exponents of the overflow cure, by (layer, expert)."""
+
+    cured: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+def solve(weight: Tensor, kind: GGMLType, pair: Pair, method: Method) -> tuple[np.ndarray, Tensor]:
+    """Bytes [E, O, b] uint8 and values [E, O, n] (of weight's dtype) of E matrices [E, O, n], a few at a time."""
+    experts, rows, n = weight.shape
+    if kind in PLAIN_TYPES:
+        stored = encode(weight.float().view(-1, n), kind)
+        return stored.view(experts, rows, -1).cpu().numpy(), decode(stored, kind, n).view_as(weight).to(weight.dtype)
+    out = np.empty((experts, rows, kind.row_bytes(n)), np.uint8)
+    values = torch.empty_like(weight)
+    step = max(1, CHUNK_WEIGHTS[weight.device.type] // max(rows * n, n * n))
+    for start in range(0, experts, step):
+        part = slice(start, min(experts, start + step))
+        own, cross = pair.means(part)
+        target = weight[part].float()
+        if method.correct:
+            target = corrected(target, own, cross, method.damping)
+        stored = _rounded(target, kind, own, method)
+        out[part] = stored.cpu().numpy()
+        values[part] = decode(stored.flatten(0, 1), kind, n).view_as(target).to(weight.dtype)
+    return out, values
+
+
+def _rounded(target: Tensor, kind: GGMLType, own: Tensor, method: Method) -> Tensor:
+    if not method.feedback:
+        diagonal = own.diagonal(dim1=1, dim2=2).contiguous()
+        parts = [encode(rows, kind, weight) for rows, weight in zip(target, diagonal, strict=True)]
+        return torch.stack(parts)
+    if kind in FORMS:
+        return feedback.encode_with_feedback(target, kind, feedback.factor(own, method.damping), method.passes)
+    known = iquant_feedback.factor(own, kind, method.damping)
+    return iquant_feedback.encode_with_feedback(target, kind, known, passes=method.passes)
+
+
+def quantize_layer(
+    streams: Streams,
+    weights: LayerWeights,
+    layer: int,
+    types: dict[str, str],
+    g: Geometry,
+    method: Method,
+    report: Report,
+) -> dict[str, np.ndarray]:
+    """Bytes of all tensors of a layer by GGUF name; both streams leave the layer."""
+    prefix = f"blk.{layer}."
+    kinds = {name: GGMLType[types[prefix + name + ".weight"]] for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}
+    out: dict[str, np.ndarray] = {}
+    new = quantize_attention(streams, weights, kinds, g, method, out)
+    if method.correct:
+        new = replace(new, router=repaired_router(streams, weights, g, method))
+    new = quantize_experts(streams, weights, new, layer, kinds, g, method, report, out)
+    pass_experts(streams, weights, new, g)
+    out = {prefix + name + ".weight": data for name, data in out.items()}
+    norms = {"attn_norm.weight": new.input_norm, "attn_q_norm.weight": new.q_norm, "attn_k_norm.weight": new.k_norm}
+    norms |= {"ffn_norm.weight": new.post_norm, "ffn_gate_inp.weight": new.router, "exp_probs_b.bias": new.router_bias}
+    assert set(norms) == set(PLAIN_TENSORS)
+    return out | {prefix + name: value.float().cpu().numpy() for name, value in norms.items()}
+
+
+def quantize_attention(
+    streams: Streams,
+    weights: LayerWeights,
+    kinds: dict[str, GGMLType],
+    g: Geometry,
+    method: Method,
+    out: dict[str, np.ndarray],
+) -> LayerWeights:
+    """q, k, v, then o on what they give; the streams move past attention. Bytes are added to `out`."""
+    new = weights
+    for names in (("attn_q", "attn_k", "attn_v"), ("attn_output",)):
+        pair = output_pair(streams, weights, new, g) if names == ("attn_output",) else input_pair(streams, weights, g)
+        for name in names:
+            role = ROLES[ATTENTION_TENSORS[name]]
+            out[name], value = solve(getattr(weights, role).unsqueeze(0), kinds[name], pair, method)
+            new = replace(new, **{role: value[0]})
+    pass_attention(streams, weights, new, g)
+    return new
+
+
+def repaired_router(streams: Streams, weights: LayerWeights, g: Geometry, method: Method) -> Tensor:
+    """The router (float32 in the file) that on the written stream gives scores nearest to the reference's."""
+    own, cross = router_pair(streams, weights, g).means(slice(None))
+    return corrected(weights.router.unsqueeze(0), own, cross, method.damping)[0]
+
+
+def quantize_experts(
+    streams: Streams,
+    weights: LayerWeights,
+    new: LayerWeights,
+    layer: int,
+    kinds: dict[str, GGMLType],
+    g: Geometry,
+    method: Method,
+    report: Report,
+    out: dict[str, np.ndarray],
+) -> LayerWeights:
+    """w1 and w3, then w2 on what they give. Experts whose w2 input would overflow float16 are rescaled first."""
+    kept = range(g.experts)
+    pair, largest = expert_pairs(streams, weights, None, g, kept)
+    exponents = overflow_exponents(largest)
+    report.cured |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
+    source = cured(weights, exponents)
+    for name in ("ffn_gate_exps", "ffn_up_exps"):
+        role = EXPERT_TENSORS[name]
+        out[name], value = solve(getattr(source, role), kinds[name], pair, method)
+        new = replace(new, **{role: value})
+    del pair
+    pair, _ = expert_pairs(streams, source, new, g, kept)
+    out["ffn_down_exps"], value = solve(source.w2, kinds["ffn_down_exps"], pair, method)
+    return replace(new, w2=value)
+
+
+def quantize_head(
+    streams: Streams, head: Tensor, norm: Tensor, types: dict[str, str], g: Geometry, method: Method
+) -> np.ndarray:
+    """Bytes [V, b] of the output head, calibrated on the final hidden states."""
+    pair = Pair.empty(1, g.hidden, streams.device)
+    for _, reference, written in streams.batches():
+        x, z = (rms_norm(hidden, norm, g.norm_eps).flatten(0, 1) for hidden in (reference, written))
+        pair.add(0, x, z)
+    return solve(head.unsqueeze(0), GGMLType[types[OUTPUT]], pair, method)[0][0]
