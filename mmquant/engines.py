@@ -25,6 +25,7 @@ from mmquant.convert.gguf_reader import find_parts
 from mmquant.errors import UsageError
 
 COMPARED = ("ppl", "ppl_ratio", "top1")
+LEAST = 1e-12  # mass of the tokens that an engine does not name, when rounding leaves none
 VLLM_TOP = 1024  # log-probabilities of each position that vLLM is asked for
 
 
@@ -149,7 +150,10 @@ def _positions(
         known = np.array([token in top for token in ids.tolist()])
         theirs = np.array([top[token] for token in ids[known].tolist()])
         finite = bool(np.isfinite(list(top.values())).all())
-        p = np.exp(logp[known])
-        rest, left = max(1 - p.sum(), 1e-300), max(1 - np.exp(theirs).sum(), 1e-300)
-        kld = float((p * (logp[known] - theirs)).sum() + rest * np.log(rest / left)) if finite else 0.0
+        total = np.log(np.exp(logp).sum() + np.exp(base.tail[i]))
+        p, rest = np.exp(logp - total), float(np.exp(base.tail[i] - total))
+        rest += float(p[~known].sum())
+        kld = float((p[known] * (logp[known] - total - theirs)).sum()) if finite else 0.0
+        if finite and rest > 0:
+            kld += rest * float(np.log(rest / max(1 - np.exp(theirs).sum(), LEAST)))
         yield -top[target[i]], kld, max(top, key=lambda token: top[token]) == ids[0], finite

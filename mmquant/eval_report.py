@@ -154,6 +154,7 @@ def _layer_plot(result: dict[str, Any]) -> Figure:
             axes.plot(*zip(*shown, strict=True), marker=".", label=_short(c["label"]))
             axes.set_yscale("log")
     axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("relative error of the hidden state")
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -172,7 +173,9 @@ def _overlap_plot(result: dict[str, Any]) -> Figure:
             [none if (v := layer["domains"][name]["expert_overlap"]) is None else v for layer in c["layers"]]
             for name in names
         ]
-        image = axes.imshow(values, aspect="auto", cmap="viridis", vmax=1.0)
+        lowest = min((v for row in values for v in row if v == v), default=0.0)
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=min(lowest, 0.99), vmax=1.0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_yticks(range(len(names)), names)
         axes.set_title(f"{_short(c['label'])}: Jaccard overlap of the chosen experts, by layer", fontsize=9)
         figure.colorbar(image, ax=axes)
