@@ -43,6 +43,16 @@ class Int4Options:
     memory: int = 16 << 30
     seed: int = 0
 
+    @property
+    def compensated(self) -> bool:
+        """Whether rounding errors are fed back: GPTQ, and AWQ with high effort (then both)."""
+        return self.method == "gptq" or (self.method == "awq" and self.effort == "high")
+
+    @property
+    def learned(self) -> bool:
+        """Whether rounding is learned on the layer's output after GPTQ."""
+        return self.method == "gptq" and self.effort == "high"
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -81,12 +91,14 @@ class QuantizedLayer:
     experts    w1, w3, w2: IntWeight with codes [E, O, I]
     attention  q_proj ...: IntWeight with codes [O, I]; empty unless attention is INT4
     plain      replaced norms, router or bias by LayerWeights field; empty when nothing changed
+    compensated  what GPTQ rounded, by matrix name, for learning (on the CPU when the work is on CUDA); else empty
     """
 
     experts: dict[str, IntWeight]
     attention: dict[str, IntWeight]
     plain: dict[str, Tensor]
     report: LayerReport
+    compensated: dict[str, Tensor] = field(default_factory=dict)
 
 
 def quantize_layer(
@@ -114,6 +126,7 @@ def quantize_layer(
     if options.method == "awq":
         scale, plain = equalize_norm(weights, statistics, options, reader)
     found: list[tuple[dict[str, IntWeight], list[Solved]]] = []
+    rounded: dict[str, list[Tensor]] = {}
     for chosen in expert_chunks(weights, options.memory):
         w1, w3, w2 = (reader(name, chosen).to(device=device, dtype=torch.float32) for name in ("w1", "w3", "w2"))
         w3, w2 = scale_pair(w3, w2, cure[chosen.start : chosen.stop])
@@ -125,21 +138,33 @@ def quantize_layer(
         second = solve(w2, mid, part, options, between)
         first = solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale)
         width = w1.shape[1]
+        for name, values in _rounded_values(first, second, width).items():
+            rounded.setdefault(name, []).append(values)
         pieces = {"w1": rows_of(first.weight, slice(0, width)), "w3": rows_of(first.weight, slice(width, None))}
         found.append(({**pieces, "w2": second.weight}, [first, second]))
     experts = {name: join([piece[name] for piece, _ in found]) for name in ("w1", "w3", "w2")}
     report = make_report(layer, statistics, cure, [solved for _, solved in found])
     attention: dict[str, IntWeight] = {}
     if options.attention == "int4":
-        attention, changed = quantize_attention(weights, statistics, options, geometry)
+        solved, changed = quantize_attention(weights, statistics, options, geometry)
+        attention = {name: select(one.weight, 0) for name, one in solved.items()}
         plain |= changed
-    return QuantizedLayer(experts, attention, plain, report)
+        rounded |= {n: [one.compensated[0]] for n, one in solved.items() if one.compensated is not None}
+    return QuantizedLayer(experts, attention, plain, report, {n: torch.cat(v) for n, v in rounded.items()})
+
+
+def _rounded_values(first: Solved, second: Solved, width: int) -> dict[str, Tensor]:
+    """What GPTQ rounded of a chunk's w1 and w3 (stacked) and w2; nothing when it was not kept."""
+    if first.compensated is None or second.compensated is None:
+        return {}
+    values = {"w1": first.compensated[:, :width], "w3": first.compensated[:, width:], "w2": second.compensated}
+    return {name: v.cpu() if v.is_cuda else v for name, v in values.items()}
 
 
 def solve(weight: Tensor, moments: Moments, part: slice, options: Int4Options, scale: Tensor | float = 1.0) -> Solved:
     """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I]."""
     grid = options.grid
-    if options.method != "gptq":
+    if not options.compensated:
         importance = shrunk_diagonal(moments, options.shrinkage, part).to(weight.device)
         if isinstance(scale, Tensor):
             importance = importance / scale.square()
@@ -147,7 +172,9 @@ def solve(weight: Tensor, moments: Moments, part: slice, options: Int4Options, s
         nothing = torch.zeros(weight.shape[0], device=weight.device)
         return Solved(rounded, None, nothing, nothing.bool())
     second = shrunk(moments, options.shrinkage, part).to(weight.device)
-    return quantize(weight, second, grid, options.damping)
+    if isinstance(scale, Tensor):
+        second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    return quantize(weight, second, grid, options.damping, keep=options.learned)
 
 
 def equalize_norm(
@@ -160,7 +187,7 @@ def equalize_norm(
 
 def quantize_attention(
     weights: LayerWeights, statistics: LayerStatistics, options: Int4Options, geometry: Geometry
-) -> tuple[dict[str, IntWeight], dict[str, Tensor]]:
+) -> tuple[dict[str, Solved], dict[str, Tensor]]:
     """q, k, v under what enters them, o under what enters it; for AWQ also the norm that is changed."""
     matrices = {"q_proj": weights.q, "k_proj": weights.k, "v_proj": weights.v, "o_proj": weights.o}
     matrices = {name: matrix.float() for name, matrix in matrices.items()}
@@ -177,7 +204,7 @@ def quantize_attention(
     for name, matrix in matrices.items():
         moments = statistics.attention_out if name == "o_proj" else statistics.attention_in
         solved = solve((matrix * scales[name]).unsqueeze(0), moments, slice(None), options, scales[name])
-        found[name] = select(solved.weight, 0)
+        found[name] = solved
     return found, plain
 
 

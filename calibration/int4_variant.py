@@ -24,6 +24,7 @@ from ..convert.minimax_m2 import (
     plain_shapes,
 )
 from ..convert.variant import plain_tensors
+from .int4_high import LearnOptions, ReferenceStream, learn_layer, streams
 from .int4_layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer, select
 from .provider import LayerInputs
 
@@ -42,6 +43,8 @@ class CalibratedInt4(Int4Variant):
 
     options: Int4Options = dataclasses.field(default_factory=Int4Options)
     report: Callable[[str], None] = print
+    learning: LearnOptions = dataclasses.field(default_factory=LearnOptions)
+    reference: ReferenceStream = dataclasses.field(default_factory=ReferenceStream)
 
     @property
     def label(self) -> str:
@@ -51,11 +54,18 @@ class CalibratedInt4(Int4Variant):
     def run(self) -> dict[str, Any]:
         o = self.options
         settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
+        if o.learned:
+            settings |= {"steps": self.learning.steps, "tokens": self.learning.tokens}
         return {**super().run(), "method": o.method, **settings}
+
+    @property
+    def router_changes(self) -> bool:
+        """Whether the router is rewritten (AWQ compensates it, high effort repairs it), then in float32."""
+        return self.options.method == "awq" or self.options.learned
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         specs = super().specs(source, layer)
-        if self.options.method != "awq":
+        if not self.router_changes:
             return specs
         exact = tuple(layer_prefix(layer) + PLAIN_NAMES[field] for field in EXACT)
         return [TensorSpec(s.name, "F32", s.shape) if s.name in exact else s for s in specs]
@@ -71,10 +81,12 @@ class CalibratedInt4(Int4Variant):
 
         read = None if weights.w1.dtype == torch.float32 else exact
         quantized = quantize_layer(layer, weights, inputs.statistics, self.options, source.geometry, read)
+        if self.options.learned:
+            quantized = self._learned(source, inputs, quantized)
         for line in quantized.report.lines():
             self.report(line)
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
-        if self.options.method == "awq":
+        if self.router_changes:
             tensors |= {n: tensors[n].float() for n in (layer_prefix(layer) + PLAIN_NAMES[field] for field in EXACT)}
         for field, value in quantized.plain.items():
             name = layer_prefix(layer) + PLAIN_NAMES[field]
@@ -87,6 +99,17 @@ class CalibratedInt4(Int4Variant):
                 tensors |= self.attention_tensors(source, name, device)
         tensors |= self.packed_experts(quantized, layer)
         return tensors, as_read_back(weights, quantized)
+
+    def _learned(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
+        """The layer after learned rounding, on the streams that enter it."""
+        if inputs.hidden is None:
+            raise ValueError("effort high works on the calibration tokens; stored statistics hold only sums")
+        device = inputs.weights.w1.device
+        reference = self.reference.enter(source, inputs.layer, inputs.hidden, device)
+        both = streams(reference, inputs.hidden, self.learning, device)
+        found, losses = learn_layer(inputs.weights, source.geometry, first, both, self.learning)
+        self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+        return found
 
     def packed_experts(self, quantized: QuantizedLayer, layer: int) -> dict[str, Tensor]:
         """The expert tensors of one layer."""

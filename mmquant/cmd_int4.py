@@ -48,7 +48,7 @@ def command(model: str, out: Path, fetch: FetchOptions, dry_run: bool, limit: in
 
     request = Int4Request.from_options(options, device)
     source = open_model(model, fetch, None if dry_run else out)
-    variant = request.variant(source)
+    variant = request.variant(source, out)
     if dry_run:
         click.echo(describe(out, variant.label, prepare(source, variant).bytes))
         return

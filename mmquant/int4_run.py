@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mmquant.calibration.int4_high import ReferenceStream
 from mmquant.calibration.int4_layer import Int4Options
 from mmquant.calibration.int4_variant import CalibratedInt4
 from mmquant.convert.checkpoint import Checkpoint
@@ -17,6 +19,8 @@ from mmquant.errors import UsageError
 from mmquant.options_calibration import NAMES, make_provider
 from mmquant.pipeline import write_folder
 from mmquant.quantize.gptq import Grid
+
+STREAMS = ".mmquant-streams"  # what a killed run of high effort continues from
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class Int4Request:
             raise UsageError("--format gptq --asymmetric: engines read symmetric GPTQ only; use --format awq")
         if layout != "compressed-tensors" and options["attention"] == "fp8":
             raise UsageError(f"--format {layout} --attention fp8: only compressed-tensors holds FP8 beside INT4")
-        if options["effort"] == "high" and (options["method"] == "rtn" or asymmetric):
-            raise UsageError("--effort high: learned rounding starts from a symmetric gptq, expected --method gptq")
+        if options["effort"] == "high" and options["method"] == "rtn":
+            raise UsageError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
+        if options["effort"] == "high" and options["method"] == "gptq" and asymmetric:
+            raise UsageError("--effort high: learned rounding is for symmetric grids, leave --asymmetric out")
         if options["method"] == "rtn" and options["statistics"] is not None:
             raise UsageError("--method rtn --statistics: round to nearest uses no statistics")
         return cls(
@@ -57,7 +63,7 @@ class Int4Request:
             {name: options[name] for name in NAMES},
         )
 
-    def variant(self, source: Checkpoint) -> Int4Variant:
+    def variant(self, source: Checkpoint, out: Path) -> Int4Variant:
         """The artifact to write. ValueError when its groups do not fit the model at the tensor parallelism."""
         check_groups(source.geometry, self.group_size, self.tp)
         shape = {"group_size": self.group_size, "attention": self.attention, "layout": self.layout}
@@ -70,7 +76,9 @@ class Int4Request:
             attention=self.attention,
             seed=self.calibration["seed"],
         )
-        return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say)
+        folder = out / STREAMS if options.learned else None
+        reference = ReferenceStream(folder)
+        return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say, reference=reference)
 
 
 def _say(line: str) -> None:
@@ -81,7 +89,10 @@ def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, o
     """Write the folder, then read it again as an engine would."""
     provider = None
     if isinstance(variant, CalibratedInt4):
-        provider = make_provider(source, request.calibration, request.device, out, hidden=request.effort == "high")
+        provider = make_provider(
+            source, request.calibration, request.device, out / STREAMS, hidden=variant.options.learned
+        )
     done = write_folder(source, variant, out, device=request.device, limit=limit, provider=provider)
+    shutil.rmtree(out / STREAMS, ignore_errors=True)
     check_folder(done, source)
     return done

@@ -42,9 +42,10 @@ def calibration_options() -> Decorator:
     return decorate
 
 
-def make_provider(source: Checkpoint, options: dict[str, Any], device: str, out: Path, hidden: bool) -> Provider:
+def make_provider(source: Checkpoint, options: dict[str, Any], device: str, folder: Path, hidden: bool) -> Provider:
     """A live pass over the calibration text, or the stored statistics of --statistics.
 
+    folder keeps the stream of a quantized pass between layers, so that a killed run continues.
     hidden: the quantizer needs the tokens themselves, which stored statistics cannot give (UsageError).
     """
     from mmquant.calibration.live import LivePass, PassOptions, StoredPass, default_dtype
@@ -54,7 +55,13 @@ def make_provider(source: Checkpoint, options: dict[str, Any], device: str, out:
     if options["statistics"] is None:
         from mmquant.cmd_calibrate import make_corpus
 
-        return LivePass(source, make_corpus(source, options), chosen, hidden=hidden, folder=None)
+        return LivePass(
+            source,
+            make_corpus(source, options),
+            chosen,
+            hidden=hidden,
+            folder=folder if propagate == "quantized" else None,
+        )
     if hidden or propagate == "quantized":
         what = "--effort high" if hidden else "--propagate quantized"
         raise UsageError(f"{what} needs the calibration tokens, --statistics holds only sums")

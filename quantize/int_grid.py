@@ -87,7 +87,7 @@ def search(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [..., O, G] float32 (exact in bfloat16) and zeros [..., O, G] int8 with the least weighted square error.
 
-    weight [..., O, I]; importance [..., I] >= 0 weighs the squared errors of a column (None: all alike); tries: ranges looked at.
+    weight [..., O, I]; importance [..., I] >= 0 weighs the squared errors of a column (None: all alike).
     """
     size = groups_of(weight.shape[-1], group_size)
     grouped = weight.float().unflatten(-1, (-1, size))
