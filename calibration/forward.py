@@ -101,7 +101,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: list[int]) -> Tensor:
     """Rows offsets[e]:offsets[e+1] of x [R, n] times weight[e].T; weight [E, m, n] -> [R, m]."""
     if x.is_cuda and x.dtype == torch.bfloat16:
         ends = torch.tensor(offsets[1:], dtype=torch.int32, device=x.device)
-        return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+        return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends)  # pyright: ignore[reportPrivateImportUsage]
     out = x.new_empty(x.shape[0], weight.shape[1])
     for expert, (start, stop) in enumerate(pairwise(offsets)):
         if stop > start:

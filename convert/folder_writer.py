@@ -89,7 +89,7 @@ def _header(tensors: list[TensorSpec]) -> bytes:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes in memory order, without a copy when it lies contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 class FolderWriter:

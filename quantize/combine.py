@@ -26,5 +26,5 @@ def launch(y: Tensor, place: Tensor, share: Tensor) -> Tensor:
     tokens, per_token = place.shape
     out = torch.empty(tokens, y.shape[1], dtype=torch.float32, device=y.device)
     grid = (tokens, -(-y.shape[1] // WIDTH))
-    combine_kernel[grid](y, place, share, out, y.shape[1], K=per_token, WIDTH=WIDTH, num_warps=4)
+    combine_kernel[grid](y, place, share, out, y.shape[1], K=per_token, WIDTH=WIDTH, num_warps=4)  # pyright: ignore[reportCallIssue]
     return out
