@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +58,10 @@ def overlap(evaluation: str, known: NDArray[np.uint64]) -> Overlap:
     if not len(starts):
         return Overlap(0, len(found), 0, "")
     best = int(lengths.argmax())
-    spans = [w.span() for w in _WORD.finditer(evaluation)]
-    begin, end = spans[starts[best]][0], spans[starts[best] + lengths[best] + SHINGLE - 2][1]
-    passage = " ".join(evaluation[begin:end].split())
-    return Overlap(int(hit.sum()), len(found), int(lengths[best]) + SHINGLE - 1, passage)
+    longest = int(lengths[best]) + SHINGLE - 1
+    words = islice(_WORD.finditer(evaluation), int(starts[best]), int(starts[best]) + longest)
+    passage = " ".join(word.group() for word in words)
+    return Overlap(int(hit.sum()), len(found), longest, passage)
 
 
 def check_disjoint(evaluation: dict[str, str], known: NDArray[np.uint64]) -> None:
