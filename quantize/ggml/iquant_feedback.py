@@ -109,12 +109,13 @@ class State:
 
 
 def encode_with_feedback(
-    rows: Tensor, kind: GGMLType, known: Factor, effort: Effort = EFFORTS["default"], passes: int = PASSES
+    rows: Tensor, kind: GGMLType, known: Factor, effort: Effort = EFFORTS["fast"], passes: int = PASSES
 ) -> Tensor:
     """Bytes of E matrices with small tr((W - Q) H (W - Q)^T).
 
     rows     [E, R, n] float32
     known    `factor` of the moments H [E, n, n] for the same kind
+    effort   of the search of scales; wider ones bring 0.1 (2 bits) to 0.9 % (3 bits) here, at twice the time
     passes   rounds of coordinate descent after the sweep
     returns  uint8 [E, R, n / 256 * bytes of a super-block]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def scan(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
     scales     [B, S] float32, >= 0: what a unit of the codebook stands for
     returns    [B, S] float32: least sum(weight * (x - scale * sign * point)^2 - weight * x^2) of all points and signs
     """
-    if x.device.type == "cuda":
+    if x.is_cuda and _has_triton():
         from .iquants_triton import scan as scan_triton
 
         return scan_triton(x, weight, scales, layout)
@@ -56,13 +57,18 @@ def choose(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: flo
 
     delta  0: IQ1's shift is already taken out of x
     """
-    if x.device.type == "cuda":
+    if x.is_cuda and _has_triton():
         from .iquants_triton import choose as choose_triton
 
         return choose_triton(x, weight, scales, layout, delta)
     if x.device.type == "cpu":
         return _search_numba(x, weight, scales, layout, delta, True)[1]
     return choose_torch(x, weight, scales, layout, delta)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None  # not on every platform
 
 
 @lru_cache
