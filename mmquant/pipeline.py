@@ -193,8 +193,8 @@ def write_native(source: Checkpoint, out: Path) -> Path:
     with hold(out):
         write_whole(out / PROGRESS, json.dumps({"run": run}).encode())
         check_disk(out, source.bytes - written_bytes(out))
-        with tqdm(desc="FP8-native", delay=1) as bar:
-            files = copy_native(source, out, lambda name: bar.set_postfix_str(name))
+        with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:
+            files = copy_native(source, out, lambda _: bar.update())
         tensors = [t for n, t in source.tensors.items() if n not in source.skipped]
         layers = range(source.geometry.layers)
         sizes = {layer: 0 for layer in layers}
