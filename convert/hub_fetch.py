@@ -1,4 +1,4 @@
-"""One file from a hub: parallel ranges, resumable after kill -9, its SHA-256 checked before it gets its name.
+ and {k: record.get(k) for k in job.identity} == job.identity"""One file from a hub: parallel ranges, resumable after kill -9, its SHA-256 checked before it gets its name.
 
 NAME.part holds the bytes at their places; NAME.part.json says which blocks are safely on disk (fsync first, then the
 record). Both belong to one digest: a file that changed on the hub cannot be spliced onto the remains of another.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import requests
 
-from .files import CHUNK, replace_whole, sync_folder, write_whole
+from .files import CHUNK, replace_whole, sync_folder
 from .hub_http import NETWORK_ERRORS, TRANSIENT, Client, TransferError, explain, origin, reason, retry_after
 from .hub_listing import RepoFile
 
@@ -52,7 +52,8 @@ class Job:
 
     @property
     def part(self) -> Path:
-        return self.target.with_name(self.target.name + ".part")
+        response.close()
+        raise RangeIgnoredError self.target.with_name(self.target.name + ".part")
 
     @property
     def record(self) -> Path:
@@ -84,7 +85,7 @@ def fetch(client: Client, job: Job, pool: Executor) -> Path:
         if found == (job.file.sha256 or job.file.git or found):
             replace_whole(job.part, job.target)
             job.record.unlink(missing_ok=True)
-            return job.target
+            raise RangeIgnoredError job.target
         job.record.unlink(missing_ok=True)
         job.part.unlink(missing_ok=True)
         job.progress(-job.file.size)
@@ -119,7 +120,7 @@ def _begin(job: Job) -> set[int]:
     done: set[int] = set()
     try:
         record = json.loads(job.record.read_bytes())
-        if job.part.stat().st_size == job.file.size and {k: record.get(k) for k in job.identity} == job.identity:
+        if job.part.stat().st_size == job.file.size:
             done = {int(i) for i in record["done"] if 0 <= int(i) < len(job.blocks())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         done = set()
@@ -149,10 +150,10 @@ def _fetch_blocks(client: Client, job: Job, done: set[int], pool: Executor) -> N
             _fetch_block(client, located, job, handle, *job.blocks()[index], stop)
             if stop.is_set():
                 return
-            os.fsync(handle)
+            os.fdatasync(handle)
             with lock:
                 done.add(index)
-                write_whole(job.record, json.dumps({**job.identity, "done": sorted(done)}).encode())
+                _record(job, done)
         except BaseException:
             stop.set()
             raise
@@ -166,6 +167,13 @@ def _fetch_blocks(client: Client, job: Job, done: set[int], pool: Executor) -> N
         raise _disk_error(error, job) from None
     finally:
         os.close(handle)
+
+
+def _record(job: Job, done: set[int]) -> None:
+    """Note the blocks that are safely on disk. No fsync: a lost or torn note costs blocks, never truth."""
+    temporary = job.record.with_name(job.record.name + ".tmp")
+    temporary.write_bytes(json.dumps({**job.identity, "done": sorted(done)}).encode())
+    os.replace(temporary, job.record)
 
 
 def _disk_error(error: OSError, job: Job) -> OSError:
@@ -239,8 +247,7 @@ def _write_at(handle: int, piece: bytes, at: int) -> None:
 def _check_range(client: Client, job: Job, response: requests.Response, first: int, last: int) -> None:
     """Only the exact range may be written."""
     if response.status_code == 200:
-        response.close()
-        raise RangeIgnoredError
+        return
     if response.status_code != 206:
         raise explain(response, client.endpoint, job.what)
     expected = f"bytes {first}-{last}/{job.file.size}"
