@@ -26,7 +26,7 @@ from mmquant.calibration.evaluate import Settings, evaluate
 from mmquant.calibration.forward import layer_forward
 from mmquant.calibration.metrics import compare
 from mmquant.calibration.sample import Sample
-from mmquant.convert import checkpoint, quantized_readers
+from mmquant.convert import batches
 from mmquant.convert.minimax_m2 import global_shapes, matrix_shapes, plain_shapes
 from mmquant.convert.open import open_source
 from mmquant.convert.source import Source, read_layer
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--readers", type=int, help="threads that read and dequantize; default: the library's")
     arguments = parser.parse_args()
     if arguments.readers:
-        checkpoint.READERS = quantized_readers.READERS = arguments.readers
+        batches.READERS = arguments.readers
     folder = Path(tempfile.mkdtemp(prefix="mmquant-bench-", dir=arguments.folder))
     try:
         for name in ("fp8", "int4"):

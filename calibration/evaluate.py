@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.minimax_m2 import Geometry, Globals, LayerWeights
+from ..convert.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, Globals, LayerWeights
 from ..convert.prefetch import prefetch_layer
-from ..convert.source import Source, read_globals
+from ..convert.source import Source
 from .distributed import read_layer_shared
 from .evaluation_state import State
 from .forward import Observer, Routing, embed, final_logits, layer_forward
@@ -172,7 +172,8 @@ def _start(subjects: list[_Subject], mine: Sample, settings: Settings, state: St
     if layer:
         return layer
     for subject in subjects:
-        model = read_globals(subject.source, "cpu", subject.dtype)
+        table = subject.source.read(EMBED).to(subject.dtype)
+        model = Globals(embed=table, norm=table[:0], head=table[:0])
         for start, tokens in _batches(mine.tokens, settings.tokens):
             subject.hidden.put(start, embed(model, tokens))
     return 0
@@ -252,7 +253,7 @@ def _finish(
 
     `origin`: scored positions of the whole sample before this rank's first.
     """
-    models = [read_globals(s.source, settings.device, s.dtype) for s in subjects]
+    models = [_head(s, settings.device) for s in subjects]
     skip = 0 if stored is not None else 1
     scores: list[list[Scores]] = [[] for _ in subjects[skip:]]
     rows = max(1, LOGIT_BYTES // (4 * subjects[0].source.geometry.vocab))
@@ -274,6 +275,12 @@ def _finish(
             for kept, part in zip(scores, found, strict=True):
                 kept.append(part)
     return [_gathered(s, part, ranks) for s, part in zip(subjects[skip:], scores, strict=True)]
+
+
+def _head(subject: _Subject, device: str) -> Globals:
+    """Final norm and head; the embeddings are not needed again."""
+    norm = subject.source.read(FINAL_NORM).to(device)
+    return Globals(embed=norm[:0], norm=norm, head=subject.source.read(HEAD).to(subject.dtype).to(device))
 
 
 def _logits(subject: _Subject, model: Globals, window: int, first: int, stop: int, device: str) -> Tensor:

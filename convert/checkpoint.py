@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..quantize.fp8 import dequantize_tiles
+from .batches import batches, read_batch
 from .minimax_m2 import (
     FINAL_NORM,
     HEAD,
@@ -45,7 +45,6 @@ TORCH_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-READERS = 4
 SAMPLED = ("input_layernorm.weight", "self_attn.q_norm.weight", "block_sparse_moe.e_score_correction_bias")
 
 
@@ -196,19 +195,30 @@ class Checkpoint:
         g = self.geometry
         shape = (g.hidden, g.expert_width) if projection == "w2" else (g.expert_width, g.hidden)
         out = torch.empty((len(experts), *shape), device=device, dtype=dtype)
-
-        def one(position: int) -> None:
-            name = expert_name(layer, experts[position], projection)
-            if not self.is_quantized(name):
-                out[position] = self.raw(name + ".weight").to(device).to(dtype)
-                return
-            codes, scales = self.native(name)
-            assert self.tile is not None
-            out[position] = dequantize_tiles(codes.to(device), scales.to(device), self.tile).to(dtype)
-
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(one, range(len(experts))))
+        for part in batches(len(experts)):
+            names = [expert_name(layer, experts[position], projection) for position in part]
+            out[part.start : part.stop] = self._dequantized(names, device).to(dtype)
         return out
+
+    def _dequantized(self, names: list[str], device: torch.device | str) -> Tensor:
+        """[n, out, in] float32 of matrices that are all quantized, or all plain."""
+        weights = [self._info(name + ".weight") for name in names]
+        codes = read_batch(self.store, weights, TORCH_DTYPES[weights[0].dtype], device)
+        if not self.is_quantized(names[0]):
+            return codes.float()
+        suffix = ".weight_scale_inv"
+        infos = [self._info(name + suffix) for name in names]
+        scales = read_batch(self.store, infos, TORCH_DTYPES[infos[0].dtype], device).float()
+        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+            for name in names:
+                self.read_scales(name + suffix)
+        assert self.tile is not None
+        return dequantize_tiles(codes, scales, self.tile)
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise ValueError(f"{self.label}: {name} is missing")
+        return self.tensors[name]
 
     def small_file(self, name: str) -> bytes | None:
         return self.store.small(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..quantize.fp8 import expand_tiles
 from ..quantize.pack import unpack_awq, unpack_gptq, unpack_gptq_zeros, unpack_rows, unpack_zeros_ct
-from .checkpoint import PLAIN, READERS, check_count, collect_tensors, read_config, read_tensor
+from .batches import batches, read_batch
+from .checkpoint import PLAIN, TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
 from .minimax_m2 import EMBED, HEAD, Geometry, expert_name, global_shapes, is_mtp, matrix_shapes, plain_shapes
 from .quantization_config import SGLANG, Scheme, scheme_of
 from .store import ShardStore, TensorInfo
@@ -28,6 +29,7 @@ SAMPLE = 256
 ALIASES = {theirs: ours for ours, theirs in SGLANG.items()}
 
 Part = tuple[str, tuple[int, ...], tuple[str, ...]]  # suffix, shape, dtypes
+Fetch = Callable[[str], Tensor]  # a part by its suffix, on the device
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,8 @@ class QuantizedFolder:
         for name, shape in wanted.items():
             self._check(name, self.tensors[name], shape, PLAIN)
 
-    def _part(self, stored: Stored, suffix: str, device: torch.device | str) -> Tensor:
-        return read_tensor(self.store, stored.parts[suffix]).to(device)
-
-    def _scales(self, stored: Stored, suffix: str, device: torch.device | str) -> Tensor:
-        scales = self._part(stored, suffix, device).float()
+    def _scales(self, stored: Stored, suffix: str, fetch: Fetch) -> Tensor:
+        scales = fetch(suffix).float()
         if not bool(torch.isfinite(scales).all()):
             raise ValueError(f"{stored.parts[suffix].shard}: {stored.name}.{suffix} is not finite")
         return scales
@@ -144,45 +143,60 @@ class QuantizedFolder:
     def dequantize(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """[out, in] float32 of a matrix by its release name without .weight."""
         stored = self.matrices[name]
+        return self._values(stored, lambda suffix: read_tensor(self.store, stored.parts[suffix]).to(device))
+
+    def _batch(self, names: list[str], device: torch.device | str) -> Tensor:
+        """[n, out, in] float32 of experts; together where they are stored alike."""
+        group = [self.matrices[name] for name in names]
+        alike = all(s.scheme == group[0].scheme for s in group)
+        if not alike or (group[0].scheme is not None and group[0].scheme.act_order):
+            return torch.stack([self.dequantize(name, device) for name in names])
+
+        def fetch(suffix: str) -> Tensor:
+            infos = [stored.parts[suffix] for stored in group]
+            return read_batch(self.store, infos, TORCH_DTYPES[infos[0].dtype], device)
+
+        return self._values(group[0], fetch)
+
+    def _values(self, stored: Stored, fetch: Fetch) -> Tensor:
+        """[..., out, in] float32 from parts with any leading dimensions."""
         scheme = stored.scheme
         if scheme is None:
-            return self._part(stored, "weight", device).float()
+            return fetch("weight").float()
         if scheme.format in ("float-quantized", "int-quantized"):
-            scales = self._scales(stored, "weight_scale", device)
-            codes = self._part(stored, "weight", device).float()
-            return codes * expand_tiles(scales, *stored.shape, scheme.block) if scheme.block else codes * scales
+            scales, codes = self._scales(stored, "weight_scale", fetch), fetch("weight").float()
+            if scheme.block is not None:
+                return codes * expand_tiles(scales, *stored.shape, scheme.block)
+            return codes * (scales if scales.dim() == codes.dim() else scales.view(*scales.shape[:-1], 1, 1))
         if scheme.format == "pack-quantized":
-            return self._packed(stored, scheme, device)
-        return self._awq(stored, scheme, device) if scheme.format == "awq" else self._gptq(stored, scheme, device)
+            return self._packed(stored, scheme, fetch)
+        return self._awq(stored, scheme, fetch) if scheme.format == "awq" else self._gptq(stored, scheme, fetch)
 
-    def _packed(self, stored: Stored, scheme: Scheme, device: torch.device | str) -> Tensor:
-        codes = unpack_rows(self._part(stored, "weight_packed", device), scheme.bits, stored.shape[1])
-        zeros = None
+    def _packed(self, stored: Stored, scheme: Scheme, fetch: Fetch) -> Tensor:
+        codes, zeros = unpack_rows(fetch("weight_packed"), scheme.bits, stored.shape[1]), None
         if not scheme.symmetric:
-            words = self._part(stored, "weight_zero_point", device)
-            zeros = unpack_zeros_ct(words, scheme.bits, stored.shape[0])
-        return _scaled(codes, self._scales(stored, "weight_scale", device), zeros, scheme.group)
+            zeros = unpack_zeros_ct(fetch("weight_zero_point"), scheme.bits, stored.shape[0])
+        return _scaled(codes, self._scales(stored, "weight_scale", fetch), zeros, scheme.group)
 
-    def _awq(self, stored: Stored, scheme: Scheme, device: torch.device | str) -> Tensor:
-        codes = unpack_awq(self._part(stored, "qweight", device))
-        zeros = None if scheme.symmetric else unpack_awq(self._part(stored, "qzeros", device))
-        return _scaled(codes, self._scales(stored, "scales", device).T, zeros, scheme.group)
+    def _awq(self, stored: Stored, scheme: Scheme, fetch: Fetch) -> Tensor:
+        codes = unpack_awq(fetch("qweight"))
+        zeros = None if scheme.symmetric else unpack_awq(fetch("qzeros"))
+        return _scaled(codes, self._scales(stored, "scales", fetch).transpose(-1, -2), zeros, scheme.group)
 
-    def _gptq(self, stored: Stored, scheme: Scheme, device: torch.device | str) -> Tensor:
-        codes = unpack_gptq(self._part(stored, "qweight", device), scheme.bits)
-        scales, zeros = self._scales(stored, "scales", device).T, None
+    def _gptq(self, stored: Stored, scheme: Scheme, fetch: Fetch) -> Tensor:
+        codes = unpack_gptq(fetch("qweight"), scheme.bits)
+        scales, zeros = self._scales(stored, "scales", fetch).transpose(-1, -2), None
         if not scheme.symmetric:
-            zeros = unpack_gptq_zeros(self._part(stored, "qzeros", device), scheme.bits)
+            zeros = unpack_gptq_zeros(fetch("qzeros"), scheme.bits)
             if not scheme.zeros_plus_one:
                 half = 1 << (scheme.bits - 1)
                 zeros = (zeros.int() - 1 + half) % (2 * half) - half
         if not scheme.act_order:
             return _scaled(codes, scales, zeros, scheme.group)
-        index = self._part(stored, "g_idx", device).long()
+        index = fetch("g_idx").long()
         if not bool(((index >= 0) & (index < scales.shape[1])).all()):
-            raise ValueError(
-                f"{stored.parts['g_idx'].shard}: {stored.name}.g_idx names groups beyond {scales.shape[1]}"
-            )
+            shard = stored.parts["g_idx"].shard
+            raise ValueError(f"{shard}: {stored.name}.g_idx names groups beyond {scales.shape[1]}")
         moved = codes.float() if zeros is None else codes.float() - zeros.float()[:, index]
         return moved * scales[:, index]
 
@@ -203,12 +217,9 @@ class QuantizedFolder:
         """[len(experts), out, in] of one projection, dequantized on the device."""
         shape = self.matrices[expert_name(layer, 0, projection)].shape
         out = torch.empty((len(experts), *shape), device=device, dtype=dtype)
-
-        def one(position: int) -> None:
-            out[position] = self.dequantize(expert_name(layer, experts[position], projection), device).to(dtype)
-
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(one, range(len(experts))))
+        for part in batches(len(experts)):
+            names = [expert_name(layer, experts[position], projection) for position in part]
+            out[part.start : part.stop] = self._batch(names, device).to(dtype)
         return out
 
     def small_file(self, name: str) -> bytes | None:
@@ -238,13 +249,13 @@ class QuantizedFolder:
 
 
 def _scaled(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
-    """(codes [O, I] - zeros [O, G]) * scales [O, G], groups of `group` inputs (-1: one)."""
-    outputs, inputs = codes.shape
+    """(codes [..., O, I] - zeros [..., O, G]) * scales [..., O, G], groups of `group` inputs (-1: one)."""
+    inputs = codes.shape[-1]
     size = inputs if group == -1 else group
     if inputs % size == 0:
-        blocks = codes.unflatten(1, (-1, size)).float()
+        blocks = codes.unflatten(-1, (-1, size)).float()
         moved = blocks if zeros is None else blocks - zeros.float().unsqueeze(-1)
-        return (moved * scales.unsqueeze(-1)).view(outputs, inputs)
-    spread = scales.repeat_interleave(size, 1)[:, :inputs]
-    moved = codes.float() if zeros is None else codes.float() - zeros.float().repeat_interleave(size, 1)[:, :inputs]
+        return (moved * scales.unsqueeze(-1)).flatten(-2)
+    spread = scales.repeat_interleave(size, -1)[..., :inputs]
+    moved = codes.float() if zeros is None else codes.float() - zeros.float().repeat_interleave(size, -1)[..., :inputs]
     return moved * spread

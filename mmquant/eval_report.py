@@ -147,6 +147,8 @@ def _domain_plot(result: dict[str, Any]) -> Figure:
 
 
 def _layer_plot(result: dict[str, Any]) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = _figure(1)
     for c in result["candidates"]:
         shown = [(layer["layer"], layer["relative_error"]) for layer in c["layers"] if layer["relative_error"]]
@@ -154,7 +156,7 @@ def _layer_plot(result: dict[str, Any]) -> Figure:
             axes.plot(*zip(*shown, strict=True), marker=".", label=_short(c["label"]))
             axes.set_yscale("log")
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("relative error of the hidden state")
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -165,6 +167,8 @@ def _layer_plot(result: dict[str, Any]) -> Figure:
 def _overlap_plot(result: dict[str, Any]) -> Figure:
     """A heat map for each candidate: layers across, domains down."""
     candidates = [c for c in result["candidates"] if c["layers"]]
+    from matplotlib.ticker import MaxNLocator
+
     figure, all_axes = _figure(1, len(candidates), height=1.8)
     for axes, c in zip(all_axes, candidates, strict=True):
         names = list(c["layers"][0]["domains"])
@@ -175,7 +179,7 @@ def _overlap_plot(result: dict[str, Any]) -> Figure:
         ]
         lowest = min((v for row in values for v in row if v == v), default=0.0)
         image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=min(lowest, 0.99), vmax=1.0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_yticks(range(len(names)), names)
         axes.set_title(f"{_short(c['label'])}: Jaccard overlap of the chosen experts, by layer", fontsize=9)
         figure.colorbar(image, ax=axes)

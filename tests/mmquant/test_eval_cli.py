@@ -246,9 +246,9 @@ def test_prompt_log_probabilities_give_the_same_numbers() -> None:
         np.testing.assert_allclose(found.nll, exact.nll, rtol=1e-9)
         np.testing.assert_array_equal(found.same, exact.same)
         if kept == 50:
-            np.testing.assert_allclose(found.kld, exact.kld, atol=1e-5)
+            np.testing.assert_allclose(found.kld, exact.kld, atol=2e-4)  # the stored reference's steps of 2^-11
         else:
-            assert (found.kld <= exact.kld + 1e-5).all()
+            assert (found.kld <= exact.kld + 2e-4).all()
             np.testing.assert_allclose(found.kld, exact.kld, atol=0.05)
 
 
