@@ -13,7 +13,7 @@ from .source import CARRIED_FILES
 from .store import INDEX, shard_names
 
 
-def copy_native(source: Checkpoint, out: Path, done: Callable[[str], None]) -> tuple[FileEntry, ...]:
+def copy_native(source: Checkpoint, out: Path, done: Callable[[str], object]) -> tuple[FileEntry, ...]:
     """Copy shards and small files into `out`; files that are there already with the same bytes are kept.
 
     Raises OSError when a copy reads back differently.
