@@ -1,4 +1,4 @@
- and {k: record.get(k) for k in job.identity} == job.identity"""One file from a hub: parallel ranges, resumable after kill -9, its SHA-256 checked before it gets its name.
+"""One file from a hub: parallel ranges, resumable after kill -9, its SHA-256 checked before it gets its name.
 
 NAME.part holds the bytes at their places; NAME.part.json says which blocks are safely on disk (fsync first, then the
 record). Both belong to one digest: a file that changed on the hub cannot be spliced onto the remains of another.
@@ -120,7 +120,7 @@ def _begin(job: Job) -> set[int]:
     done: set[int] = set()
     try:
         record = json.loads(job.record.read_bytes())
-        if job.part.stat().st_size == job.file.size:
+        if job.part.stat().st_size == job.file.size and {k: record.get(k) for k in job.identity} == job.identity:
             done = {int(i) for i in record["done"] if 0 <= int(i) < len(job.blocks())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         done = set()
