@@ -16,10 +16,12 @@ from mmquant.convert.minimax_m2 import LayerWeights
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
-def collect(
-    kind: type[Collector], weights: LayerWeights, collect: Collect, kept: range | None = None
-) -> LayerStatistics:
-    collector = kind(0, weights, SMALL, collect, 2, kept)
+# Grouped products on a GPU want rows of a multiple of 16 bytes.
+G = replace(SMALL, expert_width=48)
+
+
+def collect(kind: type[Collector], weights: LayerWeights, chosen: Collect) -> LayerStatistics:
+    collector = kind(0, weights, G, chosen, 2)
     for start in range(0, len(HIDDEN), 2):
         part = HIDDEN[start : start + 2].cuda()
         collector.begin(start, HIDDEN.shape[1], torch.arange(start, start + len(part)) % 2)
