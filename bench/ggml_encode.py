@@ -17,7 +17,7 @@ import _path  # noqa: F401
 import torch
 from torch import Tensor
 
-from mmquant import llamacpp
+from mmquant import llamacpp  # type: ignore[attr-defined]
 from mmquant.quantize.ggml import codec
 from mmquant.quantize.ggml.grid import FORMS
 from mmquant.quantize.ggml.types import GGMLType

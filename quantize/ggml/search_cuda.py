@@ -239,10 +239,10 @@ def _kernel(
     x = tl.load(x_ptr + place, mask=there, other=0.0)
     w = tl.load(w_ptr + which[:, None] * (S * K) + column, mask=there, other=1.0)
     flat = tl.sum(w, 1)
-    s, m, q1, qq = _real(x, w, flat, tries_ptr, tries, refits, low, top, MINIMUM, SIGNED, UNEVEN)
+    sf, mf, q1f, qqf = _real(x, w, flat, tries_ptr, tries, refits, low, top, MINIMUM, SIGNED, UNEVEN)
     w1 = tl.reshape(flat, (B, S))
-    s, m, q1, qq = tl.reshape(s, (B, S)), tl.reshape(m, (B, S)), tl.reshape(q1, (B, S)), tl.reshape(qq, (B, S))
-    d, dmin, steps, minimums = _first(s, m, q1, qq, w1, ends_ptr, ends, limits, MINIMUM, STORED)
+    real = (tl.reshape(sf, (B, S)), tl.reshape(mf, (B, S)), tl.reshape(q1f, (B, S)), tl.reshape(qqf, (B, S)))
+    d, dmin, steps, minimums = _first(*real, w1, ends_ptr, ends, limits, MINIMUM, STORED)
 
     kept_d, kept_dmin, kept_steps, kept_minimums = d, dmin, steps, minimums
     least = tl.zeros_like(d) + _HUGE

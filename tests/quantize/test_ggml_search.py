@@ -9,8 +9,9 @@ from torch import Tensor
 import ggml_lib
 from mmquant.convert.open import open_source
 from mmquant.quantize.ggml import codec
-from mmquant.quantize.ggml.effort import EFFORTS, plan
+from mmquant.quantize.ggml.effort import EFFORTS, Effort, plan
 from mmquant.quantize.ggml.grid import FORMS
+from mmquant.quantize.ggml.searching import search_rows
 from mmquant.quantize.ggml.types import GGMLType
 from mmquant.quantize.ggml.weighted import cut, empty
 
@@ -101,6 +102,25 @@ def test_more_effort_is_not_worse(kind: GGMLType) -> None:
     fast, default, high = (our_error(rows, kind, importance, effort) for effort in EFFORTS)
     assert high <= default * 1.0005
     assert default <= fast * 1.0005
+
+
+@pytest.mark.parametrize("kind, gain", [(GGMLType.Q2_K, 0.88), (GGMLType.Q5_K, 0.9525), (GGMLType.IQ4_XS, 0.989)])
+def test_rounds_of_refitting_what_is_stored_pay(kind: GGMLType, gain: float) -> None:
+    rows, importance = rows_of("heavy"), importance_of(COLUMNS)
+    errors = []
+    for rounds in (0, 3):
+        grid, codes = search_rows(rows, kind, importance[None], Effort(supers=4, rounds=rounds))
+        errors.append(error(rows, codec.values(grid, codes), importance))
+    assert errors[1] < gain * errors[0]
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q4_1, GGMLType.Q5_1], ids=lambda k: k.name)
+@pytest.mark.parametrize("offset", [-1.0, 1.0])
+def test_weights_on_one_side_of_zero(kind: GGMLType, offset: float) -> None:
+    ggml_lib.need()
+    rows = rows_of("gaussian") + offset
+    theirs = error(rows, ggml_lib.decode(ggml_lib.encode(rows, kind), kind, COLUMNS), None)
+    assert our_error(rows, kind) < 0.99 * theirs
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
