@@ -130,6 +130,7 @@ def layer_speed(device: str, tokens: int, context: int, rows: list[int], profile
         collector = make_collector(0, weights, g, collect, 1)
         collector.begin(0, context, domains)
         forward.moe(weights, g, hidden, collector)
+        collector.statistics()
 
     print(f"{torch.cuda.get_device_name() if device.startswith('cuda') else 'CPU'}, torch {torch.__version__}")
     print("| routed rows at once | forward alone s | with diagonals s | with full moments s | ratio | M tokens/s |")

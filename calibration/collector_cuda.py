@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .collector import Collector
 from .forward import Routing
+from .statistics import LayerStatistics
 from .sums import Sums, add_gram
 
 
@@ -64,6 +65,14 @@ class FusedCollector(Collector):
             torch.maximum(self.mid_amax, mid.peak, out=self.mid_amax)
         if scaled_x is not None and scaled_h is not None:
             self._grams(scaled_x, scaled_h, ends, offsets)
+
+    def statistics(self) -> LayerStatistics:
+        from ..quantize.moments_triton import mirror
+
+        for second in (self.expert_in.second, self.expert_mid.second):
+            if second is not None:
+                mirror(second)
+        return super().statistics()
 
     def _fold(self, sums: Sums, found: Any, ends: Tensor, share: Tensor) -> None:
         from ..quantize.moments_triton import segment_sums

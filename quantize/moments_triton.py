@@ -169,17 +169,34 @@ def _gram_kernel(x, offsets, total, n, M: tl.constexpr, N: tl.constexpr, K: tl.c
     here = base + left[:, None].to(tl.int64) * n + right[None, :]
     acc += tl.load(here, mask=below, other=0.0)
     tl.store(here, acc, mask=below)
-    strictly = (left < n)[:, None] & (left[:, None] > right[None, :])
-    tl.store(base + right[None, :].to(tl.int64) * n + left[:, None], acc, mask=strictly)
 
 
 def add_grams(total: Tensor, x: Tensor, offsets: Tensor) -> None:
-    """total [E, n, n] float32, symmetric, += x_e^T x_e of each expert's rows; x [R, n] contiguous bfloat16.
+    """Lower triangles of total [E, n, n] float32 += those of x_e^T x_e; x [R, n] contiguous bfloat16.
 
-    Half the arithmetic of a general product: only tiles on and below the diagonal are computed, then mirrored.
+    Half the arithmetic of a general product. What is above the diagonal is left alone: `mirror` fills it in the end.
     """
     n = x.shape[1]
     high, wide, depth, stages = GRAM
     grid = (sum(i * high // wide + 1 for i in range(triton.cdiv(n, high))), len(offsets) - 1)
     launch: Any = _gram_kernel[grid]  # type: ignore[reportIndexIssue]
     launch(x, offsets, total, n, M=high, N=wide, K=depth, num_warps=8, num_stages=stages)
+
+
+@triton.jit
+def _mirror_kernel(total, n, T: tl.constexpr):
+    i, j = tl.program_id(0), tl.program_id(1)
+    if j <= i:
+        base = total + tl.program_id(2).to(tl.int64) * n * n
+        row, column = i * T + tl.arange(0, T), j * T + tl.arange(0, T)
+        below = (row < n)[:, None] & (row[:, None] > column[None, :])
+        values = tl.load(base + row[:, None].to(tl.int64) * n + column[None, :], mask=below, other=0.0)
+        above = (row < n)[None, :] & (column[:, None] < row[None, :])
+        tl.store(base + column[:, None].to(tl.int64) * n + row[None, :], tl.trans(values), mask=above)
+
+
+def mirror(total: Tensor) -> None:
+    """Copy the lower triangles of total [E, n, n] above the diagonal."""
+    tiles = triton.cdiv(total.shape[1], 64)
+    launch: Any = _mirror_kernel[(tiles, tiles, total.shape[0])]  # type: ignore[reportIndexIssue]
+    launch(total, total.shape[1], T=64, num_warps=8)

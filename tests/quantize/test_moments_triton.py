@@ -62,6 +62,8 @@ def test_grams_add_up_and_stay_symmetric(inputs: int) -> None:
     total = torch.zeros(len(COUNTS), inputs, inputs, device=DEVICE)
     moments_triton.add_grams(total, x, offsets)
     moments_triton.add_grams(total, x, offsets)
+    assert not total.triu(1).any()
+    moments_triton.mirror(total)
     assert torch.equal(total, total.mT)
     for e, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         v = x[start:stop].double()
