@@ -52,8 +52,7 @@ class Job:
 
     @property
     def part(self) -> Path:
-        response.close()
-        raise RangeIgnoredError self.target.with_name(self.target.name + ".part")
+        return self.target.with_name(self.target.name + ".part")
 
     @property
     def record(self) -> Path:
@@ -85,7 +84,7 @@ def fetch(client: Client, job: Job, pool: Executor) -> Path:
         if found == (job.file.sha256 or job.file.git or found):
             replace_whole(job.part, job.target)
             job.record.unlink(missing_ok=True)
-            raise RangeIgnoredError job.target
+            return job.target
         job.record.unlink(missing_ok=True)
         job.part.unlink(missing_ok=True)
         job.progress(-job.file.size)
@@ -247,7 +246,8 @@ def _write_at(handle: int, piece: bytes, at: int) -> None:
 def _check_range(client: Client, job: Job, response: requests.Response, first: int, last: int) -> None:
     """Only the exact range may be written."""
     if response.status_code == 200:
-        return
+        response.close()
+        raise RangeIgnoredError
     if response.status_code != 206:
         raise explain(response, client.endpoint, job.what)
     expected = f"bytes {first}-{last}/{job.file.size}"
