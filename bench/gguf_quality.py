@@ -41,6 +41,10 @@ METHODS = {
     "descent": Method(correct=False),
     "default": Method(),
     "damping.02": Method(damping=0.02),
+    "prior.1": Method(prior=0.1),
+    "prior.4": Method(prior=4.0),
+    "sampling0": Method(sampling=0.0),
+    "sampling4": Method(sampling=4.0),
     "damping.10": Method(damping=0.10),
     "passes6": Method(passes=6),
 }
@@ -120,10 +124,11 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--evaluation")
     parser.add_argument("--windows", type=int, default=200)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mix", nargs="*", default=["Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS"])
     parser.add_argument("--method", nargs="*", default=list(METHODS))
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = options.device
     calibration = tokens_of(options.calibration, "calibration", options.windows)
     lab = Lab(calibration, tokens_of(options.evaluation, "evaluation", 60), device)
     print(

@@ -24,7 +24,8 @@ from ..convert.minimax_m2 import Geometry, LayerWeights
 from .forward import Observer, attention, grouped_matmul, rms_norm, route, run_experts
 from .hidden import HiddenStates
 
-PRIOR = 0.1  # strength of the pooled moments, in rows per input (quantize/moments.py)
+PRIOR = 1.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
+SAMPLING = 1.5  # ridge for moments of few rows, as a share of the mean diagonal at one row per input
 SAFE_SUM = 65504.0 / 4  # what the largest sum of 32 inputs is brought below: two bits of margin for unseen text
 
 
@@ -55,24 +56,29 @@ class Pair:
         self.weight[matrix] += len(x) if share is None else share.square().sum()
         self.rows[matrix] += len(x)
 
-    def means(self, chosen: slice) -> tuple[Tensor, Tensor]:
+    def means(self, chosen: slice, prior: float = PRIOR, sampling: float = SAMPLING) -> tuple[Tensor, Tensor]:
         """Mean own and cross moments of some matrices, blended with the pooled ones where rows are few.
 
-        The pool counts as PRIOR * n rows of average weight and average energy.
+        The pool counts as `prior` * n rows of average weight and average energy. What few rows say off the diagonal is
+        noise: both moments get a ridge of sampling * n / rows of the mean diagonal (at most 1).
         """
         tiny = torch.finfo(torch.float32).tiny
         weight = self.weight.clamp(min=tiny)
         energy = self.own.diagonal(dim1=1, dim2=2).mean(1) / weight  # [E]: a loud expert must not drown the others
         unit = (self.weight > 0) / energy.clamp(min=tiny) / max(1, int((self.weight > 0).sum()))
         pooled = [torch.einsum("e,eij->ij", unit / weight, part) for part in (self.own, self.cross)]
-        prior = PRIOR * self.own.shape[-1] * self.weight.sum() / self.rows.sum().clamp(min=1.0)
-        share = (prior / (self.weight + prior).clamp(min=tiny))[chosen].view(-1, 1, 1)
+        n = self.own.shape[-1]
+        pool_weight = prior * n * self.weight.sum() / self.rows.sum().clamp(min=1.0)
+        share = (pool_weight / (self.weight + pool_weight).clamp(min=tiny))[chosen].view(-1, 1, 1)
         level = torch.where(self.weight > 0, energy, energy.sum() / (self.weight > 0).sum().clamp(min=1))[chosen]
         own, cross = (
             torch.lerp(part[chosen] / weight[chosen].view(-1, 1, 1), level.view(-1, 1, 1) * pool, share)
             for part, pool in zip((self.own, self.cross), pooled, strict=True)
         )
-        return own, cross
+        rows = self.rows[chosen] + prior * n * (self.rows.shape[0] > 1)
+        ridge = (sampling * n / rows.clamp(min=1.0)).clamp(max=1.0) * own.diagonal(dim1=1, dim2=2).mean(1)
+        eye = torch.eye(n, device=own.device) * ridge.view(-1, 1, 1)
+        return own + eye, cross + eye
 
 
 def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Tensor:

@@ -17,6 +17,8 @@ from ..quantize.ggml.grid import FORMS
 from ..quantize.ggml.types import GGMLType
 from .forward import rms_norm
 from .gguf_paired import (
+    PRIOR,
+    SAMPLING,
     Pair,
     Streams,
     corrected,
@@ -43,12 +45,19 @@ class Method:
     correct   let each matrix make good what the layers before it lost
     passes    rounds of coordinate descent after the sweep
     damping   share of the mean diagonal added to the moments
+    prior     strength of the pooled moments; sampling: ridge where rows are few (Pair.means)
     """
 
     feedback: bool = True
     correct: bool = True
     passes: int = 2
     damping: float = 0.05
+    prior: float = PRIOR
+    sampling: float = SAMPLING
+
+    def moments(self, pair: Pair, chosen: slice) -> tuple[Tensor, Tensor]:
+        """Mean own and cross moments with this method's regularization."""
+        return pair.means(chosen, self.prior, self.sampling)
 
 
 METHODS = {"fast": Method(False, False, 0), "default": Method(), "high": Method(passes=6)}
@@ -72,7 +81,7 @@ def solve(weight: Tensor, kind: GGMLType, pair: Pair, method: Method) -> tuple[n
     step = max(1, CHUNK_WEIGHTS[weight.device.type] // max(rows * n, n * n))
     for start in range(0, experts, step):
         part = slice(start, min(experts, start + step))
-        own, cross = pair.means(part)
+        own, cross = method.moments(pair, part)
         target = weight[part].float()
         if method.correct:
             target = corrected(target, own, cross, method.damping)
@@ -140,7 +149,7 @@ def quantize_attention(
 
 def repaired_router(streams: Streams, weights: LayerWeights, g: Geometry, method: Method) -> Tensor:
     """The router (float32 in the file) that on the written stream gives scores nearest to the reference's."""
-    own, cross = router_pair(streams, weights, g).means(slice(None))
+    own, cross = method.moments(router_pair(streams, weights, g), slice(None))
     return corrected(weights.router.unsqueeze(0), own, cross, method.damping)[0]
 
 
