@@ -139,6 +139,7 @@ def test_one_ignored_range_among_others_is_never_spliced(hub: HubServer, tmp_pat
     hub.fault("GET /cdn/", times=3)  # let three pass
     hub.fault("GET /cdn/", ignore_range=True)
     assert get("hf", tmp_path).read_bytes() == DATA
+    assert [c["range"] for c in hub.calls("GET /cdn/")].count(None) == 1
 
 
 def test_too_many_requests_are_waited_out_as_asked(hub: HubServer, tmp_path: Path) -> None:
@@ -352,7 +353,9 @@ def test_a_torn_or_foreign_record_is_not_trusted(hub: HubServer, tmp_path: Path)
     ):
         part.write_bytes(bytes(len(DATA)))
         record.write_text(text)
+        hub.log.clear()
         assert get("hf", tmp_path).read_bytes() == DATA
+        assert len(hub.calls("GET /cdn/")) == len(range(0, len(DATA), BLOCK))
         (tmp_path / NAME).unlink()
     part.write_bytes(bytes(100))  # shorter than recorded
     record.write_text(json.dumps(good))
