@@ -53,7 +53,15 @@ PEERS := $(patsubst tests/peers/%.txt,.peers/%/.installed,$(wildcard tests/peers
 	.peers/$*/bin/python -m pip install -qq --only-binary=:all: -r $<
 	@touch $@
 
-test-peers: $(READY) $(PEERS) ## conformance with auto-gptq and llm-compressor themselves
+# llama.cpp's own libraries, for what no wheel carries (the imatrix loader)
+NODE_LLAMA := .peers/node-llama-cpp/.installed
+
+$(NODE_LLAMA):
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
+	@touch $@
+
+test-peers: $(READY) $(PEERS) $(NODE_LLAMA) ## conformance with auto-gptq and llm-compressor themselves
 	$(PYTEST) -m peers
 
 bench: $(READY) ## the benchmarks of bench/
