@@ -25,6 +25,7 @@ DEFAULT_ENDPOINTS = {HF: "https://huggingface.co", MS: "https://modelscope.cn"}
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 NETWORK_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError, TimeoutError)
 MAX_REDIRECTS = 8
+UNRESOLVED = "the host name does not resolve"
 LONGEST_WAIT = 1800.0  # seconds; ModelScope's own client waits as long
 AGENT = {"User-Agent": "mmquant; python-requests", "Accept-Encoding": "identity"}
 
@@ -174,6 +175,10 @@ class Client:
                 response = self.once(method, url, headers or {}, body)
             except NETWORK_ERRORS as error:
                 trouble = reason(error)
+                if attempt and trouble == UNRESOLVED:
+                    raise TransferError(
+                        f"{what}: {urlsplit(url).hostname}: {trouble}, is this machine online?"
+                    ) from None
             else:
                 if response.status_code not in TRANSIENT:
                     return response
@@ -220,7 +225,7 @@ def reason(error: BaseException) -> str:
     if "refused" in text:
         return "connection refused"
     if "resolve" in text or "Name or service" in text or "getaddrinfo" in text:
-        return "the host name does not resolve"
+        return UNRESOLVED
     return f"connection lost ({type(error).__name__})"
 
 

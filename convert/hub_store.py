@@ -25,7 +25,7 @@ from .lock import hold
 from .store import TensorInfo, header_length, parse_header, shard_names
 
 SMALL_LIMIT = 64 << 20
-HEADER_GUESS = 256 << 10
+HEADER_GUESS = 128 << 10
 HEADER_READERS = 8
 log = logging.getLogger("mmquant.hub")
 

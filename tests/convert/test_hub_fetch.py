@@ -262,6 +262,15 @@ def test_offline_sends_nothing(hub: HubServer, monkeypatch: pytest.MonkeyPatch) 
     assert hub.log == []
 
 
+def test_no_network_is_told_soon(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://no-such-host.invalid")
+    with pytest.raises(TransferError, match=r"no-such-host.invalid: the host name does not resolve"):
+        list_repo(client_of("hf"), parse_spec("hf:org/m"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(TransferError, match="connection refused after 5 attempts"):
+        list_repo(client_of("hf"), parse_spec("hf:org/m"))
+
+
 @pytest.mark.parametrize("path", ["../evil", "/etc/x", "a/../../b", "a//b", ""])
 def test_a_listing_cannot_name_paths_outside(hub: HubServer, path: str) -> None:
     hub.seed("org/m", {path: b"x"})
