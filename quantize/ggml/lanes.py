@@ -4,6 +4,8 @@ The search spends its time on loops over 16 or 32 columns that end in a few sums
 code (3 to 6 times slower, bench/RESULTS.md). Each function here is one straight line of vector operations over the
 first K elements of contiguous float32 arrays; K is the length of the tuple `ks`. `minimum` is None or True; `uneven` is
 None for whole-numbered levels, or a tuple whose length picks the table of levels: 1 IQ4, 2 MXFP4.
+
+numba's cache of compiled functions looks at the file of a function only: touch `search_cpu.py` after a change here.
 """
 
 from __future__ import annotations
