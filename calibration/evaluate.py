@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, Globals, LayerWeights
+from ..convert.checkpoint import Checkpoint
+from ..convert.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, LayerWeights
 from ..convert.prefetch import prefetch_layer
+from ..convert.quantized_readers import QuantizedFolder
+from ..convert.schedule import Schedule
 from ..convert.source import Source
 from .distributed import read_layer_shared
 from .evaluation_state import State
@@ -26,6 +29,7 @@ from .metrics import Scores, compare, jaccard, join
 from .ranks import Ranks
 from .reference_store import StoredReference, StoreWriter, compare_stored
 from .sample import Sample
+from .vocabulary import check_same_model
 
 LOGIT_BYTES = 1 << 30  # float32 logits of one model that may be held at once
 
@@ -84,17 +88,6 @@ class _Choice(Observer):
         self.chosen = routing.chosen
 
 
-def check_same_model(reference: Geometry, candidate: Source) -> None:
-    """Refuse a candidate of another model: ValueError naming the first size that differs."""
-    for name in Geometry.__dataclass_fields__:
-        if name == "max_context":
-            continue
-        mine, theirs = getattr(candidate.geometry, name), getattr(reference, name)
-        same = abs(mine - theirs) <= 1e-6 * abs(theirs) if isinstance(theirs, float) else mine == theirs
-        if not same:
-            raise ValueError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")
-
-
 def evaluate(
     reference: Source | StoredReference,
     candidates: list[Source],
@@ -123,9 +116,12 @@ def evaluate(
     subjects = _subjects(source, candidates, mine, settings)
     state = State.open(settings.state, _identity(subjects, sample), ranks)
     layer = _start(subjects, mine, settings, state, ranks)
+    schedules = _schedules(subjects, layer)
     while layer < geometry.layers:
         _advance(subjects, source is not None, layer, mine, settings)
         layer += 1
+        for schedule in schedules:
+            schedule.finished(layer)
         if progress is not None:
             progress(layer, geometry.layers)
         state.offer(layer, [s.hidden for s in subjects], [s.layers for s in subjects], ranks)
@@ -160,6 +156,15 @@ def _place(device: str, size: int) -> str:
     if not device.startswith("cuda"):
         return "cpu"
     return device if 5 * size <= torch.cuda.mem_get_info(device)[0] else "cpu"
+
+
+def _schedules(subjects: list[_Subject], layer: int) -> list[Schedule]:
+    """Order of use of every source that keeps shards (a hub fetches ahead and drops them by it)."""
+    sources = {id(s.source): s.source for s in subjects}.values()
+    found = [Schedule(s, layer + 1) for s in sources if isinstance(s, Checkpoint | QuantizedFolder)]
+    for schedule in found:
+        schedule.start()
+    return found
 
 
 def _identity(subjects: list[_Subject], sample: Sample) -> str:

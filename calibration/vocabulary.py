@@ -1,4 +1,4 @@
-"""Whether a candidate speaks the reference's tokens: the check before two models are compared."""
+"""Whether a candidate is the reference's model and speaks its tokens: the checks before two are compared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..convert.minimax_m2 import Geometry
 from ..convert.source import Source
 
 
@@ -66,3 +67,14 @@ def check_same_tokenizer(reference: Source, candidate: Source) -> None:
             )
     if len(mine.merges) != len(theirs.merges) or mine.splitting != theirs.splitting:
         raise ValueError(f"{candidate.label}: its tokenizer splits text in another way than the reference's")
+
+
+def check_same_model(reference: Geometry, candidate: Source) -> None:
+    """Refuse a candidate of another model: ValueError naming the first size that differs."""
+    for name in Geometry.__dataclass_fields__:
+        if name == "max_context":
+            continue
+        mine, theirs = getattr(candidate.geometry, name), getattr(reference, name)
+        same = abs(mine - theirs) <= 1e-6 * abs(theirs) if isinstance(theirs, float) else mine == theirs
+        if not same:
+            raise ValueError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, open_checkpoint, read_config
 from .source import Source
-from .store import LocalFolder
+from .store import LocalFolder, ShardStore
 
 if TYPE_CHECKING:
     from .hub_store import FetchOptions
@@ -27,13 +27,21 @@ def open_source(spec: str | Path, fetch: FetchOptions | None = None) -> Source:
     Raises ValueError when it is none of these or not a MiniMax-M2 model.
     """
     path = Path(spec)
-    if str(spec) == DEMO or str(spec).startswith(("hf:", "ms:")):
-        return open_native(spec, fetch)
+    if str(spec) == DEMO:
+        return open_native(spec)
+    if str(spec).startswith(("hf:", "ms:")):
+        from .hub_store import hub_source
+
+        return open_store(hub_source(str(spec), fetch))
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
         from .gguf_reader import GgufSource
 
         return GgufSource(path)
-    store = LocalFolder(path)
+    return open_store(LocalFolder(path))
+
+
+def open_store(store: ShardStore) -> Source:
+    """A folder's or repository's safetensors: native FP8 and BF16, or what other tools quantized."""
     quantization = read_config(store).get("quantization_config") or {}
     if quantization.get("quant_method") in (None, "fp8"):
         return Checkpoint(store)

@@ -77,6 +77,7 @@ class QuantizedFolder:
         self.notes: list[str] = []
         found = collect_tensors(store)
         self.tensors = {n: t for n, t in found.items() if not is_mtp(n, self.geometry)}
+        self.skipped = {n: t for n, t in found.items() if n not in self.tensors}
         check_count(self.geometry, len(found), self.label)
         self._by_module: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():

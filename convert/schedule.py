@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .checkpoint import Checkpoint
 from .minimax_m2 import EMBED, layer_of
+from .quantized_readers import QuantizedFolder
 
 
 def step_of(name: str, layers: int) -> int:
@@ -17,7 +18,7 @@ def step_of(name: str, layers: int) -> int:
 class Schedule:
     """Tells a store which shards will be used in which order, and when each has been used for the last time."""
 
-    def __init__(self, source: Checkpoint, first_step: int = 0) -> None:
+    def __init__(self, source: Checkpoint | QuantizedFolder, first_step: int = 0) -> None:
         self._store = source.store
         self._first: dict[str, int] = {}
         self._last: dict[str, int] = {}

@@ -91,9 +91,8 @@ def run(
 ) -> dict[str, Any] | None:
     """The result document of `mmquant eval`; None on every rank but the first, and where there was only to save."""
     from mmquant.calibration.distributed import rank_device
-    from mmquant.calibration.evaluate import check_same_model
     from mmquant.calibration.ranks import current_ranks
-    from mmquant.calibration.vocabulary import check_same_tokenizer
+    from mmquant.calibration.vocabulary import check_same_model, check_same_tokenizer
     from mmquant.convert.open import open_source
 
     if reference is None and logits is None:
@@ -110,6 +109,8 @@ def run(
         check = getattr(source, "validate", None)
         if check is not None:
             check()
+        for note in getattr(source, "notes", []):
+            click.echo(f"mmquant: {note}", err=True)
     basis = truth if truth is not None else candidates[0]
     for candidate in candidates:
         check_same_model(basis.geometry, candidate)

@@ -38,6 +38,7 @@ MODULES = {
     "convert/hub_http.py": {"urllib3"},  # requests' own transport, for its errors and retries
     "mmquant/llamacpp.py": {"xllamacpp"},  # extra: llamacpp
     "mmquant/engines.py": {"vllm"},  # the user's own installation
+    "mmquant/eval_report.py": {"matplotlib"},  # extra: report
 }
 NEVER = {"llmcompressor", "auto_gptq", "compressed_tensors", "transformers", "accelerate"}  # tests and peers only
 
