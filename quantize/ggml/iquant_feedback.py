@@ -219,11 +219,13 @@ def _nearest(x: Tensor, diagonal: Tensor, scale: Tensor, minus: Tensor, layout: 
     weight = diagonal.unsqueeze(1).expand_as(x).reshape(-1, unit)
     x, scale = x.reshape(-1, unit), scale.unsqueeze(1)
     shared = layout.name == "IQ1_S"
-    shift = torch.where(minus, -DELTA, DELTA).unsqueeze(1) * scale if shared else torch.zeros_like(scale)
-    delta = 0.0 if shared else DELTA
-    choice = choose(x - shift, weight, scale, layout, delta)
-    minus = choice.minus[:, 0] if layout.signs is Signs.DELTA and not shared else minus
-    return Rounded(choice.code, choice.signs[:, 0], minus, values_of(choice, scale, layout, delta) + shift)
+    if shared:
+        shift = torch.where(minus, -DELTA, DELTA).unsqueeze(1) * scale
+        choice = choose(x - shift, weight, scale, layout, 0.0)
+        return Rounded(choice.code, choice.signs[:, 0], minus, values_of(choice, scale, layout, 0.0) + shift)
+    choice = choose(x, weight, scale, layout)
+    minus = choice.minus[:, 0] if layout.signs is Signs.DELTA else minus
+    return Rounded(choice.code, choice.signs[:, 0], minus, values_of(choice, scale, layout, DELTA))
 
 
 def values_of(choice: Choice, scale: Tensor, layout: Layout, delta: float) -> Tensor:
@@ -279,5 +281,6 @@ def _descend_block(decoded: Tensor, pull: Tensor, moments: Tensor, fields: Field
         loss = (change * (torch.bmm(change, metric) - 2 * pull[..., columns])).sum(-1, keepdim=True)
         change = torch.where(loss < 0, change, torch.zeros_like(change))
         _write(found, fields, first, layout, (loss < 0).flatten())
-        pull.baddbmm_(change, moments[:, columns], alpha=-1)
+        if first:
+            pull[..., :first].baddbmm_(change, moments[:, columns, :first], alpha=-1)
         decoded[..., columns] += change

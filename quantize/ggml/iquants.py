@@ -21,7 +21,7 @@ from .iquants_search import choose, codebook, in_threads, numba_rule, scan
 from .types import GGMLType
 
 LARGEST = 65504.0  # fp16
-CHUNK = {"cuda": 1 << 15}  # super-blocks at a time; elsewhere:
+CHUNK = {"cuda": 1 << 17}  # super-blocks at a time; elsewhere:
 SMALL_CHUNK = 1 << 12
 
 

@@ -96,9 +96,12 @@ def _kernel(  # type: ignore[no-untyped-def]
                     error = base + scale[k] * linear if v == 0 else base - scale[k] * linear
                 elif PAIR and v == 1:
                     error = base + 2.0 * least
-                if CHOOSE:
-                    new_code = new_code + (tl.where(error < best[k * VARIANTS + v], entry, code[k * VARIANTS + v]),)
-                new_best = new_best + (tl.minimum(best[k * VARIANTS + v], error),)
+                if CHOOSE:  # a select for both: a minimum has half the rate
+                    better = error < best[k * VARIANTS + v]
+                    new_code = new_code + (tl.where(better, entry, code[k * VARIANTS + v]),)
+                    new_best = new_best + (tl.where(better, error, best[k * VARIANTS + v]),)
+                else:
+                    new_best = new_best + (tl.minimum(best[k * VARIANTS + v], error),)
         best = new_best
         if CHOOSE:
             code = new_code
@@ -122,14 +125,14 @@ def _kernel(  # type: ignore[no-untyped-def]
             own += tl.where(second, price, 0.0)
         total = _over_block(own, PER, LANES)
         if CHOOSE:
-            better = total < lowest
-            lowest = tl.where(better, total, lowest)
-            index = tl.where(better, k, index)
-            flag = (better & second) | ((better == 0) & flag)
+            lower = total < lowest
+            lowest = tl.where(lower, total, lowest)
+            index = tl.where(lower, k, index)
+            flag = (lower & second) | ((lower == 0) & flag)
             picked = code[k * VARIANTS]
             if VARIANTS == 2:
                 picked = tl.where(second, code[k * VARIANTS + 1], picked)
-            chosen = tl.where(better, picked, chosen)
+            chosen = tl.where(lower, picked, chosen)
         else:
             tl.store(error_ptr + (lane // PER) * STEPS + k, total, mask=live & (lane % PER == 0))
     if CHOOSE:
