@@ -178,6 +178,12 @@ class GgufSource:
         layer, _ = split_block(name)
         return layer is not None and layer >= self.geometry.layers
 
+    def locate(self, name: str) -> tuple[GgufFile, GgufTensor]:
+        """The file that holds a tensor, and the tensor, by its GGUF name. ValueError when it is missing."""
+        if name not in self._where:
+            raise ValueError(f"{self.label}: {name} is missing")
+        return self._where[name]
+
     def tensor_type(self, name: str) -> str:
         """The ggml type of a tensor, by its GGUF name."""
         return self._where[name][1].kind.name

@@ -1,0 +1,143 @@
+"""`mmquant doctor`: faults that are put into real files are found; the overflow of the demo model is cured exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import llamacpp
+from mmquant.calibration.gguf_maxima import largest_sums
+from mmquant.cmd_doctor import command
+from mmquant.cmd_gguf import command as gguf_command
+from mmquant.convert.doctor import FP16_MAX, SCALES, exponents, scaled_blocks
+from mmquant.convert.gguf_reader import GgufSource
+from mmquant.errors import GateError
+from mmquant.quantize.ggml.codec import decode, encode
+from mmquant.quantize.ggml.types import GGMLType
+
+
+@pytest.fixture(scope="module")
+def risky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo as Q4_0 with its last down projection in Q4_K, uncured, in several parts."""
+    folder = tmp_path_factory.mktemp("risky")
+    options = ["--model", "demo", "--out", str(folder), "--no-calibration", "--type", "Q4_0", "--name", "m"]
+    options += ["--tensor-type", r"blk\.3\.ffn_down=Q4_K", "--max-part-size", "3MB"]
+    result = CliRunner().invoke(gguf_command, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def windows() -> torch.Tensor:
+    import ast
+
+    from mmquant.calibration.windows import load_tokenizer
+    from mmquant.calibration.windows import windows as cut
+    from mmquant.convert.open import open_source
+
+    return cut(Path(str(ast.__file__)).read_text(), load_tokenizer(open_source("demo")), 256, 8)
+
+
+def doctor(file: Path, *options: str) -> Result:
+    return CliRunner().invoke(command, [str(file), *options])
+
+
+def test_the_demo_overflows_and_is_cured(risky: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.py"
+    import ast
+
+    text.write_text(Path(str(ast.__file__)).read_text())
+    measure = ["--text", str(text), "--windows", "24", "--json"]
+    found = doctor(risky, *measure)
+    assert isinstance(found.exception, GateError)
+    document = json.loads(found.stdout)
+    overflow = [f for f in document["findings"] if f["where"] == "blk.3.ffn_down_exps.weight"]
+    assert overflow[0]["experts"] == [3, 11]
+    assert overflow[0]["level"] == "error"
+    fixed = doctor(risky, *measure, "--fix", "--out", str(tmp_path / "fixed"))
+    assert fixed.exit_code == 0, fixed.output
+    assert {(c["layer"], c["expert"]) for c in json.loads(fixed.stdout)["cured"]} == {(3, 3), (3, 11)}
+    before, after = GgufSource(risky), GgufSource(tmp_path / "fixed")
+    for expert, power in ((c["expert"], c["power"]) for c in json.loads(fixed.stdout)["cured"]):
+        for role, factor in (("w3", 2.0**-power), ("w2", 2.0**power)):
+            name = f"model.layers.3.block_sparse_moe.experts.{expert}.{role}.weight"
+            assert torch.equal(before.read(name) * factor, after.read(name))
+    changed = sum((a.data != b.data).sum() for a, b in zip(before.files, after.files, strict=True))
+    assert 0 < changed < 20_000  # block scales of four matrices, nothing else
+    sums = largest_sums(after, windows(), "cpu")
+    assert float(sums.max()) < FP16_MAX / 2
+    assert doctor(tmp_path / "fixed", *measure).exit_code == 0
+
+
+def test_llamacpp_gives_the_same_logits(risky: Path, tmp_path: Path) -> None:
+    llamacpp.need()
+    import ast
+
+    text = tmp_path / "text.py"
+    text.write_text(Path(str(ast.__file__)).read_text())
+    assert doctor(risky, "--text", str(text), "--fix", "--out", str(tmp_path / "fixed")).exit_code == 0
+    tokens = windows()[:2].tolist()
+    first = next(p.name for p in sorted(risky.glob("*.gguf")))
+    before, after = (llamacpp.logits(folder / first, tokens, 256) for folder in (risky, tmp_path / "fixed"))
+    assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("kind", [k for k in GGMLType if k.name in (*SCALES, "F32", "F16", "BF16", "MXFP4")])
+def test_scales_carry_the_power_exactly(kind: GGMLType) -> None:
+    rows = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)) * 200
+    data = encode(rows, kind).numpy()
+    for power in (-3, 4):
+        moved = scaled_blocks(data, kind, power, "x")
+        before, after = (decode(torch.from_numpy(part), kind, 512) for part in (data, moved))
+        assert torch.equal(before * 2.0**power, after)
+
+
+def test_a_scale_below_float16_is_refused() -> None:
+    data = encode(torch.randn(1, 256, generator=torch.Generator().manual_seed(0)) * 1e-3, GGMLType.Q6_K).numpy()
+    with pytest.raises(ValueError, match="x: 1 block scales would leave float16's normal range"):
+        scaled_blocks(data, GGMLType.Q6_K, -8, "x")
+    with pytest.raises(ValueError, match="cannot be rescaled in place"):
+        scaled_blocks(np.zeros((1, 56), np.uint8), GGMLType.IQ1_M, 1, "x")
+
+
+def test_powers_are_the_smallest_with_the_margin() -> None:
+    sums = torch.tensor([[1.0, 65504.0, 65600.0, 3e5]])
+    assert exponents(sums) == {(0, 2): 3, (0, 3): 5}
+
+
+def test_dead_and_broken_experts_are_found(risky: Path, tmp_path: Path) -> None:
+    for path in risky.glob("*.gguf"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    source = GgufSource(tmp_path)
+    file, tensor = source.locate("blk.1.ffn_up_exps.weight")
+    size = tensor.size // 16
+    with open(file.path, "rb+") as handle:
+        handle.seek(tensor.offset + 5 * size)
+        handle.write(bytes(size))
+        handle.seek(tensor.offset + 7 * size)
+        handle.write(b"\x00\x7c")  # an infinite scale
+    result = doctor(tmp_path)
+    assert isinstance(result.exception, GateError)
+    assert "blk.1.ffn_up_exps.weight: is all zero (experts 5)" in result.stdout
+    assert "blk.1.ffn_up_exps.weight: holds NaN or infinity (experts 7)" in result.stdout
+
+
+def test_wrong_metadata_is_found(risky: Path, tmp_path: Path) -> None:
+    for path in risky.glob("*.gguf"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    first = sorted(tmp_path.glob("*.gguf"))[0]
+    data = first.read_bytes()
+    key = b"tokenizer.ggml.pre\x08\0\0\0\x0a\0\0\0\0\0\0\0"
+    assert key in data
+    first.write_bytes(data.replace(key + b"minimax-m2", key + b"gpt-2-like"))
+    result = doctor(tmp_path)
+    assert "error: tokenizer.ggml.pre: 'gpt-2-like', expected 'minimax-m2'" in result.stdout
+
+
+def test_fix_without_maxima_is_refused(risky: Path) -> None:
+    result = doctor(risky, "--fix")
+    assert "needs --statistics or --text" in str(result.exception)
