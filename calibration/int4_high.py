@@ -152,7 +152,7 @@ def _learn_attention(
     options: LearnOptions,
 ) -> tuple[dict[str, IntWeight], float]:
     """q, k, v, o so that the quantized stream leaves attention where the reference does."""
-    starts = {n: Start(first.compensated[n], w.scales) for n, w in first.attention.items()}
+    starts = {n: Start(first.compensated[n], w.scales, w.bits) for n, w in first.attention.items()}
     wanted = middle - both.quantized
     learned = learn_attention(
         starts,

@@ -25,6 +25,7 @@ from .statistics import LayerStatistics
 METHODS = ("gptq", "awq", "rtn")
 EFFORTS = ("fast", "default", "high")
 WORKING_MATRICES = 7  # float32 [O, I] or [I, I] matrices that a solve holds for each expert
+ATTENTION_BITS = 4  # of INT4 attention, also in layers whose experts keep more
 LEAST_ROWS = 32  # an expert that saw fewer is reported
 
 ReadExperts = Callable[[str, range], Tensor]
@@ -146,7 +147,8 @@ def quantize_layer(
     report = make_report(layer, statistics, cure, [solved for _, solved in found])
     attention: dict[str, IntWeight] = {}
     if options.attention == "int4":
-        solved, changed = quantize_attention(weights, statistics, options, geometry)
+        four = dataclasses.replace(options, grid=dataclasses.replace(options.grid, bits=ATTENTION_BITS))
+        solved, changed = quantize_attention(weights, statistics, four, geometry)
         attention = {name: select(one.weight, 0) for name, one in solved.items()}
         plain |= changed
         rounded |= {n: [one.compensated[0]] for n, one in solved.items() if one.compensated is not None}

@@ -80,7 +80,9 @@ class CalibratedInt4(Int4Variant):
             return source.read_experts(layer, projection, chosen, device, torch.float32)
 
         read = None if weights.w1.dtype == torch.float32 else exact
-        quantized = quantize_layer(layer, weights, inputs.statistics, self.options, source.geometry, read)
+        grid = dataclasses.replace(self.options.grid, bits=self.bits_of(layer))
+        options = dataclasses.replace(self.options, grid=grid)
+        quantized = quantize_layer(layer, weights, inputs.statistics, options, source.geometry, read)
         if self.options.learned:
             quantized = self._learned(source, inputs, quantized)
         for line in quantized.report.lines():

@@ -26,8 +26,10 @@ def check_format(format: str, bits: int, attention: str, symmetric: bool) -> Non
     """ValueError for what a format cannot hold: AWQ is 4-bit, GPTQ symmetric, and neither has FP8 beside it."""
     if format == "compressed-tensors":
         return
-    if attention == "fp8":
-        raise ValueError(f"format {format}: attention fp8, expected bf16 or int4 (compressed-tensors holds FP8 too)")
+    if attention.startswith("fp8"):
+        raise ValueError(
+            f"format {format}: attention {attention}, expected bf16 or int4 (compressed-tensors holds FP8 too)"
+        )
     if format == "awq" and bits != 4:
         raise ValueError(f"format awq: {bits} bits, expected 4")
     if format == "gptq" and not symmetric:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantize.fp8 import quantize_tiles, round_up_bfloat16
+from ..quantize.fp8 import quantize_channels, quantize_tiles, round_up_bfloat16
 from ..quantize.int_grid import IntWeight
 from ..quantize.rtn import rtn_int
 from . import compressed_tensors as ct
@@ -19,7 +19,7 @@ from .minimax_m2 import ATTENTION, PROJECTIONS, Geometry, attention_name, expert
 from .variant import plain_specs, plain_tensors
 
 TILE = (128, 128)
-ATTENTION_CHOICES = ("bf16", "fp8", "int4")
+ATTENTION_CHOICES = ("bf16", "fp8", "fp8-channel", "int4")
 
 
 def select(weight: IntWeight, index: int) -> IntWeight:
@@ -61,6 +61,11 @@ class Int4Variant:
     bits: int = 4
     layout: str = "compressed-tensors"
     symmetric: bool = True
+    eight_bit: tuple[int, ...] = ()  # layers whose experts keep 8 bits (compressed-tensors)
+
+    def bits_of(self, layer: int) -> int:
+        """Bits of a layer's experts; attention has `bits` everywhere."""
+        return 8 if layer in self.eight_bit else self.bits
 
     @property
     def label(self) -> str:
@@ -79,15 +84,20 @@ class Int4Variant:
             "attention": self.attention,
             "format": self.layout,
             "symmetric": self.symmetric,
+            "eight_bit": list(self.eight_bit),
         }
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         check_groups(source.geometry, self.group_size)
         check_format(self.layout, self.bits, self.attention, self.symmetric)
+        check_widths(self, source.geometry)
         specs = plain_specs(source, plain_shapes(source.geometry, layer))
         for name, shape in matrix_shapes(source.geometry, layer):
             if ".experts." in name or self.attention == "int4":
-                specs.extend(matrix_specs(self.layout, name, shape, self.bits, self.group_size, self.symmetric))
+                bits = self.bits_of(layer) if ".experts." in name else self.bits
+                specs.extend(matrix_specs(self.layout, name, shape, bits, self.group_size, self.symmetric))
+            elif self.attention == "fp8-channel":
+                specs.extend(ct.fp8_channel_specs(name, shape))
             elif self.attention == "bf16":
                 specs.append(TensorSpec(name + ".weight", "BF16", shape))
             elif source.is_quantized(name):
@@ -113,6 +123,9 @@ class Int4Variant:
         if self.attention == "int4":
             weight = source.read(name + ".weight").to(device)
             return matrix_tensors(self.layout, name, rtn_int(weight, self.bits, self.group_size, self.symmetric))
+        if self.attention == "fp8-channel":
+            codes, scales = quantize_channels(source.read(name + ".weight").to(device))
+            return {name + ".weight": codes, name + ".weight_scale": scales.to(torch.bfloat16)}
         if source.is_quantized(name):
             codes, scales = source.native(name)
             return {name + ".weight": codes, name + ".weight_scale": scales.to(source.scale_dtype(name))}
@@ -128,7 +141,7 @@ class Int4Variant:
         for start in range(0, g.experts, step):
             chosen = range(start, min(start + step, g.experts))
             weights = source.read_experts(layer, projection, chosen, device, torch.float32)
-            packed = rtn_int(weights, self.bits, self.group_size, self.symmetric)
+            packed = rtn_int(weights, self.bits_of(layer), self.group_size, self.symmetric)
             for position, expert in enumerate(chosen):
                 name = expert_name(layer, expert, projection)
                 tensors |= matrix_tensors(self.layout, name, select(packed, position))
@@ -137,21 +150,45 @@ class Int4Variant:
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
         if self.layout != "compressed-tensors":
             return other_config(self.layout, self.bits, self.group_size, self.attention)
-        return int4_config(self.bits, self.group_size, self.attention, source, self.symmetric)
+        return int4_config(self, source)
 
 
-def int4_config(
-    bits: int, group_size: int, attention: str, source: Checkpoint, symmetric: bool = True
-) -> dict[str, Any]:
-    """quantization_config: one group for experts (and attention), or an FP8 group beside it; top level pack-quantized.
+def check_widths(variant: Int4Variant, g: Geometry) -> None:
+    """ValueError for 8-bit layers that do not exist, or that the format or its kernels cannot hold."""
+    outside = [layer for layer in variant.eight_bit if not 0 <= layer < g.layers]
+    if outside:
+        raise ValueError(f"8-bit layer {outside[0]}: the model has layers 0 to {g.layers - 1}")
+    if variant.eight_bit and (variant.layout != "compressed-tensors" or not variant.symmetric):
+        raise ValueError("8-bit layers: expected format compressed-tensors, symmetric (no engine reads others)")
 
-    SGLang refuses a top-level "mixed-precision" for INT4 experts, so every group names its own format instead.
+
+def int4_config(variant: Int4Variant, source: Checkpoint) -> dict[str, Any]:
+    """quantization_config: one group for experts (and attention), groups by width, an FP8 group beside them.
+
+    Top level pack-quantized: SGLang refuses "mixed-precision" for INT4 experts, so every group names its own format.
     """
+    v, attention = variant, variant.attention
+    if attention == "int4" and not v.eight_bit:
+        return ct.quantization_config(
+            {ct.INT: ct.int_group(["Linear"], v.bits, v.group_size, v.symmetric)}, "pack-quantized"
+        )
+    groups = {}
+    if v.eight_bit:
+        groups["W8A16"] = ct.int_group([layers_target(v.eight_bit)], 8, v.group_size)
+    rest = tuple(layer for layer in range(source.geometry.layers) if layer not in v.eight_bit)
+    targets = [layers_target(rest)] if v.eight_bit else [ct.EXPERTS_TARGET]
     if attention == "int4":
-        groups = {ct.INT: ct.int_group(["Linear"], bits, group_size, symmetric)}
-        return ct.quantization_config(groups, "pack-quantized")
-    groups = {ct.INT: ct.int_group([ct.EXPERTS_TARGET], bits, group_size, symmetric)}
-    if attention == "bf16":
-        return ct.quantization_config(groups, "pack-quantized", (*ct.IGNORE, ct.ATTENTION_TARGET))
-    groups[ct.FP8_BLOCK] = ct.fp8_block_group([ct.ATTENTION_TARGET], source.tile or TILE)
-    return ct.quantization_config(groups, "pack-quantized")
+        targets.append(ct.ATTENTION_TARGET)
+    if not v.eight_bit or rest or attention == "int4":
+        groups[ct.INT] = ct.int_group(targets, v.bits, v.group_size, v.symmetric)
+    if attention == "fp8":
+        groups[ct.FP8_BLOCK] = ct.fp8_block_group([ct.ATTENTION_TARGET], source.tile or TILE)
+    if attention == "fp8-channel":
+        groups[ct.FP8_CHANNEL] = ct.fp8_channel_group([ct.ATTENTION_TARGET])
+    ignore = (*ct.IGNORE, ct.ATTENTION_TARGET) if attention == "bf16" else ct.IGNORE
+    return ct.quantization_config(groups, "pack-quantized", ignore)
+
+
+def layers_target(layers: tuple[int, ...]) -> str:
+    """A pattern for the experts of some layers that matches in vLLM (mlp.experts) and SGLang (block_sparse_moe)."""
+    return rf"re:.*\.layers\.({'|'.join(str(layer) for layer in layers)})\..*experts\..*"

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     show_default=True,
 )
 @click.option("--group-size", type=click.Choice(["32", "64", "128", "-1"]), default="128", show_default=True)
-@click.option("--attention", type=click.Choice(["bf16", "fp8", "int4"]), default="bf16", show_default=True)
+@click.option(
+    "--attention", type=click.Choice(["bf16", "fp8", "fp8-channel", "int4"]), default="bf16", show_default=True
+)
+@click.option("--eight-bit", "eight_bit", metavar="LAYERS", help="Layers kept at 8 bits, for example 0,60-61.")
 @click.option("--effort", type=click.Choice(["fast", "default", "high"]), default="default", show_default=True)
 @click.option("--asymmetric", is_flag=True, help="Zero points (always with --format awq).")
 @click.option(

@@ -36,6 +36,7 @@ class Int4Request:
     tp: int
     device: str
     calibration: dict[str, Any]
+    eight_bit: tuple[int, ...] = ()
 
     @classmethod
     def from_options(cls, options: dict[str, Any], device: str) -> Int4Request:
@@ -43,8 +44,10 @@ class Int4Request:
         layout, asymmetric = options["layout"], options["asymmetric"] or options["layout"] == "awq"
         if layout == "gptq" and options["asymmetric"]:
             raise UsageError("--format gptq --asymmetric: engines read symmetric GPTQ only; use --format awq")
-        if layout != "compressed-tensors" and options["attention"] == "fp8":
-            raise UsageError(f"--format {layout} --attention fp8: only compressed-tensors holds FP8 beside INT4")
+        if layout != "compressed-tensors" and options["attention"].startswith("fp8"):
+            raise UsageError(
+                f"--format {layout} --attention {options['attention']}: only compressed-tensors holds FP8 beside INT4"
+            )
         if options["effort"] == "high" and options["method"] == "rtn":
             raise UsageError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
         if options["effort"] == "high" and options["method"] == "gptq" and asymmetric:
@@ -61,12 +64,14 @@ class Int4Request:
             options["tp"],
             device,
             {name: options[name] for name in NAMES},
+            layers_of(options["eight_bit"]),
         )
 
     def variant(self, source: Checkpoint, out: Path) -> Int4Variant:
         """The artifact to write. ValueError when its groups do not fit the model at the tensor parallelism."""
         check_groups(source.geometry, self.group_size, self.tp)
         shape = {"group_size": self.group_size, "attention": self.attention, "layout": self.layout}
+        shape["eight_bit"] = self.eight_bit
         if self.method == "rtn":
             return Int4Variant(**shape, symmetric=self.symmetric)
         options = Int4Options(
@@ -79,6 +84,17 @@ class Int4Request:
         folder = out / STREAMS if options.learned else None
         reference = ReferenceStream(folder)
         return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say, reference=reference)
+
+
+def layers_of(text: str | None) -> tuple[int, ...]:
+    """0,60-61 -> (0, 60, 61). UsageError for anything else."""
+    found: set[int] = set()
+    for part in (text or "").split(",") if text else []:
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise UsageError(f"--eight-bit {text!r}, expected layers such as 0,60-61")
+        found |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
 
 
 def _say(line: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ct_reader
 from mmquant.calibration.corpus import Corpus
 from mmquant.calibration.forward import embed, layer_forward, rms_norm, route
 from mmquant.calibration.int4_high import LearnOptions
@@ -186,6 +187,27 @@ def test_folders_are_read_back_and_checked(source: Checkpoint, tmp_path: Path, l
     assert check_folder(out, source) == 3 * (4 + 5 * 3)
     nearest = write_folder(source, Int4Variant(**SHAPE, layout="compressed-tensors"), tmp_path / "rtn")
     assert folder_error(source, out) < folder_error(source, nearest)
+
+
+@pytest.mark.parametrize("attention", ["int4", "bf16", "fp8-channel"])
+def test_widths_by_layer_are_read_alike_by_compressed_tensors(
+    source: Checkpoint, tmp_path: Path, attention: str
+) -> None:
+    chosen = dataclasses.replace(options(), attention=attention)
+    variant = CalibratedInt4(
+        group_size=GROUP, attention=attention, eight_bit=(1,), options=chosen, report=lambda line: None
+    )
+    out = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus(6)))
+    check_folder(out, source)
+    ours, theirs = open_source(out), ct_reader.dequantized(out)
+    for layer, largest in ((0, 0.2), (1, 0.01)):
+        for projection in ("w1", "w2"):
+            name = f"model.layers.{layer}.block_sparse_moe.experts.4.{projection}"
+            original, found = source.read(name + ".weight"), theirs[name + ".weight"].float()
+            assert (found - original).norm() / original.norm() < largest
+            assert torch.allclose(found, ours.read(name + ".weight"), rtol=0.01, atol=1e-4)
+    with pytest.raises(ValueError, match="8-bit layer 7: the model has layers 0 to 2"):
+        dataclasses.replace(variant, eight_bit=(7,)).specs(source, 0)
 
 
 def test_high_effort_is_at_least_as_good_and_continues(source: Checkpoint, tmp_path: Path) -> None:
