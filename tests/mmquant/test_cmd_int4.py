@@ -1,0 +1,41 @@
+"""mmquant int4 and awq: what contradicts itself is one line before any work; --dry-run tells the bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mmquant.cli import cli
+from mmquant.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--format", "gptq", "--asymmetric"], "engines read symmetric GPTQ only"),
+        (["--format", "awq", "--attention", "fp8"], "only compressed-tensors holds FP8"),
+        (["--method", "rtn", "--effort", "high"], "expected gptq or awq"),
+        (["--method", "rtn", "--statistics", "x"], "uses no statistics"),
+        (["--eight-bit", "0-b"], "expected layers such as 0,60-61"),
+        (["--tp", "8"], "256/8 = 32 is not a multiple"),
+        (["--group-size", "64", "--eight-bit", "9"], "the model has layers 0 to 3"),
+        (["--effort", "high", "--statistics", "nowhere"], "needs the calibration tokens"),
+        (["--statistics", "nowhere"], "nowhere"),
+    ],
+)
+def test_one_line_for_bad_input(tmp_path: Path, arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(cli, ["int4", "--model", "demo", "--out", str(tmp_path / "o"), *arguments])
+    assert isinstance(result.exception, (UsageError, ValueError)), result.output
+    assert words in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+@pytest.mark.parametrize("command", [["int4"], ["awq"], ["int4", "--method", "rtn", "--format", "gptq"]])
+def test_dry_run_writes_nothing(tmp_path: Path, command: list[str]) -> None:
+    out = tmp_path / "o"
+    result = CliRunner().invoke(cli, [*command, "--model", "demo", "--out", str(out), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "bytes into" in result.output
+    assert not out.exists()
