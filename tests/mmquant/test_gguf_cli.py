@@ -95,9 +95,53 @@ def test_plain_types_stay_close(
     tmp_path: Path, tokens: torch.Tensor, reference: np.ndarray, kind: str, limit: float
 ) -> None:
     llamacpp.need()
-    result = convert(tmp_path, "--type", kind)
+    result = convert(tmp_path, "--type", kind, "--no-calibration")
     found = llamacpp.logits(Path(result.stdout.strip()), tokens.tolist(), 192)
     assert divergence(reference, found) < limit
+
+
+def write_text(folder: Path) -> Path:
+    import ast
+
+    path = folder / "calibration.py"
+    path.write_text(Path(str(ast.__file__)).read_text())
+    return path
+
+
+def test_calibrated_file_is_continued_and_closer(tmp_path: Path, tokens: torch.Tensor, reference: np.ndarray) -> None:
+    llamacpp.need()
+    options = ["--type", "Q2_K", "--name", "m"]
+    text = ["--text", str(write_text(tmp_path)), "--windows", "6", "--context", "256"]
+    convert(tmp_path / "plain", *options, "--no-calibration")
+    convert(tmp_path / "whole", *options, *text)
+    command = [
+        sys.executable,
+        "-m",
+        "mmquant",
+        "gguf",
+        "--model",
+        "demo",
+        "--out",
+        str(tmp_path / "cut"),
+        *options,
+        *text,
+    ]
+    journal = tmp_path / "cut" / ".mmquant-progress.json"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            if journal.exists() and '"done": 14' in journal.read_text():
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+    assert not (tmp_path / "cut" / "mmquant.fit.json").exists()
+    convert(tmp_path / "cut", *options, *text)
+    assert (tmp_path / "cut" / "m.gguf").read_bytes() == (tmp_path / "whole" / "m.gguf").read_bytes()
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {"m.gguf", "LICENSE", "mmquant.fit.json"}
+    plain, ours = (
+        divergence(reference, llamacpp.logits(tmp_path / name / "m.gguf", tokens.tolist(), 192))
+        for name in ("plain", "cut")
+    )
+    assert ours < plain
 
 
 def test_parts_load_and_are_listed(tmp_path: Path, tokens: torch.Tensor) -> None:
