@@ -7,6 +7,7 @@ python bench/calibrate.py --demo                 wall time of `mmquant calibrate
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics as medians
 import subprocess
 import sys
@@ -157,7 +158,9 @@ def demo_speed() -> None:
         start = time.perf_counter()
         command = [sys.executable, "-m", "mmquant", "calibrate", "--model", "demo", "--out", f"{folder}/statistics"]
         subprocess.run(command, check=True)
-        print(f"demo, default calibration: {time.perf_counter() - start:.1f} s")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = used.ru_utime + used.ru_stime
+        print(f"demo, default calibration: {time.perf_counter() - start:.1f} s, {cpu:.1f} CPU seconds")
 
 
 def main() -> None:

@@ -210,8 +210,8 @@ class Collector(Observer):
         h, values, good = self._finite(h, values, "input of w2", token, owner)
         live = torch.ones_like(share) if good is None else good.float()
         if self.good is not None:
+            # A bad x makes a bad h, which the mask has left out already; only x itself is still to be cleared.
             x = torch.where(self.good[token][:, None], x, torch.zeros_like(x))
-            live = live * self.good[token]
         if self.first:
             self._mid_extremes(values, live, share, token, owner)
         self._row_sums(x, h, share * live, offsets)
