@@ -78,7 +78,7 @@ def _compressed_tensors(quantization: dict[str, Any], name: str) -> Scheme | Non
         if not isinstance(group, dict):
             raise ValueError(f"config.json: config_groups.{label} is not an object")
         targets = _strings(group.get("targets") or [], f"config_groups.{label}.targets")
-        if any(target != "Linear" and matches(target, names) for target in targets):
+        if any(matches(target, names) for target in targets):
             return _ct_scheme(group, quantization, label)
         if "Linear" in targets and by_class is None:
             by_class = (group, label)
