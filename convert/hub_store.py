@@ -171,6 +171,16 @@ class HubFolder:
     def release(self, shard: str) -> None:
         self._prefetch.release(shard)
 
+    def in_flight(self) -> int:
+        """Most bytes that shards will still take on the work folder's disk at once."""
+        here = {p: self._target(f) for p, f in self.listing.files.items() if p.endswith(".safetensors")}
+        sizes = sorted((self.listing.files[p].size for p in here), reverse=True)
+        limit = sum(sizes if self.options.keep_shards else sizes[: self.options.max_shards])
+        if self.options.max_disk is not None and not self.options.keep_shards:
+            limit = min(limit, self.options.max_disk)
+        present = sum(self.listing.files[p].size for p, path in here.items() if path.is_file())
+        return max(0, limit - present)
+
     def close(self) -> None:
         """Stop fetching and let go of the folder; what is half fetched is continued by the next run."""
         self._client.cancelled.set()

@@ -46,7 +46,7 @@ def write_gguf(
         return first
     claim(out, run)
     with hold(out):
-        check_disk(out, sum(part.bytes for part in parts) - written_bytes(out))
+        check_disk(out, sum(part.bytes for part in parts) - written_bytes(out), source)
         writer = GgufWriter(out, parts, run)
         if calibration is None:
             write_steps(source, variant, writer, device)

@@ -19,6 +19,7 @@ from mmquant.convert.checkpoint import Checkpoint
 from mmquant.convert.files import write_whole
 from mmquant.convert.fit import Weights
 from mmquant.convert.folder_writer import PROGRESS, SHARD_LIMIT, FolderWriter, TensorSpec, unfinished_run
+from mmquant.convert.hub_store import HubFolder
 from mmquant.convert.lock import hold
 from mmquant.convert.manifest import Artifact, FileEntry
 from mmquant.convert.minimax_m2 import EMBED, layer_of
@@ -79,7 +80,7 @@ def write_folder(
     claim(out, run)
     with hold(out):
         writer = FolderWriter(out, prepared.steps, run, limit)
-        check_disk(out, writer.bytes - written_bytes(out))
+        check_disk(out, writer.bytes - written_bytes(out), source)
         schedule = Schedule(source, writer.done)
         schedule.start()
         steps = range(writer.done, len(prepared.steps))
@@ -165,8 +166,9 @@ def written_bytes(out: Path) -> int:
     return sum(p.stat().st_size for p in out.iterdir() if ".safetensors" in p.name or ".gguf" in p.name)
 
 
-def check_disk(out: Path, needed: int) -> None:
-    """FitError (exit 5) unless the disk of `out` has room for `needed` more bytes."""
+def check_disk(out: Path, needed: int, source: Checkpoint | None = None) -> None:
+    """FitError (exit 5) unless the disk of `out` has room for `needed` more bytes, and a hub's shards on their way."""
+    needed += source.store.in_flight() if source is not None and isinstance(source.store, HubFolder) else 0
     free = shutil.disk_usage(out).free
     if needed > free:
         raise FitError(f"{out}: {needed:,} bytes are needed, the disk has {free:,} free")
@@ -192,7 +194,7 @@ def write_native(source: Checkpoint, out: Path) -> Path:
     claim(out, run)
     with hold(out):
         write_whole(out / PROGRESS, json.dumps({"run": run}).encode())
-        check_disk(out, source.bytes - written_bytes(out))
+        check_disk(out, source.bytes - written_bytes(out), source)
         with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:
             files = copy_native(source, out, lambda _: bar.update())
         tensors = [t for n, t in source.tensors.items() if n not in source.skipped]

@@ -325,3 +325,14 @@ def test_shards_outside_the_plan_give_way_and_the_planned_ones_stay(hub: HubServ
     for name in names:  # as the check of a finished artifact does
         assert store.path(name).is_file()
         assert len(shard_files(tmp_path / "w")) <= 6
+
+
+def test_what_is_in_flight_follows_the_limits(hub: HubServer, tmp_path: Path) -> None:
+    store = hub_source("hf:org/tiny", options(tmp_path / "w", max_shards=3))
+    sizes = sorted((s for n, s in store.files().items() if n.endswith(".safetensors")), reverse=True)
+    assert store.in_flight() == sum(sizes[:3])
+    assert hub_source("hf:org/tiny", options(tmp_path / "w", max_disk=1000)).in_flight() == 1000
+    keeping = hub_source("hf:org/tiny", options(tmp_path / "w", keep_shards=True))
+    assert keeping.in_flight() == sum(sizes)
+    first = keeping.path(shards_of(keeping)[0])
+    assert keeping.in_flight() == sum(sizes) - first.stat().st_size
