@@ -56,7 +56,7 @@ def main() -> None:
     for name in options.kind:
         kind = GGMLType[name]
         for passes in (0, 2):
-            seconds = {}
+            seconds, data = {}, torch.empty(0)
             for role, (weight, second) in inputs.items():
                 run(kind, weight[:2, :64].contiguous(), second[:2], passes)  # compile
                 start = now()
