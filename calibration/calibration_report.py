@@ -35,8 +35,8 @@ class LayerSummary:
     amax_in: float
     amax_mid: float
     sum32: float
-    outliers_in: int
-    outliers_mid: int
+    outliers_in: list[int]  # channels with more than 100 times the median channel's E[x^2]
+    outliers_mid: list[int]
     close_calls: float  # share of tokens whose last chosen expert leads by less than bfloat16 resolves
     nonfinite: int
     saliency: list[float]
@@ -65,8 +65,8 @@ def summarise(found: LayerStatistics, squares: tuple[Tensor, Tensor] | None = No
         amax_in=float(found.expert_in.amax.max()),
         amax_mid=float(found.expert_mid.amax.max()),
         sum32=float(found.expert_mid.sum32.max()),
-        outliers_in=len(outlier_channels(found.expert_in.diagonal)),
-        outliers_mid=len(outlier_channels(found.expert_mid.diagonal)),
+        outliers_in=outlier_channels(found.expert_in.diagonal),
+        outliers_mid=outlier_channels(found.expert_mid.diagonal),
         close_calls=float(margins[:BFLOAT16_BIN].sum() / margins.sum().clamp(min=1)),
         nonfinite=int(found.expert_in.nonfinite.sum() + found.expert_mid.nonfinite.sum()),
         saliency=[float(v) for v in found.routing.saliency],
@@ -94,7 +94,7 @@ def table(layers: list[LayerSummary]) -> str:
         cells = (str(s.layer), spread, f"{s.imbalance:.2f}", str(len(s.dead)), str(len(s.few)), error)
         extremes = (f"{s.amax_in:.4g}", f"{s.amax_mid:.4g}", f"{s.sum32:.4g}")
         overflow = ", ".join(map(str, s.overflow[:6])) + (" ..." if len(s.overflow) > 6 else "") or "-"
-        outliers = f"{s.outliers_in}+{s.outliers_mid}"
+        outliers = f"{len(s.outliers_in)}+{len(s.outliers_mid)}"
         rows.append((*cells, *extremes, overflow, outliers, f"{s.close_calls:.2%}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -105,9 +105,8 @@ def findings(layers: list[LayerSummary]) -> list[str]:
     out = []
     for s in layers:
         if s.overflow:
-            names, verb = _names(s.overflow), "overflows" if len(s.overflow) == 1 else "overflow"
             out.append(
-                f"layer {s.layer}: the w2 input of {names} {verb} float16 (largest sum over 32 channels {s.sum32:.0f}, "
+                f"layer {s.layer}: the w2 input of {_names(s.overflow)} overflows float16 (largest sum over 32 channels {s.sum32:.0f}, "
                 f"limit {FP16_MAX:.0f}): in GGUF, Q4_K, Q5_K, Q4_1, Q5_1 and Q2_K of ffn_down_exps give NaN on CUDA"
             )
         if s.dead:

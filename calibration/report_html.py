@@ -65,6 +65,8 @@ def report(layers: list[LayerSummary], domains: tuple[str, ...], description: di
             log=True,
         ),
         _range_table(layers),
+        "<h2>Outlier channels</h2>",
+        _outlier_table(layers),
         "<h2>Routing at the edge</h2>",
         lines(x, {"share of tokens": [s.close_calls for s in layers]}, "gap < 2^-9"),
         '<p class="note">Tokens whose last chosen expert leads the next by less than bfloat16 resolves near 0.5.</p>',
@@ -117,6 +119,16 @@ def _range_table(layers: list[LayerSummary]) -> str:
     if not rows:
         return "<p>No expert's w2 input leaves the range of float16.</p>"
     return _table(("layer", "experts beyond float16", "channels beyond float16", "largest |sum of 32|"), rows)
+
+
+def _outlier_table(layers: list[LayerSummary]) -> str:
+    def some(channels: list[int]) -> str:
+        return ", ".join(map(str, channels[:16])) + (f" and {len(channels) - 16} more" if len(channels) > 16 else "")
+
+    rows = [(s.layer, some(s.outliers_in), some(s.outliers_mid)) for s in layers if s.outliers_in or s.outliers_mid]
+    if not rows:
+        return "<p>No channel carries more than 100 times the median channel's E[x²].</p>"
+    return _table(("layer", "channels of the w1, w3 input", "channels of the w2 input, experts pooled"), rows)
 
 
 def _few_table(layers: list[LayerSummary]) -> str:

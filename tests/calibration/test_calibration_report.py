@@ -42,7 +42,7 @@ def test_experts_3_and_11_of_the_last_layer_are_named(demo: tuple[Path, dict]) -
     assert [layer["overflow"] for layer in found["layers"]] == [[], [], [], [3, 11]]
     assert len(found["findings"]) >= 1
     page = (folder / "out" / "report.html").read_text()
-    assert "layer 3: the w2 input of experts 3 and 11 overflow float16" in page
+    assert "layer 3: the w2 input of experts 3 and 11 overflows float16" in page
     assert found["layers"][3]["sum32"] > 65504
     assert found["layers"][3]["overflow_channels"] > 0
     assert found["corpus"]["windows_by_domain"].keys() == {"chat", "code", "docs", "prose", "zh"}
