@@ -70,6 +70,15 @@ def test_any_bytes_decode_as_in_gguf_and_ggml(kind: GGMLType, rows: int) -> None
     assert torch.equal(decoded, ggml_lib.decode(data, kind, COLUMNS))
 
 
+def test_all_exponents_of_mxfp4() -> None:
+    """Also those whose step is subnormal in float32."""
+    data = torch.randint(0, 256, (255, 17), generator=torch.Generator().manual_seed(9), dtype=torch.uint8)
+    data[:, 0] = torch.arange(255)
+    decoded = codec.decode(data, GGMLType.MXFP4, 32)
+    assert decoded[0].abs().max() > 0
+    assert torch.equal(decoded, gguf_decode(data, GGMLType.MXFP4))
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_bytes_survive_unpacking_and_packing(kind: GGMLType) -> None:
     data = random_bytes(kind, 3)
