@@ -106,7 +106,8 @@ def findings(layers: list[LayerSummary]) -> list[str]:
     for s in layers:
         if s.overflow:
             out.append(
-                f"layer {s.layer}: the w2 input of {_names(s.overflow)} overflows float16 (largest sum over 32 channels {s.sum32:.0f}, "
+                f"layer {s.layer}: the w2 input of {_names(s.overflow)} overflows float16 "
+                f"(largest sum over 32 channels {s.sum32:.0f}, "
                 f"limit {FP16_MAX:.0f}): in GGUF, Q4_K, Q5_K, Q4_1, Q5_1 and Q2_K of ffn_down_exps give NaN on CUDA"
             )
         if s.dead:

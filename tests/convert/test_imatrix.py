@@ -37,7 +37,7 @@ def test_what_llama_imatrix_wrote_comes_back_byte_for_byte(tmp_path: Path) -> No
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 70)), min_size=1, max_size=4), st.text(max_size=9))
 def test_gguf_reads_what_is_written(tmp_path_factory: pytest.TempPathFactory, shapes: list, dataset: str) -> None:
-    weights = {f"blk.{n}.w{n}.weight": importance(m, i, n) for n, (m, i) in enumerate(shapes)}
+    weights = {f"blk.{n}.w{n}.weight": importance(m, i, n) for n, (m, i) in reversed([*enumerate(shapes)])}
     dataset = dataset.encode("utf-8", "ignore").decode()
     path = tmp_path_factory.mktemp("imatrix") / "i.gguf"
     write_imatrix(path, Imatrix(weights, (dataset, "b"), 3, 77))
