@@ -12,6 +12,7 @@ from mmquant.quantize.ggml import codec
 from mmquant.quantize.ggml.effort import EFFORTS, Effort, plan
 from mmquant.quantize.ggml.grid import FORMS
 from mmquant.quantize.ggml.searching import search_rows
+from mmquant.quantize.ggml.starts import RANGE_STARTS
 from mmquant.quantize.ggml.types import GGMLType
 from mmquant.quantize.ggml.weighted import cut, empty
 
@@ -94,6 +95,18 @@ def test_steps_of_single_blocks_come_close_to_the_best_float16(kind: GGMLType, d
         best += float((importance * (row - steps[:, None] * q) ** 2).sum(1).min())
     assert our_error(rows, kind, importance, "high") < high * best
     assert our_error(rows, kind, importance) < default * best
+
+
+@pytest.mark.parametrize("kind", list(RANGE_STARTS), ids=lambda k: k.name)
+def test_starts_cut_off_the_range_where_they_say(kind: GGMLType) -> None:
+    least, most, top = -3.0, 5.0, FORMS[kind].levels[-1]
+    level = (most - least) / top
+    search = plan(kind, EFFORTS["high"])
+    for (share, below), (low, high) in zip(search.tries.tolist(), RANGE_STARTS[kind], strict=False):
+        step = share * (most - least)
+        start = least + below * step
+        assert start == pytest.approx(least + low * level, abs=1e-5)
+        assert start + top * step == pytest.approx(most - high * level, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
