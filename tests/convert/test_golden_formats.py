@@ -201,14 +201,18 @@ RELEASE_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 def test_awq_and_gptq_folders_have_autorounds_layout(layout_name: str, symmetric: bool, tmp_path: Path) -> None:
     """Same tensors under the release's expert names; the rest stays bfloat16 (the peer casts it to float16)."""
     variant = Int4Variant(group_size=128, attention="int4", layout=layout_name, symmetric=symmetric)
-    mine = layout(write_folder(open_native(GOLDEN / "source-bf16"), variant, tmp_path / "out"))
-    theirs = layout(GOLDEN / f"peer-autoround-{layout_name}-g128")
+    folder = write_folder(open_native(GOLDEN / "source-bf16"), variant, tmp_path / "out")
+    mine, theirs = layout(folder), layout(GOLDEN / f"peer-autoround-{layout_name}-g128")
     for theirs_name, ours_name in RELEASE_NAMES.items():
         theirs = {name.replace(theirs_name, ours_name): kind for name, kind in theirs.items()}
     assert set(mine) == set(theirs)
     for name, kind in mine.items():
         quantized = name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))
         assert kind == (theirs[name] if quantized else (torch.bfloat16, theirs[name][1])), name
+    if symmetric:  # zero point 8, stored minus one in every nibble, as AutoRound's words are
+        words = [tensor for name, tensor in tensors_of(folder).items() if name.endswith(".qzeros")]
+        words += [t for n, t in tensors_of(GOLDEN / "peer-autoround-gptq-g128").items() if n.endswith(".qzeros")]
+        assert all(bool((word == 0x77777777).all()) for word in words)
 
 
 def test_comparison_sees_a_single_wrong_code(ours: dict[str, Path], source: dict[str, Tensor]) -> None:
