@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tensor-type", "overrides", multiple=True, help="REGEX=TYPE, as in llama-quantize; the first match wins."
 )
+@click.option("--plan", type=click.Path(path_type=Path), help="JSON: tensor name -> type, or that under `tensors`.")
 @click.option("--name", default=None, help="Name of the file without .gguf; default: model and type.")
 @click.option("--max-part-size", default="48GB", show_default=True, help="Largest file; more become -00001-of-0000N.")
 @click.option("--text", "texts", multiple=True, help="Calibration text: file, folder or `default`, PATH[=WEIGHT].")
@@ -41,6 +42,7 @@ def command(
     out: Path,
     kind: str,
     overrides: tuple[str, ...],
+    plan: Path | None,
     name: str | None,
     max_part_size: str,
     device: str,
@@ -67,12 +69,28 @@ def command(
     source = open_model(model, fetch, None if dry_run else out)
     stem = name or f"{model_stem(model)}-{mix.name}"
     calibrated = not no_calibration and mix.base not in (*PLAIN, "Q8_0")
-    variant = GgufVariant(mix, stem, calibrated, changed, part_bytes=parse_size(max_part_size))
+    variant = GgufVariant(mix, stem, calibrated, changed, read_plan(plan), part_bytes=parse_size(max_part_size))
     if dry_run:
         click.echo(describe(out, variant.label, sum(part.bytes for part in variant.parts(source, None))))
         return
     calibration = make_calibration(source, effort, text) if calibrated else None
     click.echo(write_gguf(source, variant, out, calibration=calibration, device=device))
+
+
+def read_plan(path: Path | None) -> dict[str, str] | None:
+    """Types by tensor name of a plan file; ValueError when it is not one."""
+    import json
+
+    if path is None:
+        return None
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    types = document.get("tensors", document) if isinstance(document, dict) else None
+    if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
+        raise ValueError(f"{path}: expected an object of tensor names and types")
+    return types
 
 
 def make_calibration(source: Checkpoint, effort: str, text: dict[str, Any]) -> Calibration:

@@ -219,10 +219,8 @@ def descend_block(state: State, known: Factor, place: int) -> None:
             decoded[column] = value
             pull[inner] -= moments[:, column, inner].T.unsqueeze(-1) * change
         moved = before - decoded[inner]
-        outside = torch.cat((moments[:, inner, :first], moments[:, inner, first + MINI :]), 2)
-        delta = _times(moved, outside)
-        pull[:first] += delta[:first]
-        pull[first + MINI :] += delta[first:]
+        if first:  # the columns behind are done in this round
+            pull[:first] += _times(moved, moments[:, inner, :first])
     state.blocks[place] = block
 
 

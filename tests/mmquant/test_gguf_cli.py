@@ -189,6 +189,19 @@ def test_overrides_reach_the_file(tmp_path: Path) -> None:
     assert kinds["blk.0.attn_q.weight"] == "Q6_K"
 
 
+def test_a_plan_decides_types(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"tensors": {"blk.2.ffn_down_exps.weight": "Q6_K", "output.weight": "BF16"}}')
+    convert(tmp_path / "out", "--type", "Q8_0", "--plan", str(plan))
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / "demo-Q8_0.gguf").tensors}
+    assert kinds["blk.2.ffn_down_exps.weight"] == "Q6_K"
+    assert kinds["output.weight"] == "BF16"
+    assert kinds["blk.1.ffn_down_exps.weight"] == "Q8_0"
+    plan.write_text("[1]")
+    done = CliRunner().invoke(command, ["--model", "demo", "--out", str(tmp_path / "x"), "--plan", str(plan)])
+    assert "expected an object of tensor names and types" in str(done.exception)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

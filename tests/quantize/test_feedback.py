@@ -19,6 +19,8 @@ def problem(experts: int, rows: int, n: int, seed: int = 0) -> tuple[Tensor, Ten
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(experts, n, n, generator=g) / n**0.5 + torch.eye(n)
     x = torch.randn(experts, 4 * n, n, generator=g) @ mix * torch.rand(n, generator=g).add(0.2)
+    for expert in range(0, experts, 2):
+        x[expert, :, : n // 2] *= 2  # super-blocks are processed in different orders
     return torch.randn(experts, rows, n, generator=g) * 0.05, x.mT @ x / (4 * n)
 
 
