@@ -7,6 +7,7 @@ is: a tensor is a view of the mapped file.
 from __future__ import annotations
 
 import math
+import reprlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,13 @@ class _Cursor:
             raise self.fail(f"{what} of {size} bytes, expected at most {longest}")
         return self.take(size, what).decode("utf-8", errors="replace")
 
+    def name(self, what: str) -> str:
+        """A key or a tensor's name: short and printable, so that an error can quote it."""
+        start, name = self.at, self.text(what, LONGEST_NAME)
+        if not name.isprintable():
+            raise self.fail(f"{what} at {start} is {reprlib.repr(name)}, expected printable text")
+        return name
+
 
 def read_header(path: Path) -> GgufFile:
     """Open a GGUF file by its header alone. Raises ValueError with what is wrong and where."""
@@ -116,14 +124,14 @@ def read_header(path: Path) -> GgufFile:
     pairs = cursor.count("metadata pairs", 13)
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
-        key = cursor.text("metadata key", 1 << 16)
+        key = cursor.name("metadata key")
         if key in metadata:
             raise cursor.fail(f"metadata key {key} stands twice")
         metadata[key] = _value(cursor, cursor.number("<I", f"type of {key}"), key)
     infos = [_info(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
-        raise cursor.fail(f"general.alignment is {alignment!r}, expected a power of two")
+        raise cursor.fail(f"general.alignment is {reprlib.repr(alignment)}, expected a power of two")
     header = cursor.at
     placed = _place(cursor, infos, -(-cursor.at // alignment) * alignment, alignment)
     return GgufFile(path, metadata, placed, header, data)
@@ -149,7 +157,7 @@ def _value(cursor: _Cursor, kind: int, key: str) -> Any:
 
 def _info(cursor: _Cursor) -> tuple[str, GGMLType, tuple[int, ...], int]:
     """(name, type, numpy shape, offset from the data's start) of the next tensor."""
-    name = cursor.text("tensor name", LONGEST_NAME)
+    name = cursor.name("tensor name")
     dimensions = cursor.number("<I", f"dimensions of {name}")
     if not 1 <= dimensions <= MOST_DIMENSIONS:
         raise cursor.fail(f"{name} has {dimensions} dimensions, expected 1 to {MOST_DIMENSIONS}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class GgufSource:
         for number, file in enumerate(self.files):
             found = file.metadata.get("split.no", number)
             if found != number:
-                raise ValueError(f"{file.path}: split.no is {found!r}, expected {number}")
+                raise ValueError(f"{file.path}: split.no is {reprlib.repr(found)}, expected {number}")
         total = sum(len(file.tensors) for file in self.files)
         wanted = self._number("split.tensors.count", total)
         if wanted != total:
@@ -114,20 +115,20 @@ class GgufSource:
     def _number(self, key: str, default: int | None = None) -> int:
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{self.label}: {key} is {value!r}, expected an integer")
+            raise ValueError(f"{self.label}: {key} is {reprlib.repr(value)}, expected an integer")
         return value
 
     def _real(self, key: str) -> float:
         value = self.metadata.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{self.label}: {key} is {value!r}, expected a number")
+            raise ValueError(f"{self.label}: {key} is {reprlib.repr(value)}, expected a number")
         return float(value)
 
     def _config(self) -> dict[str, Any]:
         """config.json's keys as the metadata has them."""
         arch = self.metadata.get("general.architecture")
         if arch != ARCH:
-            raise ValueError(f"{self.label}: general.architecture is {arch!r}, expected {ARCH!r}")
+            raise ValueError(f"{self.label}: general.architecture is {reprlib.repr(arch)}, expected {ARCH!r}")
         gating = self._number(f"{ARCH}.expert_gating_func", SIGMOID)
         if gating != SIGMOID:
             raise ValueError(f"{self.label}: expert_gating_func is {gating}, expected {SIGMOID} (sigmoid)")

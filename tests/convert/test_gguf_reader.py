@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from pathlib import Path
@@ -250,6 +251,21 @@ def test_fuzzed_gguf_headers_give_one_line(plain: Path, tmp_path: Path, data: st
         source.read("model.layers.1.self_attn.q_proj.weight")
     except (ValueError, OSError) as error:
         one_line(error)
+
+
+@pytest.mark.parametrize("value", [10, 14])  # a line feed in a name, a length of thousands of bytes
+def test_every_byte_of_a_gguf_header_may_be_wrong(plain: Path, tmp_path: Path, value: int) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(plain.read_bytes())
+    with bad.open("r+b", buffering=0) as file:
+        for at in range(read_header(plain).header_bytes):
+            kept = os.pread(file.fileno(), 1, at)
+            os.pwrite(file.fileno(), bytes([value]), at)
+            try:
+                GgufSource(bad).validate()
+            except ValueError as error:
+                one_line(error)
+            os.pwrite(file.fileno(), kept, at)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
