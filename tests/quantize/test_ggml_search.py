@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,21 +21,22 @@ KINDS = list(FORMS)
 COLUMNS = 512
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def normal(seed: int, *shape: int) -> Tensor:
+    """numpy's, since torch's differ from one kind of processor to the next."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def rows_of(name: str) -> Tensor:
     if name == "gaussian":
-        return torch.randn(17, COLUMNS, generator=generator(0)) * 0.02
+        return 0.02 * normal(0, 17, COLUMNS)
     if name == "heavy":
-        gaussian = torch.randn(17, COLUMNS, 4, generator=generator(1))
+        gaussian = normal(1, 17, COLUMNS, 4)
         return 0.02 * gaussian[..., 0] / (gaussian[..., 1:] ** 2).mean(-1).sqrt()  # Student's t with 3 degrees
     return open_source("demo").read("model.layers.3.block_sparse_moe.experts.5.w1.weight")[:24].contiguous()
 
 
 def importance_of(columns: int) -> Tensor:
-    return torch.exp(1.5 * torch.randn(columns, generator=generator(2)))
+    return torch.exp(1.5 * normal(2, columns))
 
 
 def error(rows: Tensor, decoded: Tensor, importance: Tensor | None) -> float:
@@ -81,7 +83,7 @@ def test_ggml_accepts_the_bytes(kind: GGMLType) -> None:
 def test_steps_of_single_blocks_come_close_to_the_best_float16(kind: GGMLType, default: float, high: float) -> None:
     """Every float16 number is tried as the step: what no search can beat."""
     form = FORMS[kind]
-    rows = torch.randn(40, 32, generator=generator(5)) * 0.02
+    rows = normal(5, 40, 32) * 0.02
     importance = importance_of(32) ** 0.4  # as uneven as measured ones; more makes the best step a lottery
     levels = torch.tensor(form.levels[form.unused :], dtype=torch.float32)
     positive = torch.arange(1, 1 << 14, 3, dtype=torch.int16).view(torch.float16).float()
@@ -117,14 +119,15 @@ def test_more_effort_is_not_worse(kind: GGMLType) -> None:
     assert default <= fast * 1.0005
 
 
-@pytest.mark.parametrize("kind, gain", [(GGMLType.Q2_K, 0.88), (GGMLType.Q5_K, 0.9525), (GGMLType.IQ4_XS, 0.989)])
+@pytest.mark.parametrize("kind, gain", [(GGMLType.Q2_K, 0.99), (GGMLType.Q5_K, 0.975), (GGMLType.IQ4_XS, 0.996)])
 def test_rounds_of_refitting_what_is_stored_pay(kind: GGMLType, gain: float) -> None:
-    rows, importance = rows_of("heavy"), importance_of(COLUMNS)
+    rows, importance = 0.02 * normal(0, 64, COLUMNS), importance_of(COLUMNS)
     errors = []
-    for rounds in (0, 3):
+    for rounds in (0, 1, 3):
         grid, codes = search_rows(rows, kind, importance[None], Effort(supers=4, rounds=rounds))
         errors.append(error(rows, codec.values(grid, codes), importance))
     assert errors[1] < gain * errors[0]
+    assert errors[2] < errors[1]
 
 
 @pytest.mark.parametrize("kind", [GGMLType.Q4_1, GGMLType.Q5_1], ids=lambda k: k.name)
@@ -139,7 +142,7 @@ def test_weights_on_one_side_of_zero(kind: GGMLType, offset: float) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_zero_and_dead_blocks(kind: GGMLType) -> None:
     rows = torch.zeros(3, COLUMNS)
-    rows[1, 256:] = torch.randn(256, generator=generator(6))
+    rows[1, 256:] = normal(6, 256)
     rows[2, 100:130] = 0.5  # constant where it is not zero
     decoded = codec.decode(codec.encode(rows, kind, importance_of(COLUMNS)), kind, COLUMNS)
     assert decoded[0].abs().max() == 0
@@ -153,7 +156,7 @@ def test_zero_and_dead_blocks(kind: GGMLType) -> None:
 def test_tiny_and_large_weights(kind: GGMLType, exponent: int) -> None:
     """Down to scales that are subnormal in float16, and below all of them."""
     ggml_lib.need()
-    rows = torch.randn(5, COLUMNS, generator=generator(7)) * 2.0**exponent
+    rows = normal(7, 5, COLUMNS) * 2.0**exponent
     ours = our_error(rows, kind)
     theirs = error(rows, ggml_lib.decode(ggml_lib.encode(rows, kind), kind, COLUMNS), None)
     assert ours <= theirs
@@ -195,7 +198,7 @@ def test_blocks_without_importance_are_encoded_plainly(kind: GGMLType) -> None:
 
 
 def test_threads_do_not_change_a_byte() -> None:
-    rows = torch.randn(4200, 256, generator=generator(8))  # more than one chunk
+    rows = normal(8, 4200, 256)  # more than one chunk
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
