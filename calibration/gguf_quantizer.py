@@ -15,6 +15,7 @@ from ..quantize.ggml import feedback, iquant_feedback
 from ..quantize.ggml.codec import decode, encode
 from ..quantize.ggml.grid import FORMS
 from ..quantize.ggml.types import GGMLType
+from .calibrate import free_memory
 from .forward import rms_norm
 from .gguf_paired import (
     PRIOR,
@@ -33,7 +34,8 @@ from .gguf_paired import (
 )
 
 PLAIN_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-CHUNK_WEIGHTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # weights solved at once; bounds the working memory
+WORKING_COPIES = 8  # of weights and moments that solving holds at once
+CPU_WORK = 1 << 29  # bytes of them on a CPU
 ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 
 
@@ -78,8 +80,7 @@ def solve(weight: Tensor, kind: GGMLType, pair: Pair, method: Method) -> tuple[n
         return stored.view(experts, rows, -1).cpu().numpy(), decode(stored, kind, n).view_as(weight).to(weight.dtype)
     out = np.empty((experts, rows, kind.row_bytes(n)), np.uint8)
     values = torch.empty_like(weight)
-    step = max(1, CHUNK_WEIGHTS[weight.device.type] // max(rows * n, n * n))
-    for start in range(0, experts, step):
+    for start in range(0, experts, step := experts_at_once(weight)):
         part = slice(start, min(experts, start + step))
         own, cross = method.moments(pair, part)
         target = weight[part].float()
@@ -89,6 +90,19 @@ def solve(weight: Tensor, kind: GGMLType, pair: Pair, method: Method) -> tuple[n
         out[part] = stored.cpu().numpy()
         values[part] = decode(stored.flatten(0, 1), kind, n).view_as(target).to(weight.dtype)
     return out, values
+
+
+def experts_at_once(weight: Tensor) -> int:
+    """How many of E matrices [E, O, n] are solved together: on CUDA as many as half of the free memory holds.
+
+    Columns are taken one after the other, so that there the time is that of launches: the fewer chunks the better.
+    """
+    _, rows, n = weight.shape
+    work = CPU_WORK
+    if weight.is_cuda:
+        cached = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+        work = (free_memory(weight.device) + cached) // 2
+    return max(1, work // (4 * WORKING_COPIES * n * (rows + n)))
 
 
 def _rounded(target: Tensor, kind: GGMLType, own: Tensor, method: Method) -> Tensor:
@@ -170,10 +184,16 @@ def quantize_experts(
     exponents = overflow_exponents(largest)
     report.cured |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
     source = cured(weights, exponents)
-    for name in ("ffn_gate_exps", "ffn_up_exps"):
-        role = EXPERT_TENSORS[name]
-        out[name], value = solve(getattr(source, role), kinds[name], pair, method)
-        new = replace(new, **{role: value})
+    names = ("ffn_gate_exps", "ffn_up_exps")
+    if kinds[names[0]] == kinds[names[1]]:  # the same input: one factorization, one sweep
+        data, value = solve(torch.cat((source.w1, source.w3), 1), kinds[names[0]], pair, method)
+        out |= dict(zip(names, np.split(data, 2, axis=1), strict=True))
+        new = replace(new, w1=value[:, : g.expert_width].contiguous(), w3=value[:, g.expert_width :].contiguous())
+    else:
+        for name in names:
+            role = EXPERT_TENSORS[name]
+            out[name], value = solve(getattr(source, role), kinds[name], pair, method)
+            new = replace(new, **{role: value})
     del pair
     pair, _ = expert_pairs(streams, source, new, g, kept)
     out["ffn_down_exps"], value = solve(source.w2, kinds["ffn_down_exps"], pair, method)

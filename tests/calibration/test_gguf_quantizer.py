@@ -1,0 +1,55 @@
+"""Matrices of one layer rounded in the pass: chunks, shared sweeps, plain types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmquant.calibration import gguf_quantizer
+from mmquant.calibration.gguf_paired import Pair
+from mmquant.calibration.gguf_quantizer import METHODS, Method, experts_at_once, solve
+from mmquant.quantize.ggml.codec import decode
+from mmquant.quantize.ggml.types import GGMLType
+
+
+def problem(experts: int, rows: int, n: int) -> tuple[Tensor, Pair]:
+    """Weights [E, O, n] and moments of inputs that the quantized layers before have bent a little."""
+    g = torch.Generator().manual_seed(0)
+    pair = Pair.empty(experts, n, "cpu")
+    mix = torch.randn(n, n, generator=g) / n**0.5
+    for expert in range(experts):
+        x = torch.randn(3 * n, n, generator=g) @ mix
+        pair.add(expert, x, x + 0.1 * torch.randn(x.shape, generator=g))
+    return torch.randn(experts, rows, n, generator=g) * 0.05, pair
+
+
+@pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
+@pytest.mark.parametrize("kind", [GGMLType.Q2_K, GGMLType.Q4_K, GGMLType.IQ2_XXS])
+def test_chunks_and_neighbours_change_nothing(kind: GGMLType, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, pair = problem(3, 6, 256)
+    data, values = solve(weight, kind, pair, method)
+    assert data.shape == (3, 6, kind.row_bytes(256))
+    assert torch.equal(values, decode(torch.from_numpy(data).flatten(0, 1), kind, 256).view_as(weight))
+    monkeypatch.setattr(gguf_quantizer, "CPU_WORK", 1)
+    assert experts_at_once(weight) == 1
+    alone, _ = solve(weight, kind, pair, method)
+    assert (alone != data).mean() < 0.01  # float32 ties: batched products round otherwise
+    halves = [solve(weight[:, part], kind, pair, method)[0] for part in (slice(0, 2), slice(2, 6))]
+    assert (np.concatenate(halves, 1) != data).mean() < 0.01  # w1 and w3 in one sweep are w1 and w3
+
+
+def test_working_memory_bounds_the_chunk() -> None:
+    assert experts_at_once(torch.empty(256, 3072, 3072, device="meta")) == 1
+    assert experts_at_once(torch.empty(256, 512, 256, device="meta")) == (1 << 29) // (4 * 8 * 256 * 768)
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.BF16])
+def test_plain_types_are_stored_as_they_are(kind: GGMLType) -> None:
+    weight, pair = problem(2, 3, 256)
+    data, values = solve(weight.bfloat16(), kind, pair, Method())
+    assert torch.equal(values, weight.bfloat16())
+    assert torch.equal(
+        decode(torch.from_numpy(data).flatten(0, 1), kind, 256).view_as(weight), weight.bfloat16().float()
+    )
