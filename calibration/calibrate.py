@@ -236,6 +236,7 @@ def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
         routing=RoutingStatistics(*(everywhere(getattr(routing, f.name), False) for f in dataclasses.fields(routing))),
         hidden_amax=everywhere(found.hidden_amax, True),
         mid_amax=everywhere(found.mid_amax, True),
+        kv_amax=everywhere(found.kv_amax, True),
     )
 
 

@@ -76,6 +76,7 @@ class Collector(Observer):
         self.weight4 = torch.zeros(g.experts, device=device)
         self.hidden_amax = torch.zeros(g.hidden, device=device)
         self.mid_amax = torch.zeros(g.experts, g.expert_width, device=device)
+        self.kv_amax = torch.zeros(2, g.kv_heads * g.head_dim, device=device)
 
     def begin(self, window: int, length: int, domains: Tensor) -> None:
         """The coming batch: number of its first window, tokens per window, domain [B] of each window."""
@@ -87,6 +88,13 @@ class Collector(Observer):
     def attention_input(self, x: Tensor) -> None:
         if self.first:
             self._single(self.attention_in, x, "input of q, k, v")
+
+    def keys_values(self, k: Tensor, v: Tensor) -> None:
+        if self.first:
+            for place, x in enumerate((k, v)):
+                peak = torch.linalg.vector_norm(x, torch.inf, dim=(0, 2), dtype=torch.float32).flatten()
+                # What is not finite is found where attention's output is read; here it must not hide the rest.
+                torch.maximum(self.kv_amax[place], peak.nan_to_num(0.0, 0.0), out=self.kv_amax[place])
 
     def attention_output(self, x: Tensor) -> None:
         if self.first:
@@ -294,4 +302,5 @@ class Collector(Observer):
             routing=routing,
             hidden_amax=self.hidden_amax,
             mid_amax=self.mid_amax,
+            kv_amax=self.kv_amax,
         )

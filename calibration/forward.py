@@ -37,6 +37,9 @@ class Observer:
     def attention_input(self, x: Tensor) -> None:
         """x [N, H]: what q, k, v see."""
 
+    def keys_values(self, k: Tensor, v: Tensor) -> None:
+        """k, v [B, kv_heads, T, head_dim]: what a KV cache stores (keys normed and rotated)."""
+
     def attention_output(self, x: Tensor) -> None:
         """x [N, heads * head_dim]: what o_proj sees."""
 
@@ -83,6 +86,7 @@ def attention(weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Obse
     v = (x @ weights.v.T).view(batch, length, g.kv_heads, g.head_dim).transpose(1, 2)
     cos, sin = rotary_tables(g, length, hidden.device)
     q, k = rotate(q, cos, sin).to(dtype), rotate(k.transpose(1, 2), cos, sin).to(dtype)
+    observer.keys_values(k, v)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     out = out.transpose(1, 2).reshape(batch, length, -1)
     observer.attention_output(out.flatten(0, 1))

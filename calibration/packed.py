@@ -32,6 +32,7 @@ def stored_bytes(geometry: Geometry, full: bool, dtype: str, experts: str = "rou
     for matrices, inputs in ((1, g.hidden), (1, query), (g.experts, g.hidden), (g.experts, g.expert_width)):
         small += 4 * matrices * (6 + 2 * inputs)
     small += 4 * (g.experts**2 + 3 * g.experts + 33 + g.hidden + g.experts * g.expert_width)
+    small += 8 * g.kv_heads * g.head_dim
     if not full:
         return small
     size = STORED[dtype][0].itemsize

@@ -44,6 +44,7 @@ class LayerStatistics:
     expert_in      what w1 and w3 see           expert_mid     what w2 sees, per expert
     hidden_amax    [H] largest |x| per channel of the experts' input (all tokens)
     mid_amax       [E, I] largest |h| per channel of each expert's w2 input
+    kv_amax        [2, kv_heads * head_dim] largest |k| (normed, rotated) and |v| per channel
     """
 
     layer: int
@@ -54,6 +55,7 @@ class LayerStatistics:
     routing: RoutingStatistics
     hidden_amax: Tensor
     mid_amax: Tensor
+    kv_amax: Tensor
 
 
 MOMENT_SETS = ("attention_in", "attention_out", "expert_in", "expert_mid")

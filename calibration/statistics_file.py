@@ -57,6 +57,7 @@ def entries(found: LayerStatistics, dtype: str) -> Iterator[Entry]:
             yield small(f"{set_name}.{SQUARES}", squares_of(moments))
     yield small("hidden_amax", found.hidden_amax)
     yield small("mid_amax", found.mid_amax)
+    yield small("kv_amax", found.kv_amax)
 
 
 def squares_of(moments: Moments) -> Tensor:

@@ -26,7 +26,7 @@ from .statistics import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatist
 from .statistics_file import SHARED, SQUARES, entries, write_tensors
 
 MANIFEST = "statistics.json"
-FORMAT = 1
+FORMAT = 2  # 2: with the extremes of keys and values
 
 
 def layer_file(layer: int) -> str:
@@ -174,7 +174,7 @@ class StoredStatistics:
             names = set(file.keys())
             sets = {name: _read_moments(file, names, name, second) for name in MOMENT_SETS}
             routing = RoutingStatistics(*(file.get_tensor(f"routing.{field}") for field in ROUTING_FIELDS))
-            amax = {name: file.get_tensor(name) for name in ("hidden_amax", "mid_amax")}
+            amax = {name: file.get_tensor(name) for name in ("hidden_amax", "mid_amax", "kv_amax")}
         return LayerStatistics(layer=layer, **sets, routing=routing, **amax)
 
 

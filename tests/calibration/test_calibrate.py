@@ -258,7 +258,7 @@ def test_damaged_statistics_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"statistics\.json: not JSON"):
         open_statistics(tmp_path / "out")
     manifest.write_text(json.dumps({"format": 9, "layers": []}))
-    with pytest.raises(ValueError, match="format 9, expected 1"):
+    with pytest.raises(ValueError, match="format 9, expected 2"):
         open_statistics(tmp_path / "out")
     with pytest.raises(ValueError, match=r"no statistics.json, expected a folder written by mmquant calibrate"):
         open_statistics(tmp_path)

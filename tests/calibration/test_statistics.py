@@ -177,6 +177,22 @@ def test_moments_are_the_sums_of_the_definition(weighting: str, full: bool) -> N
     assert not found.expert_in.diagonal[DEAD].any()
 
 
+def test_extremes_of_keys_and_values_are_those_of_what_a_cache_stores() -> None:
+    weights = random_layer()
+    found, inputs = collect(weights, HIDDEN, Collect())
+    size, turned, largest = SMALL.head_dim, SMALL.rotary_dim // 2, torch.zeros(2, SMALL.head_dim).double()
+    for row, x in enumerate(inputs.all("in")):
+        k, v = weights.k.double() @ x, weights.v.double() @ x
+        k = (k / (k.square().mean() + SMALL.norm_eps).sqrt() * weights.k_norm.double()).tolist()
+        for i in range(turned):
+            angle = (row % HIDDEN.shape[1]) * SMALL.rope_theta ** (-2 * i / SMALL.rotary_dim)
+            value = complex(k[i], k[i + turned]) * complex(math.cos(angle), math.sin(angle))
+            k[i], k[i + turned] = value.real, value.imag
+        largest = torch.maximum(largest, torch.stack((torch.tensor(k, dtype=torch.float64), v)).abs())
+    assert found.kv_amax.shape == (2, SMALL.kv_heads * size)
+    close(found.kv_amax, largest)
+
+
 def test_routing_counts_by_domain_pairs_and_margins() -> None:
     weights = random_layer()
     found, inputs = collect(weights, HIDDEN, Collect())
