@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Groups searched at once: bounds the temporaries at a few times this many weights.
-SEARCH_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+SEARCH_WEIGHTS = 1 << 27  # searched at once on CUDA: bounds the temporaries at a few times this many weights
 RATIOS, RATIO_LEAST, RATIO_SPAN = 24, 0.5, 0.7  # scales tried, as shares of the one that reaches the extreme
+RANGE_LEAST, RANGE_SPAN = 0.5, 0.55  # and of the range, where there is a zero point
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,29 @@ def dequantize(weight: IntWeight) -> Tensor:
     return (codes * weight.scales.unsqueeze(-1)).flatten(-2)
 
 
+def rows_of(weight: IntWeight, rows: slice) -> IntWeight:
+    """Some output rows of a batch of matrices."""
+    zeros = None if weight.zeros is None else weight.zeros[..., rows, :]
+    return IntWeight(weight.codes[..., rows, :], weight.scales[..., rows, :], zeros, weight.bits)
+
+
+def select(weight: IntWeight, index: int) -> IntWeight:
+    """One matrix of a batch."""
+    zeros = None if weight.zeros is None else weight.zeros[index]
+    return IntWeight(weight.codes[index], weight.scales[index], zeros, weight.bits)
+
+
+def join(parts: list[IntWeight]) -> IntWeight:
+    """Batches of matrices one after another."""
+    zeros = [p.zeros for p in parts if p.zeros is not None]
+    return IntWeight(
+        torch.cat([p.codes for p in parts]),
+        torch.cat([p.scales for p in parts]),
+        torch.cat(zeros) if zeros else None,
+        parts[0].bits,
+    )
+
+
 def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """Nearest stored codes, as float; values [..., g] with scales and zeros [...] of their groups."""
     low, high = code_range(bits)
@@ -97,7 +120,10 @@ def search(
     if importance is not None:
         spread = importance.float().unflatten(-1, (-1, size)).unsqueeze(-3)
         weighing = search_weights(spread).expand_as(grouped)
-    step = max(1, SEARCH_WEIGHTS.get(flat.device.type, 1 << 20) // size)
+    if flat.device.type == "cpu":
+        scale, zero = _search_cpu(flat, weighing, bits, symmetric, signed, tries)
+        return scale.view(shape), None if zero is None else zero.view(shape)
+    step = max(1, SEARCH_WEIGHTS // size)
     scales, zeros = [], []
     rows = _rows(weighing, flat)
     for start in range(0, flat.shape[0], step):
@@ -110,13 +136,37 @@ def search(
     return torch.cat(scales).view(shape), joined
 
 
+def _search_cpu(
+    flat: Tensor, weighing: Tensor | None, bits: int, symmetric: bool, signed: bool, tries: int
+) -> tuple[Tensor, Tensor | None]:
+    """The same search by numba, whose first use takes seconds to import and compile."""
+    from .int_search_cpu import search_groups
+
+    least, span = (RATIO_LEAST, RATIO_SPAN) if symmetric else (RANGE_LEAST, RANGE_SPAN)
+    ratios = torch.tensor(_shares(least, span, tries))
+    kind = ("signed" if signed else "positive") if symmetric else "asymmetric"
+    table, rows = torch.ones(1, 1, flat.shape[-1]), max(1, len(flat))
+    if weighing is not None:
+        table, rows = _table(weighing), weighing.shape[-3] * weighing.shape[-2]
+    return search_groups(flat, table, rows, code_range(bits), ratios, kind)
+
+
+def _shares(least: float, span: float, tries: int) -> list[float]:
+    return [least + span * index / (tries - 1) for index in range(tries)]
+
+
+def _table(weighing: Tensor) -> Tensor:
+    """Importance [T, G, g] of expanded [..., O, G, g]: that of one output row of each matrix."""
+    return weighing.select(-3, 0).reshape(-1, *weighing.shape[-2:])
+
+
 def _rows(weighing: Tensor | None, flat: Tensor) -> Callable[[int, int], Tensor]:
     """A reader of the importance of groups start..stop, without materialising it for every output row."""
     if weighing is None:
         one = torch.ones(1, flat.shape[-1], device=flat.device)
         return lambda start, stop: one
     outputs, per_row = weighing.shape[-3], weighing.shape[-2]
-    table = weighing.select(-3, 0).reshape(-1, per_row, weighing.shape[-1])
+    table = _table(weighing)
 
     def read(start: int, stop: int) -> Tensor:
         index = torch.arange(start, stop, device=flat.device)
@@ -154,8 +204,7 @@ def _symmetric(part: Tensor, h: Tensor, bits: int, signed: bool, tries: int) -> 
     best_scale = _usable(start)
     best, best_scale = _cost(part, h, best_scale, None, bits)
     signs = (1.0, -1.0) if signed else (1.0,)
-    for index in range(tries):
-        ratio = RATIO_LEAST + RATIO_SPAN * index / (tries - 1)
+    for ratio in _shares(RATIO_LEAST, RATIO_SPAN, tries):
         for sign in signs:
             error, scale = _cost(part, h, _usable(start * (ratio * sign)), None, bits)
             better = error < best
@@ -168,8 +217,7 @@ def _asymmetric(part: Tensor, h: Tensor, bits: int, tries: int) -> tuple[Tensor,
     least, most = part.amin(-1).clamp(max=0), part.amax(-1).clamp(min=0)
     best_scale, best_zero = _usable((most - least) / (high - low)), torch.zeros_like(least)
     best = torch.full_like(least, torch.inf)
-    for index in range(tries):
-        ratio = 0.5 + 0.55 * index / (tries - 1)
+    for ratio in _shares(RANGE_LEAST, RANGE_SPAN, tries):
         scale = _usable((most - least) * (ratio / (high - low)))
         middle = low - least * ratio / scale
         for zero in (middle.floor().clamp(low, high), middle.ceil().clamp(low, high)):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmquant.quantize import int_grid
 from mmquant.quantize.int_grid import bfloat16_exact, dequantize, encode, search
 from mmquant.quantize.pack import (
     AWQ_ORDER,
@@ -71,6 +72,31 @@ def test_zero_points_help_groups_off_centre() -> None:
 def test_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         rtn_int(torch.tensor([[float("nan"), 1.0]]), 4, -1)
+
+
+@pytest.mark.parametrize("symmetric, signed", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("experts, rows, group", [(1, 1, 7), (3, 5, 40), (2, 33, 128)])
+def test_processor_and_graphics_card_search_alike(
+    symmetric: bool, signed: bool, experts: int, rows: int, group: int
+) -> None:
+    """The numba search against the torch operations that CUDA runs, each expert with its own importance."""
+    weight = torch.randn(experts, rows, 3 * group, generator=torch.Generator().manual_seed(rows))
+    weight[0, 0, :group] = 0
+    weight[-1, -1, 1:] = 0
+    importance = torch.rand(experts, 3 * group, generator=torch.Generator().manual_seed(1)) + 0.01
+    scales, zeros = search(weight, importance, 4, group, symmetric, signed)
+    flat = weight.reshape(-1, group)
+    h = int_grid.search_weights(importance.view(experts, 1, 3, group)).expand(-1, rows, -1, -1).reshape(flat.shape)
+    expected, points = (
+        int_grid._symmetric(flat, h, 4, signed, int_grid.RATIOS)
+        if symmetric
+        else int_grid._asymmetric(flat, h, 4, int_grid.RATIOS)
+    )
+    found = ((weight - dequantize(encode(weight, scales, zeros, 4))).square() * importance[:, None]).sum(-1)
+    wanted = encode(weight, expected.view(scales.shape), None if points is None else points.view(scales.shape), 4)
+    best = ((weight - dequantize(wanted)).square() * importance[:, None]).sum(-1)
+    assert torch.allclose(found, best, rtol=0.02, atol=1e-6)
+    assert (scales.flatten() != expected).float().mean() < 0.02  # codes halfway, candidates of equal cost
 
 
 codes_of = st.integers(0, 9999).map(
