@@ -18,12 +18,12 @@ from torch import Tensor
 from ..convert.files import replace_whole
 from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..convert.source import Source, read_layer
-from ..quantize.int_grid import IntWeight, dequantize
+from ..quantize.int_grid import IntWeight, dequantize, join
 from ..quantize.learn import Schedule, Start
 from ..quantize.repair import agreement, refit_linear
 from .forward import Observer, attention, layer_forward, moe, rms_norm, route
 from .hidden import HiddenStates
-from .int4_layer import QuantizedLayer, join
+from .int4_layer import QuantizedLayer
 from .int4_learn import Routed, learn_attention, learn_experts, routed_output, take
 
 LEARNING_BYTES = 34  # for each weight: values, shifts, their gradients, quantized values and theirs, temporaries

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..quantize.gptq import DAMPING, Grid, Solved, quantize
-from ..quantize.int_grid import IntWeight, dequantize
+from ..quantize.int_grid import IntWeight, dequantize, join, rows_of, select
 from ..quantize.moments import Moments, check_moments, shrunk, shrunk_diagonal
 from ..quantize.rtn import rtn_int
 from ..quantize.transforms import overflow_cure, scale_pair
@@ -92,6 +92,7 @@ class QuantizedLayer:
     experts    w1, w3, w2: IntWeight with codes [E, O, I]
     attention  q_proj ...: IntWeight with codes [O, I]; empty unless attention is INT4
     plain      replaced norms, router or bias by LayerWeights field; empty when nothing changed
+    values     [kv_heads * head_dim] what v's rows were divided by (AWQ, with INT4 attention); else None
     compensated  what GPTQ rounded, by matrix name, for learning (on the CPU when the work is on CUDA); else empty
     """
 
@@ -99,6 +100,7 @@ class QuantizedLayer:
     attention: dict[str, IntWeight]
     plain: dict[str, Tensor]
     report: LayerReport
+    values: Tensor | None = None
     compensated: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -146,13 +148,15 @@ def quantize_layer(
     experts = {name: join([piece[name] for piece, _ in found]) for name in ("w1", "w3", "w2")}
     report = make_report(layer, statistics, cure, [solved for _, solved in found])
     attention: dict[str, IntWeight] = {}
+    values = None
     if options.attention == "int4":
         four = dataclasses.replace(options, grid=dataclasses.replace(options.grid, bits=ATTENTION_BITS))
-        solved, changed = quantize_attention(weights, statistics, four, geometry)
+        solved, changed, values = quantize_attention(weights, statistics, four, geometry)
         attention = {name: select(one.weight, 0) for name, one in solved.items()}
         plain |= changed
         rounded |= {n: [one.compensated[0]] for n, one in solved.items() if one.compensated is not None}
-    return QuantizedLayer(experts, attention, plain, report, {n: torch.cat(v) for n, v in rounded.items()})
+    compensated = {n: torch.cat(v) for n, v in rounded.items()}
+    return QuantizedLayer(experts, attention, plain, report, values, compensated)
 
 
 def _rounded_values(first: Solved, second: Solved, width: int) -> dict[str, Tensor]:
@@ -189,12 +193,13 @@ def equalize_norm(
 
 def quantize_attention(
     weights: LayerWeights, statistics: LayerStatistics, options: Int4Options, geometry: Geometry
-) -> tuple[dict[str, Solved], dict[str, Tensor]]:
-    """q, k, v under what enters them, o under what enters it; for AWQ also the norm that is changed."""
+) -> tuple[dict[str, Solved], dict[str, Tensor], Tensor | None]:
+    """q, k, v under what enters them, o under what enters it; for AWQ also the norm that is changed and v's scale."""
     matrices = {"q_proj": weights.q, "k_proj": weights.k, "v_proj": weights.v, "o_proj": weights.o}
     matrices = {name: matrix.float() for name, matrix in matrices.items()}
     scales: dict[str, Tensor | float] = dict.fromkeys(matrices, 1.0)
     plain: dict[str, Tensor] = {}
+    values = None
     if options.method == "awq":
         pair = attention_pair(weights, statistics, options.grid)
         values = value_pair(weights, statistics.attention_out, options.grid, geometry)
@@ -207,7 +212,7 @@ def quantize_attention(
         moments = statistics.attention_out if name == "o_proj" else statistics.attention_in
         solved = solve((matrix * scales[name]).unsqueeze(0), moments, slice(None), options, scales[name])
         found[name] = solved
-    return found, plain
+    return found, plain, values
 
 
 def check_statistics(layer: int, weights: LayerWeights, statistics: LayerStatistics) -> None:
@@ -256,29 +261,6 @@ def _reader(weights: LayerWeights) -> ReadExperts:
         return getattr(weights, projection)[chosen.start : chosen.stop]
 
     return read
-
-
-def rows_of(weight: IntWeight, rows: slice) -> IntWeight:
-    """Some output rows of a batch of matrices."""
-    zeros = None if weight.zeros is None else weight.zeros[..., rows, :]
-    return IntWeight(weight.codes[..., rows, :], weight.scales[..., rows, :], zeros, weight.bits)
-
-
-def select(weight: IntWeight, index: int) -> IntWeight:
-    """One matrix of a batch."""
-    zeros = None if weight.zeros is None else weight.zeros[index]
-    return IntWeight(weight.codes[index], weight.scales[index], zeros, weight.bits)
-
-
-def join(parts: list[IntWeight]) -> IntWeight:
-    """Batches of matrices one after another."""
-    zeros = [p.zeros for p in parts if p.zeros is not None]
-    return IntWeight(
-        torch.cat([p.codes for p in parts]),
-        torch.cat([p.scales for p in parts]),
-        torch.cat(zeros) if zeros else None,
-        parts[0].bits,
-    )
 
 
 def make_report(layer: int, statistics: LayerStatistics, cure: Tensor, solved: list[list[Solved]]) -> LayerReport:

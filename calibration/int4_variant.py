@@ -24,9 +24,12 @@ from ..convert.minimax_m2 import (
     plain_shapes,
 )
 from ..convert.variant import plain_tensors
+from ..quantize.fp8 import cache_scale
+from ..quantize.int_grid import select
 from .int4_high import LearnOptions, ReferenceStream, learn_layer, streams
-from .int4_layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer, select
+from .int4_layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer
 from .provider import LayerInputs
+from .statistics import LayerStatistics
 
 PLAIN_NAMES = {
     "input_norm": "input_layernorm.weight",
@@ -100,6 +103,8 @@ class CalibratedInt4(Int4Variant):
             else:
                 tensors |= self.attention_tensors(source, name, device)
         tensors |= self.packed_experts(quantized, layer)
+        if self.kv_cache == "fp8":
+            tensors |= cache_scales(inputs.statistics, quantized.values)
         return tensors, as_read_back(weights, quantized)
 
     def _learned(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
@@ -122,3 +127,13 @@ class CalibratedInt4(Int4Variant):
                 name = expert_name(layer, expert, projection)
                 tensors |= matrix_tensors(self.layout, name, select(batch, expert))
         return tensors
+
+
+def cache_scales(statistics: LayerStatistics, values: Tensor | None) -> dict[str, Tensor]:
+    """k_scale and v_scale of a layer [1]; values: what the artifact divides v's channels by (None: nothing)."""
+    keys, seen = statistics.kv_amax.cpu()
+    seen = seen if values is None else seen / values.cpu()
+    return {
+        attention_name(statistics.layer, "k_proj") + ".k_scale": cache_scale(keys),
+        attention_name(statistics.layer, "v_proj") + ".v_scale": cache_scale(seen),
+    }

@@ -106,6 +106,12 @@ def fp8_channel_specs(name: str, shape: tuple[int, int]) -> Iterator[TensorSpec]
     yield TensorSpec(name + ".weight_scale", "BF16", (shape[0], 1))
 
 
+def cache_specs(keys: str, values: str) -> Iterator[TensorSpec]:
+    """Scales of an FP8 KV cache, under the names that both engines read; `keys`, `values`: names of k_proj, v_proj."""
+    yield TensorSpec(keys + ".k_scale", "F32", (1,))
+    yield TensorSpec(values + ".v_scale", "F32", (1,))
+
+
 def int_specs(
     name: str, shape: tuple[int, int], bits: int, group_size: int, symmetric: bool = True
 ) -> Iterator[TensorSpec]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quantize.fp8 import quantize_channels, quantize_tiles, round_up_bfloat16
-from ..quantize.int_grid import IntWeight
+from ..quantize.int_grid import select
 from ..quantize.rtn import rtn_int
 from . import compressed_tensors as ct
 from .checkpoint import Checkpoint
@@ -20,12 +20,6 @@ from .variant import plain_specs, plain_tensors
 
 TILE = (128, 128)
 ATTENTION_CHOICES = ("bf16", "fp8", "fp8-channel", "int4")
-
-
-def select(weight: IntWeight, index: int) -> IntWeight:
-    """One matrix of a batch."""
-    zeros = None if weight.zeros is None else weight.zeros[index]
-    return IntWeight(weight.codes[index], weight.scales[index], zeros, weight.bits)
 
 
 def check_groups(g: Geometry, group_size: int, parallel: int = 1) -> None:
@@ -62,6 +56,7 @@ class Int4Variant:
     layout: str = "compressed-tensors"
     symmetric: bool = True
     eight_bit: tuple[int, ...] = ()  # layers whose experts keep 8 bits (compressed-tensors)
+    kv_cache: str = "bf16"  # or fp8: calibrated scales of an FP8 cache (compressed-tensors)
 
     def bits_of(self, layer: int) -> int:
         """Bits of a layer's experts; attention has `bits` everywhere."""
@@ -85,6 +80,7 @@ class Int4Variant:
             "format": self.layout,
             "symmetric": self.symmetric,
             "eight_bit": list(self.eight_bit),
+            "kv_cache": self.kv_cache,
         }
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
@@ -106,6 +102,8 @@ class Int4Variant:
                 specs.extend(ct.fp8_block_specs(name, shape, source.tile, dtype))
             else:
                 specs.extend(ct.fp8_block_specs(name, shape, TILE, "BF16"))
+        if self.kv_cache == "fp8":
+            specs.extend(ct.cache_specs(attention_name(layer, "k_proj"), attention_name(layer, "v_proj")))
         return specs
 
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
@@ -160,6 +158,8 @@ def check_widths(variant: Int4Variant, g: Geometry) -> None:
         raise ValueError(f"8-bit layer {outside[0]}: the model has layers 0 to {g.layers - 1}")
     if variant.eight_bit and (variant.layout != "compressed-tensors" or not variant.symmetric):
         raise ValueError("8-bit layers: expected format compressed-tensors, symmetric (no engine reads others)")
+    if variant.kv_cache == "fp8" and variant.layout != "compressed-tensors":
+        raise ValueError(f"format {variant.layout}: scales of an FP8 KV cache, expected format compressed-tensors")
 
 
 def int4_config(variant: Int4Variant, source: Checkpoint) -> dict[str, Any]:
@@ -170,7 +170,9 @@ def int4_config(variant: Int4Variant, source: Checkpoint) -> dict[str, Any]:
     v, attention = variant, variant.attention
     if attention == "int4" and not v.eight_bit:
         return ct.quantization_config(
-            {ct.INT: ct.int_group(["Linear"], v.bits, v.group_size, v.symmetric)}, "pack-quantized"
+            {ct.INT: ct.int_group(["Linear"], v.bits, v.group_size, v.symmetric)},
+            "pack-quantized",
+            kv_cache=v.kv_cache == "fp8",
         )
     groups = {}
     if v.eight_bit:
@@ -186,7 +188,7 @@ def int4_config(variant: Int4Variant, source: Checkpoint) -> dict[str, Any]:
     if attention == "fp8-channel":
         groups[ct.FP8_CHANNEL] = ct.fp8_channel_group([ct.ATTENTION_TARGET])
     ignore = (*ct.IGNORE, ct.ATTENTION_TARGET) if attention == "bf16" else ct.IGNORE
-    return ct.quantization_config(groups, "pack-quantized", ignore)
+    return ct.quantization_config(groups, "pack-quantized", ignore, v.kv_cache == "fp8")
 
 
 def layers_target(layers: tuple[int, ...]) -> str:

@@ -33,6 +33,7 @@ def check_folder(folder: Path, source: Source | None = None, samples: int = 4) -
     _check_places(found)
     for layer in range(found.geometry.layers):
         _check_engines(found, layer)
+    _check_cache_scales(found)
     count = sum(_check_values(found, name) for name in found.matrices)
     for name, tensor in _plain(found):
         if not bool(torch.isfinite(tensor).all()):
@@ -47,12 +48,30 @@ def _check_places(found: QuantizedFolder) -> None:
     known = set(global_shapes(found.geometry))
     for layer in range(found.geometry.layers):
         known |= {name for name, _ in plain_shapes(found.geometry, layer)}
-        known |= {f"{attention_name(layer, p)}.{s}" for p, s in (("k_proj", "k_scale"), ("v_proj", "v_scale"))}
+        known |= set(_cache_names(layer))
     for stored in found.matrices.values():
         known |= {f"{stored.name}.{suffix}" for suffix in stored.parts}
     strange = sorted(n for n in found.tensors if n not in known and not is_mtp(n, found.geometry))
     if strange:
         raise ValueError(f"{found.label}: {strange[0]} has no place in the model")
+
+
+def _cache_names(layer: int) -> list[str]:
+    return [f"{attention_name(layer, p)}.{s}" for p, s in (("k_proj", "k_scale"), ("v_proj", "v_scale"))]
+
+
+def _check_cache_scales(found: QuantizedFolder) -> None:
+    """A kv_cache_scheme comes with a positive scale [1] for every layer's keys and values, and none without it."""
+    wanted = bool(found.quantization.get("kv_cache_scheme"))
+    for name in (name for layer in range(found.geometry.layers) for name in _cache_names(layer)):
+        if (name in found.tensors) != wanted:
+            state = "is there without" if not wanted else "is missing beside"
+            raise ValueError(f"{found.label}: {name} {state} a kv_cache_scheme in config.json")
+        if not wanted:
+            continue
+        scale = found.read(name)
+        if scale.numel() != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError(f"{found.label}: {name} is {scale.flatten()[:4].tolist()}, expected one positive number")
 
 
 def _check_engines(found: QuantizedFolder, layer: int) -> None:

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     "--attention", type=click.Choice(["bf16", "fp8", "fp8-channel", "int4"]), default="bf16", show_default=True
 )
 @click.option("--eight-bit", "eight_bit", metavar="LAYERS", help="Layers kept at 8 bits, for example 0,60-61.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["bf16", "fp8"]),
+    default="bf16",
+    show_default=True,
+    help="fp8: calibrated scales for an FP8 cache (SGLang then uses one by itself, vLLM with --kv-cache-dtype fp8).",
+)
 @click.option("--effort", type=click.Choice(["fast", "default", "high"]), default="default", show_default=True)
 @click.option("--asymmetric", is_flag=True, help="Zero points (always with --format awq).")
 @click.option(

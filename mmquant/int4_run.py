@@ -37,6 +37,7 @@ class Int4Request:
     device: str
     calibration: dict[str, Any]
     eight_bit: tuple[int, ...] = ()
+    kv_cache: str = "bf16"
 
     @classmethod
     def from_options(cls, options: dict[str, Any], device: str) -> Int4Request:
@@ -54,6 +55,7 @@ class Int4Request:
             raise UsageError("--effort high: learned rounding is for symmetric grids, leave --asymmetric out")
         if options["method"] == "rtn" and options["statistics"] is not None:
             raise UsageError("--method rtn --statistics: round to nearest uses no statistics")
+        check_cache(options)
         return cls(
             options["method"],
             layout,
@@ -65,13 +67,14 @@ class Int4Request:
             device,
             {name: options[name] for name in NAMES},
             layers_of(options["eight_bit"]),
+            options["kv_cache"],
         )
 
     def variant(self, source: Checkpoint, out: Path) -> Int4Variant:
         """The artifact to write. ValueError when its groups do not fit the model at the tensor parallelism."""
         check_groups(source.geometry, self.group_size, self.tp)
         shape = {"group_size": self.group_size, "attention": self.attention, "layout": self.layout}
-        shape["eight_bit"] = self.eight_bit
+        shape |= {"eight_bit": self.eight_bit, "kv_cache": self.kv_cache}
         if self.method == "rtn":
             return Int4Variant(**shape, symmetric=self.symmetric)
         options = Int4Options(
@@ -84,6 +87,14 @@ class Int4Request:
         folder = out / STREAMS if options.learned else None
         reference = ReferenceStream(folder)
         return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say, reference=reference)
+
+
+def check_cache(options: dict[str, Any]) -> None:
+    """UsageError for cache scales that nothing calibrates, or that no engine reads from the format."""
+    if options["kv_cache"] == "fp8" and options["method"] == "rtn":
+        raise UsageError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
+    if options["kv_cache"] == "fp8" and options["layout"] != "compressed-tensors":
+        raise UsageError(f"--kv-cache fp8 --format {options['layout']}: expected compressed-tensors")
 
 
 def layers_of(text: str | None) -> tuple[int, ...]:

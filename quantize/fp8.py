@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+CACHE_HEADROOM = 2.0
 
 
 def expand_tiles(scales: Tensor, rows: int, cols: int, tile: tuple[int, int]) -> Tensor:
@@ -61,6 +62,14 @@ def round_up_bfloat16(values: Tensor) -> Tensor:
     near = values.to(torch.bfloat16)
     above = (near.view(torch.int16) + 1).view(torch.bfloat16)
     return torch.where(near.float() < values, above.float(), near.float())
+
+
+def cache_scale(peak: Tensor) -> Tensor:
+    """Scale [1] of an FP8 KV cache from the largest |value| that calibration saw; the engine stores value / scale.
+
+    With headroom: calibration does not see the largest value that will come, and e4m3 loses nothing by it.
+    """
+    return _scale(peak.float().amax().view(1) * CACHE_HEADROOM)
 
 
 def _scale(peak: Tensor) -> Tensor:

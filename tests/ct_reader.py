@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
     from compressed_tensors.utils.match import is_match
 
+CACHE = ("k_scale", "v_scale")
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 
 
@@ -62,6 +63,7 @@ def dequantized(folder: Path) -> dict[str, Tensor]:
         if scheme is None or not {"weight_scale"} & set(parts):
             weights |= {f"{module}.{part}": tensor.float() for part, tensor in parts.items()}
             continue
+        parts = {part: tensor for part, tensor in parts.items() if part not in CACHE}
         assert set(parts) <= set(PARTS), (module, sorted(parts))
         given: dict[str, Tensor | None] = {
             part: tensor.float() if part == "weight_scale" else tensor for part, tensor in parts.items()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ct_reader
 from mmquant.calibration.corpus import Corpus
-from mmquant.calibration.forward import embed, layer_forward, rms_norm, route
+from mmquant.calibration.forward import Observer, embed, layer_forward, rms_norm, route
 from mmquant.calibration.int4_high import LearnOptions
 from mmquant.calibration.int4_layer import Int4Options, as_read_back, expert_chunks, quantize_layer
 from mmquant.calibration.int4_variant import CalibratedInt4
@@ -210,6 +213,56 @@ def test_widths_by_layer_are_read_alike_by_compressed_tensors(
         dataclasses.replace(variant, eight_bit=(7,)).specs(source, 0)
 
 
+class Cache(Observer):
+    """The largest |k| and |v| that a cache would store."""
+
+    def __init__(self) -> None:
+        self.largest = [0.0, 0.0]
+
+    def keys_values(self, k: Tensor, v: Tensor) -> None:
+        self.largest = [max(have, float(x.abs().max())) for have, x in zip(self.largest, (k, v), strict=True)]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_scales_of_an_fp8_cache_hold_what_the_artifact_stores(source: Checkpoint, tmp_path: Path, method: str) -> None:
+    variant = CalibratedInt4(**SHAPE, kv_cache="fp8", options=options(method), report=lambda line: None)
+    out = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus()))
+    check_folder(out, source)
+    stored = ct_reader.tensors_of(out)
+    scheme = QuantizationConfig.model_validate(ct_reader.quantization_config(out)).kv_cache_scheme
+    assert scheme is not None
+    assert (scheme.num_bits, scheme.type, scheme.strategy, scheme.dynamic) == (8, "float", "tensor", False)
+    read, hidden = open_source(out), embed(read_globals(source), corpus().tokens)
+    for layer in range(source.geometry.layers):
+        cache = Cache()
+        hidden = layer_forward(read_layer(read, layer), source.geometry, hidden, cache)
+        for largest, name in zip(cache.largest, ("k_proj.k_scale", "v_proj.v_scale"), strict=True):
+            scale = stored[f"model.layers.{layer}.self_attn.{name}"]
+            assert scale.shape == (1,)
+            assert scale.dtype == torch.float32
+            assert float(scale) == pytest.approx(2 * largest / 448, rel=0.15), (layer, name)
+
+
+def test_the_self_check_wants_every_scale_of_the_cache(source: Checkpoint, tmp_path: Path) -> None:
+    variant = CalibratedInt4(**SHAPE, kv_cache="fp8", options=options(), report=lambda line: None)
+    out = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus(4)))
+    shard, name = next(out.glob("*.safetensors")), "model.layers.1.self_attn.v_proj.v_scale"
+    good = load_file(shard)
+    for value, words in (
+        (None, "is missing beside"),
+        (torch.zeros(1), "expected one positive"),
+        (torch.ones(2), "one"),
+    ):
+        save_file({k: v for k, v in good.items() if k != name} | ({} if value is None else {name: value}), shard)
+        with pytest.raises(ValueError, match=f"{name} .*{words}"):
+            check_folder(out)
+    save_file(good, shard)
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(re.sub(r'"kv_cache_scheme": \{[^}]*\}', '"kv_cache_scheme": null', config))
+    with pytest.raises(ValueError, match="k_scale is there without a kv_cache_scheme"):
+        check_folder(out)
+
+
 def test_high_effort_is_at_least_as_good_and_continues(source: Checkpoint, tmp_path: Path) -> None:
     lines: list[str] = []
     learning = LearnOptions(steps=20, batch=256)
@@ -224,8 +277,6 @@ def test_high_effort_is_at_least_as_good_and_continues(source: Checkpoint, tmp_p
 
 
 def test_the_self_check_finds_faults(source: Checkpoint, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     out = write_folder(source, Int4Variant(**SHAPE), tmp_path / "out")
     shard = next(out.glob("*.safetensors"))
     good, name = load_file(shard), "model.layers.1.block_sparse_moe.experts.3.w2"

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ct_reader import dequantized
+from mmquant.calibration.corpus import Corpus
+from mmquant.calibration.int4_variant import CalibratedInt4
+from mmquant.calibration.live import LivePass
 from mmquant.convert.fp8_variant import Fp8Variant
 from mmquant.convert.int4_variant import Int4Variant
 from mmquant.convert.open import open_native
@@ -59,6 +62,17 @@ def test_experts_are_loaded_as_written(name: str, tmp_path: Path) -> None:
     assert set(loaded) == {n for n in expected if ".experts." in n}
     for weight, values in loaded.items():
         # It computes in the scales' dtype: one rounding to bfloat16 at most.
+        assert torch.allclose(values, expected[weight], rtol=2**-8, atol=0), weight
+
+
+def test_scales_of_an_fp8_cache_disturb_nothing(tmp_path: Path) -> None:
+    source = open_native(GOLDEN / "source-bf16")
+    tokens = torch.randint(0, source.geometry.vocab, (4, 32), generator=torch.Generator().manual_seed(1))
+    corpus = Corpus(tokens, torch.zeros(4, dtype=torch.int64), ("random",), {})
+    variant = CalibratedInt4(128, "bf16", kv_cache="fp8", report=lambda line: None)
+    folder = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus))
+    expected, loaded = dequantized(folder), expert_weights(load(folder), layer=0)
+    for weight, values in loaded.items():
         assert torch.allclose(values, expected[weight], rtol=2**-8, atol=0), weight
 
 

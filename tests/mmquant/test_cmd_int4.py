@@ -18,6 +18,8 @@ from mmquant.errors import UsageError
         (["--format", "awq", "--attention", "fp8"], "only compressed-tensors holds FP8"),
         (["--method", "rtn", "--effort", "high"], "expected gptq or awq"),
         (["--method", "rtn", "--statistics", "x"], "uses no statistics"),
+        (["--kv-cache", "fp8", "--method", "rtn"], "the scales are calibrated, expected gptq or awq"),
+        (["--kv-cache", "fp8", "--format", "gptq"], "expected compressed-tensors"),
         (["--eight-bit", "0-b"], "expected layers such as 0,60-61"),
         (["--tp", "8"], "256/8 = 32 is not a multiple"),
         (["--group-size", "64", "--eight-bit", "9"], "the model has layers 0 to 3"),
