@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -62,32 +61,6 @@ def imatrix_of_layers(
     for found in layers:
         add_layer(weights, found)
     return Imatrix(weights, tuple(datasets), windows, context)
-
-
-def with_importance(found: LayerStatistics, values: dict[str, Importance]) -> LayerStatistics:
-    """Statistics whose diagonals are somebody's imatrix (`Imatrix.layer`): unweighted, without second moments.
-
-    Raises ValueError when a weight is missing or of another shape.
-    """
-    parts = {
-        "attention_in": "attn_q",
-        "attention_out": "attn_output",
-        "expert_in": "ffn_gate_exps",
-        "expert_mid": "ffn_down_exps",
-    }
-    changed = {}
-    for field, name in parts.items():
-        moments: Moments = getattr(found, field)
-        if name not in values:
-            raise ValueError(f"imatrix: blk.{found.layer}.{name}.weight is missing")
-        value = values[name]
-        if value.sums.shape != tuple(moments.plain_diagonal.shape):
-            raise ValueError(
-                f"imatrix: blk.{found.layer}.{name}.weight has sums {value.sums.shape}, "
-                f"expected {tuple(moments.plain_diagonal.shape)}"
-            )
-        changed[field] = moments_of(value)
-    return dataclasses.replace(found, **changed)
 
 
 def moments_of(value: Importance) -> Moments:

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmquant.errors import UsageError
 from mmquant.options import device_option, dry_run_option, model_option, out_option, parse_size
 from mmquant.options_fetch import fetch_options, open_model
 
 if TYPE_CHECKING:
     from mmquant.calibration.gguf_pass import Calibration
+    from mmquant.calibration.gguf_stored import Stored
     from mmquant.convert.checkpoint import Checkpoint
     from mmquant.convert.hub_store import FetchOptions
+
+
+FILE = click.Path(path_type=Path)
 
 
 @click.command(short_help="GGUF for llama.cpp.")
@@ -25,13 +30,14 @@ if TYPE_CHECKING:
 @click.option(
     "--tensor-type", "overrides", multiple=True, help="REGEX=TYPE, as in llama-quantize; the first match wins."
 )
-@click.option("--plan", type=click.Path(path_type=Path), help="JSON: tensor name -> type, or that under `tensors`.")
+@click.option("--plan", type=FILE, help="JSON: tensor name -> type, or that under `tensors`.")
 @click.option("--name", default=None, help="Name of the file without .gguf; default: model and type.")
 @click.option("--max-part-size", default="48GB", show_default=True, help="Largest file; more become -00001-of-0000N.")
 @click.option("--text", "texts", multiple=True, help="Calibration text: file, folder or `default`, PATH[=WEIGHT].")
 @click.option("--context", type=click.IntRange(2), help="Tokens in a window; default 512 for the demo, else 2048.")
 @click.option("--windows", type=click.IntRange(1), default=128, show_default=True, help="Windows at most.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the documents' order.")
+@click.option("--statistics", type=FILE, help="Instead of text: what `calibrate --out` wrote, or an imatrix .gguf.")
 @click.option("--effort", type=click.Choice(["fast", "default", "high"]), default="default", show_default=True)
 @click.option("--no-calibration", is_flag=True, help="Every weight to its nearest point; no text is read.")
 @device_option()
@@ -48,6 +54,7 @@ def command(
     device: str,
     fetch: FetchOptions,
     dry_run: bool,
+    statistics: Path | None,
     effort: str,
     no_calibration: bool,
     **text: Any,
@@ -64,6 +71,8 @@ def command(
     from mmquant.gguf_run import write_gguf
     from mmquant.pipeline import describe
 
+    if statistics is not None and (text["texts"] or no_calibration):
+        raise UsageError("--statistics: stands instead of --text, and contradicts --no-calibration")
     mix = find_mix(kind)
     changed = parse_overrides(overrides)
     source = open_model(model, fetch, None if dry_run else out)
@@ -73,7 +82,7 @@ def command(
     if dry_run:
         click.echo(describe(out, variant.label, sum(part.bytes for part in variant.parts(source, None))))
         return
-    calibration = make_calibration(source, effort, text) if calibrated else None
+    calibration = make_calibration(source, effort, statistics, text) if calibrated else None
     click.echo(write_gguf(source, variant, out, calibration=calibration, device=device))
 
 
@@ -93,11 +102,16 @@ def read_plan(path: Path | None) -> dict[str, str] | None:
     return types
 
 
-def make_calibration(source: Checkpoint, effort: str, text: dict[str, Any]) -> Calibration:
-    """Read, check and pack the calibration text."""
+def make_calibration(
+    source: Checkpoint, effort: str, statistics: Path | None, text: dict[str, Any]
+) -> Calibration | Stored:
+    """Open the statistics, or read, check and pack the calibration text."""
     from mmquant.calibration.gguf_pass import Calibration
+    from mmquant.calibration.gguf_stored import open_stored
     from mmquant.cmd_calibrate import make_corpus
 
+    if statistics is not None:
+        return open_stored(statistics, source, effort)
     corpus = make_corpus(source, {"evaluation": (), **text})
     names = ", ".join(Path(spec.split("=")[0]).name for spec in text["texts"]) or "default"
     return Calibration(corpus.tokens, {"corpus": corpus.fingerprint}, names, effort)

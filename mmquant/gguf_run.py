@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from mmquant.calibration.gguf_layer import encode_tensors
 from mmquant.calibration.gguf_pass import CalibratedRun, Calibration
+from mmquant.calibration.gguf_stored import Stored, stored_tensors
 from mmquant.convert.checkpoint import Checkpoint
 from mmquant.convert.files import write_whole
 from mmquant.convert.gguf_variant import GgufVariant
@@ -27,12 +28,13 @@ def write_gguf(
     variant: GgufVariant,
     out: Path,
     *,
-    calibration: Calibration | None = None,
+    calibration: Calibration | Stored | None = None,
     device: torch.device | str = "cpu",
 ) -> Path:
     """Write `variant` of `source` into the folder `out`; returns the file to give to llama.cpp (the first part).
 
-    With `calibration` its text steers the codes (gguf_paired); without, every weight goes to the nearest point.
+    With `calibration` its text (gguf_paired) or stored statistics (gguf_stored) steer the codes; without, every weight
+    goes to the nearest point.
 
     A finished folder of the same run is left alone, an unfinished one continued at its layer. UsageError when `out`
     holds something else, FitError when the disk is too small.
@@ -48,10 +50,10 @@ def write_gguf(
     with hold(out):
         check_disk(out, sum(part.bytes for part in parts) - written_bytes(out), source)
         writer = GgufWriter(out, parts, run)
-        if calibration is None:
-            write_steps(source, variant, writer, device)
-        else:
+        if isinstance(calibration, Calibration):
             CalibratedRun(source, variant, writer, calibration, device).write()
+        else:
+            write_steps(source, variant, writer, device, calibration)
         paths = writer.finish()
         entries = [FileEntry(p.name, p.stat().st_size, writer.sha256[p.name]) for p in paths]
         entries += carry_licence(source, out)
@@ -74,7 +76,9 @@ def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
     return entries
 
 
-def write_steps(source: Checkpoint, variant: GgufVariant, writer: GgufWriter, device: torch.device | str) -> None:
+def write_steps(
+    source: Checkpoint, variant: GgufVariant, writer: GgufWriter, device: torch.device | str, stored: Stored | None
+) -> None:
     """Everything that is still missing, a checkpoint after every step."""
     steps = variant.steps(source.geometry)
     ends = [sum(len(step) for step in steps[: index + 1]) for index in range(len(steps))]
@@ -84,7 +88,8 @@ def write_steps(source: Checkpoint, variant: GgufVariant, writer: GgufWriter, de
     bar = tqdm(range(first, len(steps)), desc=variant.label, unit="step", initial=first, total=len(steps), delay=1)
     for step in bar:
         missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
-        for name, data in encode_tensors(source, missing, device):
+        made = stored_tensors(source, stored, missing, device) if stored else encode_tensors(source, missing, device)
+        for name, data in made:
             writer.write(name, data)
         writer.checkpoint()
         schedule.finished(step)

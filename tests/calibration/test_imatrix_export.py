@@ -14,12 +14,12 @@ import torch
 from calibration_cases import corpus, model, options
 from mmquant.calibration.collector import Collect
 from mmquant.calibration.corpus import pack, read_sets
-from mmquant.calibration.imatrix_export import imatrix_of_layers, with_importance
+from mmquant.calibration.imatrix_export import imatrix_of_layers
 from mmquant.calibration.live import LivePass
 from mmquant.calibration.statistics import LayerStatistics
 from mmquant.calibration.windows import load_tokenizer
 from mmquant.convert.checkpoint import Checkpoint
-from mmquant.convert.imatrix import Imatrix, read_imatrix, write_imatrix
+from mmquant.convert.imatrix import Imatrix, read_imatrix
 from mmquant.convert.open import open_native
 from mmquant.convert.source import read_layer
 
@@ -84,21 +84,6 @@ def test_the_sums_are_those_of_transformers(tmp_path: Path) -> None:
     for name, (sums, counts) in theirs.items():
         assert np.array_equal(ours.weights[name].counts, counts), name
         np.testing.assert_allclose(ours.weights[name].sums, sums, rtol=2e-4, atol=1e-5 * sums.max(), err_msg=name)
-
-
-def test_another_imatrix_takes_the_place_of_our_diagonals(tmp_path: Path) -> None:
-    source, text = open_native(model(tmp_path)), corpus()
-    found = layers(source, text)
-    write_imatrix(tmp_path / "i.gguf", imatrix_of_layers(found, ["tokens"], 7, 12))
-    theirs = read_imatrix(tmp_path / "i.gguf")
-    taken = with_importance(found[1], theirs.layer(1))
-    assert torch.equal(taken.expert_mid.diagonal, found[1].expert_mid.plain_diagonal)
-    assert torch.equal(taken.expert_mid.weight, found[1].expert_mid.count)
-    assert taken.expert_mid.second is None
-    with pytest.raises(ValueError, match=r"imatrix: blk\.1\.attn_q\.weight is missing"):
-        with_importance(found[1], {})
-    with pytest.raises(ValueError, match=r"has sums \(5, 40\), expected \(5, 64\)"):
-        with_importance(found[1], {**theirs.layer(1), "ffn_gate_exps": theirs.layer(1)["ffn_down_exps"]})
 
 
 def distance(ours: Imatrix, theirs: Imatrix) -> dict[str, tuple[float, float]]:
