@@ -19,11 +19,10 @@ from torch import Tensor
 
 from ..linear_algebra import cholesky, full_float32
 from .codec import pack, search
-from .grid import Grid, nearest_levels
+from .columns import MINI, Block, descend_columns, new_block, sweep_columns, times
 from .types import GGMLType
 
 SUPER = 256  # columns that are searched together, where they divide the row
-MINI = 32  # columns whose errors are fed to each other one by one; beyond them in products of matrices
 DAMPING = 0.05
 ESCALATIONS = (1.0, 10.0, 100.0)  # a failed factorization is tried again with this many times the damping
 PASSES = 2  # rounds of coordinate descent
@@ -77,55 +76,14 @@ def _cholesky(matrices: Tensor, mean: Tensor, damping: float) -> Tensor:
     todo = torch.isfinite(matrices).flatten(1).all(1) & (mean > 0)
     eye = torch.eye(matrices.shape[-1], device=matrices.device)
     result = eye.expand_as(matrices).clone()
-    for times in ESCALATIONS:
+    for more in ESCALATIONS:
         chosen = todo.nonzero().flatten()
         if not len(chosen):
             break
-        lower, good = cholesky(matrices[chosen] + (times * damping * mean[chosen]).view(-1, 1, 1) * eye)
+        lower, good = cholesky(matrices[chosen] + (more * damping * mean[chosen]).view(-1, 1, 1) * eye)
         result[chosen[good]] = lower[good]
         todo[chosen[good]] = False
     return result
-
-
-@dataclass(frozen=True)
-class Block:
-    """One super-block of all rows, columns first: the stored scales spread over columns.
-
-    grid of E * R rows; step, minimum [c, E, R] float32 (minimum None where the type has none); codes [c, E, R] uint8
-    """
-
-    grid: Grid
-    step: Tensor
-    minimum: Tensor | None
-    codes: Tensor
-
-    def round(self, column: int, target: Tensor) -> Tensor:
-        """Codes of one column nearest to `target` [E, R] are kept; their values are returned."""
-        step = self.step[column]
-        low = None if self.minimum is None else self.minimum[column]
-        y = target if low is None else target + low
-        code = nearest_levels(torch.where(step == 0, torch.zeros_like(y), y / step), self.grid.form)
-        self.codes[column] = code
-        value = step * self.grid.levels[code.int()]
-        return value if low is None else value - low
-
-
-def new_block(grid: Grid, experts: int, codes: Tensor | None = None) -> Block:
-    """Spread a super-block's scales; the codes are to come unless given."""
-    sub = grid.form.sub
-
-    def spread(part: Tensor) -> Tensor:
-        return part.T.repeat_interleave(sub, 0).view(grid.columns, experts, -1).contiguous()
-
-    step = spread(grid.step)
-    minimum = None if grid.minimum is None else spread(grid.minimum)
-    return Block(grid, step, minimum, torch.empty_like(step, dtype=torch.uint8) if codes is None else codes)
-
-
-def values_of(block: Block) -> Tensor:
-    """[c, E, R] float32: what decode will give."""
-    product = block.step * block.grid.levels[block.codes.int()]
-    return product if block.minimum is None else product - block.minimum
 
 
 @dataclass(frozen=True)
@@ -176,27 +134,13 @@ def sweep_block(state: State, known: Factor, kind: GGMLType, place: int) -> None
     target = state.weight[span].clone()
     if span.stop < state.weight.shape[0]:
         errors = state.weight[span.stop :] - state.decoded[span.stop :]
-        target += _times(errors, known.lower[:, span.stop :, span])
+        target += times(errors, known.lower[:, span.stop :, span])
     experts = target.shape[1]
     importance = known.moments.diagonal(dim1=-2, dim2=-1)[:, span].contiguous()
     grid = search(target.flatten(1).T.contiguous(), kind, importance)
     block = new_block(grid, experts)
-    lower = known.lower[:, span, span]
-    for first in range(size - MINI, -1, -MINI):
-        inner = slice(first, first + MINI)
-        decoded = state.decoded[span]
-        for column in range(first + MINI - 1, first - 1, -1):
-            decoded[column] = block.round(column, target[column])
-            error = state.weight[span.start + column] - decoded[column]
-            target[first:column] += lower[:, column, first:column].T.unsqueeze(-1) * error
-        if first:
-            target[:first] += _times(state.weight[span][inner] - decoded[inner], lower[:, inner, :first])
+    sweep_columns(block, target, state.weight[span], state.decoded[span], known.lower[:, span, span])
     state.blocks[place] = block
-
-
-def _times(errors: Tensor, matrix: Tensor) -> Tensor:
-    """errors [m, E, R], matrix [E, m, c] -> [c, E, R]."""
-    return torch.bmm(matrix.mT, errors.transpose(0, 1)).transpose(0, 1)
 
 
 def descend_block(state: State, known: Factor, place: int) -> None:
@@ -206,21 +150,10 @@ def descend_block(state: State, known: Factor, place: int) -> None:
     block = state.blocks[place]
     assert block is not None
     moments = known.moments[:, span, span]
-    pull = _times(state.weight - state.decoded, known.moments[:, :, span])  # (E H) of this super-block [c, E, R]
+    pull = times(state.weight - state.decoded, known.moments[:, :, span])  # (E H) of this super-block [c, E, R]
     decoded = state.decoded[span]
     block = refit(block, decoded, pull, moments)
-    diagonal = moments.diagonal(dim1=-2, dim2=-1).T.unsqueeze(-1)  # [c, E, 1]
-    for first in range(size - MINI, -1, -MINI):
-        inner = slice(first, first + MINI)
-        before = decoded[inner].clone()
-        for column in range(first + MINI - 1, first - 1, -1):
-            value = block.round(column, decoded[column] + pull[column] / diagonal[column])
-            change = value - decoded[column]
-            decoded[column] = value
-            pull[inner] -= moments[:, column, inner].T.unsqueeze(-1) * change
-        moved = before - decoded[inner]
-        if first:  # the columns behind are done in this round
-            pull[:first] += _times(moved, moments[:, inner, :first])
+    descend_columns(block, pull, decoded, moments)
     state.blocks[place] = block
 
 
@@ -236,7 +169,7 @@ def refit(block: Block, decoded: Tensor, pull: Tensor, moments: Tensor) -> Block
     shape = decoded.shape[1:]
     d = grid.d.float().view(shape)
     first = (block.step * grid.levels[block.codes.int()]) / torch.where(d == 0, torch.ones_like(d), d)
-    bent = _times(first, moments)
+    bent = times(first, moments)
     aa, ga = (first * bent).sum(0), (first * pull).sum(0)
     if grid.dmin is None:
         change, low_change = ga / aa.clamp(min=1e-30), None
@@ -245,7 +178,7 @@ def refit(block: Block, decoded: Tensor, pull: Tensor, moments: Tensor) -> Block
         low = grid.dmin.float().view(shape)
         assert block.minimum is not None
         second = -block.minimum / torch.where(low == 0, torch.ones_like(low), low)
-        ab, bb, gb = (second * bent).sum(0), (second * _times(second, moments)).sum(0), (second * pull).sum(0)
+        ab, bb, gb = (second * bent).sum(0), (second * times(second, moments)).sum(0), (second * pull).sum(0)
         determinant = (aa * bb - ab * ab).clamp(min=1e-30)
         solvable = aa * bb - ab * ab > 1e-6 * aa * bb
         change = torch.where(solvable, (ga * bb - gb * ab) / determinant, ga / aa.clamp(min=1e-30))
@@ -255,7 +188,7 @@ def refit(block: Block, decoded: Tensor, pull: Tensor, moments: Tensor) -> Block
     move = (new_d.float() - d) * first
     if second is not None and new_low is not None and grid.dmin is not None:
         move = move + (new_low.float() - grid.dmin.float().view(shape)) * second
-    answer = _times(move, moments)
+    answer = times(move, moments)
     better = (move * (answer - 2 * pull)).sum(0) < 0
     if new_low is not None:
         better &= new_low >= 0
