@@ -1,16 +1,19 @@
-"""INT4 methods side by side: each writes a folder, the folder is read back, and its distance to the source is measured.
+"""INT4 as typed: every row is one `mmquant int4` command; its folder is read back and judged against the source.
 
-    python bench/int4_quality.py --text calibration.txt --evaluation evaluation.txt [--device cuda] [--only gptq,awq]
+    python bench/int4_quality.py --text calibration.txt --judge evaluation.txt --judge tuning.txt [--only high,awq]
 
-Windows of 512 tokens; every position is scored; the forward is float32. `--split N` also gives the mean of the first N
-windows and of the rest (two domains). Reference: the checkpoint's own weights.
+Calibration: the first 200 windows of 512 tokens. Judged: 60 windows, every position, float32 forward; also the mean of
+the first `--split` windows and of the rest (two domains). CPU seconds are the command's own, all threads together.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,51 +23,28 @@ from torch import Tensor
 
 use_checkout()
 
-from mmquant.calibration.corpus import Corpus  # noqa: E402
 from mmquant.calibration.forward import embed, final_logits, layer_forward  # noqa: E402
-from mmquant.calibration.int4_high import LearnOptions  # noqa: E402
-from mmquant.calibration.int4_layer import Int4Options  # noqa: E402
-from mmquant.calibration.int4_variant import CalibratedInt4  # noqa: E402
-from mmquant.calibration.live import LivePass, PassOptions  # noqa: E402
 from mmquant.calibration.windows import load_tokenizer, windows  # noqa: E402
-from mmquant.convert.int4_variant import Int4Variant  # noqa: E402
 from mmquant.convert.open import open_native, open_source  # noqa: E402
-from mmquant.convert.selfcheck import check_folder  # noqa: E402
 from mmquant.convert.source import Source, read_globals, read_layer  # noqa: E402
-from mmquant.pipeline import write_folder  # noqa: E402
-from mmquant.quantize.gptq import Grid  # noqa: E402
 
 BATCH = 10
+METHODS = ("--method rtn", "", "--effort high", "--method awq", "--method awq --format awq")
 
 
-def variants(steps: int) -> Iterator[tuple[str, Int4Variant]]:
-    """(name, artifact) of every row."""
-    for group in (128, 64, 32):
-        for attention in ("int4", "bf16"):
-            where = f"g{group} attention {attention}"
-            shape = {"group_size": group, "attention": attention}
-            yield f"rtn {where}", Int4Variant(**shape)
-
-            def gptq(effort: str, shape: dict = shape, **more: object) -> CalibratedInt4:
-                grid = Grid(4, shape["group_size"])
-                options = Int4Options(effort=effort, grid=grid, attention=shape["attention"], **more)  # type: ignore[arg-type]
-                return CalibratedInt4(
-                    **shape, options=options, learning=LearnOptions(steps=steps), report=lambda line: None
-                )
-
-            yield f"gptq {where}", gptq("default")
-            yield f"high {where}", gptq("high")
-            for effort in ("default", "high"):
-                options = Int4Options("awq", effort, Grid(4, group, False), attention)
-                awq = CalibratedInt4(**shape, symmetric=False, layout="awq", options=options, report=lambda line: None)
-                yield f"awq {effort} {where}", awq
+def commands() -> Iterator[str]:
+    """The arguments of every row."""
+    for attention in ("int4", "bf16"):
+        for group in (128, 64, 32):
+            for method in METHODS:
+                yield f"{method} --group-size {group} --attention {attention}".strip()
 
 
 class Judge:
-    """Reference log-probabilities of the evaluation windows, and the distance of another model to them."""
+    """Reference log-probabilities of some windows, and the distance of another model to them."""
 
     def __init__(self, source: Source, tokens: Tensor, split: int, device: str) -> None:
-        self.source, self.tokens, self.split, self.device = source, tokens, split, device
+        self.tokens, self.split, self.device = tokens, split, device
         self.reference = list(self._predictions(source))
 
     def _predictions(self, source: Source) -> Iterator[Tensor]:
@@ -83,45 +63,52 @@ class Judge:
             distances.append((wanted.exp() * (wanted - found)).sum(-1))
             agree.append((found.argmax(-1) == wanted.argmax(-1)).float())
         kld, top = torch.cat(distances), torch.cat(agree)
-        text = f"| {kld.mean():.4f} | {kld.flatten().quantile(0.999):.3f} | {100 * top.mean():.2f} |"
-        if self.split:
-            text += f" {kld[: self.split].mean():.4f} | {kld[self.split :].mean():.4f} |"
-        return text
+        text = f" {kld.mean():.4f} | {kld.flatten().quantile(0.999):.3f} | {100 * top.mean():.2f} |"
+        return text + f" {kld[: self.split].mean():.4f} | {kld[self.split :].mean():.4f} |" if self.split else text
+
+
+def write(arguments: str, out: Path, a: argparse.Namespace) -> float:
+    """Run the command; its CPU seconds."""
+    fixed = ["--model", a.model, "--out", str(out), "--device", a.device]
+    calibration = ["--text", str(a.text), "--windows", str(a.windows), "--context", "512"]
+    if "rtn" in arguments:
+        calibration = []
+    words = [sys.executable, "-m", "mmquant", "int4", *fixed, *arguments.split(), *calibration]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}: {done.stderr}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--model", default="demo")
-    arguments.add_argument("--text", type=Path, required=True)
+    arguments.add_argument("--text", type=Path, required=True, help="calibration text")
     arguments.add_argument("--windows", type=int, default=200)
-    arguments.add_argument("--evaluation", type=Path, required=True)
-    arguments.add_argument("--evaluation-windows", type=int, default=60)
+    arguments.add_argument("--judge", type=Path, action="append", required=True, help="text to judge by; repeatable")
+    arguments.add_argument("--judge-windows", type=int, default=60)
     arguments.add_argument("--split", type=int, default=0)
-    arguments.add_argument("--steps", type=int, default=LearnOptions.steps)
     arguments.add_argument("--device", default="cpu")
-    arguments.add_argument("--only", default="", help="rows whose name holds one of these, separated by commas")
+    arguments.add_argument("--only", default="", help="rows whose arguments hold one of these, separated by commas")
+    arguments.add_argument("--arguments", action="append", help="a row of one's own; repeatable")
     a = arguments.parse_args()
     source = open_native(a.model)
     tokenizer = load_tokenizer(source)
-    tokens = windows(a.text.read_text(), tokenizer, 512, a.windows)
-    corpus = Corpus(tokens, torch.zeros(len(tokens), dtype=torch.int64), ("text",), {})
-    judge = Judge(source, windows(a.evaluation.read_text(), tokenizer, 512, a.evaluation_windows), a.split, a.device)
-    print("| artifact | mean KLD | 99.9 % | top-1 % | first windows | rest | bytes | seconds |")
-    for name, variant in variants(a.steps):
-        if not any(word in name for word in a.only.split(",")):
+    texts = [windows(file.read_text(), tokenizer, 512, a.judge_windows) for file in a.judge]
+    judges = [Judge(source, tokens, a.split, a.device) for tokens in texts]
+    measured = " mean KLD | 99.9 % | top-1 % |" + (" first windows | rest |" if a.split else "")
+    print(f"torch {torch.__version__}, {os.cpu_count()} CPUs; judged by {', '.join(f.name for f in a.judge)}")
+    print(f"| mmquant int4 ... |{measured * len(judges)} bytes | CPU seconds |")
+    for line in a.arguments or commands():
+        if not any(word in line for word in a.only.split(",")):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            provider = None
-            if isinstance(variant, CalibratedInt4):
-                learned = variant.options.learned
-                options = PassOptions(propagate="quantized" if learned else "reference", device=a.device)
-                provider = LivePass(source, corpus, options, hidden=learned)
-            out = write_folder(source, variant, Path(folder) / "out", device=a.device, provider=provider)
-            taken = time.perf_counter() - start
-            check_folder(out, source)
+            out = Path(folder) / "out"
+            taken = write(line, out, a)
             size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
-            print(f"| {name} {judge.row(open_source(out))} {size:,} | {taken:.0f} |", flush=True)
+            print(f"| {line} |{''.join(j.row(open_source(out)) for j in judges)} {size:,} | {taken:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

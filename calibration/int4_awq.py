@@ -16,7 +16,7 @@ from torch import Tensor
 from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..quantize.awq import search_equalization
 from ..quantize.gptq import Grid
-from ..quantize.moments import Moments, shrunk
+from ..quantize.moments import Moments, pooled, shrunk
 from .statistics import LayerStatistics
 
 SEARCH_EXPERTS = 16  # the shared scale is searched on the experts that saw most tokens
@@ -47,11 +47,11 @@ def experts_pair(
     """The shared scale of w1 and w3 of all experts."""
     device = weights.w1.device
     most = statistics.expert_in.weight.argsort(descending=True)[:SEARCH_EXPERTS].tolist()
-    stacks, moments = [], []
+    stacks, moments, pool = [], [], pooled(statistics.expert_in)
     for expert in sorted(most):
         one = range(expert, expert + 1)
         stacks.append(torch.cat((read("w1", one), read("w3", one)), 1).to(device=device, dtype=torch.float32))
-        moments.append(shrunk(statistics.expert_in, shrinkage, slice(expert, expert + 1)).to(device))
+        moments.append(shrunk(statistics.expert_in, shrinkage, slice(expert, expert + 1), pool).to(device))
     scale = search_equalization(torch.cat(stacks), torch.cat(moments), grid, shared=True)
     return absorb(weights.post_norm.float(), scale)
 
@@ -77,6 +77,6 @@ def spread_values(scale: Tensor, geometry: Geometry) -> Tensor:
     return scale.view(geometry.kv_heads, 1, geometry.head_dim).expand(-1, group, -1).flatten()
 
 
-def expert_pairs(w2: Tensor, moments: Moments, part: slice, grid: Grid, shrinkage: float) -> Tensor:
-    """[E, I]: what w2's columns are multiplied with and w3's rows divided by, for a chunk of experts."""
-    return search_equalization(w2, shrunk(moments, shrinkage, part).to(w2.device), grid, shared=False)
+def expert_pairs(w2: Tensor, second: Tensor, grid: Grid) -> Tensor:
+    """[E, I]: what w2's columns are multiplied with and w3's rows divided by, for a chunk; second [E, I, I]."""
+    return search_equalization(w2, second.to(w2.device), grid, shared=False)

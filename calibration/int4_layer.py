@@ -16,24 +16,28 @@ from torch import Tensor
 from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..quantize.gptq import DAMPING, Grid, Solved, quantize
 from ..quantize.int_grid import IntWeight, dequantize, join, rows_of, select
-from ..quantize.moments import Moments, check_moments, shrunk, shrunk_diagonal
+from ..quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
 from ..quantize.rtn import rtn_int
 from ..quantize.transforms import overflow_cure, scale_pair
 from .int4_awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
+from .int4_report import LayerReport, make_report
 from .statistics import LayerStatistics
 
 METHODS = ("gptq", "awq", "rtn")
 EFFORTS = ("fast", "default", "high")
 WORKING_MATRICES = 7  # float32 [O, I] or [I, I] matrices that a solve holds for each expert
 ATTENTION_BITS = 4  # of INT4 attention, also in layers whose experts keep more
-LEAST_ROWS = 32  # an expert that saw fewer is reported
+LARGEST_WORK = 16 << 30
 
 ReadExperts = Callable[[str, range], Tensor]
 
 
 @dataclass(frozen=True)
 class Int4Options:
-    """How a layer is quantized. `shrinkage`: see quantize/moments.py; `memory`: working bytes beside the layer."""
+    """How a layer is quantized. `shrinkage`: see quantize/moments.py.
+
+    memory  working bytes beside the layer, its moments and its codes; None: by the device (`working_memory`)
+    """
 
     method: str = "gptq"
     effort: str = "default"
@@ -41,7 +45,7 @@ class Int4Options:
     attention: str = "bf16"
     damping: float = DAMPING
     shrinkage: float = 1.0
-    memory: int = 16 << 30
+    memory: int | None = None
     seed: int = 0
 
     @property
@@ -53,36 +57,6 @@ class Int4Options:
     def learned(self) -> bool:
         """Whether rounding is learned on the layer's output after GPTQ."""
         return self.method == "gptq" and self.effort == "high"
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What the user should know of a layer: experts without calibration, hard factorizations, cured overflows."""
-
-    layer: int
-    unseen: tuple[int, ...] = ()
-    starved: tuple[int, ...] = ()
-    damped: tuple[str, ...] = ()
-    rounded: tuple[str, ...] = ()
-    cured: dict[int, int] = field(default_factory=dict)
-
-    def lines(self) -> Iterator[str]:
-        """One line a finding."""
-        if self.unseen:
-            yield f"layer {self.layer}: experts {_some(self.unseen)} saw no token; the layer's pooled moments were used"
-        if self.starved:
-            yield f"layer {self.layer}: experts {_some(self.starved)} saw fewer than {LEAST_ROWS} calibration tokens"
-        if self.damped:
-            yield f"layer {self.layer}: {_some(self.damped)} needed more damping"
-        if self.rounded:
-            yield f"layer {self.layer}: {_some(self.rounded)} could not be factored and were rounded to nearest"
-        for expert, power in self.cured.items():
-            yield f"layer {self.layer}: expert {expert} overflowed float16; w3 * 2^-{power}, w2 * 2^{power}"
-
-
-def _some(items: tuple[object, ...]) -> str:
-    shown = ", ".join(str(i) for i in items[:8])
-    return shown + (f" and {len(items) - 8} more" if len(items) > 8 else "")
 
 
 @dataclass(frozen=True)
@@ -128,25 +102,22 @@ def quantize_layer(
     scale: Tensor | float = 1.0
     if options.method == "awq":
         scale, plain = equalize_norm(weights, statistics, options, reader)
-    found: list[tuple[dict[str, IntWeight], list[Solved]]] = []
-    rounded: dict[str, list[Tensor]] = {}
-    for chosen in expert_chunks(weights, options.memory):
+    pools = (pooled(statistics.expert_in), pooled(mid))
+    found: list[tuple[Solved, Solved]] = []
+    memory = options.memory if options.memory is not None else working_memory(device)
+    for chosen in expert_chunks(weights, memory):
         w1, w3, w2 = (reader(name, chosen).to(device=device, dtype=torch.float32) for name in ("w1", "w3", "w2"))
         w3, w2 = scale_pair(w3, w2, cure[chosen.start : chosen.stop])
         part = slice(chosen.start, chosen.stop)
         between: Tensor | float = 1.0
         if options.method == "awq":
-            between = expert_pairs(w2, mid, part, options.grid, options.shrinkage)
+            between = expert_pairs(w2, shrunk(mid, options.shrinkage, part, pools[1]), options.grid)
             w3, w2 = w3 / between.unsqueeze(-1), w2 * between.unsqueeze(-2)
-        second = solve(w2, mid, part, options, between)
-        first = solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale)
-        width = w1.shape[1]
-        for name, values in _rounded_values(first, second, width).items():
-            rounded.setdefault(name, []).append(values)
-        pieces = {"w1": rows_of(first.weight, slice(0, width)), "w3": rows_of(first.weight, slice(width, None))}
-        found.append(({**pieces, "w2": second.weight}, [first, second]))
-    experts = {name: join([piece[name] for piece, _ in found]) for name in ("w1", "w3", "w2")}
-    report = make_report(layer, statistics, cure, [solved for _, solved in found])
+        second = solve(w2, mid, part, options, between, pools[1])
+        first = solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0])
+        found.append((first, second))
+    experts, rounded = _joined(found, weights.w1.shape[1])
+    report = make_report(layer, statistics, cure, found)
     attention: dict[str, IntWeight] = {}
     values = None
     if options.attention == "int4":
@@ -154,21 +125,38 @@ def quantize_layer(
         solved, changed, values = quantize_attention(weights, statistics, four, geometry)
         attention = {name: select(one.weight, 0) for name, one in solved.items()}
         plain |= changed
-        rounded |= {n: [one.compensated[0]] for n, one in solved.items() if one.compensated is not None}
-    compensated = {n: torch.cat(v) for n, v in rounded.items()}
-    return QuantizedLayer(experts, attention, plain, report, values, compensated)
+        rounded |= {n: one.compensated[0] for n, one in solved.items() if one.compensated is not None}
+    return QuantizedLayer(experts, attention, plain, report, values, rounded)
 
 
-def _rounded_values(first: Solved, second: Solved, width: int) -> dict[str, Tensor]:
-    """What GPTQ rounded of a chunk's w1 and w3 (stacked) and w2; nothing when it was not kept."""
-    if first.compensated is None or second.compensated is None:
-        return {}
-    values = {"w1": first.compensated[:, :width], "w3": first.compensated[:, width:], "w2": second.compensated}
-    return {name: v.cpu() if v.is_cuda else v for name, v in values.items()}
+def _joined(found: list[tuple[Solved, Solved]], width: int) -> tuple[dict[str, IntWeight], dict[str, Tensor]]:
+    """w1, w3, w2 of all chunks' solves (w1 and w3 stacked; w2), and what GPTQ rounded of them where it was kept."""
+    weights: dict[str, list[IntWeight]] = {"w1": [], "w3": [], "w2": []}
+    for first, second in found:
+        weights["w1"].append(rows_of(first.weight, slice(0, width)))
+        weights["w3"].append(rows_of(first.weight, slice(width, None)))
+        weights["w2"].append(second.weight)
+    experts = {name: join(parts) for name, parts in weights.items()}
+    upper = [first.compensated for first, _ in found if first.compensated is not None]
+    lower = [second.compensated for _, second in found if second.compensated is not None]
+    if not upper:
+        return experts, {}
+    stacked = torch.cat(upper)
+    return experts, {"w1": stacked[:, :width], "w3": stacked[:, width:], "w2": torch.cat(lower)}
 
 
-def solve(weight: Tensor, moments: Moments, part: slice, options: Int4Options, scale: Tensor | float = 1.0) -> Solved:
-    """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I]."""
+def solve(
+    weight: Tensor,
+    moments: Moments,
+    part: slice,
+    options: Int4Options,
+    scale: Tensor | float = 1.0,
+    pool: Tensor | None = None,
+) -> Solved:
+    """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I].
+
+    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning, on the CPU.
+    """
     grid = options.grid
     if not options.compensated:
         importance = shrunk_diagonal(moments, options.shrinkage, part).to(weight.device)
@@ -177,10 +165,13 @@ def solve(weight: Tensor, moments: Moments, part: slice, options: Int4Options, s
         rounded = rtn_int(weight, grid.bits, grid.group_size, grid.symmetric, importance=importance)
         nothing = torch.zeros(weight.shape[0], device=weight.device)
         return Solved(rounded, None, nothing, nothing.bool())
-    second = shrunk(moments, options.shrinkage, part).to(weight.device)
+    second = shrunk(moments, options.shrinkage, part, pool).to(weight.device)
     if isinstance(scale, Tensor):
         second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    return quantize(weight, second, grid, options.damping, keep=options.learned)
+    solved = quantize(weight, second, grid, options.damping, keep=options.learned)
+    if solved.compensated is None or not solved.compensated.is_cuda:
+        return solved
+    return dataclasses.replace(solved, compensated=solved.compensated.cpu())
 
 
 def equalize_norm(
@@ -226,6 +217,16 @@ def check_statistics(layer: int, weights: LayerWeights, statistics: LayerStatist
     check_moments(statistics.attention_out, 1, weights.o.shape[1], f"layer {layer} o")
 
 
+def working_memory(device: torch.device) -> int:
+    """Bytes that solves may take: 16 GiB, on smaller cards a sixth of what the card has (M2.7 then fits 24 GB).
+
+    Never what is free at the time: the chunks, and with them the codes' last ties, would depend on it.
+    """
+    if device.type != "cuda":
+        return LARGEST_WORK
+    return min(LARGEST_WORK, torch.cuda.get_device_properties(device).total_memory // 6)
+
+
 def expert_chunks(weights: LayerWeights, memory: int) -> Iterator[range]:
     """Ranges of experts whose solves fit into `memory` working bytes."""
     experts, width, hidden = weights.w1.shape
@@ -261,26 +262,6 @@ def _reader(weights: LayerWeights) -> ReadExperts:
         return getattr(weights, projection)[chosen.start : chosen.stop]
 
     return read
-
-
-def make_report(layer: int, statistics: LayerStatistics, cure: Tensor, solved: list[list[Solved]]) -> LayerReport:
-    """Findings of a layer from its statistics and the solves of its chunks."""
-    count = statistics.expert_in.count
-    damped, rounded = [], []
-    for index, name in enumerate(("w1+w3", "w2")):
-        damping = torch.cat([part[index].damping for part in solved])
-        failed = torch.cat([part[index].rounded for part in solved])
-        usual = damping.min()
-        damped += [f"{name} of expert {e}" for e in ((damping > usual) & ~failed).nonzero().flatten().tolist()]
-        rounded += [f"{name} of expert {e}" for e in failed.nonzero().flatten().tolist()]
-    return LayerReport(
-        layer,
-        tuple((count == 0).nonzero().flatten().tolist()),
-        tuple(((count > 0) & (count < LEAST_ROWS)).nonzero().flatten().tolist()),
-        tuple(damped),
-        tuple(rounded),
-        {e: int(cure[e]) for e in cure.nonzero().flatten().tolist()},
-    )
 
 
 def as_read_back(weights: LayerWeights, quantized: QuantizedLayer, dtype: torch.dtype | None = None) -> LayerWeights:

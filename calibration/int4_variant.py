@@ -76,7 +76,7 @@ class CalibratedInt4(Int4Variant):
     def calibrated_layer(
         self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
     ) -> tuple[dict[str, Tensor], LayerWeights | None]:
-        """The tensors of `specs`, and the layer as it will be read back."""
+        """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it."""
         layer, weights = inputs.layer, inputs.weights
 
         def exact(projection: str, chosen: range) -> Tensor:
@@ -105,7 +105,7 @@ class CalibratedInt4(Int4Variant):
         tensors |= self.packed_experts(quantized, layer)
         if self.kv_cache == "fp8":
             tensors |= cache_scales(inputs.statistics, quantized.values)
-        return tensors, as_read_back(weights, quantized)
+        return tensors, as_read_back(weights, quantized) if inputs.continued else None
 
     def _learned(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
         """The layer after learned rounding, on the streams that enter it."""

@@ -114,7 +114,8 @@ class LivePass:
             scratch=self.folder,
         )
         self._pending = weights if self.late else None
-        return LayerInputs(layer, weights, found, self.stream.hidden if self.show_hidden else None)
+        hidden = self.stream.hidden if self.show_hidden else None
+        return LayerInputs(layer, weights, found, hidden, self.options.propagate == "quantized")
 
     def quantized(self, layer: int, weights: LayerWeights) -> None:
         """Let the next layer see this layer's quantized output (only with propagate quantized)."""

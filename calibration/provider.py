@@ -24,12 +24,14 @@ class LayerInputs:
     """One layer as a calibrated quantizer sees it.
 
     `hidden` is the residual stream that enters the layer (for learned rounding); None when statistics were stored.
+    `continued`: the provider wants the quantized layer back (`quantized`), for the next layer's statistics.
     """
 
     layer: int
     weights: LayerWeights
     statistics: LayerStatistics
     hidden: HiddenStates | None
+    continued: bool = False
 
 
 class Provider(Protocol):

@@ -74,7 +74,12 @@ def shrinkage(moments: Moments, strength: float) -> Tensor:
     return torch.where(moments.weight > 0, share, torch.ones_like(share))
 
 
-def shrunk(moments: Moments, strength: float, experts: slice | None = None) -> Tensor:
+def pooled(moments: Moments) -> Tensor | None:
+    """The pool of `shrunk` [n, n], for callers that take experts chunk by chunk; None when only diagonals were kept."""
+    return None if moments.second is None else _pool(moments, moments.second)
+
+
+def shrunk(moments: Moments, strength: float, experts: slice | None = None, pool: Tensor | None = None) -> Tensor:
     """Mean second moments [E, n, n], each blended with the pool by `shrinkage`: (sum_e + k * pool_e) / (weight_e + k).
 
     The pool is the mean of all matrices' moments at unit energy (trace n), weighed by what they saw, and pool_e is the
@@ -83,19 +88,29 @@ def shrunk(moments: Moments, strength: float, experts: slice | None = None) -> T
     """
     if moments.second is None:
         raise ValueError("moments: only diagonals were collected, expected full second moments")
-    return _blend(moments.second, moments, strength, experts if experts is not None else slice(None))
+    pool = pool if pool is not None else _pool(moments, moments.second)
+    return _blend(moments.second, pool, moments, strength, experts if experts is not None else slice(None))
 
 
 def shrunk_diagonal(moments: Moments, strength: float, experts: slice | None = None) -> Tensor:
     """The diagonal of `shrunk` [E, n], from the diagonals alone."""
-    return _blend(moments.diagonal, moments, strength, experts if experts is not None else slice(None))
+    pool = _pool(moments, moments.diagonal)
+    return _blend(moments.diagonal, pool, moments, strength, experts if experts is not None else slice(None))
 
 
-def _blend(sums: Tensor, moments: Moments, strength: float, experts: slice) -> Tensor:
-    weight = moments.weight
-    energy = moments.diagonal.mean(-1) / weight.clamp(min=TINY)  # mean square of an input
+def _energy(moments: Moments) -> Tensor:
+    """[E] mean square of an input."""
+    return moments.diagonal.mean(-1) / moments.weight.clamp(min=TINY)
+
+
+def _pool(moments: Moments, sums: Tensor) -> Tensor:
+    weight, energy = moments.weight, _energy(moments)
     unit = torch.where(energy > 0, 1 / energy.clamp(min=TINY), torch.zeros_like(energy)) / weight.sum().clamp(min=TINY)
-    pool = torch.tensordot(unit, sums, dims=1)
+    return torch.tensordot(unit, sums, dims=1)
+
+
+def _blend(sums: Tensor, pool: Tensor, moments: Moments, strength: float, experts: slice) -> Tensor:
+    weight, energy = moments.weight, _energy(moments)
     # A matrix that saw nothing gets the pool at the layer's median energy.
     seen = energy[weight > 0]
     middle = seen.median() if len(seen) else torch.ones_like(weight.sum())

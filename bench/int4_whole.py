@@ -1,0 +1,238 @@
+"""One layer of M2.7's size from FP8 files to INT4 files, each part beside its floor, and the step as it is shipped.
+
+    python bench/int4_whole.py [--tokens 524288] [--device cuda] [--folder DIR]
+
+Writes a checkpoint of one layer with random weights (3.7 GB) into a temporary folder (on --folder's disk), then: read
+FP8, dequantize, forward of all tokens, moments, solve, pack, write. Reading is from the page cache; the floor is what
+storage delivers (--storage). The last lines are the shipped step, its 62-fold, and the allocator's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from _path import use_checkout
+from safetensors.torch import save_file
+
+use_checkout()
+
+from mmquant.calibration.calibrate import calibrate_layer  # noqa: E402
+from mmquant.calibration.corpus import Corpus  # noqa: E402
+from mmquant.calibration.forward import layer_forward  # noqa: E402
+from mmquant.calibration.int4_layer import Int4Options, quantize_layer  # noqa: E402
+from mmquant.calibration.int4_variant import CalibratedInt4  # noqa: E402
+from mmquant.calibration.live import LivePass, PassOptions, default_dtype, moment_plan  # noqa: E402
+from mmquant.convert.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from mmquant.convert.folder_writer import FolderWriter  # noqa: E402
+from mmquant.convert.minimax_m2 import Geometry, global_shapes, matrix_shapes, plain_shapes  # noqa: E402
+from mmquant.convert.source import read_layer  # noqa: E402
+from mmquant.pipeline import prepare, step_tensors  # noqa: E402
+from mmquant.quantize.gptq import Grid  # noqa: E402
+
+LAYERS = 62
+SHARD = 1 << 30
+RATES = {
+    "storage": (3e9, "bytes/s that storage delivers"),
+    "memory": (4.8e12, "bytes/s of the device's memory"),
+    "link": (55e9, "bytes/s between host and device"),
+    "products": (800e12, "operations/s of matrix products in the forward's dtype"),
+    "float32": (60e12, "operations/s of float32 products"),
+}
+
+
+def config(a: argparse.Namespace) -> dict:
+    """config.json of a checkpoint with one layer and a small vocabulary."""
+    return {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "model_type": "minimax_m2",
+        "hidden_size": a.hidden,
+        "intermediate_size": a.width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.heads // a.group_of_heads,
+        "head_dim": a.head_dim,
+        "rotary_dim": a.head_dim // 2,
+        "num_local_experts": a.experts,
+        "num_experts_per_tok": a.chosen,
+        "vocab_size": 1024,
+        "max_position_embeddings": a.context,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000,
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": False,
+        "quantization_config": {"quant_method": "fp8", "fmt": "float8_e4m3fn", "weight_block_size": [128, 128]},
+    }
+
+
+def tensors(g: Geometry, device: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Random tensors of the release's names, FP8 in tiles of 128."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    for name, shape in {**global_shapes(g), **dict(plain_shapes(g, 0))}.items():
+        value = draw(*shape) * 0.05 + (1.0 if "norm" in name else 0.0)
+        yield name, value if "block_sparse_moe" in name else value.to(torch.bfloat16)
+    for name, (rows, cols) in matrix_shapes(g, 0):
+        yield name + ".weight", (draw(rows, cols) * 64).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tiles = torch.full((-(-rows // 128), -(-cols // 128)), 1 / (64 * cols**0.5))
+        yield name + ".weight_scale_inv", tiles
+
+
+def make_checkpoint(folder: Path, a: argparse.Namespace) -> Checkpoint:
+    """The one layer in shards of a gibibyte."""
+    folder.mkdir()
+    settings, shards, size = config(a), [{}], 0
+    for name, value in tensors(Geometry.from_config(settings), a.device):
+        if size > SHARD:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = value.cpu().contiguous()
+        size += value.nbytes
+    table = {}
+    for index, shard in enumerate(shards, 1):
+        file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file)
+        table |= dict.fromkeys(shard, file)
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return open_checkpoint(folder)
+
+
+class Clock:
+    """Seconds of work, the device waited for; the second of two runs where `twice`."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+
+    def __call__(self, work: Callable[[], object], twice: bool = False) -> float:
+        if twice:
+            work()
+        self._wait()
+        start = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+def floors(g: Geometry, source: Checkpoint, tokens: int, written: int, rate: dict[str, float]) -> dict[str, float]:
+    """Seconds that no implementation can beat, by part."""
+    experts = 3 * g.experts * g.hidden * g.expert_width
+    attention = g.hidden * g.head_dim * 2 * (g.heads + g.kv_heads)
+    rows = tokens * g.experts_per_token
+    forward = 2 * (rows * 3 * g.hidden * g.expert_width + tokens * attention)
+    grams = 2 * rows * (g.hidden**2 + g.expert_width**2)
+    solving = 0.0
+    for outputs, n in ((2 * g.expert_width, g.hidden), (g.hidden, g.expert_width)):
+        solving += g.experts * (n**3 / 3 + outputs * n * n) / rate["float32"]
+    return {
+        "read FP8": source.bytes / rate["storage"],
+        "to the device, dequantize": source.bytes / rate["link"] + 3 * experts / rate["memory"],
+        "forward": forward / rate["products"],
+        "moments": grams / rate["products"],
+        "solve": solving,
+        "pack": 1.5 * experts / rate["memory"],
+        "write": written / rate["link"] + written / rate["storage"],
+    }
+
+
+def parts(source: Checkpoint, live: LivePass, variant: CalibratedInt4, folder: Path, clock: Clock) -> dict[str, float]:
+    """Seconds of each part, run one after another."""
+    device, dtype = live.options.device, live.options.dtype
+    found = {"read FP8": clock(lambda: [source.raw(name) for name in source.tensors])}
+    both = clock(lambda: read_layer(source, 0, device, dtype), twice=True)
+    found["to the device, dequantize"] = max(0.0, both - found["read FP8"])
+    weights, stream = read_layer(source, 0, device, dtype), live.stream
+    stream.start(0)
+
+    def forward() -> None:
+        for _, values in stream.hidden.batches(stream.batch, stream.device):
+            layer_forward(weights, source.geometry, values)
+
+    found["forward"] = clock(forward, twice=True)
+    plan, results = moment_plan(source, live.options), []
+
+    def moments() -> None:
+        results[:] = [
+            calibrate_layer(stream, weights, live.corpus.domain, 1, live.options.collect, plan, advance=False)
+        ]
+
+    found["moments"] = clock(moments, twice=True) - found["forward"]
+
+    def exact(projection: str, chosen: range) -> torch.Tensor:
+        return source.read_experts(0, projection, chosen, device, torch.float32)
+
+    solved = []
+
+    def solve() -> None:
+        solved[:] = [quantize_layer(0, weights, results[0], variant.options, source.geometry, exact)]
+
+    found["solve"] = clock(solve, twice=True)
+    packed = {}
+    found["pack"] = clock(lambda: packed.update(variant.packed_experts(solved[0], 0)), twice=True)
+    steps = [[s for s in variant.specs(source, 0) if s.name in packed]]
+    found["write"] = clock(lambda: FolderWriter(folder, steps, {}).write(0, packed))
+    return found
+
+
+def shipped(source: Checkpoint, live: LivePass, variant: CalibratedInt4, folder: Path, clock: Clock) -> float:
+    """Seconds of the step as `mmquant int4` runs it."""
+    steps = prepare(source, variant).steps
+    writer = FolderWriter(folder, steps, {})
+    writer.write(0, step_tensors(source, variant, 0, live.options.device, live))
+    return clock(lambda: writer.write(1, step_tensors(source, variant, 1, live.options.device, live)))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"hidden": 3072, "width": 1536, "experts": 256, "chosen": 8, "heads": 48, "group-of-heads": 6}
+    sizes |= {"head-dim": 128, "tokens": 1 << 19, "context": 2048, "group": 128}
+    for name, usual in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    for name, (usual, words) in RATES.items():
+        parser.add_argument(f"--{name}", type=float, default=usual, help=f"{words}, for the floors")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder lies")
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = arguments()
+    clock, cuda = Clock(a.device), torch.device(a.device).type == "cuda"
+    print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
+    with tempfile.TemporaryDirectory(dir=a.folder) as temporary:
+        folder = Path(temporary)
+        source = make_checkpoint(folder / "model", a)
+        tokens = torch.randint(0, 1024, (a.tokens // a.context, a.context), generator=torch.Generator().manual_seed(0))
+        corpus = Corpus(tokens, torch.zeros(len(tokens), dtype=torch.int64), ("random",), {})
+        options = PassOptions(device=a.device, dtype=default_dtype(a.device))
+        variant = CalibratedInt4(a.group, options=Int4Options(grid=Grid(4, a.group)), report=lambda line: None)
+        for name in ("parts", "whole"):
+            (folder / name).mkdir()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        found = parts(source, LivePass(source, corpus, options), variant, folder / "parts", clock)
+        written = sum(s.bytes for s in variant.specs(source, 0))
+        least = floors(source.geometry, source, tokens.numel(), written, {name: getattr(a, name) for name in RATES})
+        print(f"{'part':28} {'seconds':>9} {'floor':>9}")
+        for name, taken in found.items():
+            print(f"{name:28} {taken:9.3f} {least[name]:9.3f}")
+        print(f"{'sum':28} {sum(found.values()):9.3f} {sum(least.values()):9.3f}")
+        whole = shipped(source, LivePass(source, corpus, options), variant, folder / "whole", clock)
+        print(f"the shipped step {whole:.3f} s, {LAYERS} layers {LAYERS * whole:.0f} s (limit 300)")
+        if cuda:
+            print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB by the allocator")
+
+
+if __name__ == "__main__":
+    main()
