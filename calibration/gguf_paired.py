@@ -15,13 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, LayerWeights
-from .forward import Observer, attention, grouped_matmul, rms_norm, route, run_experts
+from .forward import (
+    Observer,
+    Routing,
+    attention,
+    grouped_matmul,
+    rms_norm,
+    route,
+    rows_at_once,
+    run_experts,
+)
 from .hidden import HiddenStates
 
 PRIOR = 1.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
@@ -51,8 +61,8 @@ class Pair:
         if not len(x):
             return
         left = z.float() if share is None else z.float() * share.square().unsqueeze(1)
-        self.own[matrix] += left.T @ z.float()
-        self.cross[matrix] += x.float().T @ left
+        self.own[matrix].addmm_(left.T, z.float())
+        self.cross[matrix].addmm_(x.float().T, left)
         self.weight[matrix] += len(x) if share is None else share.square().sum()
         self.rows[matrix] += len(x)
 
@@ -142,21 +152,20 @@ def input_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
 
 
 def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
-    """Sums of what o sees, with q, k, v of `new` on the written side."""
+    """Sums of what o sees, with q, k, v of `new` on the written side. The reference moves past attention."""
     pair = Pair.empty(1, g.heads * g.head_dim, streams.device)
-    for _, reference, written in streams.batches():
+    for start, reference, written in streams.batches():
         x, z = AttentionOutput(), AttentionOutput()
-        attention(weights, g, reference, x)
+        streams.reference.put(start, reference + attention(weights, g, reference, x))
         attention(new, g, written, z)
         pair.add(0, x.output, z.output)
     return pair
 
 
-def pass_attention(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> None:
-    """Move both streams past attention."""
-    for start, reference, written in streams.batches():
-        reference = reference + attention(weights, g, reference, Observer())
-        streams.put(start, reference, written + attention(new, g, written, Observer()))
+def pass_attention(streams: Streams, new: LayerWeights, g: Geometry) -> None:
+    """Move the written stream past attention."""
+    for start, written in streams.written.batches(streams.batch, streams.device):
+        streams.written.put(start, written + attention(new, g, written, Observer()))
 
 
 def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
@@ -168,48 +177,66 @@ def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
     return pair
 
 
-def expert_pairs(
-    streams: Streams, weights: LayerWeights, new: LayerWeights | None, g: Geometry, kept: range
-) -> tuple[Pair, Tensor]:
-    """Sums of what the experts' w1 and w3 see, or with `new` (their quantized w1, w3) what w2 sees; `kept` experts.
-
-    Returns also the largest |sum of 32 inputs| of w2 by expert [E], in the reference.
-    """
-    pair = Pair.empty(len(kept), g.hidden if new is None else g.expert_width, streams.device)
+def input_pairs(streams: Streams, weights: LayerWeights, g: Geometry) -> tuple[Pair, Tensor]:
+    """Sums of what the experts' w1 and w3 see; by expert [E], the reference's largest |sum of 32 inputs| of w2."""
+    pair = Pair.empty(g.experts, g.hidden, streams.device)
     largest = torch.zeros(g.experts, device=streams.device)
     for _, reference, written in streams.batches():
-        dtype = weights.w1.dtype
-        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1).to(dtype) for h in (reference, written))
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+        x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
         routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
-
-        def take(rows: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
-            share = routing.weights[token, slot]  # noqa: B023 - used within this iteration
-            other = z[token]  # noqa: B023
-            left, right = rows, other
-            if new is not None:
-                gate, up = (grouped_matmul(other, matrix, offsets) for matrix in (new.w1, new.w3))
-                left, right = h, F.silu(gate) * up
-            for expert in range(g.experts):
-                part = slice(offsets[expert], offsets[expert + 1])
-                if expert in kept:
-                    pair.add(expert - kept.start, left[part], right[part], share[part])
-                if part.stop > part.start:
-                    sums = h[part].float().unflatten(1, (-1, 32)).sum(-1).abs().amax()
-                    largest[expert] = torch.maximum(largest[expert], sums)
-
-        run_experts(weights, x, routing, Rows(take))
+        for token, slot, offsets in dispatch(routing, g.experts):
+            rows = x[token]
+            gate, up = (grouped_matmul(rows, matrix, offsets) for matrix in (weights.w1, weights.w3))
+            sums = (F.silu(gate) * up).float().unflatten(1, (-1, 32)).sum(-1).abs().amax(1)
+            add_rows(pair, rows, z[token], routing.weights[token, slot], offsets)
+            for expert, (start, stop) in enumerate(pairwise(offsets)):
+                if stop > start:
+                    largest[expert] = torch.maximum(largest[expert], sums[start:stop].amax())
     return pair, largest
 
 
-def pass_experts(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> None:
-    """Move both streams past the experts, each with its own routing."""
+def middle_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
+    """Sums of what the experts' w2 see, with w1 and w3 of `new` on the written side. The reference leaves the layer."""
+    pair = Pair.empty(g.experts, g.expert_width, streams.device)
     for start, reference, written in streams.batches():
-        done = []
-        for hidden, side in ((reference, weights), (written, new)):
-            x = rms_norm(hidden, side.post_norm, g.norm_eps).flatten(0, 1).to(side.w1.dtype)
-            routing = route(x, side.router, side.router_bias, g.experts_per_token)
-            done.append(hidden + run_experts(side, x, routing, Observer()).view(hidden.shape))
-        streams.put(start, *done)
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+        x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
+        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+
+        def take(_: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+            rows = z[token]  # noqa: B023 - used within this iteration
+            gate, up = (grouped_matmul(rows, matrix, offsets) for matrix in (new.w1, new.w3))
+            add_rows(pair, h, F.silu(gate) * up, routing.weights[token, slot], offsets)  # noqa: B023
+
+        moved = run_experts(weights, x, routing, Rows(take))
+        streams.reference.put(start, reference + moved.view(reference.shape))
+    return pair
+
+
+def dispatch(routing: Routing, experts: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Routed rows sorted by expert, as many as a device holds at once: token and slot [R], offsets of the experts."""
+    tokens, per_token = routing.chosen.shape
+    step = max(1, rows_at_once(routing.chosen.device) // per_token)
+    for start in range(0, tokens, step):
+        chosen = routing.chosen[start : start + step].flatten()
+        order = torch.argsort(chosen.to(torch.int16), stable=True)
+        counts = torch.bincount(chosen, minlength=experts)
+        yield order // per_token + start, order % per_token, [0, *torch.cumsum(counts, 0).tolist()]
+
+
+def add_rows(pair: Pair, x: Tensor, z: Tensor, share: Tensor, offsets: list[int]) -> None:
+    """Rows [R, n] sorted by expert, to the sums of their experts."""
+    for expert, (start, stop) in enumerate(pairwise(offsets)):
+        pair.add(expert, x[start:stop], z[start:stop], share[start:stop])
+
+
+def pass_experts(streams: Streams, new: LayerWeights, g: Geometry) -> None:
+    """Move the written stream past the experts, with its own routing."""
+    for start, hidden in streams.written.batches(streams.batch, streams.device):
+        x = rms_norm(hidden, new.post_norm, g.norm_eps).flatten(0, 1).to(new.w1.dtype)
+        routing = route(x, new.router, new.router_bias, g.experts_per_token)
+        streams.written.put(start, hidden + run_experts(new, x, routing, Observer()).view(hidden.shape))
 
 
 def overflow_exponents(largest: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from .gguf_paired import (
     Streams,
     corrected,
     cured,
-    expert_pairs,
     input_pair,
+    input_pairs,
+    middle_pairs,
     output_pair,
     overflow_exponents,
     pass_attention,
@@ -133,7 +134,7 @@ def quantize_layer(
     if method.correct:
         new = replace(new, router=repaired_router(streams, weights, g, method))
     new = quantize_experts(streams, weights, new, layer, kinds, g, method, report, out)
-    pass_experts(streams, weights, new, g)
+    pass_experts(streams, new, g)
     out = {prefix + name + ".weight": data for name, data in out.items()}
     norms = {"attn_norm.weight": new.input_norm, "attn_q_norm.weight": new.q_norm, "attn_k_norm.weight": new.k_norm}
     norms |= {"ffn_norm.weight": new.post_norm, "ffn_gate_inp.weight": new.router, "exp_probs_b.bias": new.router_bias}
@@ -157,7 +158,7 @@ def quantize_attention(
             role = ROLES[ATTENTION_TENSORS[name]]
             out[name], value = solve(getattr(weights, role).unsqueeze(0), kinds[name], pair, method)
             new = replace(new, **{role: value[0]})
-    pass_attention(streams, weights, new, g)
+    pass_attention(streams, new, g)
     return new
 
 
@@ -179,8 +180,7 @@ def quantize_experts(
     out: dict[str, np.ndarray],
 ) -> LayerWeights:
     """w1 and w3, then w2 on what they give. Experts whose w2 input would overflow float16 are rescaled first."""
-    kept = range(g.experts)
-    pair, largest = expert_pairs(streams, weights, None, g, kept)
+    pair, largest = input_pairs(streams, weights, g)
     exponents = overflow_exponents(largest)
     report.cured |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
     source = cured(weights, exponents)
@@ -195,7 +195,7 @@ def quantize_experts(
             out[name], value = solve(getattr(source, role), kinds[name], pair, method)
             new = replace(new, **{role: value})
     del pair
-    pair, _ = expert_pairs(streams, source, new, g, kept)
+    pair = middle_pairs(streams, source, new, g)
     out["ffn_down_exps"], value = solve(source.w2, kinds["ffn_down_exps"], pair, method)
     return replace(new, w2=value)
 

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from mmquant.calibration.forward import embed, layer_forward
-from mmquant.calibration.gguf_paired import Pair, Streams, corrected, cured, expert_pairs, overflow_exponents
+from mmquant.calibration.gguf_maxima import Largest
+from mmquant.calibration.gguf_paired import (
+    Pair,
+    Streams,
+    corrected,
+    cured,
+    input_pairs,
+    middle_pairs,
+    output_pair,
+    overflow_exponents,
+    pass_attention,
+    pass_experts,
+)
 from mmquant.calibration.hidden import HiddenStates
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
@@ -81,17 +93,41 @@ def test_the_cure_keeps_the_layers_output_and_bounds_the_sums() -> None:
     better = cured(weights, exponents)
     assert torch.equal(better.w1, weights.w1)
     assert torch.equal(layer_forward(better, source.geometry, hidden), layer_forward(weights, source.geometry, hidden))
-    streams = []
-    for _ in range(2):
-        states = HiddenStates(2, 64, source.geometry.hidden)
-        states.put(0, hidden)
-        streams.append(states)
-    both = Streams(streams[0], streams[1], 1, "cpu")
-    _, before = expert_pairs(both, weights, None, source.geometry, range(16))
-    _, after = expert_pairs(both, better, None, source.geometry, range(16))
+    both = streams_at(hidden)
+    _, before = input_pairs(both, weights, source.geometry)
+    _, after = input_pairs(both, better, source.geometry)
     assert torch.equal(before / torch.exp2(exponents), after)
-    pair, _ = expert_pairs(both, weights, replace(weights), source.geometry, range(4, 9))
-    assert torch.allclose(pair.own, pair.cross, rtol=1e-4, atol=1e-3)  # nothing is quantized: both streams agree
+
+
+def streams_at(hidden: Tensor) -> Streams:
+    """Both streams at the same hidden states, one window at a time."""
+    windows, length, channels = hidden.shape
+    states = [HiddenStates(windows, length, channels) for _ in range(2)]
+    for side in states:
+        side.put(0, hidden)
+    return Streams(states[0], states[1], 1, "cpu")
+
+
+def test_both_streams_pass_a_layer_as_the_forward_does() -> None:
+    """Nothing is quantized: own and cross moments agree, and both streams leave the layer where the forward ends."""
+    source = open_source("demo")
+    g, weights = source.geometry, read_layer(source, 1)
+    tokens = torch.randint(0, 2000, (2, 64), generator=torch.Generator().manual_seed(0))
+    hidden = embed(read_globals(source), tokens)
+    both = streams_at(hidden)
+    pairs = [output_pair(both, weights, replace(weights), g)]
+    pass_attention(both, weights, g)
+    first, largest = input_pairs(both, weights, g)
+    pairs += [first, middle_pairs(both, weights, replace(weights), g)]
+    pass_experts(both, weights, g)
+    for pair in pairs:
+        assert torch.allclose(pair.own, pair.cross, rtol=1e-4, atol=1e-3)
+    assert float(first.rows.sum()) == 2 * 64 * g.experts_per_token
+    watch = Largest(g.experts)
+    expected = layer_forward(weights, g, hidden, watch)
+    assert torch.allclose(largest, watch.sums)
+    for side in (both.reference, both.written):
+        assert float((side.all() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
 def test_exponents_only_where_float16_is_near() -> None:
