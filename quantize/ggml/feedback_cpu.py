@@ -11,20 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 import torch
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from .grid import FORMS
+from .lanes import _Vectors
 from .types import GGMLType
 
 if TYPE_CHECKING:
     from .columns import Block
 
 TILE = 16  # rows that are taken together: one vector
+LANES = (0,) * TILE
 ZERO = np.float32(0)
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
@@ -35,6 +39,19 @@ def levels_of(kind: GGMLType) -> tuple[np.ndarray, np.ndarray | None, np.float32
     form = FORMS[kind]
     levels = np.array(form.levels, np.float32)
     return levels, None if form.uniform else (levels[1:] + levels[:-1]) / 2, np.float32(form.lowest)
+
+
+@intrinsic
+def _add_scaled(_typing: Any, row: Any, other: Any, factor: Any, ks: Any) -> Any:
+    """row[:K] += factor * other[:K]."""
+
+    def generate(context: Any, builder: Any, _signature: Any, a: Any) -> Any:
+        v = _Vectors(context, builder, ks.count)
+        total = v.add(v.load(row, a[0]), v.multiply(v.splat(a[2]), v.load(other, a[1])))
+        builder.store(total, v.pointer(row, a[0], v.kind), align=4)
+        return context.get_dummy_value()
+
+    return types.void(row, other, types.float32, ks), generate
 
 
 @_jit
@@ -52,9 +69,9 @@ def _round(y, step, levels, middles, lowest):  # type: ignore[no-untyped-def]
 
 @_jit
 def _sweep(
-    first, stop, target, weight, decoded, step, minimum, codes, lower, levels, middles, lowest
+    first, stop, target, weight, decoded, step, minimum, codes, lower, levels, middles, lowest, lanes
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Tiles first .. stop. target, weight, decoded, step, minimum [c, E, R]; codes uint8; lower [E, c, c]."""
+    """Tiles first .. stop. target .. minimum [c, E, R]; codes uint8; lower [E, c, c]; TILE lanes."""
     columns, _, rows = target.shape
     tiles = -(-rows // TILE)
     held, error = np.zeros((columns, TILE), np.float32), np.zeros(TILE, np.float32)
@@ -70,16 +87,14 @@ def _sweep(
                 codes[k, e, start + i], decoded[k, e, start + i] = code, value
                 error[i] = weight[k, e, start + i] - value
             for j in range(k):
-                factor = lower[e, k, j]
-                for i in range(TILE):
-                    held[j, i] += factor * error[i]
+                _add_scaled(held[j], error, lower[e, k, j], lanes)
 
 
 @_jit
 def _descend(
-    first, stop, pull, decoded, step, minimum, codes, moments, levels, middles, lowest
+    first, stop, pull, decoded, step, minimum, codes, moments, levels, middles, lowest, lanes
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Tiles first .. stop. pull, decoded, step, minimum [c, E, R]; codes uint8; moments [E, c, c]."""
+    """Tiles first .. stop. pull, decoded, step, minimum [c, E, R]; codes uint8; moments [E, c, c]; TILE lanes."""
     columns, _, rows = pull.shape
     tiles = -(-rows // TILE)
     held, change = np.zeros((columns, TILE), np.float32), np.zeros(TILE, np.float32)
@@ -95,23 +110,21 @@ def _descend(
                 code, value = _round(wanted + low, step[k, e, start + i], levels, middles, lowest)
                 value -= low
                 codes[k, e, start + i], decoded[k, e, start + i] = code, value
-                change[i] = value - before
+                change[i] = before - value
             for j in range(k):
-                factor = moments[e, k, j]
-                for i in range(TILE):
-                    held[j, i] -= factor * change[i]
+                _add_scaled(held[j], change, moments[e, k, j], lanes)
 
 
 def sweep_columns(block: Block, target: Tensor, weight: Tensor, decoded: Tensor, lower: Tensor) -> None:
     """As `columns.sweep_columns`; `target` stays as it is."""
     arrays = [_numpy(t) for t in (target, weight, decoded, block.step, block.minimum, block.codes)]
-    _in_tiles(_sweep, target, *arrays, lower.contiguous().numpy(), *levels_of(block.grid.kind))
+    _in_tiles(_sweep, target, *arrays, lower.contiguous().numpy(), *levels_of(block.grid.kind), LANES)
 
 
 def descend_columns(block: Block, pull: Tensor, decoded: Tensor, moments: Tensor) -> None:
     """As `columns.descend_columns`; `pull` stays as it is."""
     arrays = [_numpy(t) for t in (pull.contiguous(), decoded, block.step, block.minimum, block.codes)]
-    _in_tiles(_descend, pull, *arrays, moments.contiguous().numpy(), *levels_of(block.grid.kind))
+    _in_tiles(_descend, pull, *arrays, moments.contiguous().numpy(), *levels_of(block.grid.kind), LANES)
 
 
 def _numpy(tensor: Tensor | None) -> np.ndarray | None:
