@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.checkpoint import Checkpoint
 from ..convert.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, LayerWeights
 from ..convert.prefetch import prefetch_layer
-from ..convert.quantized_readers import QuantizedFolder
-from ..convert.schedule import Schedule
 from ..convert.source import Source
 from .distributed import read_layer_shared
 from .evaluation_state import State
@@ -116,12 +113,9 @@ def evaluate(
     subjects = _subjects(source, candidates, mine, settings)
     state = State.open(settings.state, _identity(subjects, sample), ranks)
     layer = _start(subjects, mine, settings, state, ranks)
-    schedules = _schedules(subjects, layer)
     while layer < geometry.layers:
         _advance(subjects, source is not None, layer, mine, settings)
         layer += 1
-        for schedule in schedules:
-            schedule.finished(layer)
         if progress is not None:
             progress(layer, geometry.layers)
         state.offer(layer, [s.hidden for s in subjects], [s.layers for s in subjects], ranks)
@@ -156,15 +150,6 @@ def _place(device: str, size: int) -> str:
     if not device.startswith("cuda"):
         return "cpu"
     return device if 5 * size <= torch.cuda.mem_get_info(device)[0] else "cpu"
-
-
-def _schedules(subjects: list[_Subject], layer: int) -> list[Schedule]:
-    """Order of use of every source that keeps shards (a hub fetches ahead and drops them by it)."""
-    sources = {id(s.source): s.source for s in subjects}.values()
-    found = [Schedule(s, layer + 1) for s in sources if isinstance(s, Checkpoint | QuantizedFolder)]
-    for schedule in found:
-        schedule.start()
-    return found
 
 
 def _identity(subjects: list[_Subject], sample: Sample) -> str:

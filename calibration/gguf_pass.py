@@ -23,7 +23,6 @@ from ..convert.gguf_names import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from ..convert.gguf_variant import GgufVariant
 from ..convert.gguf_writer import GgufWriter, TensorInfo
 from ..convert.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry
-from ..convert.schedule import Schedule
 from ..convert.source import read_layer
 from ..quantize.ggml.codec import decode
 from ..quantize.ggml.types import GGMLType
@@ -32,6 +31,8 @@ from .gguf_paired import Streams
 from .gguf_quantizer import METHODS, Report, quantize_head, quantize_layer
 from .hidden import HiddenStates
 from .stream import batch_windows
+
+SMALLER = 4  # batches on a CPU, of those elsewhere in calibration: rows of a few MB are allocated without page faults
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class CalibratedRun:
         self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         windows, length = calibration.tokens.shape
         batch = batch_windows(length, device)
+        if torch.device(device).type == "cpu":
+            batch = max(1, batch // SMALLER)
         hidden = [HiddenStates(windows, length, source.geometry.hidden, folder=writer.folder) for _ in range(2)]
         self.streams = Streams(hidden[0], hidden[1], batch, device)
 
     def write(self) -> None:
         """All steps from the first that is missing."""
         first = self._restore()
-        schedule = Schedule(self.source, first)
-        schedule.start()
         bar = tqdm(range(first, len(self.steps)), self.label, len(self.steps), initial=first, unit="step", delay=1)
         for step in bar:
             data = self._values(step)
@@ -86,7 +87,6 @@ class CalibratedRun:
                 self.writer.write(tensor.name, data.pop(tensor.name))
             self._save(step + 1)
             self.writer.checkpoint()
-            schedule.finished(step)
             self._drop(step)
 
     def _values(self, step: int) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from .minimax_m2 import (
     matrix_shapes,
     plain_shapes,
 )
+from .schedule import Schedule
 from .store import LocalFolder, ShardStore, TensorInfo, parse_json, shard_names
 
 PLAIN = ("BF16", "F32", "F16")
@@ -107,6 +108,8 @@ class Checkpoint:
         self.tile, self.plain_parts = _quantization(self.config)
         self.tensors = collect_tensors(store)
         self.skipped = {n: t for n, t in self.tensors.items() if is_mtp(n, self.geometry)}
+        used = {n: t for n, t in self.tensors.items() if n not in self.skipped}
+        self.schedule = Schedule(store, used, self.geometry.layers)
 
     # -- validation ----------------------------------------------------------------------------------------------
 
@@ -133,8 +136,9 @@ class Checkpoint:
         """Whether the matrix of this name (without .weight) is FP8 according to config.json."""
         return self.tile is not None and not self.plain_parts & set(name.split("."))
 
-    def validate(self, scales: bool = True) -> None:
-        """Check names, shapes, dtypes and (by reading them) that every scale is finite and positive.
+    def validate(self, scales: bool | None = None) -> None:
+        """Check names, shapes, dtypes and (by reading them; default: of a local folder) that every scale is finite and
+        positive. Those of a hub are checked as they are used.
 
         Raises ValueError with the first fault and how many there are of its sort.
         """
@@ -151,7 +155,7 @@ class Checkpoint:
                 raise ValueError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)}")
             if info.dtype not in dtypes:
                 raise ValueError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
-        if scales:
+        if isinstance(self.store, LocalFolder) if scales is None else scales:
             for name in wanted:
                 if name.endswith("weight_scale_inv"):
                     self.read_scales(name)
@@ -162,6 +166,7 @@ class Checkpoint:
         """A tensor as stored; ValueError when there is none of that name."""
         if name not in self.tensors:
             raise ValueError(f"{self.label}: {name} is missing")
+        self.schedule.reading(name)
         return read_tensor(self.store, self.tensors[name])
 
     def read_scales(self, name: str) -> Tensor:
@@ -202,6 +207,7 @@ class Checkpoint:
 
     def _dequantized(self, names: list[str], device: torch.device | str) -> Tensor:
         """[n, out, in] float32 of matrices that are all quantized, or all plain."""
+        self.schedule.reading(names[0])
         weights = [self._info(name + ".weight") for name in names]
         codes = read_batch(self.store, weights, TORCH_DTYPES[weights[0].dtype], device)
         if not self.is_quantized(names[0]):

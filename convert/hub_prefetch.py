@@ -69,9 +69,11 @@ class Prefetcher:
         self._used: dict[str, None] = {}  # handed out, not yet released; the longest unasked first
 
     def plan(self, order: list[str]) -> None:
-        """Shards in the order of their coming use; replaces an earlier plan."""
+        """Shards in the order of their coming use; replaces an earlier plan, whose unused shards go."""
         with self._changed:
             self._order = list(dict.fromkeys(order))
+            for name in [n for n in self._ready if n not in self._used and n not in self._order]:
+                self._drop(name)
             self._pump()
 
     def path(self, name: str) -> Path:
@@ -93,6 +95,13 @@ class Prefetcher:
             self._used.pop(name, None)
             self._used[name] = None
             return self._ready[name][0]
+
+    def release_all(self) -> None:
+        """Nothing will be used any more."""
+        with self._changed:
+            self._order = []
+            for name in list(self._ready):
+                self._drop(name)
 
     def release(self, name: str) -> None:
         """The shard has been used for the last time."""

@@ -49,9 +49,11 @@ class FetchOptions:
 
 
 def default_work() -> Path:
-    """MMQUANT_CACHE, else the user's cache folder."""
+    """MMQUANT_CACHE, else the user's cache folder; under torchrun every process has one of its own in it."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return Path(os.environ.get("MMQUANT_CACHE") or os.path.join(cache, "mmquant")).expanduser()
+    folder = Path(os.environ.get("MMQUANT_CACHE") or os.path.join(cache, "mmquant")).expanduser()
+    rank = os.environ.get("RANK", "0")
+    return folder if rank == "0" else folder / f"rank-{rank}"
 
 
 def hub_source(spec: str, options: FetchOptions | None = None) -> HubFolder:
@@ -109,6 +111,7 @@ class HubFolder:
         self._pool = DaemonPool(options.connections)
         self._lock = threading.Lock()
         self._held: ExitStack | None = None
+        self._tidied = False
         self._headers: dict[str, list[TensorInfo]] | None = None
         self._from_cache: dict[str, Path] = {}
         self._bar = tqdm(desc="fetch", unit="B", unit_scale=True, disable=None, position=1, leave=False, delay=1)
@@ -165,7 +168,9 @@ class HubFolder:
             missing = sum(s for n, s in sizes.items() if self._local(self.listing.files[n]) is None)
             need_disk(self.folder, missing, f"{self.label} with --keep-shards")
         self._bar.total = sum(sizes.values())
-        self._tidy(shards)
+        if not self._tidied:
+            self._tidy(shards)
+            self._tidied = True
         self._prefetch.plan(shards)
 
     def release(self, shard: str) -> None:
@@ -181,8 +186,10 @@ class HubFolder:
         present = sum(self.listing.files[p].size for p, path in here.items() if path.is_file())
         return max(0, limit - present)
 
-    def close(self) -> None:
-        """Stop fetching and let go of the folder; what is half fetched is continued by the next run."""
+    def close(self, finished: bool = False) -> None:
+        """Stop fetching and let go of the folder; what is there is taken up by the next run, unless `finished`."""
+        if finished:
+            self._prefetch.release_all()
         self._client.cancelled.set()
         self._pool.shutdown()
         self._bar.close()

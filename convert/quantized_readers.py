@@ -22,6 +22,7 @@ from .batches import batches, read_batch
 from .checkpoint import PLAIN, TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
 from .minimax_m2 import EMBED, HEAD, Geometry, expert_name, global_shapes, is_mtp, matrix_shapes, plain_shapes
 from .quantization_config import SGLANG, Scheme, scheme_of
+from .schedule import Schedule
 from .store import ShardStore, TensorInfo
 
 SAMPLED = 512  # tensors whose first bytes are in the fingerprint
@@ -77,7 +78,7 @@ class QuantizedFolder:
         self.notes: list[str] = []
         found = collect_tensors(store)
         self.tensors = {n: t for n, t in found.items() if not is_mtp(n, self.geometry)}
-        self.skipped = {n: t for n, t in found.items() if n not in self.tensors}
+        self.schedule = Schedule(store, self.tensors, self.geometry.layers)
         check_count(self.geometry, len(found), self.label)
         self._by_module: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
@@ -144,6 +145,7 @@ class QuantizedFolder:
     def dequantize(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """[out, in] float32 of a matrix by its release name without .weight."""
         stored = self.matrices[name]
+        self.schedule.reading(name)
         return self._values(stored, lambda suffix: read_tensor(self.store, stored.parts[suffix]).to(device))
 
     def _batch(self, names: list[str], device: torch.device | str) -> Tensor:
@@ -152,6 +154,8 @@ class QuantizedFolder:
         alike = all(s.scheme == group[0].scheme for s in group)
         if not alike or (group[0].scheme is not None and group[0].scheme.act_order):
             return torch.stack([self.dequantize(name, device) for name in names])
+
+        self.schedule.reading(names[0])
 
         def fetch(suffix: str) -> Tensor:
             infos = [stored.parts[suffix] for stored in group]
@@ -210,6 +214,7 @@ class QuantizedFolder:
             name = EMBED
         if name not in self.tensors:
             raise ValueError(f"{self.label}: {name} is missing")
+        self.schedule.reading(name)
         return read_tensor(self.store, self.tensors[name]).float()
 
     def read_experts(

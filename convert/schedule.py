@@ -1,10 +1,11 @@
-"""When each shard of a checkpoint is needed for the first and the last time in one pass over the layers."""
+"""Which shards a pass over the layers needs next, and which it has done with: read off from the tensors it reads."""
 
 from __future__ import annotations
 
-from .checkpoint import Checkpoint
+from collections.abc import Mapping
+
 from .minimax_m2 import EMBED, layer_of
-from .quantized_readers import QuantizedFolder
+from .store import LocalFolder, ShardStore, TensorInfo
 
 
 def step_of(name: str, layers: int) -> int:
@@ -16,25 +17,38 @@ def step_of(name: str, layers: int) -> int:
 
 
 class Schedule:
-    """Tells a store which shards will be used in which order, and when each has been used for the last time."""
+    """Follows whoever reads a checkpoint, so that its store can fetch ahead and delete behind.
 
-    def __init__(self, source: Checkpoint | QuantizedFolder, first_step: int = 0) -> None:
-        self._store = source.store
-        self._first: dict[str, int] = {}
-        self._last: dict[str, int] = {}
-        for name, info in source.tensors.items():
-            step = step_of(name, source.geometry.layers)
-            if name in source.skipped or step < first_step:
-                continue
-            self._first[info.shard] = min(step, self._first.get(info.shard, step))
-            self._last[info.shard] = max(step, self._last.get(info.shard, step))
+    The first read of a step plans the shards from there on in their order of use; a read of a later step releases those
+    whose last use lies before it; a return to an earlier layer (a second pass, replayed layers) plans anew. `behind`:
+    so many steps before the latest one may still be read again. One reader at a time.
+    """
 
-    def start(self) -> None:
-        """Announce the order of use."""
-        self._store.plan(sorted(self._first, key=lambda shard: (self._first[shard], self._last[shard], shard)))
+    def __init__(self, store: ShardStore, tensors: Mapping[str, TensorInfo], layers: int) -> None:
+        self.behind = 0
+        self._store, self._tensors, self._layers = store, tensors, layers
+        self._step: int | None = None
+        self._last: dict[str, int] = {}  # shards not released yet: the step of their last use
 
-    def finished(self, step: int) -> None:
-        """Release every shard whose last use was `step`."""
-        for shard, last in self._last.items():
-            if last == step:
+    def reading(self, name: str) -> None:
+        """A tensor is about to be read; any name of its module will do."""
+        if isinstance(self._store, LocalFolder):
+            return
+        step = step_of(name, self._layers)
+        if self._step is None or 0 < step < self._step - self.behind:  # embeddings alone may serve a tied head
+            self._plan(step)
+        elif step > self._step:
+            self._step = step
+            for shard in [s for s, last in self._last.items() if last < step - self.behind]:
+                del self._last[shard]
                 self._store.release(shard)
+
+    def _plan(self, first_step: int) -> None:
+        first: dict[str, int] = {}
+        self._step, self._last = first_step, {}
+        for name, info in self._tensors.items():
+            step = step_of(name, self._layers)
+            if step >= first_step:
+                first[info.shard] = min(step, first.get(info.shard, step))
+                self._last[info.shard] = max(step, self._last.get(info.shard, step))
+        self._store.plan(sorted(first, key=lambda shard: (first[shard], self._last[shard], shard)))

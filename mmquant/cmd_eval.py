@@ -9,9 +9,11 @@ import click
 
 from mmquant.errors import GateError, UsageError
 from mmquant.options import device_option, json_option
+from mmquant.options_fetch import close_model, fetch_options, open_any
 
 if TYPE_CHECKING:
     from mmquant.calibration.sample import Sample
+    from mmquant.convert.hub_store import FetchOptions
     from mmquant.convert.source import Source
 
 FILE = click.Path(path_type=Path)
@@ -38,6 +40,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--state", type=FILE, help="Folder in which an interrupted run leaves what it has.")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Tokens that go through a layer at once.")
 @device_option()
+@fetch_options()
 @json_option()
 def command(
     artifacts: tuple[str, ...], gate_file: Path | None, as_json: bool, html: Path | None, **options: Any
@@ -88,12 +91,12 @@ def run(
     state: Path | None = None,
     batch_tokens: int | None = None,
     device: str = "cpu",
+    fetch: FetchOptions | None = None,
 ) -> dict[str, Any] | None:
     """The result document of `mmquant eval`; None on every rank but the first, and where there was only to save."""
     from mmquant.calibration.distributed import rank_device
     from mmquant.calibration.ranks import current_ranks
     from mmquant.calibration.vocabulary import check_same_model, check_same_tokenizer
-    from mmquant.convert.open import open_source
 
     if reference is None and logits is None:
         raise UsageError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
@@ -103,14 +106,8 @@ def run(
         from mmquant.engines import check_engine
 
         check_engine(engine, artifacts)
-    candidates = [open_source(artifact) for artifact in artifacts]
-    truth = open_source(reference) if reference is not None else None
-    for source in (*candidates, *filter(None, [truth])):
-        check = getattr(source, "validate", None)
-        if check is not None:
-            check()
-        for note in getattr(source, "notes", []):
-            click.echo(f"mmquant: {note}", err=True)
+    candidates = [_opened(artifact, fetch) for artifact in artifacts]
+    truth = _opened(reference, fetch) if reference is not None else None
     basis = truth if truth is not None else candidates[0]
     for candidate in candidates:
         check_same_model(basis.geometry, candidate)
@@ -123,7 +120,20 @@ def run(
             raise UsageError(f"--engine {engine}: runs in one process, expected no torchrun")
         return _with_engine(engine, artifacts, reference, truth, candidates, sample, settings, logits, save, seed)
     result = measure(truth, candidates, sample, settings, logits, save, seed)
+    for source in (*candidates, *filter(None, [truth])):
+        close_model(source, finished=True)
     return result if ranks.first and candidates else None
+
+
+def _opened(model: str, fetch: FetchOptions | None) -> Source:
+    """A model to score, complete as far as its headers tell."""
+    source = open_any(model, fetch)
+    check = getattr(source, "validate", None)
+    if check is not None:
+        check()
+    for note in getattr(source, "notes", []):
+        click.echo(f"mmquant: {note}", err=True)
+    return source
 
 
 def _with_engine(

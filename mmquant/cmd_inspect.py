@@ -19,10 +19,9 @@ def command(model: str, as_json: bool) -> None:
     Example: mmquant inspect demo
     """
     from mmquant.convert.open import open_native
-    from mmquant.convert.store import LocalFolder
 
     source = open_native(model)
-    source.validate(scales=isinstance(source.store, LocalFolder))
+    source.validate()
     census, g = source.census(), source.geometry
     total = sum(kind.bytes for kind in census)
     if as_json:

@@ -17,9 +17,7 @@ from mmquant.convert.gguf_variant import GgufVariant
 from mmquant.convert.gguf_writer import GgufWriter
 from mmquant.convert.lock import hold
 from mmquant.convert.manifest import FileEntry
-from mmquant.convert.schedule import Schedule
 from mmquant.convert.source import CARRIED_FILES
-from mmquant.convert.store import LocalFolder
 from mmquant.pipeline import check_disk, claim, finish_folder, is_finished, written_bytes
 
 
@@ -39,7 +37,7 @@ def write_gguf(
     A finished folder of the same run is left alone, an unfinished one continued at its layer. UsageError when `out`
     holds something else, FitError when the disk is too small.
     """
-    source.validate(scales=isinstance(source.store, LocalFolder))
+    source.validate()
     run = {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes}
     run |= calibration.run() if calibration else {}
     parts = variant.parts(source, calibration.importance(source.geometry) if calibration else None)
@@ -83,8 +81,6 @@ def write_steps(
     steps = variant.steps(source.geometry)
     ends = [sum(len(step) for step in steps[: index + 1]) for index in range(len(steps))]
     first = next((index for index, end in enumerate(ends) if end > writer.done), len(steps))
-    schedule = Schedule(source, first)
-    schedule.start()
     bar = tqdm(range(first, len(steps)), desc=variant.label, unit="step", initial=first, total=len(steps), delay=1)
     for step in bar:
         missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
@@ -92,4 +88,3 @@ def write_steps(
         for name, data in made:
             writer.write(name, data)
         writer.checkpoint()
-        schedule.finished(step)

@@ -15,6 +15,7 @@ from mmquant.calibration.int4_variant import CalibratedInt4
 from mmquant.convert.checkpoint import Checkpoint
 from mmquant.convert.int4_variant import Int4Variant, check_groups
 from mmquant.convert.selfcheck import check_folder
+from mmquant.convert.store import LocalFolder
 from mmquant.errors import UsageError
 from mmquant.options_calibration import NAMES, make_provider
 from mmquant.pipeline import write_folder
@@ -119,7 +120,10 @@ def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, o
         provider = make_provider(
             source, request.calibration, request.device, out / STREAMS, hidden=variant.options.learned
         )
+    if isinstance(variant, CalibratedInt4) and variant.options.learned:
+        source.schedule.behind = 1  # the reference stream reads the layer before once more
     done = write_folder(source, variant, out, device=request.device, limit=limit, provider=provider)
     shutil.rmtree(out / STREAMS, ignore_errors=True)
-    check_folder(done, source)
+    # A hub's shards were verified on their way and are gone; fetching all of them again would double the traffic.
+    check_folder(done, source if isinstance(source.store, LocalFolder) else None)
     return done

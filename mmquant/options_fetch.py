@@ -17,6 +17,7 @@ from mmquant.options import Decorator, parse_size
 if TYPE_CHECKING:
     from mmquant.convert.checkpoint import Checkpoint
     from mmquant.convert.hub_store import FetchOptions
+    from mmquant.convert.source import Source
 
 WORK = ".mmquant.source"  # inside the folder that is written: shards in use, headers, small files
 
@@ -71,21 +72,35 @@ def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Chec
         rank = os.environ.get("RANK", "0")  # under torchrun every process has a folder of its own
         fetch = replace(fetch, work=out / (WORK if rank == "0" else f"{WORK}-{rank}"))
     source = open_native(model, fetch)
-    context = click.get_current_context(silent=True)
-    if context is not None:
-        context.call_on_close(lambda: close_model(source))
+    _close_with_command(source)
     return source
 
 
-def close_model(source: Checkpoint, finished: bool = False) -> None:
+def open_any(model: str, fetch: FetchOptions | None) -> Source:
+    """Open a model or artifact that is only read (`eval`); shards of a hub's pass through the user's cache."""
+    from mmquant.convert.open import open_source
+
+    source = open_source(model, fetch)
+    _close_with_command(source)
+    return source
+
+
+def _close_with_command(source: Source) -> None:
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.call_on_close(lambda: close_model(source))
+
+
+def close_model(source: Source, finished: bool = False) -> None:
     """Stop fetching; when the output is finished, the work folder in it goes (unless the shards are to be kept)."""
     from mmquant.convert.hub_store import HubFolder
     from mmquant.convert.manifest import MANIFEST
 
-    if not isinstance(source.store, HubFolder):
+    store = getattr(source, "store", None)
+    if not isinstance(store, HubFolder):
         return
-    source.store.close()
-    options = source.store.options
+    store.close(finished)
+    options = store.options
     if options.work is None or options.keep_shards:
         return
     if finished or (options.work.parent / MANIFEST).exists():

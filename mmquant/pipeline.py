@@ -24,8 +24,6 @@ from mmquant.convert.lock import hold
 from mmquant.convert.manifest import Artifact, FileEntry
 from mmquant.convert.minimax_m2 import EMBED, layer_of
 from mmquant.convert.native_copy import copy_native
-from mmquant.convert.schedule import Schedule
-from mmquant.convert.store import LocalFolder
 from mmquant.convert.variant import FolderVariant, carried_files, global_specs, global_tensors, quantized_config
 from mmquant.errors import FitError, UsageError
 
@@ -47,7 +45,7 @@ class Prepared:
 
 def prepare(source: Checkpoint, variant: FolderVariant) -> Prepared:
     """Validate the source and lay out every tensor of the artifact; nothing is written."""
-    source.validate(scales=isinstance(source.store, LocalFolder))
+    source.validate()
     outside = global_specs(source)
     layers = [variant.specs(source, layer) for layer in range(source.geometry.layers)]
     steps = [[s for s in outside if s.name == EMBED], *layers, [s for s in outside if s.name != EMBED]]
@@ -81,13 +79,10 @@ def write_folder(
     with hold(out):
         writer = FolderWriter(out, prepared.steps, run, limit)
         check_disk(out, writer.bytes - written_bytes(out), source)
-        schedule = Schedule(source, writer.done)
-        schedule.start()
         steps = range(writer.done, len(prepared.steps))
         bar = tqdm(steps, desc=variant.label, unit="step", initial=writer.done, total=len(prepared.steps), delay=1)
         for step in bar:
             writer.write(step, step_tensors(source, variant, step, device, provider))
-            schedule.finished(step)
         config = quantized_config(source, variant.quantization_config(source))
         files = {**carried_files(source), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
         names = writer.finish(files)
@@ -187,7 +182,7 @@ def describe(out: Path, label: str, size: int) -> str:
 
 def write_native(source: Checkpoint, out: Path) -> Path:
     """Copy the release as it is, verified, with a manifest."""
-    source.validate(scales=isinstance(source.store, LocalFolder))
+    source.validate()
     run = {"command": "fp8", "scheme": "native", "source": source.fingerprint}
     if is_finished(out, run):
         return out

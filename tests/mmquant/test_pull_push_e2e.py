@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from hub_server import TOKEN, Bucket, HubServer
+from mmquant.cli import cli
+from mmquant.convert.hub_store import HubFolder
+from mmquant.convert.open import demo_folder
 from tiny import write_tiny
 
 SHARDS = 12
@@ -148,6 +152,62 @@ def test_a_second_process_in_the_same_folder_is_refused(hub: HubServer, tmp_path
     assert f"in use by process {first.pid} on " in second.stderr
     assert len(second.stderr.splitlines()) == 1
     assert run(hub, tmp_path, *line).returncode == 0  # the killed one's lock went with it
+
+
+# -- every command that makes a pass ---------------------------------------------------------------------------------
+
+PASSES = {
+    "fp8": ("fp8",),
+    "int4": ("int4", "--effort", "high", "--group-size", "32", "--tp", "1", "--windows", "4", "--context", "32"),
+    "gguf": ("gguf", "--type", "Q8_0"),
+    "calibrate": ("calibrate", "--windows", "4", "--context", "32"),
+}
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of many shards with the demo's tokenizer, whose layers share shards with their neighbours."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_local_experts": 3}
+    shape["vocab_size"] = 2048
+    folder = write_tiny(tmp_path_factory.mktemp("readable"), shards=10, **shape)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
+        (folder / name).write_bytes((demo_folder() / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("command", [*PASSES, "eval"])
+def test_a_pass_fetches_ahead_within_the_limits_and_each_shard_once(
+    hub: HubServer, readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    hub.seed("org/readable", {p.name: p.read_bytes() for p in readable.iterdir()})
+    for name, value in (hub.environment() | {"MMQUANT_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    most, plans, fetched = 0, [], []
+    plan, obtain = HubFolder.plan, HubFolder._obtain
+
+    def planned(store: HubFolder, shards: list[str]) -> None:
+        plans.append(shards)
+        plan(store, shards)
+
+    def obtained(store: HubFolder, name: str) -> tuple[Path, bool]:
+        nonlocal most
+        fetched.append(name)
+        files = {p.name.removesuffix(".part") for p in store.folder.rglob("shards/model-*") if ".json" not in p.name}
+        most = max(most, len(files | {name}))
+        return obtain(store, name)
+
+    monkeypatch.setattr(HubFolder, "plan", planned)
+    monkeypatch.setattr(HubFolder, "_obtain", obtained)
+    if command == "eval":
+        line = ["eval", str(readable), "--reference", "hf:org/readable", "--windows", "4", "--context", "32"]
+    else:
+        line = [*PASSES[command], "--model", "hf:org/readable", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, [*line, "--max-shards", "7"])
+    assert result.exit_code == 0, result.output
+    assert len(plans) == 1
+    assert sorted(plans[0]) == sorted(fetched) == sorted(p.name for p in readable.glob("model-*.safetensors"))
+    assert most <= 7
+    assert not list(tmp_path.rglob("shards/model-*"))
 
 
 ERRORS = [
