@@ -40,8 +40,5 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as lower-case hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

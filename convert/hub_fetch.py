@@ -21,7 +21,7 @@ from pathlib import Path
 
 import requests
 
-from .files import CHUNK, replace_whole, sync_folder
+from .files import replace_whole, sha256_file, sync_folder
 from .hub_http import NETWORK_ERRORS, TRANSIENT, Client, TransferError, explain, origin, reason, retry_after
 from .hub_listing import RepoFile
 
@@ -96,13 +96,10 @@ def fetch(client: Client, job: Job, pool: Executor) -> Path:
 
 def part_digest(path: Path, file: RepoFile) -> str:
     """The digest of a local file in the kind that the listing has: SHA-256, or git's blob SHA-1."""
-    digest = hashlib.sha256()
-    if file.sha256 is None and file.git is not None:
-        digest = hashlib.sha1(b"blob %d\0" % file.size)
+    if file.sha256 is not None or file.git is None:
+        return sha256_file(path)
     with open(path, "rb") as source:
-        while block := source.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(source, lambda: hashlib.sha1(b"blob %d\0" % file.size)).hexdigest()
 
 
 def need_disk(folder: Path, needed: int, what: str) -> None:

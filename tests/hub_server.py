@@ -223,6 +223,7 @@ class HubServer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its headers
     hub: HubServer
 
     def log_message(self, format: str, *args: Any) -> None:
