@@ -18,9 +18,10 @@ from torch import Tensor
 from ..convert.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, LayerWeights
 from ..convert.prefetch import prefetch_layer
 from ..convert.source import Source
+from .activations import as_converted, head_rounding, layer_rounding
 from .distributed import read_layer_shared
 from .evaluation_state import State
-from .forward import Observer, Routing, embed, final_logits, layer_forward
+from .forward import EXACT, Observer, Routing, embed, final_logits, layer_forward
 from .hidden import RAM_LIMIT, HiddenStates
 from .metrics import Scores, compare, jaccard, join
 from .ranks import Ranks
@@ -42,6 +43,11 @@ class Settings:
     folder: Path | None = None
     state: Path | None = None  # where an interrupted run leaves what it has
     floor: bool = False  # the reference against itself in the other compute dtype
+    activations: str = "exact"  # or "llama.cpp": rounded as its CPU backend does (needs float32)
+
+    @property
+    def like_llama(self) -> bool:
+        return self.activations == "llama.cpp"
 
     @property
     def other_dtype(self) -> torch.dtype:
@@ -111,7 +117,7 @@ def evaluate(
     share = ranks.share(sample.windows)
     mine, origin = sample.part(share), int(sample.scored[: share.start].sum())
     subjects = _subjects(source, candidates, mine, settings)
-    state = State.open(settings.state, _identity(subjects, sample), ranks)
+    state = State.open(settings.state, f"{settings.activations} {_identity(subjects, sample)}", ranks)
     layer = _start(subjects, mine, settings, state, ranks)
     while layer < geometry.layers:
         _advance(subjects, source is not None, layer, mine, settings)
@@ -122,7 +128,7 @@ def evaluate(
     writer = StoreWriter(save, ranks) if save is not None and source is not None else None
     outcomes = _finish(subjects, stored, mine, settings, writer, ranks, origin)
     if writer is not None and source is not None:
-        writer.close(source, sample)
+        writer.close(source, sample, settings.activations)
     state.clear(ranks)
     return outcomes
 
@@ -185,12 +191,14 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
         weights = kept if subject.dtype != settings.dtype else None
         if weights is None:
             weights = read_layer_shared(subject.source, layer, settings.device, subject.dtype)
+            weights = as_converted(subject.source, weights) if settings.like_llama else weights
         else:
             weights = _recast(weights, subject.dtype)
+        rounding = layer_rounding(subject.source, layer) if settings.like_llama else EXACT
         watch, loss = _Choice(), torch.zeros(5, len(mine.domains), dtype=torch.float64)
         step = max(1, settings.tokens // mine.context)
         for index, (start, values) in enumerate(subject.hidden.batches(step, settings.device)):
-            after = layer_forward(weights, subject.source.geometry, values, watch)
+            after = layer_forward(weights, subject.source.geometry, values, watch, rounding)
             subject.hidden.put(start, after)
             if has_reference and number == 0:
                 chosen.append(watch.chosen.to(torch.int16))
@@ -253,7 +261,7 @@ def _finish(
             stop = min(first + rows, mine.context - 1)
             target = mine.tokens[window, first + 1 : stop + 1]
             pairs = zip(subjects, models, strict=True)
-            blocks = [_logits(s, m, window, first, stop, settings.device) for s, m in pairs]
+            blocks = [_logits(s, m, window, first, stop, settings) for s, m in pairs]
             if stored is not None:
                 base = stored.rows(at, at + stop - first)
                 found = [compare_stored(base, block, target) for block in blocks]
@@ -273,9 +281,10 @@ def _head(subject: _Subject, device: str) -> Globals:
     return Globals(embed=norm[:0], norm=norm, head=subject.source.read(HEAD).to(subject.dtype).to(device))
 
 
-def _logits(subject: _Subject, model: Globals, window: int, first: int, stop: int, device: str) -> Tensor:
-    hidden = subject.hidden.all()[window, first:stop].to(device)
-    return final_logits(model, subject.source.geometry, hidden)
+def _logits(subject: _Subject, model: Globals, window: int, first: int, stop: int, settings: Settings) -> Tensor:
+    hidden = subject.hidden.all()[window, first:stop].to(settings.device)
+    rounding = head_rounding(subject.source) if settings.like_llama else EXACT
+    return final_logits(model, subject.source.geometry, hidden, rounding)
 
 
 def _gathered(subject: _Subject, scores: list[Scores], ranks: Ranks) -> Outcome:

@@ -8,6 +8,7 @@ Shapes: B windows, T positions, N = B*T tokens, H hidden, E experts, K experts p
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +21,19 @@ from ..quantize.combine import combine
 
 # Routed rows that an expert batch may hold at once; bounds the activations, not the result.
 ROWS = 1 << 17
+
+# What an engine does to the inputs of a matrix before it multiplies, by the matrix (q k v o w1 w3 w2), CACHE for what
+# attention multiplies, HEAD_INPUT for the head (activations.py); by default nothing.
+Change = Callable[[Tensor], Tensor]
+Rounding = Mapping[str, Change]
+EXACT: Rounding = {}
+CACHE, HEAD_INPUT = "cache", "head"
+
+
+def rounded(rounding: Rounding, name: str, x: Tensor) -> Tensor:
+    """x as the matrix `name` sees it."""
+    change = rounding.get(name)
+    return x if change is None else change(x)
 
 
 @dataclass(frozen=True)
@@ -75,22 +89,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turn * cos + half * sin, rest), dim=-1)
 
 
-def attention(weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Observer) -> Tensor:
+def attention(
+    weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Observer, rounding: Rounding = EXACT
+) -> Tensor:
     """Causal attention's contribution to the residual: hidden [B, T, H] float32 -> [B, T, H] float32."""
     batch, length, _ = hidden.shape
     dtype = weights.q.dtype
     x = rms_norm(hidden, weights.input_norm, g.norm_eps).to(dtype)
     observer.attention_input(x.flatten(0, 1))
-    q = rms_norm(x @ weights.q.T, weights.q_norm, g.norm_eps).view(batch, length, g.heads, g.head_dim).transpose(1, 2)
-    k = rms_norm(x @ weights.k.T, weights.k_norm, g.norm_eps).view(batch, length, g.kv_heads, g.head_dim)
-    v = (x @ weights.v.T).view(batch, length, g.kv_heads, g.head_dim).transpose(1, 2)
+    q, k, v = (rounded(rounding, name, x) @ getattr(weights, name).T for name in ("q", "k", "v"))
+    q = rms_norm(q, weights.q_norm, g.norm_eps).view(batch, length, g.heads, g.head_dim).transpose(1, 2)
+    k = rms_norm(k, weights.k_norm, g.norm_eps).view(batch, length, g.kv_heads, g.head_dim)
+    v = v.view(batch, length, g.kv_heads, g.head_dim).transpose(1, 2)
     cos, sin = rotary_tables(g, length, hidden.device)
     q, k = rotate(q, cos, sin).to(dtype), rotate(k.transpose(1, 2), cos, sin).to(dtype)
     observer.keys_values(k, v)
+    q, k, v = (rounded(rounding, CACHE, part) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     out = out.transpose(1, 2).reshape(batch, length, -1)
     observer.attention_output(out.flatten(0, 1))
-    return (out @ weights.o.T).float()
+    return (rounded(rounding, "o", out) @ weights.o.T).float()
 
 
 def route(x: Tensor, router: Tensor, bias: Tensor, per_token: int) -> Routing:
@@ -121,7 +139,9 @@ def rows_at_once(device: torch.device) -> int:
     return ROWS << (3 if total > 100e9 else 1 if total > 60e9 else 0)
 
 
-def run_experts(weights: LayerWeights, x: Tensor, routing: Routing, observer: Observer) -> Tensor:
+def run_experts(
+    weights: LayerWeights, x: Tensor, routing: Routing, observer: Observer, rounding: Rounding = EXACT
+) -> Tensor:
     """Weighted sum of the chosen experts' outputs: x [N, H] -> [N, H] float32. Deterministic: no atomics."""
     tokens, per_token = routing.chosen.shape
     out = torch.empty(tokens, x.shape[1], dtype=torch.float32, device=x.device)
@@ -133,10 +153,10 @@ def run_experts(weights: LayerWeights, x: Tensor, routing: Routing, observer: Ob
         counts = torch.bincount(chosen.flatten(), minlength=weights.w1.shape[0])
         offsets = [0, *torch.cumsum(counts, 0).tolist()]
         rows = x[start : start + step][token]
-        gate = grouped_matmul(rows, weights.w1, offsets)
-        up = grouped_matmul(rows, weights.w3, offsets)
+        gate = grouped_matmul(rounded(rounding, "w1", rows), weights.w1, offsets)
+        up = grouped_matmul(rounded(rounding, "w3", rows), weights.w3, offsets)
         h = F.silu(gate) * up
-        y = grouped_matmul(h, weights.w2, offsets)
+        y = grouped_matmul(rounded(rounding, "w2", h), weights.w2, offsets)
         observer.experts(rows, h, y, token + start, slot, offsets)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -145,22 +165,26 @@ def run_experts(weights: LayerWeights, x: Tensor, routing: Routing, observer: Ob
     return out
 
 
-def moe(weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Observer) -> Tensor:
+def moe(weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Observer, rounding: Rounding = EXACT) -> Tensor:
     """The experts' contribution to the residual: hidden [B, T, H] float32 -> [B, T, H] float32."""
     normed = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1)
     x = normed.to(weights.w1.dtype)
     routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
     observer.moe_input(x, routing)
-    return run_experts(weights, x, routing, observer).view(hidden.shape)
+    return run_experts(weights, x, routing, observer, rounding).view(hidden.shape)
 
 
 def layer_forward(
-    weights: LayerWeights, geometry: Geometry, hidden: Tensor, observer: Observer | None = None
+    weights: LayerWeights,
+    geometry: Geometry,
+    hidden: Tensor,
+    observer: Observer | None = None,
+    rounding: Rounding = EXACT,
 ) -> Tensor:
     """One decoder layer: residual stream [B, T, H] float32 in, [B, T, H] float32 out."""
     watch = observer if observer is not None else Observer()
-    hidden = hidden + attention(weights, geometry, hidden, watch)
-    return hidden + moe(weights, geometry, hidden, watch)
+    hidden = hidden + attention(weights, geometry, hidden, watch, rounding)
+    return hidden + moe(weights, geometry, hidden, watch, rounding)
 
 
 def embed(model: Globals, tokens: Tensor) -> Tensor:
@@ -168,7 +192,7 @@ def embed(model: Globals, tokens: Tensor) -> Tensor:
     return F.embedding(tokens.to(model.embed.device), model.embed).float()
 
 
-def final_logits(model: Globals, geometry: Geometry, hidden: Tensor) -> Tensor:
+def final_logits(model: Globals, geometry: Geometry, hidden: Tensor, rounding: Rounding = EXACT) -> Tensor:
     """Residual stream [..., H] -> logits [..., V] float32."""
     x = rms_norm(hidden, model.norm, geometry.norm_eps).to(model.head.dtype)
-    return (x @ model.head.T).float()
+    return (rounded(rounding, HEAD_INPUT, x) @ model.head.T).float()

@@ -135,19 +135,19 @@ class StoreWriter:
             self.file.write(array.tobytes())
         self.blocks.append([len(rows), len(rows.ids)])
 
-    def close(self, source: Source, sample: Sample) -> None:
+    def close(self, source: Source, sample: Sample, activations: str = "exact") -> None:
         """Join the ranks' parts into the file, whole under its name at once."""
         self.file.close()
         found = self.ranks.gather((self.blocks, self.error, self.worst, self.probe, self.tail))
         if self.ranks.first:
-            self._join(source, sample, found)
+            self._join(provenance(source, sample, activations), found)
         self.ranks.gather(None)
         self.part.unlink(missing_ok=True)
 
-    def _join(self, source: Source, sample: Sample, found: list[Any]) -> None:
+    def _join(self, made_of: dict[str, Any], found: list[Any]) -> None:
         blocks = [block for part in found for block in part[0]]
         positions, entries = sum(b[0] for b in blocks), sum(b[1] for b in blocks)
-        made_of = provenance(source, sample) | {
+        made_of = made_of | {
             "positions": positions,
             "tokens_kept_mean": entries / max(1, positions),
             "tail": min(part[4] for part in found),
@@ -174,16 +174,20 @@ def _packed(rows: Rows) -> list[NDArray[Any]]:
     return [array.astype(kind) for array, kind in pairs]
 
 
-def provenance(source: Source, sample: Sample) -> dict[str, Any]:
+def provenance(source: Source, sample: Sample, activations: str) -> dict[str, Any]:
     """What a stored reference was made of; everything here must be equal where it is used again."""
+    made_of = _wanted(sample, tokenizer_digest(source), activations)
+    return {"model": source.fingerprint, "label": source.label} | made_of
+
+
+def _wanted(sample: Sample, tokenizer: str | None, activations: str) -> dict[str, Any]:
     return {
-        "model": source.fingerprint,
-        "label": source.label,
-        "tokenizer": tokenizer_digest(source),
+        "tokenizer": tokenizer,
         "texts": [text["sha256"] for text in sample.texts],
         "context": sample.context,
         "stride": sample.stride,
         "convention": sample.convention,
+        "activations": activations,
         "tokens": sample.fingerprint(),
     }
 
@@ -222,16 +226,9 @@ class StoredReference:
             raise ValueError(f"{self.path}: a block larger than the file: the file is damaged")
         return made_of, blocks
 
-    def check(self, sample: Sample, source: Source | None, tokenizer: str | None) -> None:
+    def check(self, sample: Sample, source: Source | None, tokenizer: str | None, activations: str = "exact") -> None:
         """Refuse to stand in for another reference: ValueError naming the first thing that differs."""
-        wanted: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "texts": [text["sha256"] for text in sample.texts],
-            "context": sample.context,
-            "stride": sample.stride,
-            "convention": sample.convention,
-            "tokens": sample.fingerprint(),
-        }
+        wanted = _wanted(sample, tokenizer, activations)
         if source is not None:
             wanted = {"model": source.fingerprint} | wanted
         for name, value in wanted.items():

@@ -27,6 +27,11 @@ FILE = click.Path(path_type=Path)
 @click.option("--stride", type=click.IntRange(1), help="Tokens from one window to the next; default: the context.")
 @click.option("--windows", type=click.IntRange(1), help="Windows in all; default 64 for the demo, else 128.")
 @click.option("--convention", type=click.Choice(["all", "llama.cpp"]), default="all", show_default=True)
+@click.option(
+    "--activations",
+    type=click.Choice(["exact", "llama.cpp"]),
+    help="llama.cpp: rounded as its CPU backend rounds them; default with --convention llama.cpp, else exact.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of matrix products; default: bf16 on CUDA.")
 @click.option("--floor", is_flag=True, help="Also the reference against itself in the other dtype.")
@@ -82,6 +87,7 @@ def run(
     stride: int | None = None,
     windows: int | None = None,
     convention: str = "all",
+    activations: str | None = None,
     seed: int = 0,
     dtype: str | None = None,
     floor: bool = False,
@@ -113,7 +119,8 @@ def run(
         check_same_model(basis.geometry, candidate)
         check_same_tokenizer(basis, candidate)
     sample = _sample(basis, texts, context, stride, windows, convention)
-    settings = _settings(str(rank_device(device)), dtype, batch_tokens, state, floor)
+    activations = activations or ("llama.cpp" if convention == "llama.cpp" else "exact")
+    settings = _settings(str(rank_device(device)), dtype, batch_tokens, state, floor, activations)
     ranks = current_ranks()
     if engine != "mmquant":
         if ranks.world > 1:
@@ -184,7 +191,8 @@ def measure(
     against: Source | StoredReference
     if logits is not None:
         stored = StoredReference(logits)
-        stored.check(sample, truth, tokenizer_digest(truth if truth is not None else candidates[0]))
+        tokenizer = tokenizer_digest(truth if truth is not None else candidates[0])
+        stored.check(sample, truth, tokenizer, settings.activations)
         against, made_of = stored, {"label": stored.label, "stored": stored.made_of}
         made_of["fingerprint"] = stored.made_of["model"]
     else:
@@ -193,7 +201,7 @@ def measure(
     with Progress(ranks.first) as progress:
         outcomes = evaluate(against, candidates, sample, settings, ranks=ranks, save=save, progress=progress)
     dtype = str(settings.dtype).removeprefix("torch.")
-    return document(outcomes, sample, candidates, made_of, seed=seed, dtype=dtype)
+    return document(outcomes, sample, candidates, made_of, seed=seed, dtype=dtype, activations=settings.activations)
 
 
 class Progress:
@@ -245,15 +253,20 @@ def _sample(
     return make_sample(read, load_tokenizer(basis), context, count, convention, stride)
 
 
-def _settings(device: str, dtype: str | None, batch_tokens: int | None, state: Path | None, floor: bool) -> Any:
+def _settings(
+    device: str, dtype: str | None, batch_tokens: int | None, state: Path | None, floor: bool, activations: str
+) -> Any:
     import torch
 
     from mmquant.calibration.evaluate import Settings
 
-    cuda = device.startswith("cuda")
-    chosen = getattr(torch, dtype) if dtype is not None else torch.bfloat16 if cuda else torch.float32
+    cuda, rounded = device.startswith("cuda"), activations != "exact"
+    chosen = dtype or ("bfloat16" if cuda and not rounded else "float32")
+    if rounded and (chosen != "float32" or floor):
+        what = "--floor" if floor else f"--dtype {chosen}"
+        raise UsageError(f"eval: {what} with activations rounded as llama.cpp does, expected --activations exact")
     tokens = batch_tokens or (16384 if cuda else 8192)
-    return Settings(device=device, dtype=chosen, tokens=tokens, state=state, floor=floor)
+    return Settings(device, getattr(torch, chosen), tokens, state=state, floor=floor, activations=activations)
 
 
 def record(artifacts: tuple[str, ...], result: dict[str, Any]) -> None:

@@ -17,9 +17,8 @@ from mmquant.calibration.evaluate import ENERGY, ERROR, NONFINITE, OVERLAP, TOKE
 from mmquant.calibration.metrics import summarise
 from mmquant.calibration.sample import Sample
 from mmquant.convert.source import Source
-from mmquant.convert.store import parse_json
 
-SCHEMA, SCHEMA_VERSION = "mmquant-eval", "1.0"
+SCHEMA, SCHEMA_VERSION = "mmquant-eval", "1.1"
 # Threshold -> where its number stands in a candidate, and whether the number must stay below or above.
 GATES = {
     "max_ppl_ratio": ("ppl_ratio", "max"),
@@ -69,6 +68,7 @@ def document(
     engine: str = "mmquant",
     seed: int = 0,
     dtype: str = "float32",
+    activations: str = "exact",
 ) -> dict[str, Any]:
     """The whole result; a noise floor stands beside the candidates, not among them."""
     found = [
@@ -83,6 +83,7 @@ def document(
         "generator": {"name": "mmquant", "version": __version__},
         "engine": engine,
         "dtype": dtype,
+        "activations": activations,
         "reference": reference,
         "sample": sample_block(sample, seed),
         "candidates": candidates,
@@ -168,10 +169,11 @@ def quality_block(result: dict[str, Any], candidate: dict[str, Any] | None = Non
     failed = chosen.get("failures") or failures(chosen, {})
     names = ("tokens", "ppl", "ppl_stderr", "ppl_reference", "ppl_ratio", "ppl_ratio_ci95", "kld", "top1", "shift_rms")
     reference = result["reference"]
+    corpus = {k: v for k, v in result["sample"].items() if k != "interval"}
     return {
         "status": "fail" if failed else "pass",
         "reference": reference["label"],
-        "corpus": {k: v for k, v in result["sample"].items() if k != "interval"} | {"engine": result["engine"]},
+        "corpus": corpus | {"engine": result["engine"], "activations": result["activations"]},
         "metrics": {name: chosen[name] for name in (*names, "nonfinite")},
     }
 
@@ -184,22 +186,13 @@ def validate(result: dict[str, Any]) -> None:
     jsonschema.validate(result, json.loads(path.read_text()))
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A result that `eval --json` printed; ValueError when it is not one."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, expected a result of mmquant eval --json")
-    result = parse_json(path.read_bytes(), str(path))
-    if result.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema is {result.get('schema')!r}, expected {SCHEMA}")
-    return result
-
-
 def table(result: dict[str, Any]) -> str:
     """The result for people: a line for each candidate, then each domain, then the layer that loses most."""
     sample, lines = result["sample"], []
     lines.append(f"reference {result['reference']['label']}: PPL {_number(_reference_ppl(result))}")
     scored = f"{sample['positions']} positions in {sample['windows']} windows of {sample['context']}"
-    lines.append(f"{scored} ({sample['convention']}), engine {result['engine']}, {result['dtype']}")
+    kind = result["dtype"] if result["activations"] == "exact" else f"activations of {result['activations']}"
+    lines.append(f"{scored} ({sample['convention']}), engine {result['engine']}, {kind}")
     rows = [("candidate", "bytes", "bpw", "PPL", "ratio", "+-", "KLD", "95 %", "99.9 %", "top-1 %", "nonfinite")]
     rows += [_row(candidate) for candidate in [*result["candidates"], *filter(None, [result.get("floor")])]]
     lines += _aligned(rows)
