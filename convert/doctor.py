@@ -28,6 +28,7 @@ FP16_MAX = 65504.0
 NORMAL = 2.0**-14  # smallest normal float16
 MARGIN = 4.0  # the largest sum is brought below 65504 / MARGIN, for text that was not seen
 ABSURD = 1e4  # a weight beyond this is no weight of this model
+BROKEN, DEAD = "holds NaN or infinity", "is all zero"
 SCALES = {  # type -> byte offsets of the float16 scales of a block; source: ggml-common.h
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ3_S": (0,), "IQ3_XXS": (0,),
@@ -78,23 +79,29 @@ def check_tensors(source: GgufSource) -> list[Finding]:
 
 
 def _check_tensor(file: GgufFile, tensor: GgufTensor) -> list[Finding]:
-    parts: dict[str, list[int]] = {"holds NaN or infinity": [], "is all zero": [], "holds absurd values": []}
+    parts: dict[str, list[int]] = {}
     count = tensor.shape[0] if len(tensor.shape) == 3 else 1
     for expert in range(count):
-        values = _matrix(file, tensor, expert)
-        largest = float(values.abs().amax())
-        if not np.isfinite(largest):
-            parts["holds NaN or infinity"].append(expert)
-        elif largest == 0:
-            parts["is all zero"].append(expert)
-        elif largest > ABSURD:
-            parts["holds absurd values"].append(expert)
+        fault = _fault(_matrix(file, tensor, expert), tensor.kind.block_columns)
+        if fault is not None:
+            parts.setdefault(fault, []).append(expert)
     found = []
     for text, experts in parts.items():
-        if experts:
-            level = "warning" if "absurd" in text else "error"
-            found.append(Finding(level, tensor.name, text, tuple(experts) if count > 1 else ()))
+        level = "error" if text in (BROKEN, DEAD) else "warning"
+        found.append(Finding(level, tensor.name, text, tuple(experts) if count > 1 else ()))
     return found
+
+
+def _fault(values: Tensor, block: int) -> str | None:
+    """What is wrong with one matrix [O, n] stored in blocks of `block` columns."""
+    largest = values.abs().unflatten(-1, (-1, block)).amax(-1)
+    if not bool(torch.isfinite(largest).all()):
+        return BROKEN
+    if not bool(largest.any()):
+        return DEAD
+    if float(largest.max()) > ABSURD:
+        return "holds absurd values"
+    return None if block == 1 or bool(largest.all()) else "has blocks that are all zero"
 
 
 def _rows(file: GgufFile, tensor: GgufTensor, expert: int) -> NDArray[np.uint8]:
@@ -166,8 +173,8 @@ def _exact(scales: NDArray[np.float16], factor: np.float32, where: str) -> NDArr
     wanted = scales.astype(np.float32) * factor
     with np.errstate(over="ignore"):
         stored = wanted.astype(np.float16)
-    used = wanted != 0
-    bad = used & ((stored.astype(np.float32) != wanted) | (np.abs(wanted) < NORMAL))
+    leaves = (np.abs(scales.astype(np.float32)) >= NORMAL) & (np.abs(wanted) < NORMAL)
+    bad = leaves | (stored.astype(np.float32) != wanted)
     if bad.any():
         worst = float(np.abs(wanted[bad]).max())
         raise ValueError(
@@ -185,21 +192,38 @@ class Patch:
     data: NDArray[np.uint8]
 
 
-def plan_fix(source: GgufSource, cures: dict[tuple[int, int], int]) -> list[Patch]:
-    """The bytes that change, each proved equal: every decoded value is exactly the old one times the power of two."""
-    patches = []
+def plan_fix(
+    source: GgufSource, cures: dict[tuple[int, int], int]
+) -> tuple[list[Patch], dict[tuple[int, int], int], list[Finding]]:
+    """The bytes that change, which cures they are, and what was left alone.
+
+    Each is proved equal: every decoded value is exactly the old one times the power of two. Raises ValueError when an
+    expert whose type is at risk cannot be cured; one whose type is harmless is then left alone.
+    """
+    patches, done, left = [], {}, []
     for (layer, expert), exponent in sorted(cures.items()):
-        for stem, power in (("ffn_up_exps", -exponent), ("ffn_down_exps", exponent)):
-            file, tensor = source.locate(f"blk.{layer}.{stem}.weight")
-            where = f"blk.{layer}.{stem}.weight expert {expert}"
-            old = _rows(file, tensor, expert)
-            new = scaled_blocks(old, tensor.kind, power, where)
-            before, after = (
-                decode(torch.from_numpy(part.copy()), tensor.kind, tensor.shape[-1]) for part in (old, new)
-            )
-            if not torch.equal(before * 2.0**power, after):
-                raise ValueError(f"{where}: 2^{power} does not decode to the same weights, nothing was changed")
-            patches.append(Patch(file.path, tensor.offset + expert * old.nbytes, new))
+        try:
+            patches += _cured_expert(source, layer, expert, exponent)
+            done[layer, expert] = exponent
+        except ValueError as error:
+            name = f"blk.{layer}.ffn_down_exps.weight"
+            if source.tensor_type(name) in AT_RISK:
+                raise
+            left.append(Finding("warning", name, f"left alone, its type needs no cure ({error})", (expert,)))
+    return patches, done, left
+
+
+def _cured_expert(source: GgufSource, layer: int, expert: int, exponent: int) -> list[Patch]:
+    patches = []
+    for stem, power in (("ffn_up_exps", -exponent), ("ffn_down_exps", exponent)):
+        file, tensor = source.locate(f"blk.{layer}.{stem}.weight")
+        where = f"blk.{layer}.{stem}.weight expert {expert}"
+        old = _rows(file, tensor, expert)
+        new = scaled_blocks(old, tensor.kind, power, where)
+        before, after = (decode(torch.from_numpy(part.copy()), tensor.kind, tensor.shape[-1]) for part in (old, new))
+        if not torch.equal(before * 2.0**power, after):
+            raise ValueError(f"{where}: 2^{power} does not decode to the same weights, nothing was changed")
+        patches.append(Patch(file.path, tensor.offset + expert * old.nbytes, new))
     return patches
 
 

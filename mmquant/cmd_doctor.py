@@ -58,8 +58,8 @@ def command(
     written: list[Path] = []
     cures = exponents(sums) if sums is not None else {}
     if fix and cures:
-        written = cure(source, cures, out, in_place)
-        faults = [fault for fault in faults if not fault.experts or "sums of 32" not in fault.text]
+        written, cures, left = cure(source, cures, out, in_place)
+        faults = [fault for fault in faults if not fault.experts or "sums of 32" not in fault.text] + left
     report(source, faults, cures if fix else {}, written, sums, as_json)
     errors = [fault for fault in faults if fault.level == "error"]
     if errors:
@@ -90,8 +90,10 @@ def measure(source: GgufSource, statistics: Path | None, text: dict[str, Any], d
     return largest_sums(source, corpus.tokens, device)
 
 
-def cure(source: GgufSource, cures: dict[tuple[int, int], int], out: Path | None, in_place: bool) -> list[Path]:
-    """Write the fixed model; refuses to write over something else."""
+def cure(
+    source: GgufSource, cures: dict[tuple[int, int], int], out: Path | None, in_place: bool
+) -> tuple[list[Path], dict[tuple[int, int], int], list[Finding]]:
+    """Write the fixed model: its files, what was cured, what was left alone. Refuses to write over something else."""
     from mmquant.convert.doctor import apply_fix, plan_fix
 
     first = source.files[0].path
@@ -101,7 +103,8 @@ def cure(source: GgufSource, cures: dict[tuple[int, int], int], out: Path | None
     for file in source.files:
         if target is not None and (target / file.path.name).exists():
             raise UsageError(f"{target / file.path.name}: exists, expected a new place")
-    return apply_fix(source, plan_fix(source, cures), target)
+    patches, done, left = plan_fix(source, cures)
+    return apply_fix(source, patches, target) if patches else [], done, left
 
 
 def report(
@@ -113,6 +116,8 @@ def report(
     as_json: bool,
 ) -> None:
     """What was found and done, on stdout."""
+    from mmquant.convert.doctor import FP16_MAX
+
     if as_json:
         import dataclasses
         import json
@@ -133,7 +138,8 @@ def report(
         after = (
             ""
             if sums is None
-            else f", largest sum {float(sums[layer, expert]):.4g} -> {float(sums[layer, expert]) / 2**power:.4g}"
+            else f", largest sum {float(sums[layer, expert]):.4g} -> {float(sums[layer, expert]) / 2**power:.4g}, "
+            f"{FP16_MAX * 2**power / float(sums[layer, expert]):.1f} times below 65504"
         )
         click.echo(f"cured: layer {layer} expert {expert}: up / 2^{power}, down * 2^{power}{after}")
     for path in written:

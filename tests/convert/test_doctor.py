@@ -12,9 +12,10 @@ from click.testing import CliRunner, Result
 
 import llamacpp
 from mmquant.calibration.gguf_maxima import largest_sums
+from mmquant.cmd_calibrate import command as calibrate_command
 from mmquant.cmd_doctor import command
 from mmquant.cmd_gguf import command as gguf_command
-from mmquant.convert.doctor import FP16_MAX, SCALES, exponents, scaled_blocks
+from mmquant.convert.doctor import AT_RISK, FP16_MAX, SCALES, exponents, plan_fix, scaled_blocks
 from mmquant.convert.gguf_reader import GgufSource
 from mmquant.errors import GateError
 from mmquant.quantize.ggml.codec import decode, encode
@@ -83,7 +84,7 @@ def test_llamacpp_gives_the_same_logits(risky: Path, tmp_path: Path) -> None:
     tokens = windows()[:2].tolist()
     first = next(p.name for p in sorted(risky.glob("*.gguf")))
     before, after = (llamacpp.logits(folder / first, tokens, 256) for folder in (risky, tmp_path / "fixed"))
-    assert np.array_equal(before, after)
+    assert np.array_equal(before, after)  # and so is any perplexity
 
 
 @pytest.mark.parametrize("kind", [k for k in GGMLType if k.name in (*SCALES, "F32", "F16", "BF16", "MXFP4")])
@@ -104,6 +105,46 @@ def test_a_scale_below_float16_is_refused() -> None:
         scaled_blocks(np.zeros((1, 56), np.uint8), GGMLType.IQ1_M, 1, "x")
 
 
+def test_a_scale_may_rise_from_below_the_normal_range() -> None:
+    """What is subnormal already and stays exact has not left the normal range; what is normal must remain so."""
+    blocks = np.zeros((2, 1, 18), np.uint8)  # Q4_0: a scale, 16 bytes of codes
+    blocks[0, 0, :2] = np.frombuffer(np.float16(2.0**-20).tobytes(), np.uint8)
+    blocks[1, 0, :2] = np.frombuffer(np.float16(2.0**-13).tobytes(), np.uint8)
+    raised = scaled_blocks(blocks[0], GGMLType.Q4_0, 4, "x")
+    assert raised[0, :2].copy().view(np.float16) == np.float16(2.0**-16)
+    with pytest.raises(ValueError, match="x: 1 block scales would leave"):
+        scaled_blocks(blocks[1], GGMLType.Q4_0, -2, "x")  # exact, but no longer normal
+
+
+def test_types_that_need_no_cure_never_stop_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q6_K sums in float32: its experts are cured where scales allow it, and left alone where not."""
+    options = ["--model", "demo", "--out", str(tmp_path / "m"), "--no-calibration", "--type", "Q6_K", "--name", "m"]
+    CliRunner().invoke(gguf_command, options, catch_exceptions=False)
+    source = GgufSource(tmp_path / "m")
+    patches, done, left = plan_fix(source, {(3, 3): 4, (3, 11): 12})
+    assert (done, len(patches)) == ({(3, 3): 4}, 2)
+    assert left[0].experts == (11,)
+    assert "left alone, its type needs no cure" in left[0].text
+    assert left[0].level == "warning"
+    monkeypatch.setitem(AT_RISK, "Q6_K", 32)
+    with pytest.raises(ValueError, match=r"expert 11: .* would leave float16's normal range"):
+        plan_fix(source, {(3, 11): 12})
+
+
+def test_maxima_of_statistics_decide(risky: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.py"
+    import ast
+
+    text.write_text(Path(str(ast.__file__)).read_text())
+    measure = ["--model", "demo", "--text", str(text), "--windows", "24", "--moments", "diagonal"]
+    done = CliRunner().invoke(calibrate_command, [*measure, "--out", str(tmp_path / "s")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = doctor(risky, "--statistics", str(tmp_path / "s"), "--fix", "--out", str(tmp_path / "fixed"))
+    assert found.exit_code == 0, found.output
+    assert "cured: layer 3 expert 3: up / 2^" in found.stdout
+    assert "times below 65504" in found.stdout
+
+
 def test_powers_are_the_smallest_with_the_margin() -> None:
     sums = torch.tensor([[1.0, 65504.0, 65600.0, 3e5]])
     assert exponents(sums) == {(0, 2): 3, (0, 3): 5}
@@ -120,10 +161,16 @@ def test_dead_and_broken_experts_are_found(risky: Path, tmp_path: Path) -> None:
         handle.write(bytes(size))
         handle.seek(tensor.offset + 7 * size)
         handle.write(b"\x00\x7c")  # an infinite scale
+        handle.seek(tensor.offset + 9 * size)
+        handle.write(bytes(18))  # a block without anything
+        handle.seek(tensor.offset + 2 * size)
+        handle.write(np.float16(60000).tobytes())  # a scale that makes weights of thousands
     result = doctor(tmp_path)
     assert isinstance(result.exception, GateError)
     assert "blk.1.ffn_up_exps.weight: is all zero (experts 5)" in result.stdout
     assert "blk.1.ffn_up_exps.weight: holds NaN or infinity (experts 7)" in result.stdout
+    assert "warning: blk.1.ffn_up_exps.weight: has blocks that are all zero (experts 9)" in result.stdout
+    assert "warning: blk.1.ffn_up_exps.weight: holds absurd values (experts 2)" in result.stdout
 
 
 def test_wrong_metadata_is_found(risky: Path, tmp_path: Path) -> None:
