@@ -3,7 +3,9 @@
 python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy] [--mix Q2_K ...] [--method NAME ...]
 
 Values are decoded and scored by the reference forward in float32 (activations unquantized), second half of each window.
-Tokens: uint16 [W, T]; without files the bundled texts are used.
+Tokens: uint16 [W, T]; without files the bundled texts are used. "search" is --effort fast; "feedback" adds error
+feedback, "descent" two rounds of coordinate descent, "correction" the two streams, "default" the repair of router and
+head.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from mmquant.calibration.chat import load_template
 from mmquant.calibration.corpus import bundled, pack, read_sets
 from mmquant.calibration.forward import embed, final_logits, layer_forward
 from mmquant.calibration.gguf_paired import Streams
-from mmquant.calibration.gguf_quantizer import Method, Report, quantize_head, quantize_layer
+from mmquant.calibration.gguf_quantizer import METHODS, Method, Report, quantize_head, quantize_layer
 from mmquant.calibration.hidden import HiddenStates
 from mmquant.calibration.windows import load_tokenizer
 from mmquant.convert.gguf_mix import find_mix, tensor_types
@@ -35,18 +37,19 @@ from mmquant.convert.source import read_globals, read_layer
 from mmquant.quantize.ggml.codec import decode, encode
 from mmquant.quantize.ggml.types import GGMLType
 
-METHODS = {
-    "search": Method(False, False, 0),
+STEPS = {
+    "search": METHODS["fast"],
     "feedback": Method(correct=False, passes=0),
     "descent": Method(correct=False),
-    "default": Method(),
+    "correction": Method(repair=False),
+    "default": METHODS["default"],
+    "high": METHODS["high"],
     "damping.02": Method(damping=0.02),
     "prior.1": Method(prior=0.1),
     "prior.4": Method(prior=4.0),
     "sampling0": Method(sampling=0.0),
     "sampling4": Method(sampling=4.0),
     "damping.10": Method(damping=0.10),
-    "passes6": Method(passes=6),
 }
 ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 
@@ -116,7 +119,7 @@ class Lab:
         sides = [HiddenStates(windows, length, self.g.hidden) for _ in range(2)]
         for hidden, side in zip(sides, (self.outside, outside), strict=True):
             hidden.put(0, embed(side, self.calibration))
-        return Streams(sides[0], sides[1], 200 if self.device == "cuda" else 16, self.device)
+        return Streams(sides[0], sides[1], 200 if self.device == "cuda" else 4, self.device)
 
 
 def main() -> None:
@@ -124,13 +127,14 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--evaluation")
     parser.add_argument("--windows", type=int, default=200)
+    parser.add_argument("--evaluation-windows", type=int, default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mix", nargs="*", default=["Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS"])
-    parser.add_argument("--method", nargs="*", default=list(METHODS))
+    parser.add_argument("--method", nargs="*", default=list(STEPS))
     options = parser.parse_args()
     device = options.device
     calibration = tokens_of(options.calibration, "calibration", options.windows)
-    lab = Lab(calibration, tokens_of(options.evaluation, "evaluation", 60), device)
+    lab = Lab(calibration, tokens_of(options.evaluation, "evaluation", options.evaluation_windows), device)
     print(
         f"{device}, torch {torch.__version__}, calibration {list(lab.calibration.shape)}, {list(lab.evaluation.shape)}"
     )
@@ -138,7 +142,7 @@ def main() -> None:
     for mix in options.mix:
         for name in options.method:
             start = time.perf_counter()
-            made = lab.quantized(mix, METHODS[name])
+            made = lab.quantized(mix, STEPS[name])
             seconds = time.perf_counter() - start
             divergence, same = lab.distance(*made)
             print(f"{mix:9} {name:11} {divergence:9.5f} {same:7.4f} {seconds:8.1f}", flush=True)

@@ -46,6 +46,7 @@ class Method:
 
     feedback  error feedback under the second moments; otherwise a search weighted by their diagonal
     correct   let each matrix make good what the layers before it lost
+    repair    so do the router and the head
     passes    rounds of coordinate descent after the sweep
     damping   share of the mean diagonal added to the moments
     prior     strength of the pooled moments; sampling: ridge where rows are few (Pair.means)
@@ -53,6 +54,7 @@ class Method:
 
     feedback: bool = True
     correct: bool = True
+    repair: bool = True
     passes: int = 2
     damping: float = 0.05
     prior: float = PRIOR
@@ -63,7 +65,7 @@ class Method:
         return pair.means(chosen, self.prior, self.sampling)
 
 
-METHODS = {"fast": Method(False, False, 0), "default": Method(), "high": Method(passes=6)}
+METHODS = {"fast": Method(feedback=False, correct=False, passes=0), "default": Method(), "high": Method(passes=6)}
 
 
 @dataclass
@@ -131,7 +133,7 @@ def quantize_layer(
     kinds = {name: GGMLType[types[prefix + name + ".weight"]] for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}
     out: dict[str, np.ndarray] = {}
     new = quantize_attention(streams, weights, kinds, g, method, out)
-    if method.correct:
+    if method.correct and method.repair:
         new = replace(new, router=repaired_router(streams, weights, g, method))
     new = quantize_experts(streams, weights, new, layer, kinds, g, method, report, out)
     pass_experts(streams, new, g)
@@ -208,4 +210,5 @@ def quantize_head(
     for _, reference, written in streams.batches():
         x, z = (rms_norm(hidden, norm, g.norm_eps).flatten(0, 1) for hidden in (reference, written))
         pair.add(0, x, z)
+    method = replace(method, correct=method.correct and method.repair)
     return solve(head.unsqueeze(0), GGMLType[types[OUTPUT]], pair, method)[0][0]
