@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, LayerWeights
+from ..quantize.linear_algebra import cholesky
 from .forward import (
     Observer,
     Routing,
@@ -95,9 +96,9 @@ def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Ten
     """T = W (X + l) (H + l)^-1 for weight [E, O, n]; W itself where H cannot be factored."""
     mean = own.diagonal(dim1=1, dim2=2).mean(1)
     ridge = (damping * mean).view(-1, 1, 1) * torch.eye(own.shape[-1], device=own.device)
-    lower, info = torch.linalg.cholesky_ex(own + ridge)
+    lower, good = cholesky(own + ridge)
     turn = torch.cholesky_solve((cross + ridge).mT, lower)
-    good = (info == 0) & (mean > 0) & torch.isfinite(turn).flatten(1).all(1)
+    good &= (mean > 0) & torch.isfinite(turn).flatten(1).all(1)
     return torch.where(good.view(-1, 1, 1), weight @ turn.mT, weight)
 
 
