@@ -51,7 +51,10 @@ def report(layers: list[LayerSummary], domains: tuple[str, ...], description: di
             "relative error",
             log=True,
         ),
-        '<p class="note">sqrt((1 + effective rank) / effective rows): for independent rows: a lower estimate.</p>',
+        "<p>Of each expert, the worse of its two:</p>",
+        heatmap([_worse(s) for s in layers], "relative error"),
+        '<p class="note">sqrt((1 + effective rank) / effective rows): for independent rows: a lower estimate. '
+        "Red: nothing to estimate from.</p>",
         "<h2>Range</h2>",
         lines(
             x,
@@ -86,6 +89,12 @@ def _middle(values: Sequence[float | None], quantile: float) -> float:
     return known[min(len(known) - 1, int(quantile * len(known)))] if known else math.nan
 
 
+def _worse(summary: LayerSummary) -> list[float]:
+    """By expert; 0 where it is unknown."""
+    pairs = zip(summary.error_in, summary.error_mid, strict=True)
+    return [0.0 if first is None or mid is None else max(first, mid) for first, mid in pairs]
+
+
 def _scaled(values: list[float]) -> list[float]:
     top = max(values) or 1.0
     return [v / top for v in values]
@@ -108,7 +117,8 @@ def _corpus(description: dict[str, Any]) -> str:
 
 def _domains(layers: list[LayerSummary], domains: tuple[str, ...]) -> str:
     experts = len(layers[0].tokens)
-    rows = [(name, rows, f"{effective:.1f} of {experts}") for name, rows, effective in domain_balance(layers, domains)]
+    found = domain_balance(layers, domains)
+    rows = [(name, count, f"{effective:.1f} of {experts}" if count else "-") for name, count, effective in found]
     return _table(("domain", "routed rows a layer", "effective experts (mean over layers)"), rows)
 
 
@@ -165,7 +175,12 @@ def _scale(values: list[float], log: bool) -> tuple[Callable[[float], float], li
         last = max(last, first + 1)
         return (lambda v: (math.log10(v) - first) / (last - first)), [10.0**k for k in range(first, last + 1)]
     low, high = min(0.0, low), high if high > min(0.0, low) else low + 1
-    return (lambda v: (v - low) / (high - low)), [low + (high - low) * k / 4 for k in range(5)]
+    # Ticks at whole multiples of 1, 2 or 5 times a power of ten; the axis ends at one of them.
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(k * power for k in (1, 2, 5, 10) if (high - low) / (k * power) <= 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    low, high = first * step, last * step
+    return (lambda v: (v - low) / (high - low)), [k * step for k in range(first, last + 1)]
 
 
 def lines(x: list[float], series: dict[str, list[float]], unit: str, log: bool = False) -> str:

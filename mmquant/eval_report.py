@@ -25,10 +25,16 @@ PUBLISHED = (
     ("UD-Q4_K_M", 130.0, 4.90, 0.02453), ("UD-IQ4_XS", 101.0, 3.79, 0.05108), ("UD-Q3_K_M", 94.0, 3.54, 0.06365),
     ("UD-IQ3_XXS", 74.5, 2.80, 0.11976), ("UD-IQ2_M", 65.0, 2.45, 0.19106),
 )  # fmt: skip
+ANOTHER_RULER = (
+    '<p class="note">Circles: what others published of MiniMax-M2.7 (Goldkoron\'s model card), on another ruler: the '
+    "reference had Q6_K experts, 10 chunks of 8192 tokens, corpus not stated. A guide to the slope, not to be "
+    "compared with.</p>"
+)
 COMPARABLE = 20e9  # bytes; a smaller model's file cannot stand on the same axis as the published ones
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.2rem .7rem;text-align:right;
-border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}img{max-width:100%}
+border-bottom:1px solid #ddd;white-space:nowrap}.note{color:#555;font-size:.86rem}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}
 .fail{color:#b00020;font-weight:600}.pass{color:#1b6e3c;font-weight:600}pre{overflow-x:auto;background:#f6f6f6;
 padding:.7rem}h2{margin-top:2.5rem}"""
 
@@ -42,7 +48,7 @@ def write_report(path: Path, result: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     parts = [f"<h1>Distance to {html.escape(result['reference']['label'])}</h1>", _summary(result), _numbers(result)]
     if result["candidates"]:
-        parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size")]
+        parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size"), ANOTHER_RULER]
         parts += ["<h2>By domain</h2>", _image(_domain_plot(result), "KL divergence by domain")]
     if any(candidate["layers"] for candidate in result["candidates"]):
         parts += ["<h2>Where it is lost</h2>", _image(_layer_plot(result), "relative error by layer")]
@@ -58,13 +64,15 @@ def _summary(result: dict[str, Any]) -> str:
     sample, gate = result["sample"], result.get("gate")
     text = f"{sample['positions']} positions in {sample['windows']} windows of {sample['context']} tokens, "
     text += (
-        f"stride {sample['stride']}, convention {sample['convention']}, engine {result['engine']}, {result['dtype']}"
+        f"stride {sample['stride']}, convention {sample['convention']}, engine {result['engine']}, {result['dtype']}, "
+        f"activations {result['activations']}"
     )
     text = f"<p>{html.escape(text)}.</p>"
     if gate is None:
         return text
     if gate["passed"]:
-        return text + '<p class="pass">All gates passed.</p>'
+        what = "All gates passed" if gate["thresholds"] else "Every position is finite; no other gate was asked for"
+        return text + f'<p class="pass">{what}.</p>'
     items = "".join(f"<li>{html.escape(failure)}</li>" for failure in gate["failures"])
     return text + f'<p class="fail">Gates failed:</p><ul class="fail">{items}</ul>'
 

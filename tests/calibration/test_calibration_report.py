@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_the_page_is_whole_html_without_foreign_resources(demo: tuple[Path, dict
     check = Check()
     check.feed(page)
     assert check.open == []
-    assert check.svg == 6
+    assert check.svg == 7
     assert "NaN" not in page.replace("NaN on CUDA", "")
 
 
@@ -95,7 +96,10 @@ def test_dead_experts_and_those_with_few_tokens_are_told(tmp_path: Path) -> None
     assert "expert 3 saw no token; the layer's pooled moments stand in" in text
     assert "fewer tokens than they have input channels" in text
     assert "0.." in table([summary])
-    assert '"#c6392c"' in report([summary], ("a", "b"), corpus().describe(), "x <y>")
+    page = report([summary], ("a", "b"), corpus().describe(), "x <y>")
+    assert page.count('"#c6392c"') == 3  # no token, so no sampling error and no saliency
+    silent = replace(summary, load=[summary.load[0], [0] * 5])
+    assert "<td>b</td><td>0</td><td>-</td>" in report([silent], ("a", "b"), corpus().describe(), "x")
 
 
 def test_domain_balance_counts_effective_experts() -> None:
