@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ggml.lanes import scalar
+from .ggml.lanes import ceil, floor, larger, nearest_whole, smaller
 
 _CHUNK = 1 << 19  # weights of one call
 ZERO, ONE, TWO, TINY, HUGE = (np.float32(v) for v in (0, 1, 2, 1e-38, 3e38))
 
-_low, _high, _rint = scalar("llvm.minnum", 2), scalar("llvm.maxnum", 2), scalar("llvm.rint", 1)
-_floor, _ceil = scalar("llvm.floor", 1), scalar("llvm.ceil", 1)
 _jit = numba.njit(cache=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, nogil=True, error_model="numpy")
 
 
@@ -61,7 +59,7 @@ def _cost(x, h, scale, zero, low, high):  # type: ignore[no-untyped-def]
     cross, square = ZERO, ZERO
     least, most = low - zero, high - zero
     for j in range(x.shape[0]):
-        code = _low(_high(_rint(x[j] * inverse), least), most)
+        code = smaller(larger(nearest_whole(x[j] * inverse), least), most)
         weighted = h[j] * code
         cross += weighted * x[j]
         square += weighted * code
@@ -103,8 +101,8 @@ def _asymmetric(first, last, groups, table, span, low, high, ratios, scales, zer
         for ratio in ratios:
             tried = _usable((most - least) * (ratio / (high - low)))
             middle = low - least * ratio / tried
-            for point in (_floor(middle), _ceil(middle)):
-                point = _low(_high(point, low), high)
+            for point in (floor(middle), ceil(middle)):
+                point = smaller(larger(point, low), high)
                 error, chosen = _cost(x, h, tried, point, low, high)
                 if error < best:
                     best, scale, zero = error, chosen, point

@@ -19,6 +19,7 @@ class Effort:
     """How much is tried.
 
     levels   starting points of a sub-block's step, from the head of the list of a type without a minimum
+    eights   the same of Q8_0, where a plain rounding is almost as good
     ranges   starting points of step and minimum, from the head of the list of a type with one
     refits   rounds of nearest levels and least squares on the best of them
     supers   candidates of d (and dmin)
@@ -26,13 +27,14 @@ class Effort:
     """
 
     levels: int = 10
+    eights: int = 3
     ranges: int = 16
     refits: int = 1
     supers: int = 32
     rounds: int = 2
 
 
-EFFORTS = {"fast": Effort(6, 6, 1, 8, 1), "default": Effort(), "high": Effort(32, 32, 2, 64, 4)}
+EFFORTS = {"fast": Effort(6, 2, 6, 1, 8, 1), "default": Effort(), "high": Effort(32, 32, 32, 2, 64, 4)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def plan(kind: GGMLType, effort: Effort) -> Plan:
     """What `effort` means for `kind`."""
     form = FORMS[kind]
     if form.minimums is None:
-        tries = [(1 / level, 0.0) for level in LEVEL_STARTS[kind][: effort.levels]]
+        count = effort.eights if kind is GGMLType.Q8_0 else effort.levels
+        tries = [(1 / level, 0.0) for level in LEVEL_STARTS[kind][:count]]
     else:
         top = form.levels[-1]
         cuts = RANGE_STARTS[kind][: effort.ranges]

@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 import torch
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from .grid import FORMS
-from .lanes import _Vectors
+from .lanes_memory import load, store
 from .types import GGMLType
 
 if TYPE_CHECKING:
@@ -41,17 +39,11 @@ def levels_of(kind: GGMLType) -> tuple[np.ndarray, np.ndarray | None, np.float32
     return levels, None if form.uniform else (levels[1:] + levels[:-1]) / 2, np.float32(form.lowest)
 
 
-@intrinsic
-def _add_scaled(_typing: Any, row: Any, other: Any, factor: Any, ks: Any) -> Any:
-    """row[:K] += factor * other[:K]."""
-
-    def generate(context: Any, builder: Any, _signature: Any, a: Any) -> Any:
-        v = _Vectors(context, builder, ks.count)
-        total = v.add(v.load(row, a[0]), v.multiply(v.splat(a[2]), v.load(other, a[1])))
-        builder.store(total, v.pointer(row, a[0], v.kind), align=4)
-        return context.get_dummy_value()
-
-    return types.void(row, other, types.float32, ks), generate
+@_jit
+def _add_scaled(held, j, other, factor, lanes):  # type: ignore[no-untyped-def]
+    """held[j] += factor * other, both of as many columns as there are lanes."""
+    at = j * len(lanes)
+    store(held, at, load(held, at, lanes) + factor * load(other, 0, lanes))
 
 
 @_jit
@@ -87,7 +79,7 @@ def _sweep(
                 codes[k, e, start + i], decoded[k, e, start + i] = code, value
                 error[i] = weight[k, e, start + i] - value
             for j in range(k):
-                _add_scaled(held[j], error, lower[e, k, j], lanes)
+                _add_scaled(held, j, error, lower[e, k, j], lanes)
 
 
 @_jit
@@ -112,7 +104,7 @@ def _descend(
                 codes[k, e, start + i], decoded[k, e, start + i] = code, value
                 change[i] = before - value
             for j in range(k):
-                _add_scaled(held[j], change, moments[e, k, j], lanes)
+                _add_scaled(held, j, change, moments[e, k, j], lanes)
 
 
 def sweep_columns(block: Block, target: Tensor, weight: Tensor, decoded: Tensor, lower: Tensor) -> None:

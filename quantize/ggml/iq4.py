@@ -42,8 +42,9 @@ def unpack_iq4_xs(data: Tensor) -> Blocks:
 
 def pack_mxfp4(blocks: Blocks) -> Tensor:
     """The exponent byte, then 16 bytes of nibbles."""
-    stored = torch.where(blocks.codes < 7, 15 - blocks.codes, blocks.codes - 7)
-    return torch.cat([blocks.d.view(-1, 1), nibbles(stored.view(-1, 1, 32))], 1)
+    level = blocks.codes.view(torch.int8) - 7
+    stored = level.abs() | (level >> 4 & 8)
+    return torch.cat([blocks.d.view(-1, 1), nibbles(stored.view(torch.uint8).view(-1, 1, 32))], 1)
 
 
 def unpack_mxfp4(data: Tensor) -> Blocks:

@@ -1,244 +1,261 @@
-"""Arithmetic on K float32 at a time for the numba search: whole vectors, written in LLVM's own language.
+"""Arithmetic on several float32 at once in numba: a number type whose values are vectors of LLVM.
 
-The search spends its time on loops over 16 or 32 columns that end in a few sums, of which LLVM's vectorizer makes poor
-code (3 to 6 times slower, bench/RESULTS.md). Each function here is one straight line of vector operations over the
-first K elements of contiguous float32 arrays; K is the length of the tuple `ks`. `minimum` is None or True; `uneven` is
-None for whole-numbered levels, or a tuple whose length picks the table of levels: 1 IQ4, 2 MXFP4.
+`Lanes` behave like float32 in compiled code: + - * / and comparisons with other lanes or a float32, lane by lane, and
+`where` instead of branches. LLVM's vectorizer makes poor code of the same loops over arrays (bench/RESULTS.md). How
+many lanes there are comes as the length of a tuple of ints, `ls`. What takes lanes takes a float32 as well.
 
-numba's cache of compiled functions looks at the file of a function only: touch `search_cpu.py` after a change here.
+numba's cache of compiled functions looks at a function's own file only: touch its users after a change here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
-from .grid import IQ4_LEVELS, MXFP4_LEVELS
+from .grid import IQ4_LEVELS
 
-_TABLES = {1: IQ4_LEVELS, 2: MXFP4_LEVELS}
-
-_FLOAT, _INT32, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
+_FLOAT, _HALF, _INT = ir.FloatType(), ir.HalfType(), ir.IntType(32)
 _FAST = ("fast",)
 
 
-@dataclass(frozen=True)
-class _Vectors:
-    """Emits operations on vectors of K floats."""
+class Lanes(types.Type):
+    """`count` float32."""
 
-    context: Any
-    builder: Any
-    size: int
-
-    @property
-    def kind(self) -> ir.VectorType:
-        return ir.VectorType(_FLOAT, self.size)
-
-    def pointer(self, array_type: Any, value: Any, kind: Any) -> Any:
-        data = self.context.make_array(array_type)(self.context, self.builder, value).data
-        return self.builder.bitcast(data, kind.as_pointer())
-
-    def load(self, array_type: Any, value: Any) -> Any:
-        out = self.builder.load(self.pointer(array_type, value, self.kind))
-        out.align = 4
-        return out
-
-    def splat(self, scalar: Any) -> Any:
-        empty = ir.Constant(self.kind, ir.Undefined)
-        one = self.builder.insert_element(empty, scalar, ir.Constant(_INT32, 0))
-        return self.builder.shuffle_vector(one, empty, ir.Constant(ir.VectorType(_INT32, self.size), [0] * self.size))
-
-    def constant(self, value: float) -> Any:
-        return ir.Constant(self.kind, [ir.Constant(_FLOAT, float(value))] * self.size)
-
-    def call(self, name: str, *vectors: Any) -> Any:
-        kind = ir.FunctionType(self.kind, [self.kind] * len(vectors))
-        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.v{self.size}f32")
-        return self.builder.call(function, vectors, fastmath=_FAST)
-
-    def add(self, a: Any, b: Any) -> Any:
-        return self.builder.fadd(a, b, _FAST)
-
-    def subtract(self, a: Any, b: Any) -> Any:
-        return self.builder.fsub(a, b, _FAST)
-
-    def multiply(self, a: Any, b: Any) -> Any:
-        return self.builder.fmul(a, b, _FAST)
-
-    def total(self, a: Any) -> Any:
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, self.kind])
-        name = f"llvm.vector.reduce.fadd.v{self.size}f32"
-        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        return self.builder.call(function, (ir.Constant(_FLOAT, 0.0), a), fastmath=_FAST)
-
-    def extreme(self, a: Any, name: str) -> Any:
-        kind = ir.FunctionType(_FLOAT, [self.kind])
-        full = f"llvm.vector.reduce.{name}.v{self.size}f32"
-        function = cgutils.get_or_insert_function(self.builder.module, kind, full)
-        return self.builder.call(function, (a,), fastmath=_FAST)
-
-    def whole(self, a: Any, low: Any, high: Any) -> Any:
-        """The nearest whole numbers in low .. high."""
-        return self.call("rint", self.call("minnum", self.call("maxnum", a, self.splat(low)), self.splat(high)))
-
-    def uneven(self, y: Any, table: tuple[int, ...], index: bool) -> Any:
-        """The nearest levels of a table, or their codes."""
-        out = self.constant(0 if index else table[0])
-        for below, level in pairwise(table):
-            above = self.builder.fcmp_ordered(">", y, self.constant((below + level) / 2))
-            step = self.constant(1 if index else level - below)
-            out = self.add(out, self.builder.select(above, step, self.constant(0)))
-        return out
+    def __init__(self, count: int) -> None:
+        self.count = count
+        super().__init__(f"Lanes({count})")
 
 
-def _given(kind: Any) -> bool:
-    return not isinstance(kind, types.NoneType)
+class Mask(types.Type):
+    """`count` truth values: what comparing lanes gives."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        super().__init__(f"Mask({count})")
 
 
-def _tuple(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
-    return context.make_tuple(builder, signature.return_type, list(values))
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, ir.VectorType(_FLOAT, kind.count))
 
 
-@intrinsic
-def sums(
-    _typing: Any, x: Any, w: Any, ks: Any, inv: Any, shift: Any, low: Any, top: Any, minimum: Any, uneven: Any
-) -> Any:
-    """Sums of w r^2, w r, w r q, w q, w q^2, where y = x * inv + shift = q + r and q is the nearest level.
-
-    low, top: the end levels (unless uneven). Without a minimum w r, w q and the shift are left out.
-    """
-    one, both = types.float32, _given(minimum)
-    signature = types.UniTuple(one, 5)(x, w, ks, one, one, one, one, minimum, uneven)
-
-    def generate(context: Any, builder: Any, signature: Any, a: Any) -> Any:
-        v = _Vectors(context, builder, ks.count)
-        weight = v.load(x, a[0])
-        importance = v.load(w, a[1])
-        y = v.multiply(weight, v.splat(a[3]))
-        if both:
-            y = v.add(y, v.splat(a[4]))
-        q = v.uneven(y, _TABLES[uneven.count], False) if _given(uneven) else v.whole(y, a[5], a[6])
-        r = v.subtract(y, q)
-        wr, wq = v.multiply(importance, r), v.multiply(importance, q)
-        zero = ir.Constant(_FLOAT, 0.0)
-        plain = (v.total(wr), v.total(wq)) if both else (zero, zero)
-        parts = (v.total(v.multiply(wr, r)), plain[0], v.total(v.multiply(wr, q)), plain[1], v.total(v.multiply(wq, q)))
-        return _tuple(context, builder, signature, parts)
-
-    return signature, generate
+@register_model(Mask)
+class _MaskModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, ir.VectorType(ir.IntType(1), kind.count))
 
 
-@intrinsic
-def flat_sums(_typing: Any, x: Any, w: Any, ks: Any, m: Any) -> Any:
-    """Sums of w r^2 and w r for r = x + m."""
-    signature = types.UniTuple(types.float32, 2)(x, w, ks, types.float32)
-
-    def generate(context: Any, builder: Any, signature: Any, a: Any) -> Any:
-        v = _Vectors(context, builder, ks.count)
-        r = v.add(v.load(x, a[0]), v.splat(a[3]))
-        wr = v.multiply(v.load(w, a[1]), r)
-        return _tuple(context, builder, signature, (v.total(v.multiply(wr, r)), v.total(wr)))
-
-    return signature, generate
+def _count(*kinds: Any) -> int:
+    """Lanes of an operation on these types; 0: they are scalars."""
+    return max((kind.count for kind in kinds if isinstance(kind, Lanes | Mask)), default=0)
 
 
-@intrinsic
-def span(_typing: Any, x: Any, w: Any, ks: Any) -> Any:
-    """The least and the largest of x, and the sum of w."""
-    signature = types.UniTuple(types.float32, 3)(x, w, ks)
-
-    def generate(context: Any, builder: Any, signature: Any, a: Any) -> Any:
-        v = _Vectors(context, builder, ks.count)
-        values = v.load(x, a[0])
-        parts = (v.extreme(values, "fmin"), v.extreme(values, "fmax"), v.total(v.load(w, a[1])))
-        return _tuple(context, builder, signature, parts)
-
-    return signature, generate
+def _wide(builder: Any, value: Any, count: int) -> Any:
+    """A scalar in all lanes; lanes as they are."""
+    if not count or isinstance(value.type, ir.VectorType):
+        return value
+    kind = ir.VectorType(value.type, count)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(
+        one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_INT, count), [0] * count)
+    )
 
 
-@intrinsic
-def misfit(_typing: Any, values: Any, curvature: Any, ss: Any, d: Any, inv: Any, low: Any, high: Any) -> Any:
-    """sum curvature * (v - d * t)^2 for the whole numbers t in low .. high nearest to v * inv."""
-    one = types.float32
-    signature = one(values, curvature, ss, one, one, one, one)
-
-    def generate(context: Any, builder: Any, _signature: Any, a: Any) -> Any:
-        v = _Vectors(context, builder, ss.count)
-        value = v.load(values, a[0])
-        t = v.whole(v.multiply(value, v.splat(a[4])), a[5], a[6])
-        r = v.subtract(value, v.multiply(v.splat(a[3]), t))
-        return v.total(v.multiply(v.load(curvature, a[1]), v.multiply(r, r)))
-
-    return signature, generate
+def _constant(value: float, like: Any) -> Any:
+    if isinstance(like, ir.VectorType):
+        return ir.Constant(like, [ir.Constant(like.element, value)] * like.count)
+    return ir.Constant(like, value)
 
 
-@intrinsic
-def write_codes(
-    _typing: Any, x: Any, codes: Any, ks: Any, inv: Any, shift: Any, low: Any, top: Any, first: Any, uneven: Any
-) -> Any:
-    """codes[:K] = the level nearest to x * inv + shift, less the level `first` (uneven: its index)."""
-    one = types.float32
-    signature = types.void(x, codes, ks, one, one, one, one, one, uneven)
-
-    def generate(context: Any, builder: Any, _signature: Any, a: Any) -> Any:
-        v = _Vectors(context, builder, ks.count)
-        y = v.add(v.multiply(v.load(x, a[0]), v.splat(a[3])), v.splat(a[4]))
-        q = (
-            v.uneven(y, _TABLES[uneven.count], True)
-            if _given(uneven)
-            else v.subtract(v.whole(y, a[5], a[6]), v.splat(a[7]))
-        )
-        kind = ir.VectorType(_BYTE, ks.count)
-        small = builder.trunc(builder.fptosi(q, ir.VectorType(_INT32, ks.count)), kind)
-        builder.store(small, v.pointer(codes, a[1], kind), align=1)
-        return context.get_dummy_value()
-
-    return signature, generate
+def _call(builder: Any, name: str, *values: Any) -> Any:
+    """LLVM's own function `name` of its arguments' type."""
+    kind = values[0].type
+    suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+    function = builder.module.globals.get(f"llvm.{name}.{suffix}")
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(kind, [kind] * len(values)), f"llvm.{name}.{suffix}")
+    return builder.call(function, values, fastmath=_FAST)
 
 
-@intrinsic
-def half_bits(_typing: Any, value: Any) -> Any:
-    """float32 -> the bits of the nearest float16."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), generate
+def _cast(kind: Any) -> Any:
+    """The type that an argument is brought to: numbers become float32."""
+    return kind if isinstance(kind, Lanes | Mask) else types.float32
 
 
-@intrinsic
-def from_half(_typing: Any, bits: Any) -> Any:
-    """The bits of a float16 -> float32."""
+def _operators(kind: Any, result: Any, table: dict[Any, Callable[..., Any]]) -> None:
+    """Let each operator of `kind` (or of one and a number) be what `table` emits, a value of the class `result`."""
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+    def generic(_self: Any, arguments: Any, _keywords: Any) -> Any:
+        known = all(isinstance(a, kind | types.Float) for a in arguments)
+        if not known or not any(isinstance(a, kind) for a in arguments):
+            return None
+        return signature(result(_count(*arguments)), *map(_cast, arguments))
 
-    return types.float32(types.uint16), generate
+    for symbol, emit in table.items():
+
+        def lowered(_context: Any, builder: Any, signature: Any, arguments: Any, emit: Any = emit) -> Any:
+            return emit(builder, *(_wide(builder, a, signature.return_type.count) for a in arguments))
+
+        register: Any = infer_global(symbol)
+        register(type("Template", (AbstractTemplate,), {"generic": generic}))
+        for kinds in ((kind, kind), (kind, types.Float), (types.Float, kind), (kind,)):
+            lower_builtin(symbol, *kinds)(lowered)
 
 
-def scalar(name: str, count: int) -> Callable[..., Any]:
-    """LLVM's float32 operation `name` of 1 or 2 numbers: numba's own min, max and round are branches and calls."""
+def _compare(symbol: str) -> Callable[..., Any]:
+    return lambda builder, a, b: builder.fcmp_ordered(symbol, a, b, _FAST)
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        function = builder.module.declare_intrinsic(name, [_FLOAT], ir.FunctionType(_FLOAT, [_FLOAT] * count))
-        return builder.call(function, arguments, fastmath=_FAST)
 
-    if count == 1:
+_operators(
+    Lanes,
+    Lanes,
+    {
+        operator.add: lambda builder, a, b: builder.fadd(a, b, _FAST),
+        operator.sub: lambda builder, a, b: builder.fsub(a, b, _FAST),
+        operator.mul: lambda builder, a, b: builder.fmul(a, b, _FAST),
+        operator.truediv: lambda builder, a, b: builder.fdiv(a, b, _FAST),
+        operator.neg: lambda builder, a: builder.fsub(_constant(-0.0, a.type), a, _FAST),
+        abs: lambda builder, a: _call(builder, "fabs", a),
+    },
+)
+_operators(
+    Lanes,
+    Mask,
+    {
+        operator.lt: _compare("<"),
+        operator.le: _compare("<="),
+        operator.gt: _compare(">"),
+        operator.ge: _compare(">="),
+        operator.eq: _compare("=="),
+    },
+)
+_operators(
+    Mask,
+    Mask,
+    {
+        operator.and_: lambda builder, a, b: builder.and_(a, b),
+        operator.or_: lambda builder, a, b: builder.or_(a, b),
+        operator.invert: lambda builder, a: builder.not_(a),
+    },
+)
 
-        @intrinsic
-        def one(_typing: Any, a: Any) -> Any:
-            return types.float32(types.float32), generate
 
-        return one
+def _function(name: str, count: int, emit: Callable[..., Any]) -> Any:
+    """An intrinsic of 1 or 2 lanes or float32."""
 
-    @intrinsic
+    def typed(*kinds: Any) -> Any:
+        size = _count(*kinds)
+        out = Lanes(size) if size else types.float32
+
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return emit(builder, *(_wide(builder, a, size) for a in arguments))
+
+        return out(*map(_cast, kinds)), generate
+
+    def one(_typing: Any, a: Any) -> Any:
+        return typed(a)
+
     def two(_typing: Any, a: Any, b: Any) -> Any:
-        return types.float32(types.float32, types.float32), generate
+        return typed(a, b)
 
-    return two
+    chosen = one if count == 1 else two
+    chosen.__name__ = name
+    return intrinsic(chosen)
+
+
+def _emit_rounded(builder: Any, a: Any) -> Any:
+    """Clamped, to float16 and back."""
+    limit = 65504.0
+    a = _call(builder, "minnum", _call(builder, "maxnum", a, _constant(-limit, a.type)), _constant(limit, a.type))
+    half = ir.VectorType(_HALF, a.type.count) if isinstance(a.type, ir.VectorType) else _HALF
+    return builder.fpext(builder.fptrunc(a, half), a.type)
+
+
+def _emit_uneven(index: bool) -> Callable[..., Any]:
+    def emit(builder: Any, y: Any) -> Any:
+        out = _constant(0.0 if index else float(IQ4_LEVELS[0]), y.type)
+        for below, level in pairwise(IQ4_LEVELS):
+            above = builder.fcmp_ordered(">", y, _constant((below + level) / 2, y.type))
+            step = builder.fadd(out, _constant(1.0 if index else float(level - below), y.type), _FAST)
+            out = builder.select(above, step, out)
+        return out
+
+    return emit
+
+
+def _integers(builder: Any, a: Any) -> Any:
+    return builder.bitcast(a, ir.VectorType(_INT, a.type.count))
+
+
+def _emit_e2m1(builder: Any, y: Any) -> Any:
+    """Whole numbers up to 4, one bit behind the leading one from there to 12."""
+    size = _call(builder, "fabs", y)
+    bits = _integers(builder, size)
+    bits = builder.and_(builder.add(bits, _constant(1 << 21, bits.type)), _constant(-1 << 22, bits.type))
+    small = builder.fcmp_ordered("<", size, _constant(4.0, y.type))
+    size = builder.select(small, _call(builder, "rint", size), builder.bitcast(bits, y.type))
+    return _call(builder, "copysign", _call(builder, "minnum", size, _constant(12.0, y.type)), y)
+
+
+def _emit_exponent(builder: Any, a: Any) -> Any:
+    bits = _integers(builder, _call(builder, "fabs", a))
+    return builder.sitofp(builder.lshr(bits, _constant(23, bits.type)), a.type)
+
+
+def _emit_power(builder: Any, a: Any) -> Any:
+    bits = builder.fptosi(a, ir.VectorType(_INT, a.type.count))
+    return builder.bitcast(builder.shl(bits, _constant(23, bits.type)), a.type)
+
+
+smaller = _function("smaller", 2, lambda builder, a, b: _call(builder, "minnum", a, b))
+larger = _function("larger", 2, lambda builder, a, b: _call(builder, "maxnum", a, b))
+floor = _function("floor", 1, lambda builder, a: _call(builder, "floor", a))
+ceil = _function("ceil", 1, lambda builder, a: _call(builder, "ceil", a))
+nearest_whole = _function("nearest_whole", 1, lambda builder, a: _call(builder, "rint", a))
+rounded = _function("rounded", 1, _emit_rounded)  # to the nearest finite float16
+uneven_level = _function("uneven_level", 1, _emit_uneven(False))  # the nearest of IQ4's levels
+uneven_index = _function("uneven_index", 1, _emit_uneven(True))  # its index
+e2m1 = _function("e2m1", 1, _emit_e2m1)  # the nearest of MXFP4's levels
+exponent = _function("exponent", 1, _emit_exponent)  # the exponent's bits
+power = _function("power", 1, _emit_power)  # the float32 with these exponent's bits
+
+
+@intrinsic(prefer_literal=True)
+def within(_typing: Any, value: Any, group: Any, name: Any) -> Any:
+    """In each lane what `name` ("fadd", "minnum", "maxnum") makes of the lanes of its group, len(group) neighbours."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        out, distance = arguments[0], 1
+        while distance < group.count:
+            order = [i ^ distance for i in range(value.count)]
+            other = builder.shuffle_vector(out, out, ir.Constant(ir.VectorType(_INT, value.count), order))
+            sum_of = name.literal_value == "fadd"
+            out = builder.fadd(out, other, _FAST) if sum_of else _call(builder, name.literal_value, out, other)
+            distance *= 2
+        return out
+
+    return value(value, group, name), generate
+
+
+@intrinsic
+def where(_typing: Any, mask: Any, a: Any, b: Any) -> Any:
+    """a where the mask holds, else b."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.select(arguments[0], *(_wide(builder, v, mask.count) for v in arguments[1:]))
+
+    return Lanes(mask.count)(mask, a, b), generate
+
+
+@intrinsic
+def filled(_typing: Any, value: Any, ls: Any) -> Any:
+    """A float32 in all lanes."""
+    return Lanes(ls.count)(types.float32, ls), lambda _c, builder, _s, arguments: _wide(builder, arguments[0], ls.count)

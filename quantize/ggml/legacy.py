@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .blocks import Blocks, bytes_half, from_nibbles, half_bytes, need, nibbles
 
+_ONES, _GATHER = 0x0101010101010101, 0x0102040810204080
+
 
 def pack_q8_0(blocks: Blocks) -> Tensor:
     """d, then 32 signed bytes: a code plus 128, modulo 256."""
@@ -66,8 +68,8 @@ def _d_and_m(blocks: Blocks) -> Tensor:
 
 
 def _five_bits(codes: Tensor) -> tuple[Tensor, Tensor]:
-    place = 1 << torch.arange(8, device=codes.device)
-    fifth = ((codes >> 4).view(-1, 4, 8) * place).sum(-1).to(torch.uint8)
+    eights = codes.contiguous().view(torch.int64) >> 4 & _ONES
+    fifth = (eights * _GATHER >> 56).to(torch.uint8)  # bit 0 of byte i to bit i of the highest byte
     return fifth, nibbles((codes & 15).view(-1, 1, 32))
 
 

@@ -52,9 +52,9 @@ def search_exponents(blocks: Weighted) -> tuple[Tensor, Tensor]:
     """MXFP4's exponents uint8 [P] and codes uint8 [P, 32]."""
     if blocks.x.is_cuda:
         return mxfp4.search_blocks(blocks)
-    from . import search_cpu
+    from . import mxfp4_cpu
 
     exponents = torch.empty(len(blocks.x), dtype=torch.uint8)
     codes = torch.empty(blocks.x.shape, dtype=torch.uint8)
-    search_cpu.search_exponents(blocks, exponents, codes)
+    mxfp4_cpu.search_exponents(blocks, exponents, codes)
     return exponents, codes
