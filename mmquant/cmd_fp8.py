@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mmquant.llmc_options import backend_option
 from mmquant.options import device_option, dry_run_option, model_option, out_option, shard_option
 from mmquant.options_fetch import fetch_options, open_model
 
@@ -18,16 +19,24 @@ if TYPE_CHECKING:
 @model_option()
 @out_option()
 @click.option("--scheme", type=click.Choice(["block", "channel", "native"]), default="block", show_default=True)
+@backend_option()
 @shard_option()
 @device_option()
 @fetch_options()
 @dry_run_option()
-def command(model: str, out: Path, scheme: str, limit: int, device: str, fetch: FetchOptions, dry_run: bool) -> None:
+def command(
+    model: str, out: Path, scheme: str, backend: str, limit: int, device: str, fetch: FetchOptions, dry_run: bool
+) -> None:
     """Write FP8: block (compressed-tensors 128x128, the release's exact values), channel (a scale per output channel)
     or native (verified copy).
 
     Example: mmquant fp8 --model demo --out ./m27-fp8
     """
+    if backend == "llmcompressor":
+        from mmquant.llmc import fp8_job, write_with_llmcompressor
+
+        click.echo(write_with_llmcompressor(open_model(model, fetch, None), fp8_job(scheme), out, device, dry_run))
+        return
     from mmquant.convert.fp8_variant import Fp8Variant
     from mmquant.pipeline import describe, prepare, write_folder, write_native
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmquant.llmc_options import backend_option
 from mmquant.options import device_option, dry_run_option, model_option, out_option, shard_option
 from mmquant.options_calibration import calibration_options
 from mmquant.options_fetch import fetch_options, open_model
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tp", type=click.IntRange(1), default=2, show_default=True, help="Tensor parallelism to be loadable at."
 )
+@backend_option()
 @calibration_options()
 @shard_option()
 @device_option()
@@ -53,6 +55,12 @@ def command(model: str, out: Path, fetch: FetchOptions, dry_run: bool, limit: in
 
     Example: mmquant int4 --model demo --out ./m27-int4
     """
+    if options.pop("backend") == "llmcompressor":
+        from mmquant.llmc import int4_job, write_with_llmcompressor
+
+        job = int4_job(options)
+        click.echo(write_with_llmcompressor(open_model(model, fetch, None), job, out, device, dry_run))
+        return
     from mmquant.int4_run import Int4Request, write_int4
     from mmquant.pipeline import describe, prepare
 
