@@ -106,13 +106,26 @@ def llamacpp_scores(
 
 
 def vllm_scores(stored: StoredReference, artifacts: tuple[str, ...], sample: Sample) -> tuple[list[Scores], str]:
-    """Scores of folders by vLLM's prompt log-probabilities, and its version."""
+    """Scores of folders by vLLM's prompt log-probabilities, and its version.
+
+    Source: vllm/sampling_params.py; a request's `prompt_logprobs` holds None for the first token, then for each token
+    of the prompt the most probable ones at its place and itself, by id.
+    """
+    import gc
+
     import vllm  # pyright: ignore[reportMissingImports]
 
     found = []
-    settings = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=VLLM_TOP)
+    settings = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=VLLM_TOP, detokenize=False)
     for artifact in artifacts:
-        model = vllm.LLM(model=artifact, max_model_len=sample.context + 1, max_logprobs=VLLM_TOP)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # vLLM claims 90 % of the memory and refuses to start with less
+        model = vllm.LLM(
+            model=artifact,
+            max_model_len=sample.context + 1,
+            max_logprobs=VLLM_TOP,
+            tensor_parallel_size=_parallel(torch.cuda.device_count()),
+        )
         parts, at = [], 0
         for window, first in zip(sample.tokens, sample.first.tolist(), strict=True):
             prompt = {"prompt_token_ids": window.tolist()}
@@ -123,7 +136,13 @@ def vllm_scores(stored: StoredReference, artifacts: tuple[str, ...], sample: Sam
             at += len(positions)
         found.append(join(parts))
         del model
+        gc.collect()
     return found, str(vllm.__version__)
+
+
+def _parallel(devices: int) -> int:
+    """GPUs that vLLM splits a model over: a power of 2, 4 at most (8 would cut w2's groups of 128)."""
+    return 4 if devices >= 4 else 2 if devices >= 2 else 1
 
 
 def compare_tops(base: Rows, tops: list[dict[int, float]], target: Tensor) -> Scores:

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -18,12 +20,15 @@ import torch
 from click.testing import CliRunner, Result
 
 import llamacpp
+from mmquant import engines
+from mmquant.calibration.forward import embed, final_logits, layer_forward
 from mmquant.calibration.metrics import compare, summarise
 from mmquant.calibration.reference_store import StoredReference, compare_stored, condense
 from mmquant.cli import cli
 from mmquant.cmd_eval import run
 from mmquant.convert.manifest import read as read_manifest
-from mmquant.convert.open import demo_folder
+from mmquant.convert.open import demo_folder, open_source
+from mmquant.convert.source import read_globals, read_layer
 from mmquant.engines import compare_tops, difference
 from mmquant.errors import GateError, MmquantError
 from mmquant.eval_result import GATES, failures, quality_block, read_gate, validate
@@ -268,6 +273,55 @@ def test_prompt_log_probabilities_give_the_same_numbers() -> None:
         else:
             assert (found.kld <= exact.kld + 2e-4).all()
             np.testing.assert_allclose(found.kld, exact.kld, atol=0.05)
+
+
+class DocumentedLLM:
+    """What vLLM documents of LLM.generate, answered by our forward: it stands in for an engine that runs on GPUs only.
+
+    It keeps the order and the shape of `prompt_logprobs`, and refuses parameters that vLLM does not have.
+    """
+
+    def __init__(self, *, model: str, max_model_len: int, max_logprobs: int, tensor_parallel_size: int) -> None:
+        self.source, self.length, self.most = open_source(model), max_model_len, max_logprobs
+        assert tensor_parallel_size in (1, 2, 4)
+
+    def generate(self, prompts: list[dict[str, list[int]]], params: SimpleNamespace, *, use_tqdm: bool) -> list[Any]:
+        assert (params.max_tokens, params.temperature, params.detokenize) == (1, 0.0, False)
+        assert not use_tqdm
+        (ids,) = (prompt["prompt_token_ids"] for prompt in prompts)
+        assert len(ids) + params.max_tokens <= self.length
+        assert params.prompt_logprobs <= self.most
+        g, outside = self.source.geometry, read_globals(self.source)
+        hidden = embed(outside, torch.tensor([ids]))
+        for layer in range(g.layers):
+            hidden = layer_forward(read_layer(self.source, layer), g, hidden)
+        logp = torch.log_softmax(final_logits(outside, g, hidden)[0], -1)
+        found: list[dict[int, SimpleNamespace] | None] = [None]
+        for row, token in zip(logp[:-1], ids[1:], strict=True):
+            best = row.topk(params.prompt_logprobs).indices.tolist()
+            found.append({i: SimpleNamespace(logprob=float(row[i]), rank=None) for i in dict.fromkeys([token, *best])})
+        return [SimpleNamespace(prompt_logprobs=found)]
+
+
+def test_vllm_beside_the_streamed_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("vllm")
+    module.__dict__.update(LLM=DocumentedLLM, SamplingParams=SimpleNamespace, __version__="documented")
+    module.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    few = (folder, "--reference", "demo", "--windows", "3", "--context", "24", "--engine", "vllm", "--json")
+    off = []
+    for convention, kept in (("all", 2048), ("llama.cpp", 2048), ("all", 256)):
+        monkeypatch.setattr(engines, "VLLM_TOP", kept)
+        done = mmquant(*few, "--convention", convention, "--activations", "exact")
+        assert done.exit_code == 0, done.exception
+        result = json.loads(done.stdout)
+        (row,) = result["engine_check"]["candidates"]
+        assert row["tokens"] == result["tokens"] == 3 * (23 if convention == "all" else 11)
+        assert row["difference"]["ppl"] == pytest.approx(0, abs=1e-5)
+        assert row["difference"]["top1"] == 0
+        off.append(row["difference"]["kld_mean_nats"])
+    assert off[:2] == pytest.approx([0, 0], abs=1e-3)
+    assert off[2] < -1e-3  # tokens that vLLM was not asked for count as one: less than the exact distance
 
 
 def test_difference_is_relative_and_of_kld_absolute() -> None:
