@@ -50,8 +50,13 @@ class Int4Options:
 
     @property
     def compensated(self) -> bool:
-        """Whether rounding errors are fed back: GPTQ, and AWQ with high effort (then both)."""
-        return self.method == "gptq" or (self.method == "awq" and self.effort == "high")
+        """Whether rounding errors are fed back: GPTQ unless fast, and AWQ with high effort (then both)."""
+        return (self.method, self.effort) in (("gptq", "default"), ("gptq", "high"), ("awq", "high"))
+
+    @property
+    def full(self) -> bool:
+        """Whether second moments are needed; fast GPTQ only rounds, under the diagonals."""
+        return self.compensated or self.method == "awq"
 
     @property
     def learned(self) -> bool:

@@ -39,7 +39,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="fp8: calibrated scales for an FP8 cache (SGLang then uses one by itself, vLLM with --kv-cache-dtype fp8).",
 )
-@click.option("--effort", type=click.Choice(["fast", "default", "high"]), default="default", show_default=True)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "default", "high"]),
+    default="default",
+    show_default=True,
+    help="gptq: fast rounds under diagonal moments, without error feedback; high learns rounding (about ten times as "
+    "long). awq: high adds error feedback.",
+)
 @click.option("--asymmetric", is_flag=True, help="Zero points (always with --format awq).")
 @click.option(
     "--tp", type=click.IntRange(1), default=2, show_default=True, help="Tensor parallelism to be loadable at."

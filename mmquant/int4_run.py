@@ -118,7 +118,12 @@ def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, o
     provider = None
     if isinstance(variant, CalibratedInt4):
         provider = make_provider(
-            source, request.calibration, request.device, out / STREAMS, hidden=variant.options.learned
+            source,
+            request.calibration,
+            request.device,
+            out / STREAMS,
+            hidden=variant.options.learned,
+            full=variant.options.full,
         )
     if isinstance(variant, CalibratedInt4) and variant.options.learned:
         source.schedule.behind = 1  # the reference stream reads the layer before once more

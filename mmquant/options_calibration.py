@@ -42,16 +42,20 @@ def calibration_options() -> Decorator:
     return decorate
 
 
-def make_provider(source: Checkpoint, options: dict[str, Any], device: str, folder: Path, hidden: bool) -> Provider:
+def make_provider(
+    source: Checkpoint, options: dict[str, Any], device: str, folder: Path, hidden: bool, full: bool = True
+) -> Provider:
     """A live pass over the calibration text, or the stored statistics of --statistics.
 
     folder keeps the stream of a quantized pass between layers, so that a killed run continues.
     hidden: the quantizer needs the tokens themselves, which stored statistics cannot give (UsageError).
+    full: it needs second moments; otherwise diagonals are collected, and stored ones will do.
     """
+    from mmquant.calibration.collector import Collect
     from mmquant.calibration.live import LivePass, PassOptions, StoredPass, default_dtype
 
     propagate = options["propagate"] or ("quantized" if hidden else "reference")
-    chosen = PassOptions(propagate=propagate, device=device, dtype=default_dtype(device))
+    chosen = PassOptions(Collect(full), propagate, device, default_dtype(device))
     if options["statistics"] is None:
         from mmquant.cmd_calibrate import make_corpus
 
@@ -68,7 +72,7 @@ def make_provider(source: Checkpoint, options: dict[str, Any], device: str, fold
     from mmquant.calibration.statistics_store import open_statistics
 
     stored = open_statistics(options["statistics"])
-    if not stored.full:
+    if full and not stored.full:
         raise UsageError(
             f"{options['statistics']}: holds diagonals, expected second moments (calibrate --moments full)"
         )

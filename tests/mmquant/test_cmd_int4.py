@@ -41,3 +41,18 @@ def test_dry_run_writes_nothing(tmp_path: Path, command: list[str]) -> None:
     assert result.exit_code == 0, result.output
     assert "bytes into" in result.output
     assert not out.exists()
+
+
+def test_fast_takes_diagonal_statistics_and_says_so_when_more_is_needed(tmp_path: Path) -> None:
+    run, statistics, text = CliRunner(), str(tmp_path / "s"), tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 600)
+    few = ["--text", str(text), "--windows", "4", "--context", "64"]
+    assert not run.invoke(
+        cli, ["calibrate", "--model", "demo", "--moments", "diagonal", *few, "--out", statistics]
+    ).exception
+    common = ["int4", "--model", "demo", "--statistics", statistics]
+    result = run.invoke(cli, [*common, "--out", str(tmp_path / "o")])
+    assert "holds diagonals, expected second moments" in str(result.exception)
+    result = run.invoke(cli, [*common, "--effort", "fast", "--out", str(tmp_path / "f")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "f" / "config.json").is_file()
