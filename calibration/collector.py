@@ -16,7 +16,7 @@ from torch import Tensor
 from ..convert.minimax_m2 import Geometry, LayerWeights
 from .forward import Observer, Routing
 from .statistics import MARGIN_BINS, LayerStatistics, RoutingStatistics
-from .sums import Sums, add_gram, column_squares, expanded, row_extremes, scaled_rows
+from .sums import Sums, add_gram, column_squares, expanded, peaks, row_extremes, scaled_rows
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,7 @@ class Collector(Observer):
             self._all_experts(x, values, good)
         if self.first:
             self._router(routing, good)
-            torch.maximum(
-                self.hidden_amax,
-                torch.linalg.vector_norm(x, torch.inf, dim=0, dtype=torch.float32),
-                out=self.hidden_amax,
-            )
+            torch.maximum(self.hidden_amax, peaks(x, 0), out=self.hidden_amax)
             if not self.shared:
                 self._token_level(x, values, good)
 
@@ -246,21 +242,18 @@ class Collector(Observer):
         second_in, second_mid = self.expert_in.second, self.expert_mid.second
         scaled = scaled_rows(h, share)
         weighted = scaled_rows(x, share) if second_in is not None else x
-        plain, channel = torch.zeros_like(self.expert_mid.plain), torch.zeros_like(self.mid_amax)
         for expert, (start, stop) in enumerate(pairwise(offsets)):
             if start == stop:
                 continue
             if self.first:
                 rows = h[start:stop]
-                torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32, out=plain[expert])
-                torch.linalg.vector_norm(rows, torch.inf, dim=0, dtype=torch.float32, out=channel[expert])
+                self.expert_mid.plain[expert] += column_squares(rows)
+                torch.maximum(self.mid_amax[expert], peaks(rows, 0), out=self.mid_amax[expert])
                 if second_mid is None:
                     self.expert_mid.diagonal[expert] += column_squares(scaled[start:stop])
             if expert in self.kept and second_in is not None and second_mid is not None:
                 add_gram(second_in[expert - self.kept.start], weighted[start:stop])
                 add_gram(second_mid[expert - self.kept.start], scaled[start:stop])
-        self.expert_mid.plain += plain.square()
-        torch.maximum(self.mid_amax, channel, out=self.mid_amax)
 
     def _all_experts(self, x: Tensor, values: tuple[Tensor, Tensor, Tensor], good: Tensor | None) -> None:
         """Every expert sees every token, unweighted."""

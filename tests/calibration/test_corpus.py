@@ -220,7 +220,7 @@ def test_overlap_is_found_at_its_length_and_named() -> None:
     short = fresh + " " + " ".join(WORDS[100 : 100 + PASSAGE - 1])
     check_disjoint({"short": short}, known)  # 49 words: a quotation
     copied = fresh + "\n" + ",  ".join(w.upper() for w in WORDS[100 : 100 + PASSAGE])
-    found = overlap(copied, known)
+    found = overlap(copied, np.sort(known))
     assert (found.longest, found.shared) == (PASSAGE, PASSAGE - 12)
     with pytest.raises(ValueError, match=r"evaluation.txt: overlaps the calibration text .* longest passage 50 words"):
         check_disjoint({"evaluation.txt": copied}, known)
@@ -231,13 +231,13 @@ def test_many_short_overlaps_are_refused_too() -> None:
     scattered = " ".join(
         " ".join((*WORDS[2000 + 30 * i : 2030 + 30 * i], *WORDS[30 * i : 30 * i + 20])) for i in range(40)
     )
-    assert overlap(scattered, known).longest < PASSAGE
-    assert overlap(scattered, known).refused
+    assert overlap(scattered, np.sort(known)).longest < PASSAGE
+    assert overlap(scattered, np.sort(known)).refused
 
 
 def test_chinese_is_compared_by_character() -> None:
     text = (bundled("calibration") / "zh.txt").read_text("utf-8")
-    assert overlap(text[300:420], shingles(text)).refused
+    assert overlap(text[300:420], np.sort(shingles(text))).refused
     assert len(shingles("一二三四五六七八九十甲乙丙")) == 1
     assert len(shingles("one two three")) == 0
 
