@@ -27,6 +27,8 @@ from .hub_listing import RepoFile
 
 BLOCK = 32 << 20
 PIECE = 1 << 20
+GATHER = 256 << 10  # a piece below this is followed by a short rest, in which more arrives
+REST = 0.01  # seconds; each read takes the interpreter from the thread that works on the last shard
 LEAST_PROGRESS = 4 << 10  # bytes within one stall time; fewer is a stall
 CORRUPT_TRIES = 2
 
@@ -266,6 +268,8 @@ def body(client: Client, response: requests.Response, length: int) -> Iterator[b
                 raise BrokenBodyError(f"the body ends {left} bytes early")
             left, window = left - len(piece), window + len(piece)
             yield piece
+            if left and len(piece) < GATHER < length:
+                time.sleep(REST)
             if time.monotonic() - since > client.retry.stall:
                 if window < LEAST_PROGRESS and left:
                     raise BrokenBodyError(f"{window} bytes in {client.retry.stall:.0f} s: stalled")

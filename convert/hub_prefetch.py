@@ -172,12 +172,11 @@ class Prefetcher:
         if self._running:
             return
         self._wanted.remove(name)
-        held = sorted({*self._ready} & {*self._used})
+        held = {*self._ready} & {*self._used}
         needed = sum(self._sizes[n] for n in held) + self._sizes[name]
-        raise ValueError(
-            f"{name}: needed while {', '.join(held) or 'nothing else'} is in use: --max-shards is "
-            f"{self._max_shards} and --max-disk {self._max_disk}, expected at least {len(held) + 1} and {needed:,}"
-        )
+        limits = [("--max-shards", self._max_shards, len(held) + 1), ("--max-disk", self._max_disk, needed)]
+        found = [f"{option} {limit:,}, expected at least {least:,}" for option, limit, least in limits if limit]
+        raise ValueError(f"{name}: needed beside {len(held)} shards in use: {'; '.join(found)}")
 
     def _run(self, name: str) -> None:
         result: tuple[Path, bool] | None = None

@@ -189,7 +189,7 @@ class ModelScope:
             # Without `license` the hub would say Apache-2.0.
             api.create_repo(self.spec.repo, "model", visibility=visibility, license="other")
         except ModelScopeError as error:
-            text = redact(str(error), self.client.endpoint.token)[:200]
+            text = redact(str(error).split(" Request:")[0], self.client.endpoint.token)[:200]
             raise HubError(f"{self.spec}: the repository cannot be made ({text}), check MODELSCOPE_API_TOKEN") from None
 
     def open_request(self, title: str) -> str:

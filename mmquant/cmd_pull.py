@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmquant.errors import PartialError
 from mmquant.options import DEFAULT_MODEL, dry_run_option, json_option
 
 if TYPE_CHECKING:
@@ -78,8 +79,12 @@ def _spec(model: str | None, hub: str | None, repo: str | None, revision: str | 
 
 
 def pull(store: HubFolder, names: list[str], out: Path) -> None:
-    """Bring the named files into `out`; a file that is there with the listed digest is kept."""
+    """Bring the named files into `out`; a file that is there with the listed digest is kept.
+
+    Raises PartialError when the network gives up in between.
+    """
     from mmquant.convert.hub_fetch import need_disk, part_digest
+    from mmquant.convert.hub_http import TransferError
 
     todo = [n for n in names if not _is_whole(store, out / n, n, part_digest)]
     out.mkdir(parents=True, exist_ok=True)
@@ -97,10 +102,15 @@ def pull(store: HubFolder, names: list[str], out: Path) -> None:
             shutil.copyfile(path, temporary)
             temporary.replace(final)
 
-    with ThreadPoolExecutor(TOGETHER) as pool:
-        for _ in pool.map(one, todo):
-            pass
-    store.close()
+    try:
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            for _ in pool.map(one, todo):
+                pass
+    except TransferError as error:
+        here = sum((out / name).is_file() for name in names)
+        raise PartialError(f"{error} ({here} of {len(names)} files are here)") from None
+    finally:
+        store.close()
     shutil.rmtree(out / WORK, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmquant.errors import PartialError
 from mmquant.options import dry_run_option, json_option
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def command(
     if as_json:
         click.echo(json.dumps(result))
     else:
-        verb = "would publish" if dry_run else "published"
+        verb = "would publish" if dry_run else "published" if result["commits"] else "found whole"
         click.echo(f"{verb} {result['files']} files, {result['bytes']:,} bytes, as {result['url']}")
 
 
@@ -82,6 +83,7 @@ def push(
 ) -> dict[str, Any]:
     """Check layout and licence, write the card, upload what the hub lacks. Returns what --json prints."""
     from mmquant.convert.card import LICENSE_FILES, Place, license_fields, read_manifest
+    from mmquant.convert.hub_http import TransferError
     from mmquant.convert.hub_layout import check_layout, remote_path
     from mmquant.convert.hub_push import Ledger, Publisher, push_files, start
 
@@ -115,7 +117,10 @@ def push(
     uploads |= {u.path: u for u in staged}
     weights = [u for u in uploads.values() if u.path.endswith((".safetensors", ".gguf"))]
     publisher = Publisher(remote, ledger, delete, _progress(weights))
-    push_files(publisher, weights, [u for u in uploads.values() if u not in weights])
+    try:
+        push_files(publisher, weights, [u for u in uploads.values() if u not in weights])
+    except TransferError as error:
+        raise PartialError(str(error)) from None
     return {**answer, "commits": publisher.commits}
 
 

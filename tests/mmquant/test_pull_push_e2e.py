@@ -20,6 +20,7 @@ from hub_server import TOKEN, Bucket, HubServer
 from mmquant.cli import cli
 from mmquant.convert.hub_store import HubFolder
 from mmquant.convert.open import demo_folder
+from mmquant.errors import PartialError
 from tiny import write_tiny
 
 SHARDS = 12
@@ -233,6 +234,64 @@ def test_offline_is_one_line(hub: HubServer, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "pull", "--model", "hf:org/tiny", "--out", str(tmp_path / "o"), HF_HUB_OFFLINE="1")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "HF_HUB_OFFLINE is set" in done.stderr
+
+
+def test_a_network_that_gives_up_is_exit_3_and_the_next_run_ends_it(
+    hub: HubServer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmquant.convert.hub_http.Client.pause", lambda *_: None)  # minutes otherwise
+    for name, value in (hub.environment() | {"HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    lost = hub.read("org/tiny", "model-00007-of-00012.safetensors")
+    fault = hub.fault(f"GET /cdn/{hashlib.sha256(lost).hexdigest()}", status=503, times=99)
+    line = ["pull", "--model", "hf:org/tiny", "--out", str(tmp_path / "out")]
+    with pytest.raises(PartialError, match=r"HTTP 503, 9 attempts; run the command again .* of 15 files are here"):
+        CliRunner().invoke(cli, line, catch_exceptions=False)
+    assert not (tmp_path / "out" / "model-00007-of-00012.safetensors").exists()
+    fault.times = 0
+    assert CliRunner().invoke(cli, line).exit_code == 0
+    assert digests(tmp_path / "out") == digests(model)
+
+
+FILLED = """
+mount -t tmpfs -o size=6m none $DISK
+mkdir -p $DISK/out/.mmquant.source/x
+{mount}
+$MMQUANT 2> $LOG & run=$!
+until ls $DISK/out/.mmquant.source/*/shards/model-00003* > /dev/null 2>&1; do kill -0 $run || exit 9; sleep 0.01; done
+cat /dev/zero > $FULL/other 2> /dev/null
+wait $run; echo $? >> $LOG
+rm $FULL/other
+$MMQUANT 2>> $LOG; echo $? >> $LOG
+cp -r $DISK/out $RESULT
+"""
+SHARDS_ELSEWHERE = """mkdir $DISK.more
+mount -t tmpfs -o size=6m none $DISK.more
+mount --bind $DISK.more $DISK/out/.mmquant.source"""
+
+
+@pytest.mark.parametrize("full", ["writing", "fetching"])
+def test_a_disk_that_fills_up_is_one_line_and_the_next_run_ends_it(
+    hub: HubServer, model: Path, tmp_path: Path, full: str
+) -> None:
+    """Shards and output on two real file systems, one of which another process fills while the command runs."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    hub.bucket = Bucket(3_000_000)
+    line = f"{sys.executable} -m mmquant fp8 --model hf:org/tiny --out {disk}/out --max-shards 6"
+    more = {"DISK": str(disk), "LOG": str(log), "MMQUANT": line, "RESULT": str(tmp_path / "result")}
+    more["FULL"] = str(disk if full == "writing" else f"{disk}.more")
+    script = FILLED.format(mount=SHARDS_ELSEWHERE)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], env=environment(hub, tmp_path) | more, timeout=120)
+    lines = log.read_text().splitlines()
+    assert done.returncode == 0, lines
+    assert lines[1] == "5"
+    assert lines[-1] == "0"
+    assert "full" in lines[0] or "No space left" in lines[0] or "free" in lines[0]
+    assert run(hub, tmp_path, "fp8", "--model", str(model), "--out", str(tmp_path / "local")).returncode == 0
+    assert digests(tmp_path / "result") == digests(tmp_path / "local")
 
 
 @pytest.mark.parametrize("size, command", [("1200k", "pull"), ("1800k", "fp8")])
