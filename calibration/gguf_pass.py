@@ -6,6 +6,7 @@ layer that is next; without them the file is begun again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ class CalibratedRun:
             self._save(step + 1)
             self.writer.checkpoint()
             self._drop(step)
+            for line in self.report.of_layer(step - 1):
+                bar.write(line, file=sys.stderr)
 
     def _values(self, step: int) -> dict[str, np.ndarray]:
         g = self.source.geometry

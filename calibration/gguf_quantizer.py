@@ -3,6 +3,7 @@ feedback."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -70,9 +71,19 @@ METHODS = {"fast": Method(feedback=False, correct=False, passes=0), "default": M
 
 @dataclass
 class Report:
-    """What a run did beyond rounding: exponents of the overflow cure, by (layer, expert)."""
+    """What a run did beyond rounding: exponents of the overflow cure by (layer, expert), experts that saw no token."""
 
     cured: dict[tuple[int, int], int] = field(default_factory=dict)
+    unseen: set[tuple[int, int]] = field(default_factory=set)
+
+    def of_layer(self, layer: int) -> Iterator[str]:
+        """What the user should know of a layer, a line each."""
+        cured = [f"{expert} (2^{k})" for (place, expert), k in sorted(self.cured.items()) if place == layer]
+        unseen = [str(expert) for place, expert in sorted(self.unseen) if place == layer]
+        if cured:
+            yield f"layer {layer}: experts {', '.join(cured)} rescaled, their sums would overflow float16 on CUDA"
+        if unseen:
+            yield f"layer {layer}: experts {', '.join(unseen)} saw no token, the layer's pooled moments stand in"
 
 
 def solve(weight: Tensor, kind: GGMLType, pair: Pair, method: Method) -> tuple[np.ndarray, Tensor]:
@@ -185,6 +196,7 @@ def quantize_experts(
     pair, largest = input_pairs(streams, weights, g)
     exponents = overflow_exponents(largest)
     report.cured |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
+    report.unseen |= {(layer, e) for e, rows in enumerate(pair.rows.tolist()) if rows == 0}
     source = cured(weights, exponents)
     names = ("ffn_gate_exps", "ffn_up_exps")
     if kinds[names[0]] == kinds[names[1]]:  # the same input: one factorization, one sweep

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmquant.calibration import gguf_quantizer
 from mmquant.calibration.gguf_paired import Pair
-from mmquant.calibration.gguf_quantizer import METHODS, Method, experts_at_once, solve
+from mmquant.calibration.gguf_quantizer import METHODS, Method, Report, experts_at_once, solve
 from mmquant.quantize.ggml.codec import decode
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -53,3 +53,12 @@ def test_plain_types_are_stored_as_they_are(kind: GGMLType) -> None:
     assert torch.equal(
         decode(torch.from_numpy(data).flatten(0, 1), kind, 256).view_as(weight), weight.bfloat16().float()
     )
+
+
+def test_what_the_user_should_know() -> None:
+    report = Report({(3, 11): 4, (3, 3): 5, (1, 0): 2}, {(3, 7)})
+    assert list(report.of_layer(0)) == []
+    assert list(report.of_layer(3)) == [
+        "layer 3: experts 3 (2^5), 11 (2^4) rescaled, their sums would overflow float16 on CUDA",
+        "layer 3: experts 7 saw no token, the layer's pooled moments stand in",
+    ]
