@@ -61,7 +61,16 @@ $(NODE_LLAMA):
 	cd $(@D) && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
 	@touch $@
 
-test-peers: $(READY) $(PEERS) $(NODE_LLAMA) ## conformance with auto-gptq and llm-compressor themselves
+# AutoAWQ is archived and comes as a source archive; one file of it, which needs nothing but torch, is its reader
+AUTOAWQ := .peers/autoawq/.installed
+
+$(AUTOAWQ): $(READY)
+	mkdir -p $(@D)
+	$(BIN)/python -m pip download -qq --no-deps --no-build-isolation --no-binary autoawq -d $(@D) autoawq==0.2.9
+	cd $(@D) && tar xzf autoawq-0.2.9.tar.gz
+	@touch $@
+
+test-peers: $(READY) $(PEERS) $(NODE_LLAMA) $(AUTOAWQ) ## conformance with auto-gptq, AutoAWQ and llm-compressor themselves
 	$(PYTEST) -m peers
 
 bench: $(READY) ## the benchmarks of bench/
