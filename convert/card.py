@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import yaml
 
-from .hub_http import HF, HUB_NAMES
+from .hub_http import HF, MANIFEST_NAMES
 from .hub_layout import quant_label, split_of
 from .store import parse_json
 
@@ -24,7 +24,6 @@ END = "<!-- mmquant: end -->"
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
 UNNAMED = "minimax-m2.7-non-commercial"
-HUB_KEYS = {"hf": "huggingface", "ms": "modelscope"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def published(manifest: dict[str, Any], place: Place, moved: Mapping[str, str]) 
         artifact["entry"] = moved.get(artifact["entry"], artifact["entry"])
         for file in artifact["files"]:
             file["path"] = moved.get(file["path"], file["path"])
-        artifact["repo"] = {**artifact.get("repo", {}), HUB_KEYS[place.hub]: place.repo}
+        artifact["repo"] = {**artifact.get("repo", {}), MANIFEST_NAMES[place.hub]: place.repo}
     return data
 
 
@@ -252,8 +251,7 @@ def _made(manifest: dict[str, Any]) -> str:
     generator = manifest.get("generator", {})
     lines = [f"{generator.get('name', 'mmquant')} {generator.get('version', '')}".strip() + "."]
     model = manifest["model"]
-    prefix = {"huggingface": "hf:", "modelscope": "ms:"}.get(model.get("source", ""), "")
-    source = f"{prefix}{model['base_model']}" + (f"@{model['base_revision']}" if prefix else "")
+    source = base_spec(model) or model["base_model"]
     for a in manifest["artifacts"]:
         run = dict(a.get("provenance", {}).get("run", {}))
         command = [str(run.pop("command", "")) or a["format"], "--model", source, "--out", a["id"]]
@@ -267,12 +265,14 @@ def _made(manifest: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def base_spec(model: Mapping[str, Any]) -> str | None:
+    """hf:ORG/NAME@REV of a manifest's model; None when it came from a folder."""
+    prefix = {name: hub for hub, name in MANIFEST_NAMES.items()}.get(model.get("source", ""))
+    return f"{prefix}:{model['base_model']}@{model['base_revision']}" if prefix else None
+
+
 def _splits(manifest: dict[str, Any]) -> list[str]:
     """Ollama takes no split GGUF: how to merge one."""
     entries = [a["entry"] for a in manifest["artifacts"] if a["format"] == "gguf" and split_of(a["entry"])[2] > 1]
     merged = [(e, split_of(e)[0]) for e in entries]
     return [f"Ollama loads no split GGUF; merge first: `llama-gguf-split --merge {e} {n}.gguf`" for e, n in merged]
-
-
-def hub_name(place: Place) -> str:
-    return HUB_NAMES[place.hub]

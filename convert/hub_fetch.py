@@ -12,8 +12,7 @@ import hashlib
 import json
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_all
 from dataclasses import dataclass
@@ -22,23 +21,16 @@ from pathlib import Path
 import requests
 
 from .files import replace_whole, sha256_file, sync_folder
+from .hub_body import BrokenBodyError, body
 from .hub_http import NETWORK_ERRORS, TRANSIENT, Client, TransferError, explain, origin, reason, retry_after
 from .hub_listing import RepoFile
 
 BLOCK = 32 << 20
-PIECE = 1 << 20
-GATHER = 256 << 10  # a piece below this is followed by a short rest, in which more arrives
-REST = 0.01  # seconds; each read takes the interpreter from the thread that works on the last shard
-LEAST_PROGRESS = 4 << 10  # bytes within one stall time; fewer is a stall
 CORRUPT_TRIES = 2
 
 
 class RangeIgnoredError(Exception):
     """The server answered a range with the whole file: never spliced, the file is read in one stream instead."""
-
-
-class BrokenBodyError(OSError):
-    """The body ended before its length; what arrived counts."""
 
 
 @dataclass(frozen=True)
@@ -256,28 +248,6 @@ def _check_range(client: Client, job: Job, response: requests.Response, first: i
         raise TransferError(f"{job.what}: the server sends {found!r}, expected {expected!r}; nothing of it is kept")
 
 
-def body(client: Client, response: requests.Response, length: int) -> Iterator[bytes]:
-    """The body's bytes as they arrive, `length` of them; BrokenBodyError when it ends early or stalls."""
-    left, window, since = length, 0, time.monotonic()
-    try:
-        while left:
-            if client.cancelled.is_set():
-                raise TransferError("cancelled")
-            piece = response.raw.read1(min(PIECE, left))
-            if not piece:
-                raise BrokenBodyError(f"the body ends {left} bytes early")
-            left, window = left - len(piece), window + len(piece)
-            yield piece
-            if left and len(piece) < GATHER < length:
-                time.sleep(REST)
-            if time.monotonic() - since > client.retry.stall:
-                if window < LEAST_PROGRESS and left:
-                    raise BrokenBodyError(f"{window} bytes in {client.retry.stall:.0f} s: stalled")
-                window, since = 0, time.monotonic()
-    finally:
-        response.close()
-
-
 def _fetch_stream(client: Client, job: Job) -> None:
     """The whole file in one unranged stream, for a server that ignores Range; begins at zero after every break."""
     job.record.unlink(missing_ok=True)
@@ -306,28 +276,3 @@ def _fetch_stream(client: Client, job: Job) -> None:
         if attempt < client.retry.attempts:
             client.pause(attempt)
     raise TransferError(f"{job.what}: {trouble}, and the server ignores Range: the file cannot be continued")
-
-
-def fetch_range(client: Client, url: str, first: int, size: int, total: int, what: str) -> bytes:
-    """`size` bytes at `first` of a file of `total` bytes, in memory. Raises as `fetch` does.
-
-    From a server that ignores Range the beginning of the file is still read, and no more than that.
-    """
-    if size == 0:
-        return b""
-    expected, trouble = f"bytes {first}-{first + size - 1}/{total}", ""
-    for attempt in range(client.retry.attempts + 1):
-        response = client.send("GET", url, {"Range": expected.replace(" ", "=").split("/")[0]}, what=what)
-        if response.status_code not in (200, 206):
-            raise explain(response, client.endpoint, what)
-        found = response.headers.get("Content-Range", "").strip()
-        if (response.status_code == 206 and found != expected) or (response.status_code == 200 and first):
-            response.close()
-            raise TransferError(f"{what}: asked for {expected!r}, the server sends {found or 'the whole file'}")
-        try:
-            return b"".join(body(client, response, size))
-        except (*NETWORK_ERRORS, BrokenBodyError) as error:
-            trouble = reason(error)
-        if attempt < client.retry.attempts:
-            client.pause(attempt)
-    raise TransferError(f"{what}: {trouble}, {client.retry.attempts + 1} attempts; run the command again to continue")

@@ -20,7 +20,7 @@ import requests
 import urllib3
 
 HF, MS = "hf", "ms"
-HUB_NAMES = {HF: "Hugging Face", MS: "ModelScope"}
+MANIFEST_NAMES = {HF: "huggingface", MS: "modelscope"}  # as the manifest calls them
 DEFAULT_ENDPOINTS = {HF: "https://huggingface.co", MS: "https://modelscope.cn"}
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 NETWORK_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError, TimeoutError)

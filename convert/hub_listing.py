@@ -171,8 +171,3 @@ def _ms_page(client: Client, spec: RepoSpec, root: str, recursive: bool) -> tupl
         raise HubError(f"{spec}: {answer.get('Message') or 'no file list'}, expected a list of files")
     latest = answer["Data"].get("LatestCommitter") or {}
     return answer["Data"].get("Files") or [], latest.get("Id") or latest.get("ShortId") or ""
-
-
-def hub_label(hub: str) -> str:
-    """The hub's name in the manifest's field model.source."""
-    return {HF: "huggingface", MS: "modelscope"}[hub]

@@ -119,11 +119,6 @@ class Prefetcher:
                 self._ready[name] = (path, True)
             return name in self._ready
 
-    def bytes_held(self) -> int:
-        """Bytes of shards fetched, being fetched, or handed out."""
-        with self._changed:
-            return sum(self._sizes[n] for n in {*self._ready, *self._running})
-
     def _drop(self, name: str) -> None:
         if not self._keep and name in self._ready:
             path, ours = self._ready.pop(name)

@@ -30,7 +30,9 @@ def hold(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder}: another process has just left this folder, run the command again")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         os.close(handle)

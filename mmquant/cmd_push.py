@@ -139,15 +139,15 @@ def _local_files(folder: Path) -> list[str]:
 
 def _base_card(manifest: dict[str, Any], given: Path | None) -> str | None:
     """The base model's card at the pinned revision; None for a local base."""
+    from mmquant.convert.card import base_spec
     from mmquant.convert.hub_store import FetchOptions, hub_source
 
     if given is not None:
         return given.read_text()
-    model = manifest["model"]
-    prefix = {"huggingface": "hf", "modelscope": "ms"}.get(model.get("source", ""))
-    if prefix is None:
+    spec = base_spec(manifest["model"])
+    if spec is None:
         return None
-    store = hub_source(f"{prefix}:{model['base_model']}@{model['base_revision']}", FetchOptions())
+    store = hub_source(spec, FetchOptions())
     data = store.small(CARD)
     store.close()
     return data.decode(errors="replace") if data is not None else None

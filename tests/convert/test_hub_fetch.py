@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from hub_server import TOKEN, HubServer, git_sha1
-from mmquant.convert.hub_fetch import Job, fetch, fetch_range
+from mmquant.convert.hub_body import fetch_range
+from mmquant.convert.hub_fetch import Job, fetch
 from mmquant.convert.hub_http import Client, Endpoint, HubError, Retry, TransferError, endpoint_of
 from mmquant.convert.hub_listing import RepoSpec, file_url, list_repo, parse_spec
 from mmquant.convert.hub_prefetch import DaemonPool
