@@ -82,28 +82,21 @@ def push(
     folder: Path, remote: Remote, base_card: Path | None, *, private: bool, request: bool, delete: bool, dry_run: bool
 ) -> dict[str, Any]:
     """Check layout and licence, write the card, upload what the hub lacks. Returns what --json prints."""
-    from mmquant.convert.card import LICENSE_FILES, Place, license_fields, read_manifest
+    from mmquant.convert.card import Place, read_manifest
     from mmquant.convert.hub_http import TransferError
     from mmquant.convert.hub_layout import check_layout, remote_path
     from mmquant.convert.hub_push import Ledger, Publisher, push_files, start
 
     manifest = read_manifest(folder)
-    licence = next((folder / n for n in LICENSE_FILES if (folder / n).is_file()), None)
-    if licence is None:
-        raise ValueError(
-            f"{folder}: no licence file, expected the base model's LICENSE; without it nothing is published"
-        )
-    text = licence.read_text(errors="replace")
-    if manifest["license"]["commercial_use"] == "prohibited-without-authorization":
-        print(f"mmquant: {NOTICE}", file=sys.stderr)
-    fields = license_fields(_base_card(manifest, base_card), text)
+    fields = _licence(folder, manifest, base_card)
     labels = [a["quant_label"] for a in manifest["artifacts"] if "quant_label" in a]
     ledger = Ledger(folder, remote)
-    moved = {p: remote_path(p, labels) for p in _local_files(folder)}
-    moved |= {f["path"]: remote_path(f["path"], labels) for a in manifest["artifacts"] for f in a["files"]}
-    here = {moved[p] for p in _local_files(folder)} | {SUMS, CARD, MANIFEST}
+    local = _local_files(folder)
+    listed = [f["path"] for a in manifest["artifacts"] for f in a["files"]]
+    moved = {p: remote_path(p, labels) for p in (*local, *listed)}
+    here = {moved[p] for p in local} | {SUMS, CARD, MANIFEST}
     gone = {p: f for p, f in ledger.committed().items() if p not in here}
-    sizes = {moved[p]: (folder / p).stat().st_size for p in _local_files(folder)} | {p: f.size for p, f in gone.items()}
+    sizes = {moved[p]: (folder / p).stat().st_size for p in local} | {p: f.size for p, f in gone.items()}
     check_layout(sizes, labels)
     _check_complete(folder, manifest, moved, gone)
     place = Place(remote.spec.hub, remote.spec.repo)
@@ -111,7 +104,7 @@ def push(
     if dry_run:
         return answer
     remote = start(remote, ledger, private, request)
-    uploads = {moved[p]: ledger.upload(moved[p], folder / p) for p in _local_files(folder)}
+    uploads = {moved[p]: ledger.upload(moved[p], folder / p) for p in local}
     _check_sums(folder, manifest, moved, {**gone, **uploads})
     staged = _stage(folder, remote, manifest, moved, place, fields, {**gone, **uploads}, ledger)
     uploads |= {u.path: u for u in staged}
@@ -135,6 +128,20 @@ def _local_files(folder: Path) -> list[str]:
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     shown = [n for n in names if not any(part.startswith(".") for part in n.parts)]
     return sorted(n.as_posix() for n in shown if n.suffix not in (".tmp", ".part") and n.as_posix() not in made)
+
+
+def _licence(folder: Path, manifest: dict[str, Any], base_card: Path | None) -> dict[str, Any]:
+    """The card's licence fields; ValueError without the licence itself or with `mit`. Says what the licence forbids."""
+    from mmquant.convert.card import LICENSE_FILES, license_fields
+
+    found = next((folder / n for n in LICENSE_FILES if (folder / n).is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{folder}: no licence file, expected the base model's LICENSE; without it nothing is published"
+        )
+    if manifest["license"]["commercial_use"] == "prohibited-without-authorization":
+        print(f"mmquant: {NOTICE}", file=sys.stderr)
+    return license_fields(_base_card(manifest, base_card), found.read_text(errors="replace"))
 
 
 def _base_card(manifest: dict[str, Any], given: Path | None) -> str | None:
