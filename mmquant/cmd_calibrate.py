@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mmquant.errors import FitError, UsageError
-from mmquant.options import device_option, dry_run_option, json_option, model_option, out_option, parse_size
+from mmquant.options import (
+    check_output,
+    device_option,
+    dry_run_option,
+    json_option,
+    model_option,
+    out_option,
+    parse_size,
+)
 from mmquant.options_fetch import close_model, fetch_options, open_model
 
 if TYPE_CHECKING:
@@ -75,6 +83,7 @@ def command(
 
     if imatrix is not None and imatrix.suffix != ".gguf":
         raise UsageError(f"--imatrix {imatrix}: expected a name ending in .gguf")
+    check_output("--imatrix", None if dry_run else imatrix)
     source = open_model(model, fetch, None if dry_run else out)
     corpus = make_corpus(source, options)
     chosen = pass_options(source, options)
@@ -203,5 +212,4 @@ def export_imatrix(folder: Path, path: Path) -> None:
     from mmquant.calibration.statistics_store import open_statistics
     from mmquant.convert.imatrix import write_imatrix
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_imatrix(path, imatrix_of(open_statistics(folder)))

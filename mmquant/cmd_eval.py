@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mmquant.errors import GateError, UsageError
-from mmquant.options import device_option, json_option
+from mmquant.options import check_output, device_option, json_option
 from mmquant.options_fetch import close_model, fetch_options, open_any
 
 if TYPE_CHECKING:
@@ -60,6 +60,12 @@ def command(
 
     from mmquant.eval_result import apply_gate, check_gate, read_gate, table, validate
 
+    if html is not None:
+        from mmquant.eval_report import check_plots
+
+        check_plots()
+    for option, path in (("--html", html), ("--save-reference", options["save"])):
+        check_output(option, path)
     thresholds = read_gate(gate_file) if gate_file is not None else {}
     named = {"max_ppl_ratio": options.pop("max_ppl_ratio"), "max_kld": options.pop("max_kld")}
     thresholds |= check_gate({k: v for k, v in named.items() if v is not None}, "gate")

@@ -39,13 +39,18 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}
 padding:.7rem}h2{margin-top:2.5rem}"""
 
 
-def write_report(path: Path, result: dict[str, Any]) -> None:
-    """Write the report of an eval result; the file appears whole. UsageError where matplotlib is not installed."""
+def check_plots() -> None:
+    """UsageError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise UsageError("eval --html: matplotlib is not installed, expected pip install 'mmquant[report]'") from None
     matplotlib.use("Agg")
+
+
+def write_report(path: Path, result: dict[str, Any]) -> None:
+    """Write the report of an eval result; the file appears whole. UsageError where matplotlib is not installed."""
+    check_plots()
     parts = [f"<h1>Distance to {html.escape(result['reference']['label'])}</h1>", _summary(result), _numbers(result)]
     if result["candidates"]:
         parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size"), ANOTHER_RULER]

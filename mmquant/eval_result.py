@@ -114,6 +114,8 @@ def read_gate(path: Path) -> dict[str, float]:
     """Thresholds of a YAML or JSON file (or of its `gate` section). Raises ValueError for an unknown name."""
     import yaml
 
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected thresholds such as max_kld: 0.02")
     try:
         data = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

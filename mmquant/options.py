@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from mmquant.errors import UsageError
 
 DEFAULT_MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
 
@@ -73,3 +76,17 @@ def json_option() -> Decorator:
 
 def dry_run_option() -> Decorator:
     return click.option("--dry-run", is_flag=True, help="Print the plan and the bytes it needs; write nothing.")
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written in the end, before any work: UsageError. Makes the folder it lies in."""
+    if path is None:
+        return
+    try:
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: a folder, expected the name of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}, expected a place that can be written") from None

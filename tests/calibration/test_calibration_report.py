@@ -145,6 +145,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path: Path) -> None:
         (("--text", str(tmp_path / "none.txt")), "none.txt: no such file or folder"),
         (("--context", "4096"), "--context 4096: the model has at most 2048"),
         (("--imatrix", "i.dat"), "--imatrix i.dat: expected a name ending in .gguf"),
+        (("--imatrix", "/proc/none/i.gguf"), "expected a place that can be written"),
         (("--memory", "1KB"), "memory limit: 1000 bytes"),
         (("--layers", "2:4"), "expected 0:B"),
     ):

@@ -334,6 +334,16 @@ def test_difference_is_relative_and_of_kld_absolute() -> None:
 def test_bad_input(folder: Path, gguf: Path, tmp_path: Path) -> None:
     assert "no --reference" in message(mmquant(folder))
     assert "no artifact" in message(mmquant("--reference", "demo"))
+    for option in ("--html", "--save-reference"):  # before any work, not after it
+        assert "expected a place that can be written" in message(
+            mmquant("/nowhere", "--reference", "demo", option, "/proc/none/file")
+        )
+        assert "a folder, expected the name of a file" in message(
+            mmquant("/nowhere", "--reference", "demo", option, tmp_path)
+        )
+    assert "no such file, expected thresholds" in message(
+        mmquant("/nowhere", "--reference", "demo", "--gate", tmp_path / "none.yaml")
+    )
     assert "not a folder" in message(mmquant(tmp_path / "none", "--reference", "demo"))
     assert "--engine vllm: vllm is not installed" in message(mmquant(gguf, "--reference", "demo", "--engine", "vllm"))
     assert "is not a GGUF file" in message(mmquant(folder, "--reference", "demo", "--engine", "llama.cpp"))
