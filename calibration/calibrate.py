@@ -21,7 +21,7 @@ from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..quantize.moments import Moments
 from .collector import Collect
 from .collector_cuda import make_collector
-from .distributed import max_to, share, sum_everywhere, sum_to, world
+from .distributed import max_everywhere, share, sum_everywhere, sum_to, world
 from .forward import layer_forward
 from .statistics import LayerStatistics, RoutingStatistics
 from .stream import Stream
@@ -224,7 +224,7 @@ def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
         return mine
 
     def everywhere(tensor: Tensor, largest: bool) -> Tensor:
-        return _max_everywhere(tensor) if largest else sum_everywhere(tensor.contiguous())
+        return max_everywhere(tensor) if largest else sum_everywhere(tensor)
 
     routing = found.routing
     return LayerStatistics(
@@ -238,12 +238,3 @@ def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
         mid_amax=everywhere(found.mid_amax, True),
         kv_amax=everywhere(found.kv_amax, True),
     )
-
-
-def _max_everywhere(tensor: Tensor) -> Tensor:
-    from .distributed import broadcast
-
-    total = max_to(tensor.contiguous(), 0).contiguous()
-    total = total if world()[0] == 0 else torch.empty_like(total)
-    broadcast(total, 0)
-    return total

@@ -48,12 +48,6 @@ def share(count: int, rank: int, size: int) -> range:
     return range(count * rank // size, count * (rank + 1) // size)
 
 
-def split_windows(tokens: Tensor, rank: int, size: int) -> Tensor:
-    """This rank's windows of tokens [W, T]."""
-    part = share(tokens.shape[0], rank, size)
-    return tokens[part.start : part.stop]
-
-
 def broadcast(tensor: Tensor, owner: int) -> None:
     """The owner's values, in place on every rank; any dtype, contiguous."""
     if tensor.numel():
@@ -111,16 +105,6 @@ def sum_to(tensor: Tensor, owner: int) -> Tensor:
     return _fold(tensor, owner, torch.add)
 
 
-def max_to(tensor: Tensor, owner: int) -> Tensor:
-    """On `owner`: the largest over ranks, element by element. Elsewhere: `tensor` itself, sent away."""
-    return _fold(tensor, owner, torch.maximum)
-
-
-def min_to(tensor: Tensor, owner: int) -> Tensor:
-    """On `owner`: the smallest over ranks, element by element. Elsewhere: `tensor` itself, sent away."""
-    return _fold(tensor, owner, torch.minimum)
-
-
 def _fold(tensor: Tensor, owner: int, combine: Callable[..., Tensor]) -> Tensor:
     rank, size = world()
     if size == 1 or not tensor.numel():
@@ -140,12 +124,20 @@ def _fold(tensor: Tensor, owner: int, combine: Callable[..., Tensor]) -> Tensor:
 
 def sum_everywhere(tensor: Tensor) -> Tensor:
     """The sum over ranks, added in rank order, on every rank."""
+    return _everywhere(tensor, torch.add)
+
+
+def max_everywhere(tensor: Tensor) -> Tensor:
+    """The largest over ranks, element by element, on every rank."""
+    return _everywhere(tensor, torch.maximum)
+
+
+def _everywhere(tensor: Tensor, combine: Callable[..., Tensor]) -> Tensor:
     rank, size = world()
     if size == 1:
         return tensor
-    total = sum_to(tensor, 0).contiguous()
-    if rank != 0:
-        total = torch.empty_like(total)
+    total = _fold(tensor, 0, combine).contiguous()
+    total = total if rank == 0 else torch.empty_like(total)
     broadcast(total, 0)
     return total
 

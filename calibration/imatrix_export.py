@@ -13,14 +13,6 @@ from ..quantize.moments import Moments
 from .statistics import LayerStatistics
 from .statistics_store import StoredStatistics
 
-# Which GGUF weight stands for each set of moments.
-WEIGHTS = {
-    "attention_in": "attn_q",
-    "attention_out": "attn_output",
-    "expert_in": "ffn_gate_exps",
-    "expert_mid": "ffn_down_exps",
-}
-
 
 def importance(moments: Moments) -> Importance:
     """Sums of x^2 and rows, unweighted as llama-imatrix has them."""

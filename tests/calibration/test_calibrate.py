@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from calibration_cases import corpus, files, killed_after, killed_at, model, options, ranks, run, tensors
 from mmquant.calibration.calibrate import calibrate_layer, plan_moments
 from mmquant.calibration.collector import Collect
-from mmquant.calibration.distributed import read_layer_shared, share, split_windows
+from mmquant.calibration.distributed import read_layer_shared, share
 from mmquant.calibration.live import LivePass, StoredPass
 from mmquant.calibration.packed import square, stored_bytes, triangle
 from mmquant.calibration.run import calibrate_into, needs
@@ -274,8 +274,6 @@ def test_shares_cover_everything_once_and_evenly(count: int, size: int) -> None:
     parts = [share(count, rank, size) for rank in range(size)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    windows = torch.arange(count * 2).view(count, 2)
-    assert torch.equal(torch.cat([split_windows(windows, rank, size) for rank in range(size)]), windows)
 
 
 @pytest.mark.parametrize("size", [2, 3])
