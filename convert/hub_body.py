@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
+import termios
 import time
 from collections.abc import Iterator
 
@@ -10,8 +13,8 @@ import requests
 from .hub_http import NETWORK_ERRORS, Client, TransferError, explain, reason
 
 PIECE = 1 << 20
-GATHER = 256 << 10  # a piece below this is followed by a short rest, in which more arrives
-REST = 0.01  # seconds; each read takes the interpreter from the thread that works on the last shard
+RECORD = 17 << 10  # more than a TLS record
+REST = 0.01  # seconds in which bytes gather: each read takes the interpreter from the thread that works on a layer
 LEAST_PROGRESS = 4 << 10  # bytes within one stall time; fewer is a stall
 
 
@@ -26,19 +29,39 @@ def body(client: Client, response: requests.Response, length: int) -> Iterator[b
         while left:
             if client.cancelled.is_set():
                 raise TransferError("cancelled")
-            piece = response.raw.read1(min(PIECE, left))
+            piece = _read(response, min(PIECE, left), rest=length > PIECE and left < length)
             if not piece:
                 raise BrokenBodyError(f"the body ends {left} bytes early")
             left, window = left - len(piece), window + len(piece)
             yield piece
-            if left and len(piece) < GATHER < length:
-                time.sleep(REST)
             if time.monotonic() - since > client.retry.stall:
                 if window < LEAST_PROGRESS and left:
                     raise BrokenBodyError(f"{window} bytes in {client.retry.stall:.0f} s: stalled")
                 window, since = 0, time.monotonic()
     finally:
         response.close()
+
+
+def _read(response: requests.Response, most: int, rest: bool) -> bytes:
+    """What has arrived, up to `most` bytes and at least one; waits for no more than the first.
+
+    A single read over TLS gives one record of at most 16 KiB, so records that are certainly whole are read together.
+    """
+    arrived = _arrived(response)
+    if rest and not arrived:
+        time.sleep(REST)
+        arrived = _arrived(response)
+    whole = arrived - arrived // 32 - RECORD
+    return response.raw.read(min(whole, most)) if whole > RECORD else response.raw.read1(most)
+
+
+def _arrived(response: requests.Response) -> int:
+    """Bytes in the system's buffer, encrypted ones as they are."""
+    if response.raw.closed:
+        return 0
+    count = array.array("i", [0])
+    fcntl.ioctl(response.raw.fileno(), termios.FIONREAD, count)
+    return count[0]
 
 
 def fetch_range(client: Client, url: str, first: int, size: int, total: int, what: str) -> bytes:
