@@ -19,6 +19,7 @@ import torch
 from hub_server import HubServer
 from mmquant.convert.checkpoint import Checkpoint, open_checkpoint
 from mmquant.convert.hub_http import HubError, Retry, TransferError
+from mmquant.convert.hub_pin import default_work
 from mmquant.convert.hub_store import FetchOptions, HubFolder, hub_source
 from mmquant.convert.lock import hold
 from tiny import write_tiny
@@ -336,3 +337,12 @@ def test_what_is_in_flight_follows_the_limits(hub: HubServer, tmp_path: Path) ->
     assert keeping.in_flight() == sum(sizes)
     first = keeping.path(shards_of(keeping)[0])
     assert keeping.in_flight() == sum(sizes) - first.stat().st_size
+
+
+def test_every_process_of_torchrun_has_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path))
+    found = []
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        found.append(default_work())
+    assert found == [tmp_path, tmp_path / "rank-1", tmp_path / "rank-2"]
