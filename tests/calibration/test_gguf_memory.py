@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import resource, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
 from mmquant.calibration.gguf_layer import encode_tensors
+from mmquant.calibration.gguf_pass import CalibratedRun, Calibration
 from mmquant.convert.gguf_mix import find_mix
 from mmquant.convert.gguf_variant import GgufVariant
 from mmquant.convert.gguf_writer import GgufWriter, plan_parts
@@ -29,25 +32,30 @@ class Made:
         return torch.randn(len(experts), *((512, 1024) if projection == "w2" else (1024, 512)))
 
 source = Made()
-variant = GgufVariant(find_mix("BF16"), "m", False)
+variant = GgufVariant(find_mix("Q4_K" if sys.argv[3] == "calibrated" else "BF16"), "m", sys.argv[3] == "calibrated")
 steps = variant.steps(source.geometry)
 writer = GgufWriter(Path(sys.argv[1]), plan_parts("m", {}, tuple(t for s in steps for t in s)))
-for step in steps:
-    for name, data in encode_tensors(source, step, "cpu"):
-        writer.write(name, data)
-    writer.checkpoint()
+if sys.argv[3] == "calibrated":
+    tokens = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(0))
+    CalibratedRun(source, variant, writer, Calibration(tokens, {}, "random"), "cpu").write()
+else:
+    for step in steps:
+        for name, data in encode_tensors(source, step, "cpu"):
+            writer.write(name, data)
+        writer.checkpoint()
 writer.finish()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 LAYER = 8 * 3 * 512 * 1024 * 4  # bytes of one layer's experts in float32
 
 
-def peak(folder: Path, layers: int) -> int:
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(layers)]
+def peak(folder: Path, layers: int, how: str) -> int:
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(layers), how]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout) * 1024
 
 
-def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
-    few, many = peak(tmp_path / "few", 2), peak(tmp_path / "many", 10)
+@pytest.mark.parametrize("how", ["plain", pytest.param("calibrated", marks=pytest.mark.slow)])
+def test_peak_memory_does_not_grow_with_layers(tmp_path: Path, how: str) -> None:
+    few, many = peak(tmp_path / "few", 2, how), peak(tmp_path / "many", 10 if how == "plain" else 6, how)
     assert many - few < LAYER / 2
