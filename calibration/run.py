@@ -20,8 +20,9 @@ from .stream import Stream, forget
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run takes: bytes on disk (statistics, hidden states at their peak) and in memory."""
+    """What a run takes: bytes on disk (statistics, hidden states at their peak) and in memory, forwards of a layer."""
 
+    layers: int
     statistics: int
     hidden: int
     hidden_on_disk: int
@@ -37,6 +38,7 @@ def needs(source: Checkpoint, corpus: Corpus, options: PassOptions, dtype: str) 
     hidden = 4 * corpus.tokens.numel() * g.hidden
     layer = stored_bytes(g, options.collect.full, dtype, options.collect.experts)
     return Needs(
+        layers=g.layers,
         statistics=g.layers * layer,
         hidden=hidden,
         hidden_on_disk=2 * hidden if 2 * hidden <= options.disk_limit else 0,

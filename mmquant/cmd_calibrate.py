@@ -76,10 +76,12 @@ def command(
     Example: mmquant calibrate --model demo --out ./statistics --imatrix imatrix.gguf
     """
     import json
+    from dataclasses import asdict
 
     from mmquant.calibration.calibration_report import as_json as to_json
     from mmquant.calibration.calibration_report import findings, table
     from mmquant.calibration.distributed import leave, world
+    from mmquant.calibration.run import needs
 
     if imatrix is not None and imatrix.suffix != ".gguf":
         raise UsageError(f"--imatrix {imatrix}: expected a name ending in .gguf")
@@ -88,7 +90,9 @@ def command(
     corpus = make_corpus(source, options)
     chosen = pass_options(source, options)
     if dry_run:
-        click.echo(describe(out, corpus, chosen, options["store"], source))
+        need = needs(source, corpus, chosen, options["store"])
+        plan = {"corpus": corpus.describe(), "moments": chosen.collect.full, "bytes": asdict(need)}
+        click.echo(json.dumps(plan, indent=1) if as_json else describe(out, corpus, chosen, options["store"], need))
         return
     summaries = calibrate(source, corpus, chosen, out, options)
     close_model(source, finished=True)
@@ -151,17 +155,14 @@ def pass_options(source: Checkpoint, options: dict[str, Any]) -> PassOptions:
     )
 
 
-def describe(out: Path, corpus: Corpus, chosen: PassOptions, store: str, source: Checkpoint) -> str:
+def describe(out: Path, corpus: Corpus, chosen: PassOptions, store: str, need: Needs) -> str:
     """What --dry-run prints."""
-    from mmquant.calibration.run import needs
-
-    need: Needs = needs(source, corpus, chosen, store)
     shape = corpus.describe()
     kept = f"full moments in {store}" if chosen.collect.full else "diagonals"
     where = {"device": "in one pass", "host": f"in {need.passes} passes, finished ones in host memory"}
     how = where.get(need.results, f"in {need.passes} passes, finished ones in a temporary file")
     lines = (
-        f"{out}: {source.geometry.layers} layers, {kept}: {need.statistics:,} bytes",
+        f"{out}: {need.layers} layers, {kept}: {need.statistics:,} bytes",
         f"text: {shape['windows']} windows of {shape['context']} tokens, {shape['windows_by_domain']}",
         f"memory: {need.accumulators:,} bytes of accumulators, {how}; hidden states {need.hidden:,} bytes",
         f"disk while running: {need.hidden_on_disk:,} bytes of hidden states besides the statistics",

@@ -126,6 +126,9 @@ def test_a_dry_run_states_bytes_and_writes_nothing(tmp_path: Path) -> None:
     assert code == 0
     assert "full moments in float32: 18,2" in out
     assert "in 2 passes, finished ones in a temporary file" in out
+    code, out, _ = call("--model", "demo", "--out", str(tmp_path / "s"), "--dry-run", "--json", *small)
+    plan = json.loads(out)
+    assert (plan["bytes"]["layers"], plan["bytes"]["passes"], plan["corpus"]["context"]) == (4, 1, 16)
     assert not (tmp_path / "s").exists()
 
 
