@@ -1,7 +1,8 @@
 """The whole encoder of the I-quants for one super-block after another on CPU (numba).
 
-It does what `iquants.search` does with tensors, step by step, but forms the products of a super-block with the codebook
-once: they stay in the cache for every scale that is tried, the refit and the choice of points.
+It does what `iquants.search_tensors` does, step by step, but forms the products of a super-block with the codebook
+once: they stay in the cache for every scale that is tried, the refit and the choice of points. The short way guesses
+IQ1's scales from the errors that all vectors of -1, 0 and 1 would have; levels and points are still the best ones.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from .iquants_numba import (
     DELTA_EACH,
+    PAD,
     PARITY,
     _errors,
     _pick,
@@ -20,6 +22,7 @@ from .iquants_numba import (
     _pick_shifted,
     _prepare,
     _sign_bytes,
+    _unbound,
 )
 
 LARGEST = 65504.0
@@ -79,35 +82,38 @@ def _refit(x, w, points, shared, offset, step, delta, level, code, signs, minus)
 
 @numba.njit(cache=True, nogil=True)
 def encode(  # type: ignore[no-untyped-def]
-    x, w, unit, points, rule, delta, shared, offset, step, levels, fan, spread, near, rounds,
+    x, w, unit, points, rule, delta, shared, offset, step, levels, fan, spread, near, rounds, short,
     out_scale, out_level, out_code, out_signs, out_minus,
 ):  # fmt: skip
     """Fields of N super-blocks.
 
     x, w [N, 256] and unit [N] as in `iquants.Scaled`; fan [S], S a multiple of four; spread [M]
+    short: the short way
     out_scale [N] float32 (an fp16 number), level [N, blocks], code [N, groups], signs and minus [N, 32]
     """
-    group, entries = points.shape
+    group, entries = points.shape[0], points.shape[1] - PAD
     blocks, per = 256 // shared, shared // group
-    a, weight = np.zeros((blocks, per, group), np.float32), np.zeros((blocks, per, group), np.float32)
-    p, q = np.empty((blocks, per, entries), np.float32), np.empty((blocks, per, entries), np.float32)
-    other = np.empty((blocks, per, entries), np.float32)
-    tilt, odd = np.zeros((blocks, per), np.float32), np.zeros((blocks, per), np.bool_)
+    a, weight = np.zeros((blocks * per, group), np.float32), np.zeros((blocks * per, group), np.float32)
+    p, q = np.empty((blocks * per, entries), np.float32), np.empty((blocks * per, entries), np.float32)
+    other = np.empty((blocks * per, entries), np.float32)
+    tilt, odd = np.zeros(blocks * per, np.float32), np.zeros(blocks * per, np.bool_)
     errors, reference = np.empty((blocks, fan.size), np.float32), np.empty(blocks, np.float32)
     count = 2 * near + 1
     tried, scales = np.empty(count + -count % 4, np.int64), np.empty(count + -count % 4, np.float32)
     wide, narrow = np.zeros((2, fan.size), np.float32), np.zeros((2, scales.size), np.float32)
-    found, flag, error = np.empty(scales.size, np.float32), np.zeros(per, np.bool_), np.empty(entries, np.float32)
+    found, flag = np.empty(scales.size, np.float32), np.zeros(per, np.bool_)
     level, top = np.zeros(blocks, np.int64), levels - 1
     largest = points.max()
     for n in range(x.shape[0]):
+        _prepare(x[n], w[n], points, rule, delta, a, weight, p, q, other, tilt, odd)
         for b in range(blocks):
-            part = slice(b * shared, (b + 1) * shared)
-            _prepare(
-                x[n, part], w[n, part], points, rule, delta, a[b], weight[b], p[b], q[b], other[b], tilt[b], odd[b]
-            )
+            part, of = slice(b * shared, (b + 1) * shared), slice(b * per, (b + 1) * per)
             reference[b] = np.abs(x[n, part]).max() / largest
-            _errors(p[b], q[b], other[b], tilt[b], odd[b], group, rule, reference[b] * fan, wide, errors[b])
+            if short and rule >= DELTA_EACH:
+                _unbound(x[n, part], w[n, part], rule, delta, reference[b] * fan, errors[b])
+            else:
+                ratio = reference[b] * fan
+                _errors(p[of], q[of], other[of], tilt[of], odd[of], group, rule, ratio, wide, errors[b])
         scale = _guess(errors, reference, fan, spread, offset, step, top, level)
         for turn in range(rounds):
             if turn:
@@ -118,20 +124,21 @@ def encode(  # type: ignore[no-untyped-def]
             out_scale[n] = half(scale * unit[n])
             scale = np.float32(out_scale[n] / unit[n])
             for b in range(blocks):
+                of = slice(b * per, (b + 1) * per)
                 for k in range(tried.size):
                     tried[k] = min(max(level[b] + min(k, count - 1) - near, 0), top)
                     scales[k] = scale * (offset + step * tried[k])
-                _errors(p[b], q[b], other[b], tilt[b], odd[b], group, rule, scales, narrow, found)
+                _errors(p[of], q[of], other[of], tilt[of], odd[of], group, rule, scales, narrow, found)
                 best = np.argmin(found)
                 level[b] = tried[best]
-                code, octets = out_code[n, b * per : (b + 1) * per], slice(b * shared // 8, (b + 1) * shared // 8)
+                code, octets = out_code[n, of], slice(b * shared // 8, (b + 1) * shared // 8)
                 if rule >= DELTA_EACH:
                     minus = out_minus[n, octets]
-                    _pick_shifted(p[b], q[b], other[b], tilt[b], rule, scales[best], error, code, minus)
+                    _pick_shifted(p[of], q[of], other[of], tilt[of], rule, scales[best], code, minus)
                     continue
                 if rule == PARITY and group == 4:
-                    _pick_paired(p[b], q[b], other[b], odd[b], scales[best], error, code, flag)
+                    _pick_paired(p[of], q[of], other[of], odd[of], scales[best], code, flag)
                 else:
-                    _pick(p[b], q[b], other[b], odd[b], rule, scales[best], error, code, flag)
-                _sign_bytes(x[n, b * shared : (b + 1) * shared], a[b], points, code, flag, out_signs[n, octets])
+                    _pick(p[of], q[of], other[of], odd[of], rule, scales[best], code, flag)
+                _sign_bytes(x[n, b * shared : (b + 1) * shared], a[of], points, code, flag, out_signs[n, octets])
         out_level[n] = level

@@ -73,8 +73,10 @@ def _has_triton() -> bool:
 
 @lru_cache
 def codebook(name: str) -> np.ndarray:
-    """The codebook as the CPU kernels take it: [group, entries]."""
-    return np.ascontiguousarray(points(name).T)
+    """The codebook as the CPU kernels take it: [group, entries + PAD]."""
+    from .iquants_numba import PAD
+
+    return np.ascontiguousarray(np.pad(points(name), ((0, PAD), (0, 0))).T)
 
 
 def numba_rule(layout: Layout) -> int:

@@ -245,6 +245,30 @@ def within(_typing: Any, value: Any, group: Any, name: Any) -> Any:
     return value(value, group, name), generate
 
 
+def _over_lanes(name: str, intrinsic_name: str, *start: float) -> Any:
+    """An intrinsic from lanes to one float32."""
+
+    def typed(_typing: Any, a: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            kind = arguments[0].type
+            full = f"llvm.vector.reduce.{intrinsic_name}.v{kind.count}f32"
+            function = builder.module.globals.get(full)
+            if function is None:
+                declared = ir.FunctionType(_FLOAT, [*(_FLOAT for _ in start), kind])
+                function = ir.Function(builder.module, declared, full)
+            values = (*(ir.Constant(_FLOAT, v) for v in start), arguments[0])
+            return builder.call(function, values, fastmath=_FAST)
+
+        return types.float32(a), generate
+
+    typed.__name__ = name
+    return intrinsic(typed)
+
+
+least_of = _over_lanes("least_of", "fmin")  # the least lane
+total_of = _over_lanes("total_of", "fadd", 0.0)  # the sum of the lanes
+
+
 @intrinsic
 def where(_typing: Any, mask: Any, a: Any, b: Any) -> Any:
     """a where the mask holds, else b."""
