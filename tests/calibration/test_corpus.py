@@ -236,7 +236,7 @@ def test_many_short_overlaps_are_refused_too() -> None:
 
 
 def test_chinese_is_compared_by_character() -> None:
-    text = (bundled("calibration") / "zh.txt").read_text("utf-8")
+    text = (bundled("calibration") / "zh" / "lunyu.txt").read_text("utf-8")
     assert overlap(text[300:420], np.sort(shingles(text))).refused
     assert len(shingles("一二三四五六七八九十甲乙丙")) == 1
     assert len(shingles("one two three")) == 0
@@ -248,6 +248,7 @@ def test_the_bundled_sets_are_disjoint_and_speak_several_languages() -> None:
     assert {s.name for s in calibration} == names == {s.name for s in evaluation}
     known = np.concatenate([shingles(d.text) for s in calibration for d in s.documents])
     check_disjoint({d.origin: d.text for s in evaluation for d in s.documents}, known)
+    assert sum(len(d.text) for s in calibration if s.name == "zh" for d in s.documents) > 9000
     chats = "".join(d.text for s in calibration if s.name == "chat" for d in s.documents)
     for sign in ("<think>", "<minimax:tool_call>", "]~b]tool", "的", "です", "что", " und ", " que ", " est "):
         assert sign in chats
