@@ -113,9 +113,13 @@ def _matrix(file: GgufFile, tensor: GgufTensor, expert: int) -> Tensor:
     return decode(torch.from_numpy(_rows(file, tensor, expert).copy()), tensor.kind, tensor.shape[-1])
 
 
+def summed(source: GgufSource, layer: int) -> int:
+    """How many inputs of a layer's down projection CUDA sums in float16: 16 or 32 (32 where it does not)."""
+    return AT_RISK.get(source.tensor_type(f"blk.{layer}.ffn_down_exps.weight"), 32)
+
+
 def check_overflow(source: GgufSource, sums: Tensor | None) -> list[Finding]:
-    """Down projections whose inputs' sums overflow float16 on CUDA; `sums` [L, E]: largest |sum of 32| seen, or
-    None."""
+    """Down projections whose inputs' sums overflow float16 on CUDA; `sums` [L, E]: the largest seen, or None."""
     found = []
     for layer in range(source.geometry.layers):
         name = f"blk.{layer}.ffn_down_exps.weight"
@@ -128,7 +132,8 @@ def check_overflow(source: GgufSource, sums: Tensor | None) -> list[Finding]:
         over = torch.nonzero(sums[layer] > FP16_MAX).flatten().tolist()
         if over:
             level, effect = ("error", "NaN on CUDA") if kind in AT_RISK else ("warning", f"harmless for {kind}")
-            text = f"sums of 32 inputs reach {float(sums[layer].amax()):.4g}, float16 ends at 65504: {effect}"
+            reach = f"sums of {summed(source, layer)} inputs reach {float(sums[layer].amax()):.4g}"
+            text = f"{reach}, float16 ends at 65504: {effect}"
             found.append(Finding(level, name, text, tuple(over)))
     return found
 

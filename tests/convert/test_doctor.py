@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 
 import llamacpp
-from mmquant.calibration.gguf_maxima import largest_sums
+from mmquant.calibration.gguf_maxima import Largest, largest_sums
 from mmquant.cmd_calibrate import command as calibrate_command
 from mmquant.cmd_doctor import command
 from mmquant.cmd_gguf import command as gguf_command
-from mmquant.convert.doctor import AT_RISK, FP16_MAX, SCALES, exponents, plan_fix, scaled_blocks
+from mmquant.convert.doctor import AT_RISK, FP16_MAX, SCALES, exponents, plan_fix, scaled_blocks, summed
 from mmquant.convert.gguf_reader import GgufSource
 from mmquant.errors import GateError
 from mmquant.quantize.ggml.codec import decode, encode
@@ -69,7 +69,7 @@ def test_the_demo_overflows_and_is_cured(risky: Path, tmp_path: Path) -> None:
             assert torch.equal(before.read(name) * factor, after.read(name))
     changed = sum((a.data != b.data).sum() for a, b in zip(before.files, after.files, strict=True))
     assert 0 < changed < 20_000  # block scales of four matrices, nothing else
-    sums = largest_sums(after, windows(), "cpu")
+    sums = largest_sums(after, windows(), "cpu", [32] * 4)
     assert float(sums.max()) < FP16_MAX / 2
     assert doctor(tmp_path / "fixed", *measure).exit_code == 0
 
@@ -143,6 +143,18 @@ def test_maxima_of_statistics_decide(risky: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "cured: layer 3 expert 3: up / 2^" in found.stdout
     assert "times below 65504" in found.stdout
+
+
+def test_q2_k_is_measured_by_sums_of_16(tmp_path: Path) -> None:
+    options = ["--model", "demo", "--out", str(tmp_path / "m"), "--no-calibration", "--type", "Q4_0", "--name", "m"]
+    CliRunner().invoke(gguf_command, [*options, "--tensor-type", r"blk\.3\.ffn_down=Q2_K"], catch_exceptions=False)
+    source = GgufSource(tmp_path / "m")
+    assert [summed(source, layer) for layer in range(4)] == [32, 32, 32, 16]
+    watch = [Largest(1, block) for block in (16, 32)]
+    h = torch.cat((torch.full((1, 16), 3.0), torch.full((1, 16), -2.0)), 1)
+    for each in watch:
+        each.experts(h, h, h, torch.zeros(1), torch.zeros(1), [0, 1])
+    assert [float(each.sums) for each in watch] == [48.0, 16.0]
 
 
 def test_powers_are_the_smallest_with_the_margin() -> None:
