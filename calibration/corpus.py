@@ -7,6 +7,7 @@ rendered with the checkpoint's template). Its domain is the file's stem, or the 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -43,10 +44,7 @@ class TextSet:
     @property
     def sha256(self) -> str:
         """Digest of the documents' texts, in order."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            digest.update(hashlib.sha256(document.text.encode()).digest())
-        return digest.hexdigest()
+        return digest(document.text for document in self.documents)
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,11 @@ class Corpus:
         windows = {name: int((self.domain == index).sum()) for index, name in enumerate(self.domains)}
         shape = {"windows": self.tokens.shape[0], "context": self.tokens.shape[1], "windows_by_domain": windows}
         return {**self.settings, **shape, "fingerprint": self.fingerprint}
+
+
+def digest(texts: Iterable[str]) -> str:
+    """SHA-256 over the SHA-256 of each text, in hexadecimal."""
+    return hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
 
 
 def bundled(side: str) -> Path:

@@ -60,7 +60,7 @@ class Stored:
         if isinstance(self.known, Imatrix):
             return {"calibration": {"imatrix": sha256_file(self.path)}, "effort": self.effort}
         identity = self.known.identity
-        corpus = {"corpus": identity["corpus"]["fingerprint"], "collect": identity["collect"]}
+        corpus = {"corpus": identity["corpus"], "collect": identity["collect"]}
         return {"calibration": corpus, "effort": self.effort, "correction": False}
 
     def importance(self, geometry: Geometry) -> Importance:

@@ -109,6 +109,7 @@ def run(
     from mmquant.calibration.distributed import rank_device
     from mmquant.calibration.ranks import current_ranks
     from mmquant.calibration.vocabulary import check_same_model, check_same_tokenizer
+    from mmquant.eval_text import make_eval_sample
 
     if reference is None and logits is None:
         raise UsageError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
@@ -124,7 +125,9 @@ def run(
     for candidate in candidates:
         check_same_model(basis.geometry, candidate)
         check_same_tokenizer(basis, candidate)
-    sample = _sample(basis, texts, context, stride, windows, convention)
+    sample = make_eval_sample(
+        basis, artifacts, texts, context=context, stride=stride, windows=windows, convention=convention
+    )
     activations = activations or ("llama.cpp" if convention == "llama.cpp" else "exact")
     settings = _settings(str(rank_device(device)), dtype, batch_tokens, state, floor, activations)
     ranks = current_ranks()
@@ -235,30 +238,6 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
 
-def _sample(
-    basis: Source,
-    texts: tuple[str, ...],
-    context: int | None,
-    stride: int | None,
-    windows: int | None,
-    convention: str,
-) -> Sample:
-    from importlib import resources
-
-    from mmquant.calibration.chat import load_template
-    from mmquant.calibration.sample import make_sample, read_texts
-    from mmquant.calibration.windows import load_tokenizer
-
-    small = basis.geometry.max_context < 8192
-    bundled = Path(str(resources.files("mmquant").joinpath("data", "text", "evaluation")))
-    context = context or (512 if small else 2048)
-    if context > basis.geometry.max_context:
-        raise UsageError(f"eval: a context of {context}, the model has at most {basis.geometry.max_context}")
-    read = read_texts(list(texts) or [bundled], load_template(basis))
-    count = windows or (None if texts and convention == "llama.cpp" else 64 if small else 128)
-    return make_sample(read, load_tokenizer(basis), context, count, convention, stride)
-
-
 def _settings(
     device: str, dtype: str | None, batch_tokens: int | None, state: Path | None, floor: bool, activations: str
 ) -> Any:
@@ -279,9 +258,9 @@ def record(artifacts: tuple[str, ...], result: dict[str, Any]) -> None:
     """Put each candidate's quality into the manifest of its folder, where there is one."""
     from mmquant.convert.manifest import MANIFEST, set_quality
     from mmquant.eval_result import quality_block
+    from mmquant.eval_text import manifest_folder
 
     for artifact, candidate in zip(artifacts, result["candidates"], strict=True):
-        path = Path(artifact)
-        folder = path.parent if path.suffix == ".gguf" else path
+        folder = manifest_folder(artifact)
         if (folder / MANIFEST).is_file():
             set_quality(folder, quality_block(result, candidate))

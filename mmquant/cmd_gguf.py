@@ -114,7 +114,7 @@ def make_calibration(
         return open_stored(statistics, source, effort)
     corpus = make_corpus(source, {"evaluation": (), **text})
     names = ", ".join(Path(spec.split("=")[0]).name for spec in text["texts"]) or "default"
-    return Calibration(corpus.tokens, {"corpus": corpus.fingerprint}, names, effort)
+    return Calibration(corpus.tokens, {"corpus": corpus.describe()}, names, effort)
 
 
 def model_stem(model: str) -> str:

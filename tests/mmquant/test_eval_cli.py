@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 
 import llamacpp
 from mmquant import engines
+from mmquant.calibration.corpus import bundled, digest, read_sets
 from mmquant.calibration.forward import embed, final_logits, layer_forward
 from mmquant.calibration.metrics import compare, summarise
 from mmquant.calibration.reference_store import StoredReference, compare_stored, condense
@@ -354,6 +355,28 @@ def test_bad_input(folder: Path, gguf: Path, tmp_path: Path) -> None:
     write_tiny(tmp_path / "other")
     shutil.copy(demo_folder() / "tokenizer.json", tmp_path / "other")
     assert "another model" in message(mmquant(tmp_path / "other", "--reference", "demo"))
+
+
+def test_text_that_an_artifact_was_calibrated_on_is_refused(folder: Path, tmp_path: Path) -> None:
+    mine, fresh = tmp_path / "mine.txt", tmp_path / "fresh.txt"
+    mine.write_text("".join(f"the calibration's sentence number {i}, " for i in range(200)))
+    fresh.write_text("".join(f"quite another one that bears number {i}, " for i in range(200)))
+    page = tmp_path / "page.txt"
+    page.write_text(fresh.read_text() + (bundled("calibration") / "prose.txt").read_text()[5000:6000])
+    (prose,) = read_sets([str(bundled("calibration") / "prose.txt")])
+    small = ("--reference", "demo", *FEW, "--text")
+    for number, (used, refused) in enumerate(((digest([mine.read_text()]), mine), (prose.sha256, page))):
+        artifact = tmp_path / f"int4-{number}"
+        shutil.copytree(folder, artifact)
+        data = json.loads((artifact / "mmquant.fit.json").read_text())
+        sets = [{"name": "a", "sha256": used, "windows": 3}]
+        data["artifacts"][0]["provenance"]["run"]["calibration"] = {"corpus": {"sets": sets}}
+        (artifact / "mmquant.fit.json").write_text(json.dumps(data))
+        assert mmquant(artifact, *small, fresh).exit_code == 0
+        complaint = message(mmquant(artifact, *small, refused))
+        assert refused.name in complaint
+        assert "was calibrated on it" in complaint or "overlaps the calibration text" in complaint
+        assert mmquant(folder, *small, refused).exit_code == 0  # never calibrated
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
