@@ -20,7 +20,7 @@ from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..convert.source import Source, read_layer
 from ..quantize.int_grid import IntWeight, dequantize, join
 from ..quantize.learn import Schedule, Start
-from ..quantize.repair import agreement, refit_linear
+from ..quantize.repair import agreement, refit_bias, refit_gain, refit_linear
 from .forward import Observer, attention, layer_forward, moe, rms_norm, route
 from .hidden import HiddenStates
 from .int4_layer import QuantizedLayer
@@ -38,13 +38,16 @@ class LearnOptions:
     tokens: int = 1 << 17
     held_share: float = 0.1
     memory: int = 40 << 30
+    repair_norms: bool = False
     repair_router: bool = True
+    repair_bias: bool = False
+    move: float = 0.3
     seed: int = 0
 
     @property
     def schedule(self) -> Schedule:
-        # All steps together may move a weight by 0.15 of a code: the start is already compensated.
-        return Schedule(self.steps, 0.3 / self.steps, 0.1 / self.steps)
+        # All steps together may move a weight by move/2 of a code: the start is already compensated.
+        return Schedule(self.steps, self.move / self.steps, 0.1 / self.steps)
 
 
 @dataclass(frozen=True)
@@ -125,18 +128,22 @@ def learn_layer(
     with torch.no_grad():
         middle = both.reference + _attention(weights, geometry, both.reference)
         after = middle + _moe(weights, geometry, middle)
-    layer, attended, plain = weights, first.attention, dict(first.plain)
+        layer, plain = weights, dict(first.plain)
+        if options.repair_norms:
+            plain["input_norm"], found["input norm"] = repaired_norm(
+                weights.input_norm, geometry.norm_eps, both.reference, both.quantized, train
+            )
+            layer = dataclasses.replace(layer, input_norm=plain["input_norm"])
+    attended = first.attention
     if first.attention:
-        attended, found["attention"] = _learn_attention(weights, geometry, first, both, middle, train, options)
+        attended, found["attention"] = _learn_attention(layer, geometry, first, both, middle, train, options)
         layer = _with_attention(layer, attended)
     with torch.no_grad():
         entering = both.quantized + _attention(layer, geometry, both.quantized)
-        if options.repair_router:
-            router, shares = repaired_router(layer, geometry, middle, entering, train)
-            found |= shares
-            if router is not None:
-                plain["router"] = router
-                layer = dataclasses.replace(layer, router=router)
+        repaired, shares = repair(weights, geometry, middle, entering, train, options)
+        found |= shares
+        plain |= repaired
+        layer = dataclasses.replace(layer, **repaired)
         tokens = _routed(layer, geometry, entering, after)
     experts, found["experts"] = learn_chunks(weights, first, tokens, train * length, options)
     return dataclasses.replace(first, experts=experts, attention=attended, plain=plain, compensated={}), found
@@ -219,24 +226,53 @@ def _routed(weights: LayerWeights, geometry: Geometry, middle: Tensor, after: Te
     return Routed(x.to(weights.w1.dtype), routing.chosen, routing.weights, (after - middle).flatten(0, 1))
 
 
-def repaired_router(
-    weights: LayerWeights, geometry: Geometry, reference: Tensor, quantized: Tensor, train: int
-) -> tuple[Tensor | None, dict[str, float]]:
-    """The router refitted to the quantized stream; None unless it chooses more of the reference's experts on held-out
-    windows. reference, quantized: streams [W, T, H] that enter the experts."""
+def repaired_norm(norm: Tensor, eps: float, reference: Tensor, quantized: Tensor, train: int) -> tuple[Tensor, float]:
+    """A norm's weight refitted to the quantized stream, and its error on held-out windows, after over before.
+
+    reference, quantized: streams [W, T, H] that enter the norm. The given weight, and 1, when nothing is gained.
+    """
+    x, y = (rms_norm(stream, norm, eps) for stream in (reference, quantized))
+    fitted = refit_gain(norm, x[:train].flatten(0, 1), y[:train].flatten(0, 1))
+    before = float((y[train:] - x[train:]).square().mean())
+    after = float((rms_norm(quantized[train:], fitted, eps) - x[train:]).square().mean())
+    return (fitted, after / before) if after < before else (norm, 1.0)
+
+
+def repair(
+    weights: LayerWeights, geometry: Geometry, reference: Tensor, quantized: Tensor, train: int, options: LearnOptions
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """post_norm, router and router_bias refitted to the quantized stream, each only when held-out windows gain by it.
+
+    reference, quantized: streams [W, T, H] that enter the experts. Also the share of the reference's experts that are
+    chosen on held-out windows, before and after.
+    """
     if torch.equal(reference, quantized):
-        return None, {}
+        return {}, {}
+    changed: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
     eps, per_token = geometry.norm_eps, geometry.experts_per_token
-    x, y = (rms_norm(stream, weights.post_norm, eps).flatten(0, 1) for stream in (reference, quantized))
+    norm, router, bias = weights.post_norm, weights.router, weights.router_bias.float()
+    x, y = (rms_norm(stream, norm, eps).flatten(0, 1) for stream in (reference, quantized))
     cut = train * reference.shape[1]
-    router = refit_linear(weights.router, x[:cut], y[:cut])
-
-    def chosen(inputs: Tensor, matrix: Tensor) -> Tensor:
-        return route(inputs, matrix, weights.router_bias, per_token).chosen
-
-    wanted = chosen(x[cut:], weights.router)
-    before, now = (agreement(chosen(y[cut:], m), wanted) for m in (weights.router, router))
-    return (router if now > before else None), {"routing before": before, "routing": max(now, before)}
+    wanted = route(x, router, bias, per_token).chosen
+    best = found["routing before"] = agreement(route(y[cut:], router, bias, per_token).chosen, wanted[cut:])
+    if options.repair_norms:
+        changed["post_norm"], found["post norm"] = repaired_norm(norm, eps, reference, quantized, train)
+        y = rms_norm(quantized, changed["post_norm"], eps).flatten(0, 1)
+    if options.repair_router:
+        fitted = refit_linear(router, x[:cut], y[:cut])
+        now = agreement(route(y[cut:], fitted, bias, per_token).chosen, wanted[cut:])
+        if now > best:
+            best, router = now, fitted
+            changed["router"] = router
+    if options.repair_bias:
+        scores = route(y, router, bias, per_token).scores
+        fitted = refit_bias(scores[:cut], wanted[:cut], bias)
+        now = agreement(torch.topk(scores[cut:] + fitted, per_token, dim=-1).indices, wanted[cut:])
+        if now > best:
+            best = now
+            changed["router_bias"] = fitted
+    return changed, {**found, "routing": best}
 
 
 def _with_attention(weights: LayerWeights, found: dict[str, IntWeight]) -> LayerWeights:

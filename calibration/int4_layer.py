@@ -17,6 +17,7 @@ from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..quantize.gptq import DAMPING, Grid, Solved, quantize
 from ..quantize.int_grid import IntWeight, dequantize, join, rows_of, select
 from ..quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
+from ..quantize.repair import refit_scales
 from ..quantize.rtn import rtn_int
 from ..quantize.transforms import overflow_cure, scale_pair
 from .int4_awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
@@ -160,7 +161,8 @@ def solve(
 ) -> Solved:
     """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I].
 
-    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning, on the CPU.
+    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning, on the CPU; without learning the
+    scales are refitted to the codes.
     """
     grid = options.grid
     if not options.compensated:
@@ -174,8 +176,8 @@ def solve(
     if isinstance(scale, Tensor):
         second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     solved = quantize(weight, second, grid, options.damping, keep=options.learned)
-    if solved.compensated is None or not solved.compensated.is_cuda:
-        return solved
+    if solved.compensated is None:
+        return dataclasses.replace(solved, weight=refit_scales(weight, solved.weight, second))
     return dataclasses.replace(solved, compensated=solved.compensated.cpu())
 
 

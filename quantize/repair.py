@@ -1,11 +1,17 @@
-"""Repair that costs no bytes: a matrix that stays unquantized, refitted to what the quantized model gives it."""
+"""Repair that costs no bytes: what is stored anyway, refitted to what the quantized model gives."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .int_grid import IntWeight, bfloat16_exact, dequantize
+from .linear_algebra import full_float32
+
 RIDGE = 0.01
+PULL = 1e-3  # of a group's own curvature, towards the scale that it has
+BIAS_ROUNDS = 50
+REFIT_VALUES = {"cpu": 1 << 24, "cuda": 1 << 28}  # float32 values of the largest temporary
 
 
 def refit_linear(weight: Tensor, reference: Tensor, found: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -21,6 +27,86 @@ def refit_linear(weight: Tensor, reference: Tensor, found: Tensor, ridge: float 
     return torch.linalg.solve(gram, wanted).T.contiguous()
 
 
+def refit_gain(weight: Tensor, reference: Tensor, found: Tensor) -> Tensor:
+    """A norm's weight [n], exact in bfloat16, that maps `found` to where it mapped `reference`, channel by channel.
+
+    reference, found [N, n]: the same tokens' normed streams before and after quantization, `weight` not applied or
+    applied to both; float32. Least squares: w <r, f> / <f, f>. A channel without energy keeps its weight.
+    """
+    energy = found.square().sum(0)
+    gain = (reference * found).sum(0) / energy.clamp(min=1e-30)
+    return bfloat16_exact(torch.where(energy > 0, weight * gain, weight))
+
+
+def refit_bias(scores: Tensor, wanted: Tensor, bias: Tensor) -> Tensor:
+    """The bias [E] under which `scores` [N, E] choose most of the wanted experts [N, K].
+
+    Perceptron steps: an expert that is chosen too rarely rises, one chosen too often falls, by its share of the tokens
+    times the scores' spread, a step that shrinks; the best bias met is returned (the given one when none is better).
+    """
+    tokens, per_token = wanted.shape
+    target = torch.bincount(wanted.flatten(), minlength=len(bias)).float()
+    spread = scores.std()
+    best, most, now = bias, -1.0, bias.clone()
+    for index in range(BIAS_ROUNDS):
+        chosen = torch.topk(scores + now, per_token, dim=-1).indices
+        found = agreement(chosen, wanted)
+        if found > most:
+            best, most = now.clone(), found
+        load = torch.bincount(chosen.flatten(), minlength=len(bias)).float()
+        now = now + (target - load) / tokens * spread * (1 - index / BIAS_ROUNDS)
+    return best
+
+
 def agreement(chosen: Tensor, wanted: Tensor) -> float:
     """Share of the wanted experts [N, K] that are among the chosen ones [N, K]."""
     return float((chosen.unsqueeze(-1) == wanted.unsqueeze(-2)).any(-1).float().mean())
+
+
+def refit_scales(weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
+    """The same codes under the scales that cost the outputs least: all groups of a row by least squares together.
+
+    weight [E, O, n] float32; second [E, n, n] mean second moments. A row keeps its scales when the new ones, rounded to
+    bfloat16, are not better.
+    """
+    scales = found.scales.clone()
+    rows = max(1, REFIT_VALUES[weight.device.type] // (weight.shape[-1] * scales.shape[-1]))
+    with full_float32():
+        for expert in range(weight.shape[0]):
+            zeros = None if found.zeros is None else found.zeros[expert]
+            codes = dequantize(IntWeight(found.codes[expert], torch.ones_like(scales[expert]), zeros, found.bits))
+            for start in range(0, weight.shape[1], rows):
+                part = slice(start, start + rows)
+                scales[expert, part] = _refit(weight[expert, part], codes[part], scales[expert, part], second[expert])
+    return IntWeight(found.codes, scales, found.zeros, found.bits)
+
+
+def _refit(weight: Tensor, codes: Tensor, scales: Tensor, second: Tensor) -> Tensor:
+    """[O, G]: scales of some rows of one matrix; weight, codes (less their zero points) [O, n] float32."""
+    groups = scales.shape[-1]
+    wanted = _grouped(weight @ second, codes, groups)
+    curvature = _curvature(codes, second, groups)
+    pull = PULL * curvature.diagonal(dim1=-2, dim2=-1) + 1e-30
+    curvature.diagonal(dim1=-2, dim2=-1).add_(pull)
+    fitted = bfloat16_exact(torch.linalg.solve(curvature, (wanted + pull * scales).unsqueeze(-1)).squeeze(-1))
+    fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scales)
+    better = _loss(weight, codes, fitted, second) < _loss(weight, codes, scales, second)
+    return torch.where(better.unsqueeze(-1), fitted, scales)
+
+
+def _grouped(values: Tensor, codes: Tensor, groups: int) -> Tensor:
+    """[..., G]: sums of values * codes [..., n] over each group's columns."""
+    return (values * codes).unflatten(-1, (groups, -1)).sum(-1)
+
+
+def _curvature(codes: Tensor, second: Tensor, groups: int) -> Tensor:
+    """[O, G, G]: for every output, what the products of two groups' codes weigh under the moments."""
+    blocks = codes.unflatten(-1, (groups, -1)).transpose(0, 1)
+    spread = torch.bmm(blocks, second.unflatten(0, (groups, -1)))  # [G, O, n]
+    return spread.mul_(codes).unflatten(-1, (groups, -1)).sum(-1).transpose(0, 1).contiguous()
+
+
+def _loss(weight: Tensor, codes: Tensor, scales: Tensor, second: Tensor) -> Tensor:
+    """[O]: each output's mean square error."""
+    error = weight - (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+    return ((error @ second) * error).sum(-1)
