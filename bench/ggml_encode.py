@@ -1,9 +1,10 @@
-"""Encoders of the ggml grid types beside ggml's own: error and speed. Prints tables in Markdown.
+"""Encoders of the ggml types beside ggml's own: error and speed. Prints tables in Markdown.
 
 python bench/ggml_encode.py --errors             error ratios on three kinds of rows (needs the llamacpp extra)
 python bench/ggml_encode.py --cpu                Mweights/s of one thread (needs the llamacpp extra)
 python bench/ggml_encode.py --cuda               Gweights/s of one GPU, M2.7's shapes, importance per expert
 python bench/ggml_encode.py --cuda --threads 16  the same beside ggml on that many cores of the same machine
+--kinds Q4_K,IQ2_S  these types only (otherwise all; --cuda: those with a reconstruction grid)
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from torch import Tensor
 from mmquant import llamacpp  # type: ignore[attr-defined]
 from mmquant.quantize.ggml import codec
 from mmquant.quantize.ggml.grid import FORMS
+from mmquant.quantize.ggml.iquants_layout import LAYOUTS
 from mmquant.quantize.ggml.types import GGMLType
 
+IQUANTS = [GGMLType[name] for name in LAYOUTS]
+NEEDS_IMPORTANCE = (GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S)  # ggml refuses them without
 EFFORTS = ("fast", "default", "high")
 WHOLE_MODEL = 228.69e9  # weights of M2.7
 
@@ -48,6 +52,8 @@ def samples() -> dict[str, Tensor]:
 
 def theirs(kind: GGMLType, rows: Tensor, importance: Tensor | None) -> Tensor:
     """ggml_quantize_chunk's bytes."""
+    if importance is None and kind in NEEDS_IMPORTANCE:
+        importance = torch.ones(rows.shape[1])
     imatrix = None if importance is None else importance.numpy()
     return torch.from_numpy(llamacpp.quantize(int(kind), rows.numpy(), imatrix))
 
@@ -63,13 +69,13 @@ def error(kind: GGMLType, rows: Tensor, data: Tensor, importance: Tensor | None,
     return float(squared.sum())
 
 
-def errors() -> None:
+def errors(kinds: list[GGMLType]) -> None:
     """The table of error ratios."""
     data = samples()
     names = [f"{name}, {w}" for name in data for w in ("plain", "weighted")]
     print("| type | " + " | ".join(names) + " | weighted, ggml's metric | fast | high |")
     print("| --- |" + " --- |" * (len(names) + 3))
-    for kind in FORMS:
+    for kind in kinds:
         cells: list[str] = []
         sums: dict[str, list[float]] = {"metric": [], "fast": [], "high": []}
         for rows in data.values():
@@ -98,22 +104,24 @@ def cpu_seconds(call: Callable[[], object], repeats: int = 3) -> float:
     return best
 
 
-def cpu() -> None:
+def cpu(kinds: list[GGMLType]) -> None:
     """The table of one-thread speeds."""
     torch.set_num_threads(1)
-    rows = torch.randn(256, 1536, generator=torch.Generator().manual_seed(0)) * 0.02
+    weights = torch.randn(512, 1536, generator=torch.Generator().manual_seed(0)) * 0.02
     importance = importance_of(1536)
-    print("| type | first call, s | ggml plain | ggml weighted | fast | default | high | decode |")
-    print("| --- |" + " --- |" * 7)
-    for kind in FORMS:
+    print("| type | first call, s | ggml plain | ggml weighted | fast plain | plain | fast | default | high | decode |")
+    print("| --- |" + " --- |" * 9)
+    for kind in kinds:
+        rows = weights if kind in FORMS else weights[:32]
         start = time.process_time()
         data = codec.encode(rows[:2], kind)
         first = time.process_time() - start
         calls: list[Callable[[], object]] = [
-            lambda k=kind: theirs(k, rows, None),
-            lambda k=kind: theirs(k, rows, importance),
+            lambda k=kind, r=rows: theirs(k, r, None),
+            lambda k=kind, r=rows: theirs(k, r, importance),
         ]
-        calls += [lambda k=kind, e=e: codec.encode(rows, k, importance, e) for e in EFFORTS]
+        calls += [lambda k=kind, r=rows, e=e: codec.encode(r, k, None, e) for e in EFFORTS[:2]]
+        calls += [lambda k=kind, r=rows, e=e: codec.encode(r, k, importance, e) for e in EFFORTS]
         data = codec.encode(rows, kind)
         calls.append(lambda k=kind, d=data: codec.decode(d, k, 1536))
         speeds = " | ".join(f"{rows.numel() / cpu_seconds(call) / 1e6:.1f}" for call in calls)
@@ -130,7 +138,7 @@ def cuda_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def cuda(threads: int) -> None:
+def cuda(kinds: list[GGMLType], threads: int) -> None:
     """The table of GPU speeds; columns and rows of w1 of a quarter of a layer's experts, importance per expert."""
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}\n")
     experts, columns = 64, 3072
@@ -139,7 +147,7 @@ def cuda(threads: int) -> None:
     head = " | ggml, all cores" if threads else ""
     print(f"| type | first call, s | fast | default | high | whole model, s | decode | CPU error, % {head} |")
     print("| --- |" + " --- |" * (8 if threads else 7))
-    for kind in FORMS:
+    for kind in kinds:
         start = time.perf_counter()
         data = codec.encode(rows[:64], kind, importance)
         torch.cuda.synchronize()
@@ -173,13 +181,15 @@ def main() -> None:
     for name in ("errors", "cpu", "cuda"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--kinds")
     chosen = parser.parse_args()
+    kinds = [GGMLType[name] for name in chosen.kinds.split(",")] if chosen.kinds else [*FORMS, *IQUANTS]
     if chosen.errors:
-        errors()
+        errors(kinds)
     if chosen.cpu:
-        cpu()
+        cpu(kinds)
     if chosen.cuda:
-        cuda(chosen.threads)
+        cuda(kinds if chosen.kinds else list(FORMS), chosen.threads)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Effort:
     """How much is tried.
 
     levels   starting points of a sub-block's step, from the head of the list of a type without a minimum
-    eights   the same of Q8_0, where a plain rounding is almost as good
+    eights   the same of Q8_0, where a plain rounding is almost as good: one round is enough, too
     ranges   starting points of step and minimum, from the head of the list of a type with one
     refits   rounds of nearest levels and least squares on the best of them
     supers   candidates of d (and dmin)
@@ -63,7 +63,8 @@ def plan(kind: GGMLType, effort: Effort) -> Plan:
         top = form.levels[-1]
         cuts = RANGE_STARTS[kind][: effort.ranges]
         tries = [((top - low - high) / top**2, low * top / (top - low - high)) for low, high in cuts]
-    return Plan(form, torch.tensor(tries, dtype=torch.float32), _ends(form, effort), effort.refits, effort.rounds)
+    refits, rounds = (0, min(1, effort.rounds)) if kind is GGMLType.Q8_0 else (effort.refits, effort.rounds)
+    return Plan(form, torch.tensor(tries, dtype=torch.float32), _ends(form, effort), refits, rounds)
 
 
 def _ends(form: Form, effort: Effort) -> Tensor:
