@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, LayerWeights
-from ..quantize.linear_algebra import cholesky
+from ..quantize.linear_algebra import cholesky, full_float32
 from .forward import (
     Observer,
     Routing,
@@ -61,9 +61,11 @@ class Pair:
         """Rows x, z [R, n] of one matrix, each counted by share^2 [R]."""
         if not len(x):
             return
-        left = z.float() if share is None else z.float() * share.square().unsqueeze(1)
-        self.own[matrix].addmm_(left.T, z.float())
-        self.cross[matrix].addmm_(x.float().T, left)
+        whole = x.dtype != torch.bfloat16  # sums over bfloat16 rows lose nothing that counts in TF32
+        x, z = (rows.float() if share is None else rows.float() * share.unsqueeze(1) for rows in (x, z))
+        with full_float32(whole):
+            self.own[matrix].addmm_(z.T, z)
+            self.cross[matrix].addmm_(x.T, z)
         self.weight[matrix] += len(x) if share is None else share.square().sum()
         self.rows[matrix] += len(x)
 

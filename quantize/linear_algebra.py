@@ -12,10 +12,13 @@ BLOCK = 128
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Matrix products in whole float32 (no TF32), whatever the caller has set."""
+def full_float32(whole: bool = True) -> Iterator[None]:
+    """Matrix products in whole float32 (no TF32), whatever the caller has set.
+
+    With `whole` False the other way: on CUDA factors are rounded to 11 bits (TF32), which leaves bfloat16 values whole.
+    """
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = not whole
     try:
         yield
     finally:
