@@ -26,18 +26,25 @@ from .hidden import HiddenStates
 from .int4_layer import QuantizedLayer
 from .int4_learn import Routed, learn_attention, learn_experts, routed_output, take
 
+LARGEST_WORK = 40 << 30
 LEARNING_BYTES = 34  # for each weight: values, shifts, their gradients, quantized values and theirs, temporaries
 
 
 @dataclass(frozen=True)
 class LearnOptions:
-    """Bounds: steps of sign-SGD, tokens of one step, tokens learned on at all, share of them held out; bytes."""
+    """Bounds: steps of sign-SGD, tokens of one step, tokens learned on at all, share of them held out; bytes.
+
+    batch   None: by the device, `tokens_a_step`
+    memory  None: 40 GiB, on cards below 80 GB half of what they have
+    move    of a code, that all steps together may move a weight at the start's rate
+    repair  see `repair`: each is on where it lowered the divergence on text of neither calibration nor evaluation
+    """
 
     steps: int = 200
-    batch: int = 4096
+    batch: int | None = None
     tokens: int = 1 << 17
     held_share: float = 0.1
-    memory: int = 40 << 30
+    memory: int | None = None
     repair_norms: bool = False
     repair_router: bool = True
     repair_bias: bool = False
@@ -46,8 +53,18 @@ class LearnOptions:
 
     @property
     def schedule(self) -> Schedule:
-        # All steps together may move a weight by move/2 of a code: the start is already compensated.
+        """The rates fall to zero: all steps together move a weight by half of `move`; the start is compensated."""
         return Schedule(self.steps, self.move / self.steps, 0.1 / self.steps)
+
+    def working_memory(self, device: torch.device) -> int:
+        """Bytes that learning may take beside the layer; never what is free at the time (int4_layer.py)."""
+        if self.memory is not None or device.type != "cuda":
+            return self.memory if self.memory is not None else LARGEST_WORK
+        return min(LARGEST_WORK, torch.cuda.get_device_properties(device).total_memory // 2)
+
+    def tokens_a_step(self, device: torch.device) -> int:
+        """Tokens of one step: a processor takes fewer, its time is their products."""
+        return self.batch if self.batch is not None else 4096 if device.type == "cuda" else 1024
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,7 @@ def _learn_attention(
         (both.quantized[:train], wanted[:train]),
         (both.quantized[train:], wanted[train:]),
         options.schedule,
-        batch=max(1, options.batch // middle.shape[1]),
+        batch=max(1, options.tokens_a_step(middle.device) // middle.shape[1]),
         seed=options.seed,
     )
     return learned.weights, learned.after / max(learned.before, 1e-30)
@@ -182,15 +199,16 @@ def learn_chunks(
     tokens.target [N, H] is what all experts together should add; the first `train` rows are learned on.
     """
     device, count = weights.w1.device, weights.w1.shape[0]
+    batch = options.tokens_a_step(device)
     matrices = {name: getattr(weights, name) for name in ("w1", "w3", "w2")}
-    left = tokens.target - _outputs(matrices, tokens, 0, options.batch)
+    left = tokens.target - _outputs(matrices, tokens, 0, batch)
     each = LEARNING_BYTES * sum(m[0].numel() for m in matrices.values())
-    step = max(1, options.memory // each)
+    step = max(1, options.working_memory(device) // each)
     parts, losses = [], []
     for start in range(0, count, step):
         chosen = slice(start, start + step)
         mine = {name: matrix[chosen] for name, matrix in matrices.items()}
-        part = dataclasses.replace(tokens, target=left + _outputs(mine, tokens, start, options.batch))
+        part = dataclasses.replace(tokens, target=left + _outputs(mine, tokens, start, batch))
         starts = {
             n: Start(first.compensated[n][chosen].to(device), w.scales[chosen], w.bits)
             for n, w in first.experts.items()
@@ -201,13 +219,13 @@ def learn_chunks(
             trained,
             held,
             options.schedule,
-            batch=options.batch,
+            batch=batch,
             first=start,
             seed=options.seed,
             dtype=weights.w1.dtype,
         )
         values = {n: dequantize(w).to(weights.w1.dtype) for n, w in learned.weights.items()}
-        left = part.target - _outputs(values, tokens, start, options.batch)
+        left = part.target - _outputs(values, tokens, start, batch)
         parts.append(learned.weights)
         losses.append((learned.before, learned.after))
     experts = {name: join([part[name] for part in parts]) for name in matrices}
