@@ -11,12 +11,16 @@ import torch
 from click.testing import CliRunner, Result
 
 import llamacpp
+from mmquant.calibration.chat import load_template
+from mmquant.calibration.corpus import bundled, pack, read_sets
 from mmquant.calibration.gguf_maxima import Largest, largest_sums
+from mmquant.calibration.windows import load_tokenizer
 from mmquant.cmd_calibrate import command as calibrate_command
 from mmquant.cmd_doctor import command
 from mmquant.cmd_gguf import command as gguf_command
 from mmquant.convert.doctor import AT_RISK, FP16_MAX, SCALES, exponents, plan_fix, scaled_blocks, summed
 from mmquant.convert.gguf_reader import GgufSource
+from mmquant.convert.open import open_source
 from mmquant.errors import GateError
 from mmquant.quantize.ggml.codec import decode, encode
 from mmquant.quantize.ggml.types import GGMLType
@@ -36,9 +40,7 @@ def risky(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def windows() -> torch.Tensor:
     import ast
 
-    from mmquant.calibration.windows import load_tokenizer
     from mmquant.calibration.windows import windows as cut
-    from mmquant.convert.open import open_source
 
     return cut(Path(str(ast.__file__)).read_text(), load_tokenizer(open_source("demo")), 256, 8)
 
@@ -85,6 +87,22 @@ def test_llamacpp_gives_the_same_logits(risky: Path, tmp_path: Path) -> None:
     first = next(p.name for p in sorted(risky.glob("*.gguf")))
     before, after = (llamacpp.logits(folder / first, tokens, 256) for folder in (risky, tmp_path / "fixed"))
     assert np.array_equal(before, after)  # and so is any perplexity
+
+
+def test_a_real_nan_is_cured(tmp_path: Path) -> None:
+    """Q4_1 keeps sums of 32 in float16 in llama.cpp's CPU code as well: the overflow as it is, and its cure."""
+    llamacpp.need()
+    options = ["--model", "demo", "--out", str(tmp_path / "m"), "--no-calibration", "--type", "Q8_0", "--name", "m"]
+    CliRunner().invoke(gguf_command, [*options, "--tensor-type", r"blk\.3\.ffn_down_exps=Q4_1"], catch_exceptions=False)
+    measure = ["--text", "default", "--windows", "16", "--fix", "--out", str(tmp_path / "fixed")]
+    fixed = doctor(tmp_path / "m", *measure)
+    assert fixed.exit_code == 0, fixed.output
+    source = open_source("demo")
+    text = read_sets([str(bundled("evaluation"))], load_template(source))
+    tokens = pack(text, load_tokenizer(source), 256, 3).tokens.tolist()
+    before, after = (llamacpp.logits(tmp_path / name / "m.gguf", tokens, 256) for name in ("m", "fixed"))
+    assert not np.isfinite(before).all()
+    assert np.isfinite(after).all()
 
 
 @pytest.mark.parametrize("kind", [k for k in GGMLType if k.name in (*SCALES, "F32", "F16", "BF16", "MXFP4")])
