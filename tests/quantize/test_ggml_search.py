@@ -9,10 +9,10 @@ from torch import Tensor
 
 import ggml_lib
 from mmquant.convert.open import open_source
-from mmquant.quantize.ggml import codec
+from mmquant.quantize.ggml import codec, mxfp4
 from mmquant.quantize.ggml.effort import EFFORTS, Effort, plan
 from mmquant.quantize.ggml.grid import FORMS
-from mmquant.quantize.ggml.searching import search_rows
+from mmquant.quantize.ggml.searching import search_exponents, search_rows
 from mmquant.quantize.ggml.starts import RANGE_STARTS
 from mmquant.quantize.ggml.types import GGMLType
 from mmquant.quantize.ggml.weighted import cut, empty
@@ -184,6 +184,26 @@ def test_importance_of_groups_of_rows(kind: GGMLType) -> None:
     assert torch.equal(codec.encode(rows, kind, importance), apart)
     assert torch.equal(codec.encode(rows, kind, importance.repeat_interleave(3, 0)), apart)
     assert torch.equal(codec.encode(rows, kind, importance * 1e-12), codec.encode(rows, kind, importance * 1e-12 * 2))
+
+
+def test_exponents_are_those_of_the_tensor_form() -> None:
+    rows = rows_of("heavy")
+    importance = importance_of(COLUMNS) ** 3  # uneven enough that the largest weight is cut off here and there
+    blocks = cut(rows, 32, importance[None])
+    exponents, codes = search_exponents(blocks)
+    expected, _ = mxfp4.search_blocks(blocks)
+    assert float((exponents == expected).float().mean()) > 0.99
+    largest = rows.view(-1, 32).abs().amax(1).frexp().exponent
+    assert len((exponents.int() - largest).unique()) == 3
+    assert codes.shape == blocks.x.shape
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
+def test_groups_end_inside_of_what_is_searched_side_by_side(kind: GGMLType) -> None:
+    rows = rows_of("heavy")[:15, :256].contiguous()
+    importance = torch.stack([importance_of(256), importance_of(256).flip(0), torch.ones(256)])
+    apart = [codec.encode(part, kind, w) for part, w in zip(rows.split(5), importance, strict=True)]
+    assert torch.equal(codec.encode(rows, kind, importance), torch.cat(apart))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
