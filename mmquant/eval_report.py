@@ -148,7 +148,7 @@ def _domain_plot(result: dict[str, Any]) -> Figure:
     figure, (axes,) = _figure(1)
     candidates = result["candidates"]
     width = 0.8 / max(1, len(candidates))
-    names = list(candidates[0]["domains"])
+    names = [name for name, found in candidates[0]["domains"].items() if found["tokens"]]
     for i, c in enumerate(candidates):
         values = [c["domains"][name]["kld"]["mean"] or 0.0 for name in names]
         axes.bar([at + i * width for at in range(len(names))], values, width, label=_short(c["label"]))
@@ -184,7 +184,7 @@ def _overlap_plot(result: dict[str, Any]) -> Figure:
 
     figure, all_axes = _figure(1, len(candidates), height=1.8)
     for axes, c in zip(all_axes, candidates, strict=True):
-        names = list(c["layers"][0]["domains"])
+        names = [name for name, found in c["domains"].items() if found["tokens"]]
         none = float("nan")
         values = [
             [none if (v := layer["domains"][name]["expert_overlap"]) is None else v for layer in c["layers"]]

@@ -202,7 +202,7 @@ def table(result: dict[str, Any]) -> str:
         (c["label"], name, _number(d["ppl"]), _number(d["kld"]["mean"]), _percent(d["top1"]))
         for c in result["candidates"]
         for name, d in c["domains"].items()
-        if len(c["domains"]) > 1
+        if len(c["domains"]) > 1 and d["tokens"]
     ]
     if domains:
         lines += ["", *_aligned([("candidate", "domain", "PPL", "KLD", "top-1 %"), *domains])]

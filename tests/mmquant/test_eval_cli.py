@@ -123,6 +123,8 @@ def test_the_table_names_what_was_measured(folder: Path) -> None:
     done = mmquant(folder, "--reference", "demo", *FEW)
     assert done.exit_code == 0
     assert "189 positions in 3 windows of 64 (all)" in done.stdout
+    assert " docs " in done.stdout
+    assert " zh " not in done.stdout  # none of the three windows
     assert "nonfinite" in done.stdout
 
 
