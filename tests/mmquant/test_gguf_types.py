@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import llamacpp
+from mmquant.cmd_doctor import command as doctor_command
 from mmquant.cmd_eval import command as eval_command
 from mmquant.cmd_gguf import command as gguf_command
 from mmquant.quantize.ggml.types import GGMLType
@@ -25,7 +27,24 @@ def test_perplexity_is_as_predicted(tmp_path: Path, kind: str) -> None:
     made = CliRunner().invoke(gguf_command, [*options, "--out", str(tmp_path)], catch_exceptions=False)
     assert made.exit_code == 0, made.output
     path = made.stdout.strip()
-    measure = ["--reference", path, "--windows", "12", "--context", "256", "--convention", "llama.cpp"]
+    if kind in (
+        "Q4_1",
+        "Q5_1",
+    ):  # their sums overflow float16 in llama.cpp's CPU code too: the demo gives NaN until cured
+        cure = [path, "--text", "default", "--windows", "16", "--fix", "--in-place"]
+        assert CliRunner().invoke(doctor_command, cure, catch_exceptions=False).exit_code == 0
+    measure = [
+        "--reference",
+        path,
+        "--text",
+        str(ast.__file__),
+        "--windows",
+        "12",
+        "--context",
+        "256",
+        "--convention",
+        "llama.cpp",
+    ]
     done = CliRunner().invoke(eval_command, [path, *measure, "--engine", "llama.cpp", "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
