@@ -15,7 +15,7 @@ from torch import Tensor
 import ct_reader
 from mmquant.calibration.corpus import Corpus
 from mmquant.calibration.forward import Observer, embed, layer_forward, rms_norm, route
-from mmquant.calibration.int4_high import LearnOptions
+from mmquant.calibration.int4_high import LearnOptions, repair, repaired_norm
 from mmquant.calibration.int4_layer import Int4Options, as_read_back, expert_chunks, quantize_layer
 from mmquant.calibration.int4_variant import CalibratedInt4
 from mmquant.calibration.live import LivePass, PassOptions
@@ -267,7 +267,7 @@ def test_the_self_check_wants_every_scale_of_the_cache(source: Checkpoint, tmp_p
 
 def test_high_effort_is_at_least_as_good_and_continues(source: Checkpoint, tmp_path: Path) -> None:
     lines: list[str] = []
-    learning = LearnOptions(steps=20, batch=256)
+    learning = LearnOptions(steps=20, batch=256, repair_norms=True, repair_bias=True)
     variant = CalibratedInt4(**SHAPE, options=options(effort="high"), learning=learning, report=lines.append)
     passes = PassOptions(propagate="quantized")
     out = write_folder(source, variant, tmp_path / "high", provider=LivePass(source, corpus(), passes, hidden=True))
@@ -276,6 +276,28 @@ def test_high_effort_is_at_least_as_good_and_continues(source: Checkpoint, tmp_p
     usual = write_folder(source, plain, tmp_path / "usual", provider=LivePass(source, corpus()))
     assert folder_error(source, out) < 1.05 * folder_error(source, usual)
     assert sum("routing" in line for line in lines) >= 2
+
+
+def test_repair_brings_the_quantized_stream_back(source: Checkpoint, inputs: LayerInputs) -> None:
+    """A stream whose channels shrank: norms undo it, and the router's choice comes back, each on held-out windows."""
+    assert inputs.hidden is not None
+    reference = inputs.hidden.all()
+    generator = torch.Generator().manual_seed(0)
+    off = 1 + 0.3 * torch.rand(source.geometry.hidden, generator=generator)
+    noise = 0.02 * reference.std() * torch.randn(reference.shape, generator=generator)
+    quantized, w, g = reference * off + noise, inputs.weights, source.geometry
+    everything = LearnOptions(repair_norms=True, repair_router=True, repair_bias=True)
+    found, shares = repair(w, g, reference, quantized, 20, everything)
+    assert torch.equal(found["post_norm"], found["post_norm"].bfloat16().float())
+    assert shares["post norm"] < 0.1
+    assert shares["routing"] > shares["routing before"]
+    norm, ratio = repaired_norm(w.input_norm, g.norm_eps, reference, quantized, 20)
+    assert ratio < 0.1
+    assert not torch.equal(norm, w.input_norm)
+    assert repaired_norm(w.input_norm, g.norm_eps, reference, reference, 20)[1] <= 1.0
+    assert repair(w, g, reference, reference, 20, everything) == ({}, {})
+    nothing = LearnOptions(repair_norms=False, repair_router=False, repair_bias=False)
+    assert repair(w, g, reference, quantized, 20, nothing)[0] == {}
 
 
 def test_the_self_check_finds_faults(source: Checkpoint, tmp_path: Path) -> None:
