@@ -73,8 +73,12 @@ $(AUTOAWQ): $(READY)
 test-peers: $(READY) $(PEERS) $(NODE_LLAMA) $(AUTOAWQ) ## conformance with auto-gptq, AutoAWQ and llm-compressor themselves
 	$(PYTEST) -m peers
 
-bench: $(READY) ## the benchmarks of bench/
-	@for script in $$(ls bench/[a-z]*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(READY) ## what can be measured; make bench NAME=prefetch ARGS="--runs 1" measures it
+ifdef NAME
+	$(BIN)/python bench/$(NAME).py $(ARGS)
+else
+	@for script in bench/[a-z]*.py; do printf '%-14s ' $$(basename $$script .py); sed -n '1s/"""//gp' $$script; done
+endif
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
 	rm -rf notebooks/m27-demo
