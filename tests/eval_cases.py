@@ -84,7 +84,11 @@ def spawned(rank: int, world: int, port: int, folder: str, task: str) -> None:
     else:
         save = path / "stored" if task == "store" else None
         evaluation_state.EVERY = 0.0
-        outcomes = evaluate(reference, [candidate], make_sample(), small(state=state), ranks=ranks, save=save)
+        try:
+            outcomes = evaluate(reference, [candidate], make_sample(), small(state=state), ranks=ranks, save=save)
+        except Exception as error:  # the other rank dies of it, and may be seen to do so first
+            (path / f"died-{rank}").write_text(str(error))
+            raise
     if rank == 0:
         torch.save(packed(outcomes[0]) | {"layers_read": torch.tensor(candidate.read_layers)}, path / f"{task}.pt")
     dist.destroy_process_group()
