@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--max-shards", type=int, default=8)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="Where to work; one in memory keeps the disk out of the numbers.")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="Of the work's time: the transfer's.")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
@@ -96,15 +97,15 @@ def main() -> None:
         for scheme in given.scheme:
             work(str(folder), out, scheme, given.max_shards)
             for _ in range(given.runs):
-                measure(folder, size, out, scheme, given.max_shards)
+                measure(folder, size, out, scheme, given)
 
 
-def measure(folder: Path, size: int, out: Path, scheme: str, max_shards: int) -> None:
+def measure(folder: Path, size: int, out: Path, scheme: str, given: argparse.Namespace) -> None:
     """One row for every share, after a run of the work alone."""
-    alone = work(str(folder), out, scheme, max_shards)
-    for transfer in [share * alone for share in SHARES]:
+    alone = work(str(folder), out, scheme, given.max_shards)
+    for transfer in [share * alone for share in given.shares]:
         before = time.process_time()
-        together = served(folder, size / transfer, out, scheme, max_shards)
+        together = served(folder, size / transfer, out, scheme, given.max_shards)
         cpu, ratio = time.process_time() - before, together / max(transfer, alone)
         row = f"{scheme} | {size / transfer / 1e6:.0f} | {transfer:.2f} | {alone:.2f} | {together:.2f}"
         print(f"| {row} | {ratio:.2f} | {cpu:.1f} |", flush=True)
