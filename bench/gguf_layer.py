@@ -1,73 +1,143 @@
-"""Time of error feedback for the experts of one layer of M2.7's shape, moments given; 62 layers extrapolated.
+"""Time and memory of error feedback for all experts of one layer, by the shipped solve in its own chunks.
 
-python bench/gguf_layer.py [--experts 256] [--kind Q4_K ...]   (CUDA; random weights and moments)
+python bench/gguf_layer.py [--experts 256] [--kind Q4_K ...] [--passes 0 1 2]   (CUDA; random weights and moments)
+
+Defaults are M2.7's shape. Weights are bfloat16 and the moments of all experts lie on the device, as in the pass itself.
+correct: mean moments and T = W X H^-1; factor: of the moments; columns: search, sweep, packing, rounds of descent.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import torch
 
+from mmquant.calibration import gguf_quantizer
+from mmquant.calibration.gguf_paired import Pair
+from mmquant.calibration.gguf_quantizer import METHODS, Method, experts_at_once, solve
 from mmquant.quantize.ggml import feedback, iquant_feedback
 from mmquant.quantize.ggml.codec import decode
-from mmquant.quantize.ggml.grid import FORMS
 from mmquant.quantize.ggml.types import GGMLType
 
-HIDDEN, WIDTH = 3072, 1536
-CHUNK = 32  # experts solved at once
+KINDS = ["Q4_K", "Q2_K", "Q6_K", "IQ4_XS", "IQ3_XXS", "IQ2_XXS"]
+LAYERS = 62
+PARTS = {"correct": ("moments", "corrected"), "factor": ("factor",), "columns": ("encode_with_feedback",)}
 
 
-def moments_of(experts: int, n: int, device: str) -> torch.Tensor:
-    x = torch.randn(experts, 2 * n, n, device=device) * torch.rand(n, device=device).add(0.1)
-    return torch.bmm(x.mT, x) / (2 * n)
+@dataclass
+class Clock:
+    """Seconds by function name; the device has finished before and after each call."""
 
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
 
-def run(kind: GGMLType, weight: torch.Tensor, second: torch.Tensor, passes: int) -> torch.Tensor:
-    if kind in FORMS:
-        return feedback.encode_with_feedback(weight, kind, feedback.factor(second), passes)
-    return iquant_feedback.encode_with_feedback(weight, kind, iquant_feedback.factor(second, kind), passes=passes)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--kind", nargs="*", default=["Q4_K", "Q2_K", "Q6_K", "IQ4_XS", "IQ3_XXS", "IQ2_XXS"])
-    parser.add_argument("--device", default="cuda")
-    options = parser.parse_args()
-    device = options.device
-
-    def now() -> float:
-        if device == "cuda":
+    def now(self) -> float:
+        if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    part = min(CHUNK, options.experts)
-    inputs = {}
-    for name, rows, n in (("w1+w3", 2 * WIDTH, HIDDEN), ("w2", HIDDEN, WIDTH)):
-        inputs[name] = (torch.randn(part, rows, n, device=device) * 0.02, moments_of(part, n, device))
-    print(f"{part} experts measured, {options.experts} extrapolated linearly; seconds a layer")
-    print(f"{'type':8} {'passes':>6} {'w1+w3':>8} {'w2':>8} {'layer':>8} {'62 layers':>10}  relative loss of w2")
-    for name in options.kind:
-        kind = GGMLType[name]
-        for passes in (0, 2):
-            seconds, data = {}, torch.empty(0)
-            for role, (weight, second) in inputs.items():
-                run(kind, weight[:2, :64].contiguous(), second[:2], passes)  # compile
-                start = now()
-                data = run(kind, weight, second, passes)
-                seconds[role] = (now() - start) * options.experts / part
-            weight, second = inputs["w2"]
-            error = decode(data[:2].flatten(0, 1), kind, WIDTH).view(2, -1, WIDTH) - weight[:2]
-            loss = ((error @ second[:2]) * error).sum() / ((weight[:2] @ second[:2]) * weight[:2]).sum()
-            layer = sum(seconds.values())
-            row = f"{name:8} {passes:6} {seconds['w1+w3']:8.2f} {seconds['w2']:8.2f} {layer:8.2f} {62 * layer:10.0f}"
-            print(f"{row}  {float(loss):.6f}", flush=True)
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any, **named: Any) -> Any:
+            start = self.now()
+            result = function(*values, **named)
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+            return result
+
+        return call
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """The parts of `solve` go through `timed`."""
+        both = [(module, name) for module in (feedback, iquant_feedback) for name in ("factor", "encode_with_feedback")]
+        places = [(gguf_quantizer, "corrected"), (Method, "moments"), *both]
+        before = [getattr(owner, name) for owner, name in places]
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, self.timed(name, function))
+        try:
+            yield
+        finally:
+            for (owner, name), function in zip(places, before, strict=True):
+                setattr(owner, name, function)
+
+    def part(self, name: str) -> float:
+        return sum(self.seconds.get(one, 0.0) for one in PARTS[name])
+
+
+def pair_of(experts: int, n: int, device: str) -> Pair:
+    """Sums over 2 n rows for each expert, drawn one expert at a time; the written input is 0.98 of the reference's."""
+    pair = Pair.empty(experts, n, device)
+    for expert in range(experts):
+        z = torch.randn(2 * n, n, device=device) * torch.rand(n, device=device).add(0.1)
+        pair.add(expert, z / 0.98, z)
+    return pair
+
+
+def loss(data: torch.Tensor, weight: torch.Tensor, pair: Pair, kind: GGMLType) -> float:
+    """tr(E H E^T) / tr(T H T^T) of the first expert; T = W / 0.98 is what the correction makes of it."""
+    target = weight[0].float() / 0.98
+    error = decode(data[0], kind, target.shape[1]) - target
+    return float(((error @ pair.own[0]) * error).sum() / ((target @ pair.own[0]) * target).sum())
+
+
+def measure(kind: GGMLType, weight: torch.Tensor, pair: Pair, method: Method, device: str) -> tuple[Clock, float, str]:
+    """(clock with "all" in it, relative loss, line about memory) of one solve."""
+    small = Pair(*(part[:2].contiguous() for part in (pair.own, pair.cross, pair.weight, pair.rows)))
+    solve(weight[:2, :64].contiguous(), kind, small, method)  # kernels are compiled
+    clock, memory, held = Clock(device), "-", 0
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    with clock.watch():
+        start = clock.now()
+        data, _ = solve(weight, kind, pair, method)
+        clock.seconds["all"] = clock.now() - start
+    if device == "cuda":
+        memory = f"{held / 2**30:.1f} + {(torch.cuda.max_memory_allocated() - held) / 2**30:.1f}"
+    return clock, loss(torch.from_numpy(data[:1]).to(device), weight, pair, kind), memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=3072)
+    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--kind", nargs="*", default=KINDS)
+    parser.add_argument("--passes", nargs="*", type=int, default=[0, 2])
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    device, hidden, width = options.device, options.hidden, options.width
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}; {options.experts} experts of {hidden} x {width}; seconds")
+    head = ["correct", "factor", "columns", "all", f"{LAYERS} layers"]
+    print(f"{'type':8} {'matrix':6} {'passes':>6} {'at once':>7} " + " ".join(f"{h:>9}" for h in head), end="")
+    print("  relative loss  GiB before + peak")
+    sums: dict[tuple[str, int], float] = {}
+    for role, rows, n in (("w1+w3", 2 * width, hidden), ("w2", hidden, width)):
+        weight = (torch.randn(options.experts, rows, n, device=device) * 0.02).bfloat16()
+        pair = pair_of(options.experts, n, device)
+        for kind in options.kind:
+            for passes in options.passes:
+                method = replace(METHODS["default"], passes=passes)
+                at_once = min(options.experts, experts_at_once(weight))
+                clock, lost, memory = measure(GGMLType[kind], weight, pair, method, device)
+                seconds = [clock.part(part) for part in PARTS]
+                seconds += [clock.seconds["all"], LAYERS * clock.seconds["all"]]
+                row = f"{kind:8} {role:6} {passes:6} {at_once:7} " + " ".join(f"{s:9.2f}" for s in seconds)
+                print(f"{row}  {lost:.6f}  {memory}", flush=True)
+                sums[kind, passes] = sums.get((kind, passes), 0.0) + clock.seconds["all"]
+        del weight, pair
+    for (kind, passes), total in sums.items():
+        print(f"{kind:8} passes {passes}: {total:.2f} s a layer, {LAYERS * total / 60:.1f} min for {LAYERS} layers")
 
 
 if __name__ == "__main__":

@@ -19,3 +19,23 @@ def test_a_whole_int4_layer_is_measured_part_by_part() -> None:
     assert [name for name, _, _ in rows] == names
     assert all(float(floor) >= 0 for _, _, floor in rows)
     assert "the shipped step" in done.stdout
+
+
+def test_error_feedback_is_measured_by_the_shipped_solve() -> None:
+    command = [sys.executable, BENCH / "gguf_layer.py", "--device", "cpu", "--experts", "3", "--hidden", "256"]
+    command += ["--width", "256", "--kind", "Q4_K", "IQ2_XXS", "--passes", "0", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:10]]
+    assert [row[:4] for row in rows[:3]] == [
+        ["Q4_K", "w1+w3", "0", "3"],
+        ["Q4_K", "w1+w3", "1", "3"],
+        ["IQ2_XXS", "w1+w3", "0", "3"],
+    ]
+    for row in rows:
+        correct, factor, columns, whole = map(float, row[4:8])
+        assert 0 <= columns < whole
+        assert correct + factor + columns <= whole + 0.02  # printed with two places
+    losses = {tuple(row[:3]): float(row[9]) for row in rows}
+    assert all(losses[kind, role, "1"] < losses[kind, role, "0"] for kind, role, _ in losses)
+    assert "62 layers" in done.stdout.splitlines()[-1]
