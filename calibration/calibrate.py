@@ -72,7 +72,8 @@ def free_memory(device: torch.device | str) -> int:
     """Bytes that can be allocated now on the device (CPU: what the system calls available)."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         with open("/proc/meminfo") as file:
             for line in file:

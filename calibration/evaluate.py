@@ -22,7 +22,7 @@ from .activations import as_converted, head_rounding, layer_rounding
 from .distributed import read_layer_shared
 from .evaluation_state import State
 from .forward import EXACT, Observer, Routing, embed, final_logits, layer_forward
-from .hidden import RAM_LIMIT, HiddenStates
+from .hidden import RAM_LIMIT, HiddenStates, place_of
 from .metrics import Scores, compare, jaccard, join
 from .ranks import Ranks
 from .reference_store import StoredReference, StoreWriter, compare_stored
@@ -140,22 +140,11 @@ def _subjects(source: Source | None, candidates: list[Source], mine: Sample, set
         chosen.append(("noise floor", source, settings.other_dtype))
     limit = settings.ram_limit // max(1, len(chosen))
     shape = (mine.windows, mine.context)
-    place = _place(settings.device, 4 * mine.tokens.numel() * sum(model.geometry.hidden for _, model, _ in chosen))
-    if place != "cpu":
-        limit = 1 << 62
+    place = place_of(settings.device, 4 * mine.tokens.numel() * sum(model.geometry.hidden for _, model, _ in chosen))
     return [
         _Subject(label, model, dtype, HiddenStates(*shape, model.geometry.hidden, limit, settings.folder, place))
         for label, model, dtype in chosen
     ]
-
-
-def _place(device: str, size: int) -> str:
-    """Where hidden states of `size` bytes are kept: on the device while they take a fifth of its free memory at
-    most.
-    """
-    if not device.startswith("cuda"):
-        return "cpu"
-    return device if 5 * size <= torch.cuda.mem_get_info(device)[0] else "cpu"
 
 
 def _identity(subjects: list[_Subject], sample: Sample) -> str:

@@ -13,8 +13,19 @@ from torch import Tensor
 RAM_LIMIT = 8 << 30
 
 
+def place_of(device: torch.device | str, size: int) -> torch.device:
+    """Where hidden states of `size` bytes are kept: on a CUDA device up to a fifth of its free memory."""
+    device = torch.device(device)
+    if device.type == "cuda" and 5 * size <= torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu")
+
+
 class HiddenStates:
-    """W windows x T positions x H channels of float32; batches are read, advanced by a layer and put back."""
+    """W windows x T positions x H channels of float32; batches are read, advanced by a layer and put back.
+
+    device: where they lie (`place_of`); ram_limit is the CPU's.
+    """
 
     def __init__(
         self,
@@ -28,7 +39,7 @@ class HiddenStates:
         self.shape = (windows, length, hidden)
         self.bytes = 4 * windows * length * hidden
         self._file = None
-        if self.bytes <= ram_limit:
+        if self.bytes <= ram_limit or torch.device(device).type != "cpu":
             self._values = torch.empty(self.shape, dtype=torch.float32, device=device)
             return
         # The file is unlinked with its handle: a killed process leaves nothing behind.
@@ -44,7 +55,8 @@ class HiddenStates:
         """(first window, values [<= windows, T, H] on the device); the values are a copy."""
         for start in range(0, self.shape[0], windows):
             part = self._values[start : start + windows]
-            yield start, part.to(device) if str(device) != "cpu" else part.clone()
+            moved = part.to(device)
+            yield start, moved.clone() if moved is part else moved
 
     def put(self, start: int, values: Tensor) -> None:
         """Store `values` [n, T, H] as windows start..start+n-1."""

@@ -7,7 +7,6 @@ per channel of a key-value head, shared by the query heads of its group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +41,15 @@ def experts_pair(
     statistics: LayerStatistics,
     grid: Grid,
     shrinkage: float,
-    read: Callable[[str, range], Tensor],
 ) -> NormPair:
     """The shared scale of w1 and w3 of all experts."""
     device = weights.w1.device
     most = statistics.expert_in.weight.argsort(descending=True)[:SEARCH_EXPERTS].tolist()
     stacks, moments, pool = [], [], pooled(statistics.expert_in)
     for expert in sorted(most):
-        one = range(expert, expert + 1)
-        stacks.append(torch.cat((read("w1", one), read("w3", one)), 1).to(device=device, dtype=torch.float32))
-        moments.append(shrunk(statistics.expert_in, shrinkage, slice(expert, expert + 1), pool).to(device))
+        one = slice(expert, expert + 1)
+        stacks.append(torch.cat((weights.w1[one], weights.w3[one]), 1).float())
+        moments.append(shrunk(statistics.expert_in, shrinkage, one, pool).to(device))
     scale = search_equalization(torch.cat(stacks), torch.cat(moments), grid, shared=True)
     return absorb(weights.post_norm.float(), scale)
 

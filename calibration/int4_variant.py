@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.folder_writer import TensorSpec
-from ..convert.int4_formats import matrix_tensors
+from ..convert.int4_formats import batch_tensors, matrix_tensors
 from ..convert.int4_variant import Int4Variant
 from ..convert.minimax_m2 import (
     ATTENTION,
-    PROJECTIONS,
     LayerWeights,
     attention_name,
     expert_name,
@@ -25,7 +24,6 @@ from ..convert.minimax_m2 import (
 )
 from ..convert.variant import plain_tensors
 from ..quantize.fp8 import cache_scale
-from ..quantize.int_grid import select
 from .int4_high import LearnOptions, ReferenceStream, learn_layer, streams
 from .int4_layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer
 from .provider import LayerInputs
@@ -78,14 +76,9 @@ class CalibratedInt4(Int4Variant):
     ) -> tuple[dict[str, Tensor], LayerWeights | None]:
         """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it."""
         layer, weights = inputs.layer, inputs.weights
-
-        def exact(projection: str, chosen: range) -> Tensor:
-            return source.read_experts(layer, projection, chosen, device, torch.float32)
-
-        read = None if weights.w1.dtype == torch.float32 else exact
         grid = dataclasses.replace(self.options.grid, bits=self.bits_of(layer))
         options = dataclasses.replace(self.options, grid=grid)
-        quantized = quantize_layer(layer, weights, inputs.statistics, options, source.geometry, read)
+        quantized = quantize_layer(layer, weights, inputs.statistics, options, source.geometry)
         if self.options.learned:
             quantized = self._learned(source, inputs, quantized)
         for line in quantized.report.lines():
@@ -100,6 +93,9 @@ class CalibratedInt4(Int4Variant):
             name = attention_name(layer, projection)
             if projection in quantized.attention:
                 tensors |= matrix_tensors(self.layout, name, quantized.attention[projection])
+            elif self.attention == "bf16":  # the layer's own matrices, read already
+                matrix = getattr(weights, projection.removesuffix("_proj"))
+                tensors[name + ".weight"] = matrix.to(torch.bfloat16).cpu()
             else:
                 tensors |= self.attention_tensors(source, name, device)
         tensors |= self.packed_experts(quantized, layer)
@@ -121,11 +117,9 @@ class CalibratedInt4(Int4Variant):
     def packed_experts(self, quantized: QuantizedLayer, layer: int) -> dict[str, Tensor]:
         """The expert tensors of one layer."""
         tensors: dict[str, Tensor] = {}
-        for projection in PROJECTIONS:
-            batch = quantized.experts[projection]
-            for expert in range(batch.codes.shape[0]):
-                name = expert_name(layer, expert, projection)
-                tensors |= matrix_tensors(self.layout, name, select(batch, expert))
+        for projection, batch in quantized.experts.items():
+            names = [expert_name(layer, expert, projection) for expert in range(len(batch.codes))]
+            tensors |= batch_tensors(self.layout, names, batch)
         return tensors
 
 

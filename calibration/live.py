@@ -15,7 +15,7 @@ from ..convert.source import read_layer
 from .calibrate import MomentPlan, calibrate_layer, free_memory, layer_bytes, plan_moments
 from .collector import Collect
 from .corpus import Corpus
-from .hidden import RAM_LIMIT
+from .hidden import RAM_LIMIT, place_of
 from .provider import LayerInputs
 from .statistics_store import StoredStatistics
 from .stream import DISK_LIMIT, Stream
@@ -46,13 +46,15 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
-def moment_plan(source: Checkpoint, options: PassOptions) -> MomentPlan:
-    """Accumulators within the stated memory limit, or within what is free beside one layer's weights."""
+def moment_plan(source: Checkpoint, options: PassOptions, tokens: int) -> MomentPlan:
+    """Accumulators within the stated memory limit, or within what is free beside one layer's weights and the stream."""
     cpu = torch.device(options.device).type == "cpu"
     host = int(free_memory("cpu") * 0.6)
     memory = options.memory
     if memory is None:
-        memory = int(free_memory(options.device) * 0.8) - 2 * layer_bytes(source.geometry, options.dtype)
+        hidden = 4 * tokens * source.geometry.hidden
+        hidden = hidden if place_of(options.device, hidden).type != "cpu" else 0
+        memory = int((free_memory(options.device) - hidden) * 0.8) - 2 * layer_bytes(source.geometry, options.dtype)
     return plan_moments(source.geometry, options.collect, max(memory, 0), None if cpu else host)
 
 
@@ -78,7 +80,7 @@ class LivePass:
         self.late = hidden or self.options.propagate == "quantized"
         self.show_hidden = hidden
         o = self.options
-        self.plan = moment_plan(source, o)
+        self.plan = moment_plan(source, o, corpus.tokens.numel())
         self.stream = Stream(
             source,
             corpus.tokens,

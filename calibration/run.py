@@ -34,7 +34,7 @@ class Needs:
 def needs(source: Checkpoint, corpus: Corpus, options: PassOptions, dtype: str) -> Needs:
     """For --dry-run; nothing is read but headers. Raises ValueError when the memory limit is too small."""
     g = source.geometry
-    plan = moment_plan(source, options)
+    plan = moment_plan(source, options, corpus.tokens.numel())
     hidden = 4 * corpus.tokens.numel() * g.hidden
     layer = stored_bytes(g, options.collect.full, dtype, options.collect.experts)
     return Needs(
@@ -82,7 +82,7 @@ def calibrate_into(
             forget(folder)
         return
     mine = share(corpus.tokens.shape[0], rank, size)
-    plan = moment_plan(source, options)
+    plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])
     folder.mkdir(parents=True, exist_ok=True)
     writer.commit()  # the folder is ours from here on, whatever a kill leaves in it
     stream = Stream(

@@ -14,7 +14,7 @@ from ..convert.minimax_m2 import EMBED, LayerWeights
 from ..convert.source import Source
 from .distributed import rank_device, read_layer_shared, world
 from .forward import Observer, layer_forward
-from .hidden import RAM_LIMIT, HiddenStates
+from .hidden import RAM_LIMIT, HiddenStates, place_of
 
 DISK_LIMIT = 64 << 30
 
@@ -44,7 +44,9 @@ class Stream:
         self.batch = batch if batch is not None else batch_windows(tokens.shape[1], self.device)
         self.rank, self.size = world()
         windows, length = tokens.shape
-        self.hidden = HiddenStates(windows, length, source.geometry.hidden, ram_limit, folder)
+        channels = source.geometry.hidden
+        place = place_of(self.device, 4 * windows * length * channels)
+        self.hidden = HiddenStates(windows, length, channels, ram_limit, folder, place)
         self.folder = folder if 2 * self.hidden.bytes * self.size <= disk_limit else None
         self.layer = -1
 

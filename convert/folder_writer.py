@@ -14,6 +14,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import TORCH_DTYPES
-from .files import replace_whole, sync_folder, write_whole
+from .files import replace_whole, sha256_file, sync_folder, write_whole
 from .store import DTYPE_BYTES, INDEX, parse_json
 
 PROGRESS = ".mmquant-progress.json"
@@ -103,7 +104,8 @@ class FolderWriter:
         self._step_ends = _cumulative(steps)
         self.sha256: dict[str, str] = {}
         self._shard, self._tensor, self._file = 0, 0, None
-        self._digest = hashlib.sha256()
+        self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._hashing: list[Future[None]] = []
         self.done = self._resume()
 
     @property
@@ -114,6 +116,7 @@ class FolderWriter:
     def write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Append one step's tensors and make them durable. Every planned tensor must be there as planned."""
         assert step == self.done, (step, self.done)
+        self._wait_for_hash()  # of the step before: hashing goes on beside the work between two steps
         wanted = self._step_ends[step] - (self._step_ends[step - 1] if step else 0)
         assert len(tensors) == wanted, (len(tensors), wanted)
         try:
@@ -130,6 +133,7 @@ class FolderWriter:
         """Write the index and the small files; returns all names, shards first. The caller writes the manifest last."""
         assert self.done == len(self._step_ends)
         assert self._file is None
+        self._wait_for_hash()
         table = {spec.name: shard.name for shard in self.shards for spec in shard.tensors}
         total = sum(spec.bytes for shard in self.shards for spec in shard.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
@@ -165,13 +169,21 @@ class FolderWriter:
         if self._tensor == len(shard.tensors):
             self.close()
             replace_whole(self._temporary(shard), self.folder / shard.name)
-            self.sha256[shard.name] = self._digest.hexdigest()
+            self._hashing.append(self._hasher.submit(self._keep_digest, shard.name, self._digest))
             self._shard, self._tensor, self._digest = self._shard + 1, 0, hashlib.sha256()
 
     def _put(self, data: bytes | memoryview) -> None:
         assert self._file is not None
+        self._hashing.append(self._hasher.submit(self._digest.update, data))  # beside the writing, in order
         self._file.write(data)
-        self._digest.update(data)
+
+    def _keep_digest(self, name: str, digest: hashlib._Hash) -> None:
+        self.sha256[name] = digest.hexdigest()
+
+    def _wait_for_hash(self) -> None:
+        for part in self._hashing:
+            part.result()
+        self._hashing = []
 
     def _flush(self) -> None:
         if self._file is not None:
@@ -184,7 +196,7 @@ class FolderWriter:
     # -- resume ----------------------------------------------------------------------------------------------------
 
     def _record(self) -> None:
-        state = {"run": self.run, "steps": self.done, "sha256": self.sha256}
+        state = {"run": self.run, "steps": self.done, "sha256": dict(self.sha256)}
         write_whole(self.folder / PROGRESS, json.dumps(state).encode())
 
     def _resume(self) -> int:
@@ -200,7 +212,8 @@ class FolderWriter:
                 break
             tensors -= len(shard.tensors)
             self._shard += 1
-            self.sha256[shard.name] = state["sha256"][shard.name]
+            known = state["sha256"].get(shard.name)  # not yet when the run died while it was hashed
+            self.sha256[shard.name] = known or sha256_file(self.folder / shard.name)
         self._tensor = tensors
         if tensors:
             self._file = self._reopen(self.shards[self._shard])

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantize.int_grid import IntWeight
+from ..quantize.int_grid import IntWeight, map_parts
 from ..quantize.pack import pack_awq, pack_gptq, pack_gptq_zeros, pack_rows, pack_zeros_ct
 from . import compressed_tensors as ct
 from .folder_writer import TensorSpec
 
+PACKED_AT_ONCE = 16  # matrices: 1 GB of temporaries at M2.7's size
 FORMATS = ("compressed-tensors", "awq", "gptq")
 MANIFEST_FORMAT = {"compressed-tensors": "compressed-tensors", "awq": "awq", "gptq": "safetensors"}
 
@@ -58,30 +59,50 @@ def matrix_specs(
 
 def matrix_tensors(format: str, name: str, weight: IntWeight) -> dict[str, Tensor]:
     """The values of `matrix_specs`."""
-    if format == "compressed-tensors":
-        return _pack_quantized(name, weight)
+    return batch_tensors(format, [name], map_parts(weight, lambda part: part.unsqueeze(0)))
+
+
+def batch_tensors(format: str, names: list[str], weight: IntWeight) -> dict[str, Tensor]:
+    """The values of `matrix_specs` of E matrices [E, O, I], on the CPU; packed where they lie, copied together."""
+    found = {}
+    for start in range(0, len(names), PACKED_AT_ONCE):
+        some = names[start : start + PACKED_AT_ONCE]
+        part = map_parts(weight, lambda values, start=start: values[start : start + PACKED_AT_ONCE])
+        packed = _pack_quantized(part) if format == "compressed-tensors" else _pack_half(format, some, part)
+        for suffix, values in packed.items():
+            found |= {name + suffix: value for name, value in zip(some, _on_host(values), strict=True)}
+    return found
+
+
+def _on_host(values: Tensor) -> Tensor:
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values) if values.is_cuda else values
+
+
+def _pack_half(format: str, names: list[str], weight: IntWeight) -> dict[str, Tensor]:
+    """AWQ or GPTQ: words along outputs or inputs, zero points, float16 scales."""
     zeros = weight.zeros if weight.zeros is not None else torch.zeros_like(weight.scales, dtype=torch.int8)
-    scales = half_scales(name, weight.scales).mT.contiguous()
+    each = zip(names, weight.scales, strict=True)
+    scales = torch.stack([half_scales(name, one) for name, one in each]).mT.contiguous()
     if format == "awq":
-        return {name + ".qweight": pack_awq(weight.codes), name + ".qzeros": pack_awq(zeros), name + ".scales": scales}
-    inputs = weight.codes.shape[-1]
+        return {".qweight": pack_awq(weight.codes), ".qzeros": pack_awq(zeros), ".scales": scales}
+    groups = torch.arange(weight.codes.shape[-1], dtype=torch.int32) // weight.group_size
     return {
-        name + ".qweight": pack_gptq(weight.codes, weight.bits),
-        name + ".qzeros": pack_gptq_zeros(zeros, weight.bits),
-        name + ".scales": scales,
-        name + ".g_idx": torch.arange(inputs, dtype=torch.int32) // weight.group_size,
+        ".qweight": pack_gptq(weight.codes, weight.bits),
+        ".qzeros": pack_gptq_zeros(zeros, weight.bits),
+        ".scales": scales,
+        ".g_idx": groups.expand(len(names), -1),
     }
 
 
-def _pack_quantized(name: str, weight: IntWeight) -> dict[str, Tensor]:
+def _pack_quantized(weight: IntWeight) -> dict[str, Tensor]:
     """pack-quantized: words along the inputs, bfloat16 scales, shape, zero points."""
     tensors = {
-        name + ".weight_packed": pack_rows(weight.codes, weight.bits),
-        name + ".weight_scale": weight.scales.to(torch.bfloat16),
-        name + ".weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+        ".weight_packed": pack_rows(weight.codes, weight.bits),
+        ".weight_scale": weight.scales.to(torch.bfloat16),
+        ".weight_shape": torch.tensor(weight.codes.shape[1:], dtype=torch.int64).expand(len(weight.codes), -1),
     }
     if weight.zeros is not None:
-        tensors[name + ".weight_zero_point"] = pack_zeros_ct(weight.zeros, weight.bits)
+        tensors[".weight_zero_point"] = pack_zeros_ct(weight.zeros, weight.bits)
     return tensors
 
 

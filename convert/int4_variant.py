@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ..quantize.fp8 import quantize_channels, quantize_tiles, round_up_bfloat16
-from ..quantize.int_grid import select
 from ..quantize.rtn import rtn_int
 from . import compressed_tensors as ct
 from .checkpoint import Checkpoint
 from .folder_writer import TensorSpec
-from .int4_formats import MANIFEST_FORMAT, check_format, matrix_specs, matrix_tensors, other_config
+from .int4_formats import MANIFEST_FORMAT, batch_tensors, check_format, matrix_specs, matrix_tensors, other_config
 from .minimax_m2 import ATTENTION, PROJECTIONS, Geometry, attention_name, expert_name, matrix_shapes, plain_shapes
 from .variant import plain_specs, plain_tensors
 
@@ -140,9 +139,7 @@ class Int4Variant:
             chosen = range(start, min(start + step, g.experts))
             weights = source.read_experts(layer, projection, chosen, device, torch.float32)
             packed = rtn_int(weights, self.bits_of(layer), self.group_size, self.symmetric)
-            for position, expert in enumerate(chosen):
-                name = expert_name(layer, expert, projection)
-                tensors |= matrix_tensors(self.layout, name, select(packed, position))
+            tensors |= batch_tensors(self.layout, [expert_name(layer, e, projection) for e in chosen], packed)
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 from .minimax_m2 import EMBED, layer_of
+from .read_ahead import ReadAhead, ranges_of
 from .store import LocalFolder, ShardStore, TensorInfo
 
 
@@ -17,7 +19,8 @@ def step_of(name: str, layers: int) -> int:
 
 
 class Schedule:
-    """Follows whoever reads a checkpoint, so that its store can fetch ahead and delete behind.
+    """Follows whoever reads a checkpoint, so that its store can fetch ahead and delete behind. In a local folder the
+    next step's bytes are read ahead into the system's cache.
 
     The first read of a step plans the shards from there on in their order of use; a read of a later step releases those
     whose last use lies before it; a return to an earlier layer (a second pass, replayed layers) plans anew. `behind`:
@@ -29,19 +32,34 @@ class Schedule:
         self._store, self._tensors, self._layers = store, tensors, layers
         self._step: int | None = None
         self._last: dict[str, int] = {}  # shards not released yet: the step of their last use
+        self.ahead: ReadAhead | None = None
 
     def reading(self, name: str) -> None:
         """A tensor is about to be read; any name of its module will do."""
-        if isinstance(self._store, LocalFolder):
-            return
         step = step_of(name, self._layers)
-        if self._step is None or 0 < step < self._step - self.behind:  # embeddings alone may serve a tied head
+        if isinstance(self._store, LocalFolder):
+            if step != self._step:
+                self._step = step
+                self._read_ahead(self._store, step + 1)
+        elif self._step is None or 0 < step < self._step - self.behind:  # embeddings alone may serve a tied head
             self._plan(step)
         elif step > self._step:
             self._step = step
             for shard in [s for s, last in self._last.items() if last < step - self.behind]:
                 del self._last[shard]
                 self._store.release(shard)
+
+    def _read_ahead(self, store: LocalFolder, step: int) -> None:
+        if self.ahead is not None:
+            self.ahead.stop()
+        self.ahead = ReadAhead(store.folder, ranges_of(self._by_step.get(step, [])))
+
+    @cached_property
+    def _by_step(self) -> dict[int, list[TensorInfo]]:
+        found: dict[int, list[TensorInfo]] = {}
+        for name, info in self._tensors.items():
+            found.setdefault(step_of(name, self._layers), []).append(info)
+        return found
 
     def _plan(self, first_step: int) -> None:
         first: dict[str, int] = {}

@@ -60,16 +60,20 @@ def dequantize(weight: IntWeight) -> Tensor:
     return (codes * weight.scales.unsqueeze(-1)).flatten(-2)
 
 
+def map_parts(weight: IntWeight, change: Callable[[Tensor], Tensor]) -> IntWeight:
+    """`change` applied to codes, scales and zeros."""
+    zeros = None if weight.zeros is None else change(weight.zeros)
+    return IntWeight(change(weight.codes), change(weight.scales), zeros, weight.bits)
+
+
 def rows_of(weight: IntWeight, rows: slice) -> IntWeight:
     """Some output rows of a batch of matrices."""
-    zeros = None if weight.zeros is None else weight.zeros[..., rows, :]
-    return IntWeight(weight.codes[..., rows, :], weight.scales[..., rows, :], zeros, weight.bits)
+    return map_parts(weight, lambda part: part[..., rows, :])
 
 
 def select(weight: IntWeight, index: int) -> IntWeight:
     """One matrix of a batch."""
-    zeros = None if weight.zeros is None else weight.zeros[index]
-    return IntWeight(weight.codes[index], weight.scales[index], zeros, weight.bits)
+    return map_parts(weight, lambda part: part[index])
 
 
 def join(parts: list[IntWeight]) -> IntWeight:

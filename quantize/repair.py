@@ -67,46 +67,45 @@ def refit_scales(weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
     """The same codes under the scales that cost the outputs least: all groups of a row by least squares together.
 
     weight [E, O, n] float32; second [E, n, n] mean second moments. A row keeps its scales when the new ones, rounded to
-    bfloat16, are not better.
+    bfloat16, are not better. On CUDA the products round their factors to TF32, which the rounding of scales hides.
     """
-    scales = found.scales.clone()
-    rows = max(1, REFIT_VALUES[weight.device.type] // (weight.shape[-1] * scales.shape[-1]))
-    with full_float32():
+    scales = found.scales
+    groups = scales.shape[-1]
+    rows = max(1, REFIT_VALUES[weight.device.type] // (weight.shape[-1] * groups))
+    gradients, curvatures = [], []
+    with full_float32(False):
         for expert in range(weight.shape[0]):
             zeros = None if found.zeros is None else found.zeros[expert]
             codes = dequantize(IntWeight(found.codes[expert], torch.ones_like(scales[expert]), zeros, found.bits))
-            for start in range(0, weight.shape[1], rows):
-                part = slice(start, start + rows)
-                scales[expert, part] = _refit(weight[expert, part], codes[part], scales[expert, part], second[expert])
-    return IntWeight(found.codes, scales, found.zeros, found.bits)
+            error = weight[expert] - (codes.unflatten(-1, (groups, -1)) * scales[expert].unsqueeze(-1)).flatten(-2)
+            gradients.append(((error @ second[expert]) * codes).unflatten(-1, (groups, -1)).sum(-1))
+            curvatures += [curvature(part, second[expert], groups) for part in codes.split(rows)]
+    bend = torch.cat(curvatures).view(*scales.shape, groups)
+    fitted = _fitted(scales, torch.stack(gradients), bend)
+    return IntWeight(found.codes, fitted, found.zeros, found.bits)
 
 
-def _refit(weight: Tensor, codes: Tensor, scales: Tensor, second: Tensor) -> Tensor:
-    """[O, G]: scales of some rows of one matrix; weight, codes (less their zero points) [O, n] float32."""
-    groups = scales.shape[-1]
-    wanted = _grouped(weight @ second, codes, groups)
-    curvature = _curvature(codes, second, groups)
-    pull = PULL * curvature.diagonal(dim1=-2, dim2=-1) + 1e-30
-    curvature.diagonal(dim1=-2, dim2=-1).add_(pull)
-    fitted = bfloat16_exact(torch.linalg.solve(curvature, (wanted + pull * scales).unsqueeze(-1)).squeeze(-1))
+def _fitted(scales: Tensor, gradient: Tensor, bend: Tensor) -> Tensor:
+    """[..., G]: scales after a Newton step, where it pays; gradient (of half the loss) [..., G], bend [..., G, G]."""
+    diagonal = bend.diagonal(dim1=-2, dim2=-1)
+    pull = PULL * diagonal + 1e-30
+    diagonal.add_(pull)
+    step = torch.linalg.solve(bend, gradient.unsqueeze(-1)).squeeze(-1)
+    fitted = bfloat16_exact(scales + step)
     fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scales)
-    better = _loss(weight, codes, fitted, second) < _loss(weight, codes, scales, second)
-    return torch.where(better.unsqueeze(-1), fitted, scales)
+    step = fitted - scales
+    bent = (bend @ step.unsqueeze(-1)).squeeze(-1) - pull * step
+    better = (step * (2 * gradient - bent)).sum(-1, keepdim=True) > 0
+    return torch.where(better, fitted, scales)
 
 
-def _grouped(values: Tensor, codes: Tensor, groups: int) -> Tensor:
-    """[..., G]: sums of values * codes [..., n] over each group's columns."""
-    return (values * codes).unflatten(-1, (groups, -1)).sum(-1)
+def curvature(codes: Tensor, second: Tensor, groups: int) -> Tensor:
+    """[O, G, G]: for every output, what the products of two groups' codes [O, n] weigh under the moments [n, n]."""
+    if codes.is_cuda:
+        from . import repair_triton  # imported where it is needed: triton is not there on every machine
 
-
-def _curvature(codes: Tensor, second: Tensor, groups: int) -> Tensor:
-    """[O, G, G]: for every output, what the products of two groups' codes weigh under the moments."""
+        if repair_triton.takes(codes.shape[-1] // groups):
+            return repair_triton.curvature(codes, second, groups)
     blocks = codes.unflatten(-1, (groups, -1)).transpose(0, 1)
     spread = torch.bmm(blocks, second.unflatten(0, (groups, -1)))  # [G, O, n]
     return spread.mul_(codes).unflatten(-1, (groups, -1)).sum(-1).transpose(0, 1).contiguous()
-
-
-def _loss(weight: Tensor, codes: Tensor, scales: Tensor, second: Tensor) -> Tensor:
-    """[O]: each output's mean square error."""
-    error = weight - (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
-    return ((error @ second) * error).sum(-1)

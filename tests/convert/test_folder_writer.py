@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from mmquant.convert.files import sha256_file, write_whole
-from mmquant.convert.folder_writer import FolderWriter, TensorSpec, plan_shards, unfinished_run
+from mmquant.convert.folder_writer import PROGRESS, FolderWriter, TensorSpec, plan_shards, unfinished_run
 from mmquant.convert.lock import hold
 
 RUN = {"command": "test"}
@@ -38,6 +39,15 @@ def write(folder: Path, limit: int, stop_after: int | None = None) -> FolderWrit
         writer.write(step, values(step))
     writer.finish({"config.json": b"{}"})
     return writer
+
+
+def test_a_hash_that_the_run_did_not_live_to_record_is_taken_from_the_file(tmp_path: Path) -> None:
+    assert write(tmp_path, 60, stop_after=2) is None
+    state = json.loads((tmp_path / PROGRESS).read_bytes())
+    (tmp_path / PROGRESS).write_text(json.dumps(state | {"sha256": {}}))
+    writer = write(tmp_path, 60)
+    assert writer is not None
+    assert {s.name: sha256_file(tmp_path / s.name) for s in writer.shards}.items() <= writer.sha256.items()
 
 
 @pytest.mark.parametrize("limit", [1, 60, 150, 10_000])

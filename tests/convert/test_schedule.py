@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from mmquant.convert.read_ahead import ranges_of
 from mmquant.convert.schedule import Schedule, step_of
-from mmquant.convert.store import ShardStore, TensorInfo
+from mmquant.convert.store import LocalFolder, ShardStore, TensorInfo
 
 LAYERS = 4
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -93,3 +96,19 @@ def test_a_reader_that_looks_back_keeps_what_it_needs() -> None:
         assert f"s{index - 1}" not in store.released
     assert len(store.plans) == 1
     assert store.released == ["s1"]
+
+
+def test_a_local_folder_is_read_one_step_ahead(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(bytes(100))
+    (tmp_path / "t").write_bytes(bytes(10))
+    infos = [TensorInfo(EMBED, "s", "U8", (20,), 0, 20), TensorInfo(layer(0), "s", "U8", (30,), 20, 30)]
+    infos += [TensorInfo(layer(0, "b"), "s", "U8", (7,), 50, 7), TensorInfo(layer(1), "t", "U8", (10,), 0, 10)]
+    infos += [TensorInfo(layer(2), "missing", "U8", (9,), 0, 9)]
+    assert ranges_of(infos) == [("missing", 0, 9), ("s", 0, 57), ("t", 0, 10)]
+    schedule = Schedule(LocalFolder(tmp_path), {i.name: i for i in infos}, LAYERS)
+    for name, size in ((EMBED, 37), (layer(0), 10), (layer(1), 0), (layer(3), 0)):
+        schedule.reading(name)
+        schedule.reading(name)
+        assert schedule.ahead is not None
+        schedule.ahead.join()
+        assert schedule.ahead.bytes == size

@@ -254,14 +254,15 @@ def test_bad_input_is_refused(rows: Tensor, importance: Tensor | None, message: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_cuda_finds_what_the_cpu_finds(kind: GGMLType) -> None:
+    """Almost everywhere: where two candidates of a block are nearly equal, either may be refined to another optimum."""
     rows, importance = rows_of("heavy"), importance_of(COLUMNS)
-    here = our_error(rows, kind, importance)
-    data = codec.encode(rows.cuda(), kind, importance.cuda())
-    there = error(rows, codec.decode(data, kind, COLUMNS).cpu(), importance)
-    assert there == pytest.approx(here, rel=2e-3)
-    same = (data.cpu() == codec.encode(rows, kind, importance)).float().mean()
-    assert same > 0.98
-    assert torch.equal(codec.decode(data.cpu(), kind, COLUMNS), codec.decode(data, kind, COLUMNS).cpu())
+    data = codec.encode(rows, kind, importance), codec.encode(rows.cuda(), kind, importance.cuda()).cpu()
+    decoded = [codec.decode(found, kind, COLUMNS) for found in data]
+    here, there = ((importance * (rows - found).double() ** 2).view(-1, 32).sum(1) for found in decoded)
+    ratio = there / here
+    assert float(((ratio - 1).abs() < 2e-3).double().mean()) > 0.9
+    assert float(ratio.log().mean().exp()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(decoded[1], codec.decode(data[1].cuda(), kind, COLUMNS).cpu())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)

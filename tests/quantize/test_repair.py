@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmquant.quantize.int_grid import IntWeight, bfloat16_exact, dequantize
-from mmquant.quantize.repair import agreement, refit_bias, refit_gain, refit_linear, refit_scales
+from mmquant.quantize.repair import agreement, curvature, refit_bias, refit_gain, refit_linear, refit_scales
 from mmquant.quantize.rtn import rtn_int
 
 
@@ -87,3 +87,22 @@ def test_refitted_scales_are_the_least_squares_of_the_codes(
             assert reached <= start * (1 + 1e-5)
             # Rounding to bfloat16 costs up to 2^-9 of a scale, the pull a thousandth of the way back.
             assert reached - least <= 0.05 * (start - least) + 1e-4 * float(wanted.square().sum())
+
+
+@pytest.mark.parametrize(("outputs", "groups", "size"), [(1, 1, 16), (37, 3, 32), (64, 2, 64), (130, 2, 128)])
+def test_the_curvature_of_scales_is_the_moments_between_groups(outputs: int, groups: int, size: int) -> None:
+    repair_triton = pytest.importorskip("mmquant.quantize.repair_triton", reason="triton is not installed")
+    n = groups * size
+    codes, x = draw(outputs, n).mul(3).round(), draw(2 * n, n, seed=4)
+    second = x.mT @ x / (2 * n)
+    slow = torch.zeros(outputs, groups, groups, dtype=torch.float64)
+    for g in range(groups):
+        for h in range(groups):
+            left, right = (codes[:, k * size : (k + 1) * size].double() for k in (g, h))
+            part = second[g * size : (g + 1) * size, h * size : (h + 1) * size].double()
+            slow[:, g, h] = torch.einsum("oi,ij,oj->o", left, part, right)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel = repair_triton.curvature(codes.to(device), second.to(device), groups).cpu()
+    tolerance = 1e-5 if device == "cpu" else 2e-3  # TF32
+    for found in (curvature(codes, second, groups), kernel):
+        assert float((found - slow).norm() / slow.norm()) < tolerance
