@@ -22,7 +22,7 @@ import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import torch
 
 from mmquant.calibration import gguf_quantizer
-from mmquant.calibration.gguf_paired import Pair
+from mmquant.calibration.gguf_moments import Pair
 from mmquant.calibration.gguf_quantizer import METHODS, Method, experts_at_once, solve
 from mmquant.quantize.ggml import feedback, iquant_feedback
 from mmquant.quantize.ggml.codec import decode
@@ -90,7 +90,8 @@ def loss(data: torch.Tensor, weight: torch.Tensor, pair: Pair, kind: GGMLType) -
 
 def measure(kind: GGMLType, weight: torch.Tensor, pair: Pair, method: Method, device: str) -> tuple[Clock, float, str]:
     """(clock with "all" in it, relative loss, line about memory) of one solve."""
-    small = Pair(*(part[:2].contiguous() for part in (pair.own, pair.cross, pair.weight, pair.rows)))
+    own, cross, rows, count = (part[:2].contiguous() for part in (pair.own, pair.cross, pair.weight, pair.rows))
+    small = Pair(own, cross, rows, count)
     solve(weight[:2, :64].contiguous(), kind, small, method)  # kernels are compiled
     clock, memory, held = Clock(device), "-", 0
     if device == "cuda":

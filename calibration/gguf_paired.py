@@ -3,12 +3,10 @@
 The reference stream runs through the original weights, the other through what was written so far. With x the reference
 input of a matrix W and z the other's, sum |W x - Q z|^2 is least, before rounding, at T = W X (H + l)^-1 with
 H = E z z^T, X = E x z^T (l: damping, also added to X, so that T = W where nothing is known). T is then rounded with
-error
-feedback under H: what earlier layers lost is made good where a linear map can. Inside the layer the order is q, k, v;
-o;
-w1, w3; w2; each is calibrated on the quantized matrices before it. Rows are weighted by the reference's router weight
-and
-follow the reference's routing. After https://arxiv.org/abs/2504.02692 (asymmetric calibration), here per expert.
+error feedback under H: what earlier layers lost is made good where a linear map can. Inside the layer the order is
+q, k, v; o; w1, w3; w2; each is calibrated on the quantized matrices before it. Rows are weighted by the reference's
+router weight and follow the reference's routing. After https://arxiv.org/abs/2504.02692 (asymmetric calibration), here
+per expert.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..convert.minimax_m2 import Geometry, LayerWeights
-from ..quantize.linear_algebra import cholesky, full_float32
 from .forward import (
     Observer,
     Routing,
@@ -33,75 +30,11 @@ from .forward import (
     rows_at_once,
     run_experts,
 )
+from .gguf_memory import ExpertPlan, plan_experts, solve_memory
+from .gguf_moments import Pair
 from .hidden import HiddenStates
 
-PRIOR = 1.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
-SAMPLING = 1.5  # ridge for moments of few rows, as a share of the mean diagonal at one row per input
 SAFE_SUM = 65504.0 / 4  # what the largest sum of 32 inputs is brought below: two bits of margin for unseen text
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T, weight and rows
-    [E]."""
-
-    own: Tensor
-    cross: Tensor
-    weight: Tensor
-    rows: Tensor
-
-    @classmethod
-    def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Pair:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
-
-        return cls(zeros(matrices, inputs, inputs), zeros(matrices, inputs, inputs), zeros(matrices), zeros(matrices))
-
-    def add(self, matrix: int, x: Tensor, z: Tensor, share: Tensor | None = None) -> None:
-        """Rows x, z [R, n] of one matrix, each counted by share^2 [R]."""
-        if not len(x):
-            return
-        whole = x.dtype != torch.bfloat16  # sums over bfloat16 rows lose nothing that counts in TF32
-        x, z = (rows.float() if share is None else rows.float() * share.unsqueeze(1) for rows in (x, z))
-        with full_float32(whole):
-            self.own[matrix].addmm_(z.T, z)
-            self.cross[matrix].addmm_(x.T, z)
-        self.weight[matrix] += len(x) if share is None else share.square().sum()
-        self.rows[matrix] += len(x)
-
-    def means(self, chosen: slice, prior: float = PRIOR, sampling: float = SAMPLING) -> tuple[Tensor, Tensor]:
-        """Mean own and cross moments of some matrices, blended with the pooled ones where rows are few.
-
-        The pool counts as `prior` * n rows of average weight and average energy. What few rows say off the diagonal is
-        noise: both moments get a ridge of sampling * n / rows of the mean diagonal (at most 1).
-        """
-        tiny = torch.finfo(torch.float32).tiny
-        weight = self.weight.clamp(min=tiny)
-        energy = self.own.diagonal(dim1=1, dim2=2).mean(1) / weight  # [E]: a loud expert must not drown the others
-        unit = (self.weight > 0) / energy.clamp(min=tiny) / max(1, int((self.weight > 0).sum()))
-        pooled = [torch.einsum("e,eij->ij", unit / weight, part) for part in (self.own, self.cross)]
-        n = self.own.shape[-1]
-        pool_weight = prior * n * self.weight.sum() / self.rows.sum().clamp(min=1.0)
-        share = (pool_weight / (self.weight + pool_weight).clamp(min=tiny))[chosen].view(-1, 1, 1)
-        level = torch.where(self.weight > 0, energy, energy.sum() / (self.weight > 0).sum().clamp(min=1))[chosen]
-        own, cross = (
-            torch.lerp(part[chosen] / weight[chosen].view(-1, 1, 1), level.view(-1, 1, 1) * pool, share)
-            for part, pool in zip((self.own, self.cross), pooled, strict=True)
-        )
-        rows = self.rows[chosen] + prior * n * (self.rows.shape[0] > 1)
-        ridge = (sampling * n / rows.clamp(min=1.0)).clamp(max=1.0) * own.diagonal(dim1=1, dim2=2).mean(1)
-        eye = torch.eye(n, device=own.device) * ridge.view(-1, 1, 1)
-        return own + eye, cross + eye
-
-
-def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """T = W (X + l) (H + l)^-1 for weight [E, O, n]; W itself where H cannot be factored."""
-    mean = own.diagonal(dim1=1, dim2=2).mean(1)
-    ridge = (damping * mean).view(-1, 1, 1) * torch.eye(own.shape[-1], device=own.device)
-    lower, good = cholesky(own + ridge)
-    turn = torch.cholesky_solve((cross + ridge).mT, lower)
-    good &= (mean > 0) & torch.isfinite(turn).flatten(1).all(1)
-    return torch.where(good.view(-1, 1, 1), weight @ turn.mT, weight)
 
 
 class Rows(Observer):
@@ -125,12 +58,20 @@ class AttentionOutput(Observer):
 
 @dataclass(frozen=True)
 class Streams:
-    """The residual stream before a layer: of the reference, and of the model as written; `batch` windows at a time."""
+    """The residual stream before a layer: of the reference, and of the model as written; `batch` windows at a time.
+
+    memory: bytes of the device for the moments of a layer's experts; None: there is room for all
+    """
 
     reference: HiddenStates
     written: HiddenStates
     batch: int
     device: torch.device | str
+    memory: int | None = None
+
+    def plan(self, g: Geometry) -> ExpertPlan:
+        """Experts whose moments are held, and that are solved, at once."""
+        return plan_experts(g, self.memory if self.memory is not None else 1 << 62, solve_memory(self.device))
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first window, reference, written) [B, T, H] float32."""
@@ -180,41 +121,87 @@ def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
     return pair
 
 
-def input_pairs(streams: Streams, weights: LayerWeights, g: Geometry) -> tuple[Pair, Tensor]:
-    """Sums of what the experts' w1 and w3 see; by expert [E], the reference's largest |sum of 32 inputs| of w2."""
-    pair = Pair.empty(g.experts, g.hidden, streams.device)
-    largest = torch.zeros(g.experts, device=streams.device)
-    for _, reference, written in streams.batches():
-        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
-        x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
-        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
-        for token, slot, offsets in dispatch(routing, g.experts):
-            rows = x[token]
-            gate, up = (grouped_matmul(rows, matrix, offsets) for matrix in (weights.w1, weights.w3))
-            sums = (F.silu(gate) * up).float().unflatten(1, (-1, 32)).sum(-1).abs().amax(1)
-            add_rows(pair, rows, z[token], routing.weights[token, slot], offsets)
-            for expert, (start, stop) in enumerate(pairwise(offsets)):
-                if stop > start:
-                    largest[expert] = torch.maximum(largest[expert], sums[start:stop].amax())
+def input_pairs(streams: Streams, part: LayerWeights, g: Geometry, kept: range) -> tuple[Pair, Tensor]:
+    """Sums of what w1 and w3 of the experts `kept` see; the reference's largest |sum of 32 inputs| of their w2 [kept].
+
+    part: the layer with these experts alone (`experts_of`)
+    """
+    pair = Pair.empty(len(kept), g.hidden, streams.device)
+    largest = torch.zeros(len(kept), device=streams.device)
+    for rows in routed(streams, part, g, kept):
+        gate, up = (grouped_matmul(rows.x, matrix, rows.offsets) for matrix in (part.w1, part.w3))
+        sums = (F.silu(gate) * up).float().unflatten(1, (-1, 32)).sum(-1).abs().amax(1)
+        add_rows(pair, rows.x, rows.z, rows.share, rows.offsets)
+        for expert, (start, stop) in enumerate(pairwise(rows.offsets)):
+            if stop > start:
+                largest[expert] = torch.maximum(largest[expert], sums[start:stop].amax())
     return pair, largest
 
 
-def middle_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
-    """Sums of what the experts' w2 see, with w1 and w3 of `new` on the written side. The reference leaves the layer."""
-    pair = Pair.empty(g.experts, g.expert_width, streams.device)
+def middle_pairs(
+    streams: Streams, part: LayerWeights, new: LayerWeights, g: Geometry, kept: range, exponents: Tensor
+) -> Pair:
+    """Sums of what w2 of the experts `kept` see, with w1 and w3 of `new` on the written side; both with these alone.
+
+    exponents [E]: powers of two by which the new layer's inner rows are smaller (`cured`)
+    """
+    pair, scale = Pair.empty(len(kept), g.expert_width, streams.device), scales(exponents[kept.start : kept.stop])
+    for rows in routed(streams, part, g, kept):
+        x, z = (inner_rows(side, one, rows.offsets) for side, one in ((rows.x, part), (rows.z, new)))
+        add_rows(pair, x, z, rows.share, rows.offsets, scale)
+    return pair
+
+
+def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry, exponents: Tensor) -> Pair:
+    """`middle_pairs` of all experts on the way of the reference out of the layer: its rows are computed once."""
+    pair, scale = Pair.empty(g.experts, g.expert_width, streams.device), scales(exponents)
     for start, reference, written in streams.batches():
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
         x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
         routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
 
         def take(_: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
-            rows = z[token]  # noqa: B023 - used within this iteration
-            gate, up = (grouped_matmul(rows, matrix, offsets) for matrix in (new.w1, new.w3))
-            add_rows(pair, h, F.silu(gate) * up, routing.weights[token, slot], offsets)  # noqa: B023
+            inner = inner_rows(z[token], new, offsets)  # noqa: B023 - used within this iteration
+            add_rows(pair, h, inner, routing.weights[token, slot], offsets, scale)  # noqa: B023
 
         moved = run_experts(weights, x, routing, Rows(take))
         streams.reference.put(start, reference + moved.view(reference.shape))
     return pair
+
+
+def inner_rows(x: Tensor, part: LayerWeights, offsets: list[int]) -> Tensor:
+    """What w2 sees of rows sorted by expert [R, H]: [R, I]."""
+    gate, up = (grouped_matmul(x, matrix, offsets) for matrix in (part.w1, part.w3))
+    return F.silu(gate) * up
+
+
+def experts_of(weights: LayerWeights, kept: range) -> LayerWeights:
+    """The layer with some of its experts; views."""
+    chosen = slice(kept.start, kept.stop)
+    return replace(weights, w1=weights.w1[chosen], w3=weights.w3[chosen], w2=weights.w2[chosen])
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Rows sorted by expert: x of the reference and z of the written stream [R, H], router weight [R], offsets."""
+
+    x: Tensor
+    z: Tensor
+    share: Tensor
+    offsets: list[int]
+
+
+def routed(streams: Streams, weights: LayerWeights, g: Geometry, kept: range) -> Iterator[RoutedRows]:
+    """The rows of the experts `kept`, in pieces that do not depend on which are kept."""
+    for _, reference, written in streams.batches():
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+        x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
+        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+        for token, slot, offsets in dispatch(routing, g.experts):
+            first, last = offsets[kept.start], offsets[kept.stop]
+            token, slot = token[first:last], slot[first:last]
+            ends = [end - first for end in offsets[kept.start : kept.stop + 1]]
+            yield RoutedRows(x[token], z[token], routing.weights[token, slot], ends)
 
 
 def dispatch(routing: Routing, experts: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
@@ -228,18 +215,19 @@ def dispatch(routing: Routing, experts: int) -> Iterator[tuple[Tensor, Tensor, l
         yield order // per_token + start, order % per_token, [0, *torch.cumsum(counts, 0).tolist()]
 
 
-def add_rows(pair: Pair, x: Tensor, z: Tensor, share: Tensor, offsets: list[int]) -> None:
-    """Rows [R, n] sorted by expert, to the sums of their experts."""
+def add_rows(pair: Pair, x: Tensor, z: Tensor, share: Tensor, offsets: list[int], scale: Tensor | None = None) -> None:
+    """Rows [R, n] sorted by expert, to the sums of their experts; x times `scale` [E], powers of two."""
     for expert, (start, stop) in enumerate(pairwise(offsets)):
-        pair.add(expert, x[start:stop], z[start:stop], share[start:stop])
+        rows = x[start:stop] if scale is None else x[start:stop] * scale[expert].to(x.dtype)
+        pair.add(expert, rows, z[start:stop], share[start:stop])
 
 
-def pass_experts(streams: Streams, new: LayerWeights, g: Geometry) -> None:
-    """Move the written stream past the experts, with its own routing."""
-    for start, hidden in streams.written.batches(streams.batch, streams.device):
-        x = rms_norm(hidden, new.post_norm, g.norm_eps).flatten(0, 1).to(new.w1.dtype)
-        routing = route(x, new.router, new.router_bias, g.experts_per_token)
-        streams.written.put(start, hidden + run_experts(new, x, routing, Observer()).view(hidden.shape))
+def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, g: Geometry) -> None:
+    """Move one of the streams past the experts, with its own routing."""
+    for start, hidden in states.batches(streams.batch, streams.device):
+        x = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1).to(weights.w1.dtype)
+        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+        states.put(start, hidden + run_experts(weights, x, routing, Observer()).view(hidden.shape))
 
 
 def overflow_exponents(largest: Tensor) -> Tensor:
@@ -250,6 +238,11 @@ def overflow_exponents(largest: Tensor) -> Tensor:
     over = largest > 65504.0 / 2
     wanted = torch.ceil(torch.log2((largest / SAFE_SUM).clamp(min=1.0)))
     return torch.where(over, wanted, torch.zeros_like(wanted))
+
+
+def scales(exponents: Tensor) -> Tensor | None:
+    """[E] factors of the rescaled experts' inner rows; None where nothing was rescaled."""
+    return torch.exp2(-exponents) if bool((exponents > 0).any()) else None
 
 
 def cured(weights: LayerWeights, exponents: Tensor) -> LayerWeights:

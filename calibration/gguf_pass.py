@@ -28,6 +28,7 @@ from ..convert.source import read_layer
 from ..quantize.ggml.codec import decode
 from ..quantize.ggml.types import GGMLType
 from .gguf_layer import Matrices, encode_nearest
+from .gguf_memory import moment_memory
 from .gguf_paired import Streams
 from .gguf_quantizer import METHODS, Report, quantize_head, quantize_layer
 from .hidden import HiddenStates
@@ -73,10 +74,13 @@ class CalibratedRun:
         self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         windows, length = calibration.tokens.shape
         batch = batch_windows(length, device)
-        if torch.device(device).type == "cpu":
+        on_cpu = torch.device(device).type == "cpu"
+        if on_cpu:
             batch = max(1, batch // SMALLER)
         hidden = [HiddenStates(windows, length, source.geometry.hidden, folder=writer.folder) for _ in range(2)]
-        self.streams = Streams(hidden[0], hidden[1], batch, device)
+        held = sum(states.bytes for states in hidden if on_cpu and not states.on_disk)
+        memory = moment_memory(source.geometry, self.dtype, device, batch * length, held)
+        self.streams = Streams(hidden[0], hidden[1], batch, device, memory)
 
     def write(self) -> None:
         """All steps from the first that is missing."""

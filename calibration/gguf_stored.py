@@ -27,7 +27,8 @@ from ..quantize.ggml.codec import encode
 from ..quantize.ggml.types import GGMLType
 from ..quantize.moments import Moments, check_moments, shrunk_diagonal
 from .gguf_layer import encode_tensors
-from .gguf_paired import PRIOR, Pair, cured, overflow_exponents
+from .gguf_moments import PRIOR, Pair
+from .gguf_paired import cured, overflow_exponents
 from .gguf_quantizer import METHODS, ROLES, Method, solve
 from .imatrix_export import moments_of
 from .live import default_dtype

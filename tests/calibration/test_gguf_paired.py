@@ -10,13 +10,12 @@ from torch import Tensor
 
 from mmquant.calibration.forward import embed, layer_forward
 from mmquant.calibration.gguf_maxima import Largest
+from mmquant.calibration.gguf_moments import Pair, corrected
 from mmquant.calibration.gguf_paired import (
-    Pair,
     Streams,
-    corrected,
     cured,
     input_pairs,
-    middle_pairs,
+    leaving_pairs,
     output_pair,
     overflow_exponents,
     pass_attention,
@@ -94,8 +93,8 @@ def test_the_cure_keeps_the_layers_output_and_bounds_the_sums() -> None:
     assert torch.equal(better.w1, weights.w1)
     assert torch.equal(layer_forward(better, source.geometry, hidden), layer_forward(weights, source.geometry, hidden))
     both = streams_at(hidden)
-    _, before = input_pairs(both, weights, source.geometry)
-    _, after = input_pairs(both, better, source.geometry)
+    _, before = input_pairs(both, weights, source.geometry, range(16))
+    _, after = input_pairs(both, better, source.geometry, range(16))
     assert torch.equal(before / torch.exp2(exponents), after)
 
 
@@ -117,9 +116,9 @@ def test_both_streams_pass_a_layer_as_the_forward_does() -> None:
     both = streams_at(hidden)
     pairs = [output_pair(both, weights, replace(weights), g)]
     pass_attention(both, weights, g)
-    first, largest = input_pairs(both, weights, g)
-    pairs += [first, middle_pairs(both, weights, replace(weights), g)]
-    pass_experts(both, weights, g)
+    first, largest = input_pairs(both, weights, g, range(16))
+    pairs += [first, leaving_pairs(both, weights, replace(weights), g, torch.zeros(16))]
+    pass_experts(both, both.written, weights, g)
     for pair in pairs:
         assert torch.allclose(pair.own, pair.cross, rtol=1e-4, atol=1e-3)
     assert float(first.rows.sum()) == 2 * 64 * g.experts_per_token

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmquant.calibration import gguf_quantizer
-from mmquant.calibration.gguf_paired import Pair
-from mmquant.calibration.gguf_quantizer import METHODS, Method, Report, experts_at_once, solve
+from mmquant.calibration import gguf_memory
+from mmquant.calibration.gguf_moments import Pair
+from mmquant.calibration.gguf_quantizer import METHODS, Method, Report, experts_at_once, rows_at_once, solve
 from mmquant.quantize.ggml.codec import decode
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -32,7 +32,7 @@ def test_chunks_and_neighbours_change_nothing(kind: GGMLType, method: Method, mo
     data, values = solve(weight, kind, pair, method)
     assert data.shape == (3, 6, kind.row_bytes(256))
     assert torch.equal(values, decode(torch.from_numpy(data).flatten(0, 1), kind, 256).view_as(weight))
-    monkeypatch.setattr(gguf_quantizer, "CPU_WORK", 1)
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", 1)
     assert experts_at_once(weight) == 1
     alone, _ = solve(weight, kind, pair, method)
     assert (alone != data).mean() < 0.01  # float32 ties: batched products round otherwise
@@ -42,7 +42,20 @@ def test_chunks_and_neighbours_change_nothing(kind: GGMLType, method: Method, mo
 
 def test_working_memory_bounds_the_chunk() -> None:
     assert experts_at_once(torch.empty(256, 3072, 3072, device="meta")) == 1
-    assert experts_at_once(torch.empty(256, 512, 256, device="meta")) == (1 << 29) // (4 * 8 * 256 * 768)
+    assert experts_at_once(torch.empty(256, 512, 256, device="meta")) == (1 << 29) // (4 * 256 * (11 * 512 + 8 * 256))
+
+
+def test_a_matrix_larger_than_the_memory_is_solved_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, pair = problem(1, 600, 256)
+    data, values = solve(weight, GGMLType.Q4_K, pair, Method())
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", 1)
+    assert rows_at_once(weight) == 256
+    blocks, also = solve(weight, GGMLType.Q4_K, pair, Method())
+    assert blocks.shape == data.shape
+    assert (blocks != data).mean() < 0.01
+    assert (also - values).abs().mean() < 0.01 * values.abs().mean()
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", 4 * 256 * (11 * 500 + 8 * 256))
+    assert rows_at_once(weight) == 500
 
 
 @pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.BF16])

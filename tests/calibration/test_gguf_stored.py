@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from calibration_cases import corpus, options
-from mmquant.calibration.gguf_paired import PRIOR
+from mmquant.calibration.gguf_moments import PRIOR
 from mmquant.calibration.gguf_stored import Stored, encode_layer, open_stored
 from mmquant.calibration.imatrix_export import imatrix_of
 from mmquant.calibration.run import calibrate_into

@@ -1,0 +1,93 @@
+"""How many experts of a GGUF layer a device calibrates and solves at once, and the memory that this takes.
+
+On the device lie, at the peak of a layer: its weights twice (as they were and as they are written), own and cross
+moments of `chunk` experts and of their pool, and either the work of a solve of `step` experts or the activations of a
+batch of text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..convert.minimax_m2 import Geometry
+from .calibrate import free_memory, layer_bytes
+from .forward import rows_at_once
+from .int4_layer import working_memory
+
+WEIGHT_COPIES, MOMENT_COPIES = 11, 8  # float32 copies of weights and of moments that a solve holds at once
+CPU_WORK = 1 << 29  # bytes of them on a CPU
+USABLE = 0.9  # of what is free: the allocator's blocks have gaps
+# Bytes of activations: of a routed row by hidden and inner channel, of a token by hidden channel and by attention's.
+ROW_HIDDEN, ROW_INNER, TOKEN_HIDDEN, TOKEN_HEADS = 8, 18, 32, 8
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """chunk: experts whose moments are held at once, a multiple of `step` or all; step: experts solved together.
+
+    The step decides a code's last ties on CUDA (batched products round otherwise) and depends on the card alone; the
+    chunk depends on what is free and decides nothing.
+    """
+
+    chunk: int
+    step: int
+
+    def chunks(self, experts: int) -> list[range]:
+        """Ranges of experts that are calibrated one after the other."""
+        return [range(start, min(experts, start + self.chunk)) for start in range(0, experts, self.chunk)]
+
+
+def pair_bytes(inputs: int) -> int:
+    """Own and cross moments of one matrix."""
+    return 2 * 4 * inputs**2
+
+
+def solve_bytes(rows: int, inputs: int) -> int:
+    """Working memory of one matrix's solve."""
+    return 4 * inputs * (WEIGHT_COPIES * rows + MOMENT_COPIES * inputs)
+
+
+def solve_memory(device: torch.device | str) -> int:
+    """Bytes that solves may take; never what is free at the time, so that equal runs give equal bytes."""
+    device = torch.device(device)
+    return working_memory(device) if device.type == "cuda" else CPU_WORK
+
+
+def activation_bytes(g: Geometry, device: torch.device | str, tokens: int) -> int:
+    """What a batch of `tokens` tokens takes on its way through both layers."""
+    rows = min(rows_at_once(torch.device(device)), tokens * g.experts_per_token)
+    experts = rows * (ROW_HIDDEN * g.hidden + ROW_INNER * g.expert_width)
+    heads = TOKEN_HEADS * tokens * (g.hidden + 2 * g.head_dim * (g.heads + g.kv_heads))
+    return TOKEN_HIDDEN * tokens * g.hidden + max(experts, heads)
+
+
+def layer_peak(g: Geometry, dtype: torch.dtype, plan: ExpertPlan, work: int, activations: int) -> int:
+    """Bytes on the device while a layer is quantized."""
+    return 2 * layer_bytes(g, dtype) + (plan.chunk + 1) * pair_bytes(g.hidden) + max(work, activations)
+
+
+def plan_experts(g: Geometry, moments: int, work: int) -> ExpertPlan:
+    """Fit a layer's experts into `moments` bytes for their moments (one fits always) and `work` bytes for a solve."""
+    each = max(pair_bytes(g.hidden), pair_bytes(g.expert_width))
+    largest = max(solve_bytes(2 * g.expert_width, g.hidden), solve_bytes(g.hidden, g.expert_width))
+    step, chunk = min(g.experts, max(1, work // largest)), max(1, moments // each)
+    if chunk >= g.experts:
+        return ExpertPlan(g.experts, step)
+    step = min(step, chunk)
+    return ExpertPlan(chunk - chunk % step, step)
+
+
+def moment_memory(g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0) -> int:
+    """Bytes that moments may take beside everything else that a layer needs, by what is free now.
+
+    tokens: of a batch; held: bytes that will be taken and are not yet. Raises ValueError when one expert's do not fit.
+    """
+    free = free_memory(device)
+    other = 2 * layer_bytes(g, dtype) + max(solve_memory(device), activation_bytes(g, device, tokens))
+    left, least = int((free - held) * USABLE) - other - pair_bytes(g.hidden), pair_bytes(g.hidden)
+    if left < least:
+        needed = (other + 2 * least) / USABLE + held
+        raise ValueError(f"{device}: {free / 1e9:.1f} GB of memory are free, a layer needs {needed / 1e9:.1f} GB")
+    return left
