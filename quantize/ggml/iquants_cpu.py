@@ -1,8 +1,7 @@
 """The whole encoder of the I-quants for one super-block after another on CPU (numba).
 
-It does what `iquants.search_tensors` does, step by step, but forms the products of a super-block with the codebook
-once: they stay in the cache for every scale that is tried, the refit and the choice of points. The short way guesses
-IQ1's scales from the errors that all vectors of -1, 0 and 1 would have; levels and points are still the best ones.
+It does what `iquants.search_tensors` does, step by step, on as many super-blocks as fill the lanes. It may guess scales
+from the errors that all vectors of the codebook's levels would have; levels and points are still the best ones.
 """
 
 from __future__ import annotations
@@ -12,18 +11,8 @@ import math
 import numba
 import numpy as np
 
-from .iquants_numba import (
-    DELTA_EACH,
-    PAD,
-    PARITY,
-    _errors,
-    _pick,
-    _pick_paired,
-    _pick_shifted,
-    _prepare,
-    _sign_bytes,
-    _unbound,
-)
+from .iquants_numba import lay, points_of, scratch, sign_bytes
+from .iquants_sweep import CHAINS, DELTA_EACH, WIDTH, loose, room_for, settle, sweep
 
 LARGEST = 65504.0
 
@@ -41,11 +30,11 @@ def half(value):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _guess(errors, reference, fan, spread, offset, step, top, level):  # type: ignore[no-untyped-def]
-    """Scale and levels from the error curves [blocks, S]: the super-scale of `spread` at which they lose least."""
+    """Scale and levels from the error curves [S, blocks]: the super-scale of `spread` at which they lose least."""
     blocks = reference.size
     best = np.empty(blocks, np.float32)
     for b in range(blocks):
-        best[b] = reference[b] * fan[np.argmin(errors[b])]
+        best[b] = reference[b] * fan[np.argmin(errors[:, b])]
     largest = best.max() / (offset + step * top)
     width, last = fan[1] - fan[0], fan.size - 1.001
     lowest, winner, trial = np.float32(np.inf), np.float32(0), np.zeros(blocks, np.int64)
@@ -57,88 +46,102 @@ def _guess(errors, reference, fan, spread, offset, step, top, level):  # type: i
             ratio = scale * (offset + step * trial[b]) / max(reference[b], np.float32(1e-30))
             place = min(max((ratio - fan[0]) / width, 0.0), last)
             left = int(place)
-            total += errors[b, left] + (errors[b, left + 1] - errors[b, left]) * (place - left)
+            total += errors[left, b] + (errors[left + 1, b] - errors[left, b]) * (place - left)
         if total < lowest:
             lowest, winner = total, scale
             level[:] = trial
     return winner
 
 
-@numba.njit(cache=True, nogil=True)
-def _refit(x, w, points, shared, offset, step, delta, level, code, signs, minus):  # type: ignore[no-untyped-def]
-    """Least-squares scale of one super-block for its points; x, w [256]."""
-    group, pull, square = points.shape[0], np.float32(0), np.float32(0)
-    for i in range(x.size):
-        value = points[i % group, code[i // group]]
-        if delta > 0:
-            value += -delta if minus[i // 8] else delta
-        elif signs[i // 8] >> (i % 8) & 1:
-            value = -value
-        value *= offset + step * level[i // shared]
-        pull += w[i] * x[i] * value
-        square += w[i] * value * value
+@numba.njit(cache=True, fastmath=True, nogil=True)
+def _refit(x, w, points, factor, delta, code, signs, minus):  # type: ignore[no-untyped-def]
+    """Least-squares scale of one super-block for its points; x, w [blocks, shared], factor [blocks] of the scale."""
+    group, pull, square = points.shape[1], np.float32(0), np.float32(0)
+    for b in range(x.shape[0]):
+        one, bend = np.float32(0), np.float32(0)
+        for g in range(code.shape[1]):
+            for c in range(group):
+                i = g * group + c
+                value = points[code[b, g], c] + (-delta if minus[b, i // 8] else delta)
+                value = -value if signs[b, i // 8] >> (i % 8) & 1 else value
+                one += w[b, i] * x[b, i] * value
+                bend += w[b, i] * value * value
+        pull += factor[b] * one
+        square += factor[b] * factor[b] * bend
     return pull / max(square, np.float32(1e-30))
 
 
 @numba.njit(cache=True, nogil=True)
+def _fan_out(x, largest, fan, reference, scales):  # type: ignore[no-untyped-def]
+    """Scales [S, 16] to try in each block of x, and what they are relative to."""
+    for lane in range(x.shape[0]):
+        reference[lane] = np.abs(x[lane]).max() / largest
+        scales[:, lane] = reference[lane] * fan
+
+
+@numba.njit(cache=True, nogil=True)
+def _step_around(scale, level, near, offset, step, top, tried, scales):  # type: ignore[no-untyped-def]
+    """Levels [K, blocks] of one super-block to try, `near` its present ones, and the scales that they make."""
+    for k in range(tried.shape[0]):
+        for b in range(level.size):
+            tried[k, b] = min(max(level[b] + min(k, 2 * near) - near, 0), top)
+            scales[k, b] = scale * (offset + step * tried[k, b])
+
+
+@numba.njit(cache=True, nogil=True)
+def _take_best(errors, tried, scales, best, level, scale):  # type: ignore[no-untyped-def]
+    """The tried scale with the least error in each lane: its number, its level, itself."""
+    for lane in range(level.size):
+        k = np.argmin(errors[:, lane])
+        best[lane], level[lane], scale[lane] = k, tried[k, lane], scales[k, lane]
+
+
+@numba.njit(cache=True, nogil=True)
 def encode(  # type: ignore[no-untyped-def]
-    x, w, unit, points, rule, delta, shared, offset, step, levels, fan, spread, near, rounds, short,
+    x, w, unit, book, rule, delta, offset, step, levels, fan, spread, near, rounds, guessing,
     out_scale, out_level, out_code, out_signs, out_minus,
 ):  # fmt: skip
-    """Fields of N super-blocks.
+    """Fields of N super-blocks of B blocks.
 
-    x, w [N, 256] and unit [N] as in `iquants.Scaled`; fan [S], S a multiple of four; spread [M]
-    short: the short way
-    out_scale [N] float32 (an fp16 number), level [N, blocks], code [N, groups], signs and minus [N, 32]
+    x, w [N * B, shared] and unit [N] as in `iquants.Scaled`; fan [S], S a multiple of four; spread [M]
+    guessing: by `loose`
+    out_scale [N] float32 (an fp16 number), level [N * B], code [N * B, groups], signs and minus [N * B, octets]
     """
-    group, entries = points.shape[0], points.shape[1] - PAD
-    blocks, per = 256 // shared, shared // group
-    a, weight = np.zeros((blocks * per, group), np.float32), np.zeros((blocks * per, group), np.float32)
-    p, q = np.empty((blocks * per, entries), np.float32), np.empty((blocks * per, entries), np.float32)
-    other = np.empty((blocks * per, entries), np.float32)
-    tilt, odd = np.zeros(blocks * per, np.float32), np.zeros(blocks * per, np.bool_)
-    errors, reference = np.empty((blocks, fan.size), np.float32), np.empty(blocks, np.float32)
-    count = 2 * near + 1
-    tried, scales = np.empty(count + -count % 4, np.int64), np.empty(count + -count % 4, np.float32)
-    wide, narrow = np.zeros((2, fan.size), np.float32), np.zeros((2, scales.size), np.float32)
-    found, flag = np.empty(scales.size, np.float32), np.zeros(per, np.bool_)
-    level, top = np.zeros(blocks, np.int64), levels - 1
-    largest = points.max()
-    for n in range(x.shape[0]):
-        _prepare(x[n], w[n], points, rule, delta, a, weight, p, q, other, tilt, odd)
-        for b in range(blocks):
-            part, of = slice(b * shared, (b + 1) * shared), slice(b * per, (b + 1) * per)
-            reference[b] = np.abs(x[n, part]).max() / largest
-            if short and rule >= DELTA_EACH:
-                _unbound(x[n, part], w[n, part], rule, delta, reference[b] * fan, errors[b])
-            else:
-                ratio = reference[b] * fan
-                _errors(p[of], q[of], other[of], tilt[of], odd[of], group, rule, ratio, wide, errors[b])
-        scale = _guess(errors, reference, fan, spread, offset, step, top, level)
+    (count, shared), group, blocks = x.shape, book.points.shape[1], x.shape[0] // unit.size
+    a, weight, odd, least, place, errors, second = scratch(shared, group, rule, fan.size)
+    tables, taken, tries = room_for(book), np.zeros((WIDTH, shared // group), np.bool_), 2 * near + 1
+    if least[0].size % (CHAINS * WIDTH):
+        tries += -tries % CHAINS
+    wide, reference = np.zeros((fan.size, WIDTH), np.float32), np.zeros(WIDTH, np.float32)
+    narrow, tried = np.zeros((tries, WIDTH), np.float32), np.zeros((tries, WIDTH), np.int64)
+    level, best, chosen = np.zeros(WIDTH, np.int64), np.zeros(WIDTH, np.int64), np.zeros(WIDTH, np.float32)
+    for start in range(0, count, WIDTH):
+        of = slice(start, min(start + WIDTH, count))
+        xs, ws, code, signs, minus = x[of], w[of], out_code[of], out_signs[of], out_minus[of]
+        lay(xs, ws, rule, a, weight, odd)
+        _fan_out(xs, book.points.max(), fan, reference, wide)
+        if guessing:
+            loose(a, weight, wide, book, rule, delta, least)
+        else:
+            sweep(a, weight, wide, book, rule, delta, tables, least, place)
+        settle(least, odd, rule, errors, second)
         for turn in range(rounds):
-            if turn:
-                shift = delta if rule >= DELTA_EACH else np.float32(0)
-                scale = _refit(
-                    x[n], w[n], points, shared, offset, step, shift, level, out_code[n], out_signs[n], out_minus[n]
-                )
-            out_scale[n] = half(scale * unit[n])
-            scale = np.float32(out_scale[n] / unit[n])
-            for b in range(blocks):
-                of = slice(b * per, (b + 1) * per)
-                for k in range(tried.size):
-                    tried[k] = min(max(level[b] + min(k, count - 1) - near, 0), top)
-                    scales[k] = scale * (offset + step * tried[k])
-                _errors(p[of], q[of], other[of], tilt[of], odd[of], group, rule, scales, narrow, found)
-                best = np.argmin(found)
-                level[b] = tried[best]
-                code, octets = out_code[n, of], slice(b * shared // 8, (b + 1) * shared // 8)
-                if rule >= DELTA_EACH:
-                    minus = out_minus[n, octets]
-                    _pick_shifted(p[of], q[of], other[of], tilt[of], rule, scales[best], code, minus)
-                    continue
-                if rule == PARITY and group == 4:
-                    _pick_paired(p[of], q[of], other[of], odd[of], scales[best], code, flag)
+            for first in range(0, len(xs), blocks):
+                n, part = (start + first) // blocks, slice(first, first + blocks)
+                if turn:
+                    factor = (offset + step * level[part]).astype(np.float32)
+                    scale = _refit(xs[part], ws[part], book.points, factor, delta, code[part], signs[part], minus[part])
                 else:
-                    _pick(p[of], q[of], other[of], odd[of], rule, scales[best], code, flag)
-                _sign_bytes(x[n, b * shared : (b + 1) * shared], a[of], points, code, flag, out_signs[n, octets])
-        out_level[n] = level
+                    scale = _guess(errors[:, part], reference[part], fan, spread, offset, step, levels - 1, level[part])
+                out_scale[n] = half(scale * unit[n])
+                scale = np.float32(out_scale[n] / unit[n])
+                _step_around(scale, level[part], near, offset, step, levels - 1, tried[:, part], narrow[:, part])
+            sweep(a, weight, narrow, book, rule, delta, tables, least[:tries], place[:tries])
+            settle(least[:tries], odd, rule, errors[:tries], second[:tries])
+            _take_best(errors[:tries], tried, narrow, best, level, chosen)
+            points_of(a, weight, chosen, best, book, rule, delta, place, second, code, taken)
+            if rule >= DELTA_EACH:
+                minus[:] = taken[: len(xs)]
+            else:
+                sign_bytes(xs, ws, book.points, code, taken, signs)
+        out_level[of] = level[: len(xs)]

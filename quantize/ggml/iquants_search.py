@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .grids import points, points_on
+from .iquants_halves import book
 from .iquants_layout import DELTA, Layout, Signs, pack_bits
 
 CHUNK = 1 << 24  # distances that the torch form holds at once
@@ -71,17 +72,9 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None  # not on every platform
 
 
-@lru_cache
-def codebook(name: str) -> np.ndarray:
-    """The codebook as the CPU kernels take it: [group, entries + PAD]."""
-    from .iquants_numba import PAD
-
-    return np.ascontiguousarray(np.pad(points(name), ((0, PAD), (0, 0))).T)
-
-
 def numba_rule(layout: Layout) -> int:
-    """The sign rule as a number of `iquants_numba`."""
-    from . import iquants_numba as kernels
+    """The sign rule as a number of `iquants_sweep`."""
+    from . import iquants_sweep as kernels
 
     if layout.signs is Signs.DELTA:
         return kernels.DELTA_SHARED if layout.name == "IQ1_S" else kernels.DELTA_EACH
@@ -114,10 +107,12 @@ def _search_numba(
     octets = (count, -(-width // 8))
     signs, minus = np.zeros(octets, np.uint8), np.zeros(octets, np.bool_)
 
+    shift = np.float32(delta if layout.signs is Signs.DELTA else 0)
+
     def work(start: int, stop: int) -> None:
         part = slice(start, stop)
         results = (errors[part], chosen[part], code[part], signs[part], minus[part])
-        search(*(t[part] for t in ours), codebook(layout.name), numba_rule(layout), np.float32(delta), *results)
+        search(*(t[part] for t in ours), book(layout.name), numba_rule(layout), shift, *results)
 
     in_threads(work, count)
     found = [torch.from_numpy(t) for t in (chosen, code, signs, minus)]

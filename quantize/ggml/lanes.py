@@ -270,6 +270,17 @@ total_of = _over_lanes("total_of", "fadd", 0.0)  # the sum of the lanes
 
 
 @intrinsic
+def first_of(_typing: Any, mask: Any) -> Any:
+    """The number of the first lane in which the mask holds; the count of lanes where there is none."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], ir.IntType(mask.count))
+        return builder.zext(builder.cttz(bits, ir.Constant(ir.IntType(1), 0)), ir.IntType(64))
+
+    return types.int64(mask), generate
+
+
+@intrinsic
 def where(_typing: Any, mask: Any, a: Any, b: Any) -> Any:
     """a where the mask holds, else b."""
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ggml_lib
-from mmquant.quantize.ggml import codec, iquants, iquants_search
+from mmquant.quantize.ggml import codec, iquants, iquants_numba, iquants_search, iquants_sweep
 from mmquant.quantize.ggml.grids import points, with_parity
 from mmquant.quantize.ggml.iquants_cpu import half
+from mmquant.quantize.ggml.iquants_halves import book
 from mmquant.quantize.ggml.iquants_layout import LAYOUTS, Layout, Signs, pack, unpack, values
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -65,9 +66,9 @@ def test_parity_completes_seven_signs() -> None:
     assert all(bin(int(s)).count("1") % 2 == 0 and int(s) & 127 == i for i, s in enumerate(signs))
 
 
-def brute(x: np.ndarray, weight: np.ndarray, scale: float, layout: Layout) -> float:
+def brute(x: np.ndarray, weight: np.ndarray, scale: float, layout: Layout, table: np.ndarray) -> float:
     """Least weighted error of one block at one scale: every point, every allowed pattern of signs or deltas."""
-    table = points(layout.name).astype(np.float64)
+    table = table.astype(np.float64)
     x, weight = x.astype(np.float64), weight.astype(np.float64)
     if layout.signs is Signs.DELTA:
         by_delta = np.array(
@@ -104,22 +105,24 @@ def test_the_search_finds_the_true_nearest_point(kind: GGMLType) -> None:
     energy = (weight * x**2).sum(1, keepdim=True)
     found = iquants_search.scan(x, weight, scales, layout) + energy
     for b, k in itertools.product(range(2), range(2)):
-        expected = brute(x[b].numpy(), weight[b].numpy(), float(scales[b, k]), layout)
+        expected = brute(x[b].numpy(), weight[b].numpy(), float(scales[b, k]), layout, points(kind.name))
         assert float(found[b, k]) == pytest.approx(expected, rel=2e-5)
     choice = iquants_search.choose(x, weight, scales, layout)
     assert torch.equal(choice.index, found.argmin(1))
     assert torch.allclose(chosen_error(x, weight, scales, choice, layout), found.amin(1), rtol=2e-5)
 
 
-def chosen_error(x: Tensor, weight: Tensor, scales: Tensor, choice: iquants_search.Choice, layout: Layout) -> Tensor:
+def chosen_error(
+    x: Tensor, weight: Tensor, scales: Tensor, choice: iquants_search.Choice, layout: Layout, delta: float = 0.125
+) -> Tensor:
     """Error [B] of what `choose` returned, from its codes and signs alone."""
     unit = torch.from_numpy(points(layout.name))[choice.code.long()].reshape(x.shape)
-    minus = (choice.signs.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    minus = ((choice.signs.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1)[..., : x.shape[1]]
     if layout.signs is Signs.PARITY:
         assert bool((minus.sum(-1) % 2 == 0).all())
     unit = unit * (1 - 2 * minus.reshape(x.shape).float())
     if layout.signs is Signs.DELTA:
-        unit = unit + torch.where(choice.minus, -0.125, 0.125).repeat_interleave(8, 1)
+        unit = unit + torch.where(choice.minus, -delta, delta).repeat_interleave(8, 1)
     scale = scales.gather(1, choice.index.unsqueeze(1))
     return (weight * (x - scale * unit) ** 2).sum(1)
 
@@ -135,6 +138,49 @@ def test_the_plain_torch_search_agrees(kind: GGMLType, monkeypatch: pytest.Monke
     assert torch.allclose(
         chosen_error(x, weight, scales, ours, layout), chosen_error(x, weight, scales, theirs, layout), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 15, 16, 33])
+def test_any_number_of_blocks_of_few_points(kind: GGMLType, count: int) -> None:
+    """Sixteen blocks fill the lanes of vectors; error feedback asks for a point at a time, or two that share signs."""
+    layout = LAYOUTS[kind.name]
+    width = layout.group if layout.signs is Signs.FREE else 8
+    for delta in (0.125, 0.0) if layout.signs is Signs.DELTA else (0.125,):
+        x, weight, scales = blocks(layout, count, 3)
+        x, weight = x[:, :width].contiguous(), weight[:, :width].contiguous()
+        x[0, 2], weight[-1, :3], scales[count // 2] = 0, 0, 0
+        search = (iquants_search.choose, iquants_search.choose_torch)
+        choices = [f(x, weight, scales, layout, delta) for f in search]
+        errors = [chosen_error(x, weight, scales, c, layout, delta) for c in choices]
+        assert torch.allclose(errors[0], errors[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_halves_make_the_points(name: str) -> None:
+    halves = book(name)
+    assert sorted(halves.code) == list(range(len(points(name))))
+    first = np.repeat(np.arange(len(halves.outer)), np.diff(halves.start.astype(int)))
+    parts = np.concatenate((halves.outer[first], halves.inner[halves.mate]), 1)
+    assert np.array_equal(halves.parts[parts].reshape(halves.points.shape), points(name)[halves.code])
+    assert np.array_equal(halves.ends[:, : len(halves.code)].T, points(name)[halves.code, points(name).shape[1] // 2 :])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guessed_errors_are_those_of_all_vectors_of_levels(kind: GGMLType) -> None:
+    layout = LAYOUTS[kind.name]
+    rule, halves, delta = iquants_search.numba_rule(layout), book(kind.name), np.float32(0)
+    if layout.signs is Signs.DELTA:
+        delta = np.float32(0.125)
+    x, weight, scales = (t.numpy() for t in blocks(layout, 16, 2))
+    a, w, odd, least, _, errors, second = iquants_numba.scratch(layout.shared, layout.group, rule, 2)
+    iquants_numba.lay(x, weight, rule, a, w, odd)
+    iquants_sweep.loose(a, w, np.ascontiguousarray(scales.T), halves, rule, delta, least)
+    iquants_sweep.settle(least, odd, rule, errors, second)
+    every = np.array(list(itertools.product(halves.levels, repeat=layout.group)))
+    for b, k in ((3, 0), (12, 1)):
+        expected = brute(x[b], weight[b], float(scales[b, k]), layout, every)
+        assert errors[k, b] + (weight[b] * x[b] ** 2).sum() == pytest.approx(expected, rel=2e-5)
 
 
 def inputs(columns: int = 512, rows: int = 24) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -217,7 +263,7 @@ def test_the_encoder_of_the_cpu_does_what_the_tensor_form_does(kind: GGMLType) -
     for effort in iquants.EFFORTS.values():
         ours, theirs = (f(blocks, layout, effort) for f in (iquants.search, iquants.search_tensors))
         errors = [float((blocks.weight * (rows - values(f, layout)) ** 2).sum()) for f in (ours, theirs)]
-        if kind.name in ("IQ1_S", "IQ1_M", "IQ2_S") and effort is not iquants.EFFORTS["high"]:  # the short way
+        if kind.name in iquants.GUESSED and effort is not iquants.EFFORTS["high"]:
             assert errors[0] < 1.02 * errors[1]
             continue
         assert errors[0] == pytest.approx(errors[1], rel=1e-3)

@@ -73,6 +73,20 @@ def test_functions() -> None:
     assert np.array_equal(through(lambda x: x, np.rint(a), out=np.int16), np.rint(a).astype(np.int16))
 
 
+@pytest.mark.parametrize("count", [8, 16])
+def test_the_first_lane_that_holds(count: int) -> None:
+    lanes = (0,) * count
+
+    @numba.njit
+    def run(a, level):  # type: ignore[no-untyped-def]
+        return ops.first_of(load(a, 0, lanes) > level)
+
+    for place in range(count):
+        a = np.where(np.arange(count) < place, 0, 1).astype(np.float32)
+        assert run(a, np.float32(0.5)) == place
+    assert run(np.zeros(count, np.float32), np.float32(0.5)) == count
+
+
 def test_float16() -> None:
     a = NUMBERS[0] * np.float32(10.0) ** np.arange(-9, 7, dtype=np.float32)
     expected = np.clip(a, -65504, 65504).astype(np.float16)
