@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..linear_algebra import cholesky, full_float32
-from .grids import points_on
-from .iquants import EFFORTS, LARGEST, Effort, block_scales, check_rows, layout_of, scaled, search
-from .iquants_layout import DELTA, SUPER, Fields, Layout, Signs, pack, unpack_bits, values
-from .iquants_search import Choice, choose
+from .iquant_columns import descend_columns, new_block, sweep_columns, unit_of
+from .iquants import EFFORTS, LARGEST, Effort, check_rows, layout_of, scaled, search
+from .iquants_layout import SUPER, Fields, Layout, pack
 from .types import GGMLType
 
 DAMPING = 0.02
@@ -41,11 +40,6 @@ class Factor:
     lower: Tensor
     metric: Tensor
     moments: Tensor
-
-
-def unit_of(layout: Layout) -> int:
-    """Columns that must be rounded together: a point, or the eight weights whose signs share a parity."""
-    return 8 if layout.signs is Signs.PARITY else layout.group
 
 
 def factor(second: Tensor, kind: GGMLType, damping: float = DAMPING) -> Factor:
@@ -99,12 +93,13 @@ def _cholesky(matrices: Tensor, mean: Tensor, damping: float) -> Tensor:
 class State:
     """E matrices being rounded, columns in processing order.
 
-    weight, decoded  [E, R, n] float32
-    fields           of each place, E * R super-blocks; None where nothing is rounded yet
+    weight, decoded, error  [E, n, R] float32; error is weight - decoded, 0 where nothing is rounded yet
+    fields                  of each place, E * R super-blocks; None where nothing is rounded yet
     """
 
     weight: Tensor
     decoded: Tensor
+    error: Tensor
     fields: list[Fields | None]
 
 
@@ -131,8 +126,7 @@ def encode_with_feedback(
         raise ValueError(
             f"{kind.name}: the factor is for groups of {known.metric.shape[-1]}, expected {unit_of(layout)}"
         )
-    weight = rows.float().gather(2, _columns(known.order).unsqueeze(1).expand_as(rows))
-    state = State(weight, torch.zeros_like(weight), [None] * (rows.shape[2] // SUPER))
+    state = _started(rows, known)
     with full_float32():
         sweep(state, known, layout, effort)
         for _ in range(passes):
@@ -145,142 +139,67 @@ def encode_with_feedback(
     return out.flatten(2)
 
 
+def _started(rows: Tensor, known: Factor) -> State:
+    experts, count, n = rows.shape
+    weight = torch.empty(experts, n, count, device=rows.device)
+    which, blocks = torch.arange(experts, device=rows.device), rows.unflatten(2, (-1, SUPER))
+    for place in range(n // SUPER):
+        weight[:, _span(place)] = blocks[which, :, known.order[:, place]].mT
+    return State(weight, torch.zeros_like(weight), torch.zeros_like(weight), [None] * (n // SUPER))
+
+
+def _span(place: int) -> slice:
+    return slice(place * SUPER, (place + 1) * SUPER)
+
+
 def sweep(state: State, known: Factor, layout: Layout, effort: Effort) -> None:
     """Round super-blocks from the last place to the first, each after the errors of those before it are fed in."""
-    n = state.weight.shape[2]
-    errors = torch.zeros_like(state.weight)
-    for place in range(n // SUPER - 1, -1, -1):
-        span = slice(place * SUPER, (place + 1) * SUPER)
-        part = state.weight[..., span]
-        if span.stop < n:
-            part = torch.baddbmm(part, errors[..., span.stop :], known.lower[:, span.stop :, span])
-        fields = _sweep_block(part, state.weight[..., span], known, place, layout, effort)
-        state.fields[place] = fields
-        state.decoded[..., span] = values(fields, layout).reshape(part.shape)
-        errors[..., span] = state.weight[..., span] - state.decoded[..., span]
+    importance, metric = (m.diagonal(dim1=-2, dim2=-1).flatten(1) for m in (known.moments, known.metric))
+    for place in range(len(state.fields) - 1, -1, -1):
+        span = _span(place)
+        source = state.weight[:, span]
+        target = source.clone()
+        if span.stop < state.weight.shape[1]:
+            target.baddbmm_(known.lower[:, span.stop :, span].mT, state.error[:, span.stop :])
+        fields = _searched(target, importance[:, span], layout, effort)
+        block = new_block(layout, fields, metric[:, span])
+        sweep_columns(block, target, source, state.decoded[:, span], known.lower[:, span, span])
+        state.fields[place], state.error[:, span] = fields, target
 
 
-def _sweep_block(part: Tensor, weight: Tensor, known: Factor, place: int, layout: Layout, effort: Effort) -> Fields:
-    """One super-block of all rows: part, weight [E, R, 256] with the errors of others fed in, and as they came."""
-    experts, count, _ = part.shape
-    span = slice(place * SUPER, (place + 1) * SUPER)
-    importance = known.moments.diagonal(dim1=-2, dim2=-1)[:, None, span].expand_as(part)
-    blocks = scaled(part.reshape(-1, SUPER), importance.reshape(-1, SUPER))
-    fields = search(blocks, layout, effort)
-    scale = block_scales(fields.scale.float() / blocks.unit, fields.level, layout)  # [E * R, blocks]
-    target = blocks.x.reshape(part.shape)  # in units of the super-block's largest magnitude
-    source = (weight.reshape(-1, SUPER) / blocks.unit.unsqueeze(1)).reshape(part.shape)
-    unit = unit_of(layout)
-    for first in range(SUPER - unit, -1, -unit):
-        columns = slice(first, first + unit)
-        diagonal = known.metric[:, span.start // unit + first // unit].diagonal(dim1=-2, dim2=-1)
-        decoded = _round(target[..., columns], diagonal, scale[:, first // layout.shared], first, fields, layout)
-        if first:
-            error = source[..., columns] - decoded.reshape(experts, count, unit)
-            target[..., :first].baddbmm_(error, known.lower[:, span, span][:, columns, :first])
-    return fields
-
-
-def _round(x: Tensor, diagonal: Tensor, scale: Tensor, first: int, fields: Fields, layout: Layout) -> Tensor:
-    """Nearest points to x [E, R, unit] under the diagonal metric [E, unit]; written into `fields`, returned decoded."""
-    found = _nearest(x, diagonal, scale, fields.minus[:, first // 8], layout)
-    _write(found, fields, first, layout)
-    return found.decoded
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A unit of columns of N rows: code [N, points], signs uint8 [N], minus bool [N], decoded [N, unit]."""
-
-    code: Tensor
-    signs: Tensor
-    minus: Tensor
-    decoded: Tensor
-
-
-def _write(found: Rounded, fields: Fields, first: int, layout: Layout, where: Tensor | None = None) -> None:
-    """Put a unit at column `first` into the fields, for the rows `where` (all when None)."""
-    unit = found.decoded.shape[1]
-    places = slice(first // layout.group, (first + unit) // layout.group)
-    octet, shift = first // 8, first % 8
-    keep = fields.signs[:, octet] & (255 - (((1 << unit) - 1) << shift))
-    signs = keep | (found.signs << shift)
-    if where is None:
-        fields.code[:, places], fields.signs[:, octet], fields.minus[:, octet] = found.code, signs, found.minus
-        return
-    fields.code[:, places] = torch.where(where.unsqueeze(1), found.code, fields.code[:, places])
-    fields.signs[:, octet] = torch.where(where, signs, fields.signs[:, octet])
-    fields.minus[:, octet] = torch.where(where, found.minus, fields.minus[:, octet])
-
-
-def _nearest(x: Tensor, diagonal: Tensor, scale: Tensor, minus: Tensor, layout: Layout) -> Rounded:
-    """Nearest points to x [E, R, unit]; minus [E * R]: the delta of IQ1_S, chosen for 32 columns with the scales."""
-    unit = x.shape[-1]
-    weight = diagonal.unsqueeze(1).expand_as(x).reshape(-1, unit)
-    x, scale = x.reshape(-1, unit), scale.unsqueeze(1)
-    shared = layout.name == "IQ1_S"
-    if shared:
-        shift = torch.where(minus, -DELTA, DELTA).unsqueeze(1) * scale
-        choice = choose(x - shift, weight, scale, layout, 0.0)
-        return Rounded(choice.code, choice.signs[:, 0], minus, values_of(choice, scale, layout, 0.0) + shift)
-    choice = choose(x, weight, scale, layout)
-    minus = choice.minus[:, 0] if layout.signs is Signs.DELTA else minus
-    return Rounded(choice.code, choice.signs[:, 0], minus, values_of(choice, scale, layout, DELTA))
-
-
-def values_of(choice: Choice, scale: Tensor, layout: Layout, delta: float) -> Tensor:
-    """What a choice stands for, [B, width], with scale [B, 1]."""
-    points = points_on(layout.name, scale.device)[choice.code.long()].flatten(1)
-    if layout.signs is Signs.DELTA:
-        return scale * (points + torch.where(choice.minus, -delta, delta).repeat_interleave(8, 1))
-    return scale * points * (1 - 2 * unpack_bits(choice.signs).flatten(1)[:, : points.shape[1]].float())
+def _searched(target: Tensor, importance: Tensor, layout: Layout, effort: Effort) -> Fields:
+    """Scales and levels of super-blocks [E, 256, R] under importance [E, 256]; the points are to come."""
+    blocks = scaled(target.mT.reshape(-1, SUPER), importance)
+    return search(replace(blocks, weight=blocks.weight.repeat_interleave(target.shape[2], 0)), layout, effort)
 
 
 def descend(state: State, known: Factor, layout: Layout) -> None:
     """One round of coordinate descent on tr(E H E^T): every unit of columns again, all others held; the scale of each
     super-block by least squares. A change is kept only where it lowers the objective."""
-    n = state.weight.shape[2]
-    for place in range(n // SUPER - 1, -1, -1):
-        span = slice(place * SUPER, (place + 1) * SUPER)
-        fields = state.fields[place]
-        assert fields is not None
-        moments = known.moments[:, span, span]
-        pull = torch.bmm(state.weight - state.decoded, known.moments[:, :, span])  # (E H) of this super-block
-        fields = rescale(state.decoded[..., span], pull, moments, fields, layout)
-        _descend_block(state.decoded[..., span], pull, moments, fields, layout)
-        state.fields[place] = fields
-
-
-def rescale(decoded: Tensor, pull: Tensor, moments: Tensor, fields: Fields, layout: Layout) -> Fields:
-    """The scale that is best with all else held; `decoded` and `pull` [E, R, 256] follow it in place."""
-    bent = torch.bmm(decoded, moments)
-    gain = (pull * decoded).sum(-1) / (bent * decoded).sum(-1).clamp(min=1e-30)
-    stored = (fields.scale.float() * (1 + gain.flatten())).clamp(0, LARGEST).half()
-    change = (stored.float() / fields.scale.float().clamp(min=1e-30) - 1).reshape(gain.shape).unsqueeze(-1)
-    loss = (change * ((bent * change - 2 * pull) * decoded)).sum(-1, keepdim=True)
-    change = torch.where(loss < 0, change, torch.zeros_like(change))
-    pull -= bent * change
-    decoded *= 1 + change
-    return replace(fields, scale=torch.where((change != 0).flatten(), stored, fields.scale))
-
-
-def _descend_block(decoded: Tensor, pull: Tensor, moments: Tensor, fields: Fields, layout: Layout) -> None:
-    experts, count, _ = decoded.shape
     unit = unit_of(layout)
-    size = decoded.abs().amax(-1).flatten().clamp(min=1e-30)  # points are sought at a magnitude near 1
-    scale = block_scales(fields.scale.float() / size, fields.level, layout)
-    inverse = torch.linalg.inv(_own(moments, unit))
-    for first in range(SUPER - unit, -1, -unit):
-        columns = slice(first, first + unit)
-        metric = moments[:, columns, columns]
-        wanted = torch.baddbmm(decoded[..., columns], pull[..., columns], inverse[:, first // unit])
-        wanted = wanted / size.reshape(experts, count, 1)
-        diagonal = metric.diagonal(dim1=-2, dim2=-1)
-        found = _nearest(wanted, diagonal, scale[:, first // layout.shared], fields.minus[:, first // 8], layout)
-        change = (found.decoded * size.unsqueeze(1)).reshape(experts, count, unit) - decoded[..., columns]
-        loss = (change * (torch.bmm(change, metric) - 2 * pull[..., columns])).sum(-1, keepdim=True)
-        change = torch.where(loss < 0, change, torch.zeros_like(change))
-        _write(found, fields, first, layout, (loss < 0).flatten())
-        if first:
-            pull[..., :first].baddbmm_(change, moments[:, columns, :first], alpha=-1)
-        decoded[..., columns] += change
+    inverse = torch.linalg.inv(_own(known.moments, unit)).contiguous()
+    diagonal = known.moments.diagonal(dim1=-2, dim2=-1)
+    for place in range(len(state.fields) - 1, -1, -1):
+        span = _span(place)
+        fields, decoded, moments = state.fields[place], state.decoded[:, span], known.moments[:, span, span]
+        assert fields is not None
+        pull = torch.bmm(known.moments[:, :, span].mT, state.error)  # (E H) of this super-block
+        fields = rescale(decoded, pull, moments, fields)
+        block = new_block(layout, fields, diagonal[:, span])
+        own = inverse[:, span.start // unit : span.stop // unit]
+        descend_columns(block, pull, decoded, moments, own)
+        state.fields[place], state.error[:, span] = fields, state.weight[:, span] - decoded
+
+
+def rescale(decoded: Tensor, pull: Tensor, moments: Tensor, fields: Fields) -> Fields:
+    """The scale that is best with all else held; `decoded` and `pull` [E, 256, R] follow it in place."""
+    bent = torch.bmm(moments.mT, decoded)
+    curve, slope = (bent * decoded).sum(1), (pull * decoded).sum(1)  # of the objective in the scale, [E, R]
+    before = fields.scale.float().reshape(curve.shape)
+    stored = (before * (1 + slope / curve.clamp(min=1e-30))).clamp(0, LARGEST).half()
+    change = stored.float() / before.clamp(min=1e-30) - 1
+    better = change * (change * curve - 2 * slope) < 0
+    change = torch.where(better, change, torch.zeros_like(change)).unsqueeze(1)
+    pull.addcmul_(bent, change, value=-1)
+    decoded *= 1 + change
+    return replace(fields, scale=torch.where(better, stored, fields.scale.reshape(curve.shape)).flatten())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmquant.quantize.ggml import iquant_feedback, iquants
+from mmquant.quantize.ggml import iquant_columns, iquant_feedback, iquants
 from mmquant.quantize.ggml.iquant_feedback import encode_with_feedback, factor
 from mmquant.quantize.ggml.iquants_layout import DELTA, LAYOUTS, SUPER, unpack, values
 from mmquant.quantize.ggml.iquants_search import choose_torch
@@ -91,7 +91,7 @@ def test_every_group_is_nearest_to_what_the_theorem_says(kind: GGMLType) -> None
     scale = iquants.block_scales(fields.scale.float(), fields.level, layout).reshape(5, -1)
     scale = scale.repeat_interleave(layout.shared, 1)[:, columns]
     minus = fields.minus.reshape(5, -1).repeat_interleave(8, 1)[:, columns]
-    unit = iquant_feedback.unit_of(layout)
+    unit = iquant_columns.unit_of(layout)
     for first in range(0, 512, unit):
         span = slice(first, first + unit)
         weight = known.metric[0, first // unit].diagonal().expand(5, -1).contiguous()
@@ -100,7 +100,7 @@ def test_every_group_is_nearest_to_what_the_theorem_says(kind: GGMLType) -> None
         shift = torch.where(minus[:, first : first + 1], -DELTA, DELTA) * step if shared else torch.zeros_like(step)
         delta = 0.0 if shared else DELTA
         best = choose_torch(x - shift, weight, step, layout, delta)
-        nearest = iquant_feedback.values_of(best, step, layout, delta) + shift
+        nearest = iquant_columns.values_of(best, step, layout, delta) + shift
         errors = [(weight * (x - q) ** 2).sum(1) for q in (quantized[:, span].float(), nearest)]
         assert torch.allclose(*errors, rtol=2e-3, atol=1e-9)
 
@@ -112,14 +112,15 @@ def test_the_scale_of_a_super_block_is_at_its_least_square() -> None:
         encode_with_feedback(rows * 1.1, GGMLType.IQ3_S, factor(second, GGMLType.IQ3_S)).flatten(0, 1), layout
     )
     decoded = values(fields, layout).unsqueeze(0)
-    pull = (rows - decoded) @ second
     before = loss(rows - decoded, second)
-    after = iquant_feedback.rescale(decoded, pull, second, fields, layout)
+    columns, pull = decoded.mT.contiguous(), second @ (rows - decoded).mT
+    after = iquant_feedback.rescale(columns, pull, second, fields)
+    decoded = columns.mT
     assert torch.allclose(values(after, layout), decoded[0], atol=1e-7)
-    assert torch.allclose((rows - decoded) @ second, pull, atol=1e-4 * float(second.max()))
+    assert torch.allclose(second @ (rows - decoded).mT, pull, atol=1e-4 * float(second.max()))
     assert float(loss(rows - decoded, second)) < 0.6 * float(before)
     bent = (decoded @ second * decoded).sum(-1)
-    left = (pull * decoded).sum(-1) / bent  # what is left of the gain: the rounding of fp16
+    left = (pull.mT * decoded).sum(-1) / bent  # what is left of the gain: the rounding of fp16
     assert float(left.abs().max()) < 2.0**-11
 
 
@@ -176,4 +177,4 @@ def test_bad_input_is_refused() -> None:
         encode_with_feedback(weights(1, 2, 512), GGMLType.IQ3_S, known)
     with pytest.raises(ValueError, match="the factor is for groups of 4"):
         encode_with_feedback(weights(1, 2, 256), GGMLType.IQ2_S, known)
-    assert iquant_feedback.unit_of(LAYOUTS["IQ3_XXS"]) == 8  # two points share one parity
+    assert iquant_columns.unit_of(LAYOUTS["IQ3_XXS"]) == 8  # two points share one parity
