@@ -3,9 +3,9 @@
 python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy] [--mix Q2_K ...] [--method NAME ...]
 
 Values are decoded and scored by the reference forward in float32 (activations unquantized), second half of each window.
-Tokens: uint16 [W, T]; without files the bundled texts are used. "search" is --effort fast; "feedback" adds error
-feedback, "descent" two rounds of coordinate descent, "correction" the two streams, "default" the repair of router and
-head.
+Tokens: uint16 [W, T]; without files the bundled texts are used. "search" weighs by importance in the
+written model (--effort fast does so in the reference: no worse); "feedback" adds error feedback, "descent" two rounds
+of coordinate descent, "correction" the two streams, "default" the repair of router and head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from mmquant.calibration.chat import load_template
 from mmquant.calibration.corpus import bundled, pack, read_sets
 from mmquant.calibration.forward import embed, final_logits, layer_forward
 from mmquant.calibration.gguf_paired import Streams
-from mmquant.calibration.gguf_quantizer import METHODS, Method, Report, quantize_head, quantize_layer
+from mmquant.calibration.gguf_quantizer import quantize_head, quantize_layer
+from mmquant.calibration.gguf_solve import METHODS, Method, Report
 from mmquant.calibration.hidden import HiddenStates
 from mmquant.calibration.windows import load_tokenizer
 from mmquant.convert.gguf_mix import find_mix, tensor_types

@@ -56,8 +56,8 @@ def encode_tensors(
             yield info.name, encode_nearest(Matrices(source, info), device)
 
 
-def encode_nearest(matrices: Matrices, device: torch.device | str) -> np.ndarray:
-    """uint8 bytes of a tensor, every weight at its nearest point of the searched grid."""
+def encode_nearest(matrices: Matrices, device: torch.device | str, importance: Tensor | None = None) -> np.ndarray:
+    """uint8 bytes of a tensor, every weight at its nearest point of the grid that is searched under importance [in]."""
     info, kind = matrices.info, GGMLType[matrices.info.type]
     out = np.empty((info.bytes // kind.row_bytes(info.shape[-1]), kind.row_bytes(info.shape[-1])), np.uint8)
     rows = info.shape[-2]
@@ -66,7 +66,7 @@ def encode_nearest(matrices: Matrices, device: torch.device | str) -> np.ndarray
         for start in range(0, len(chosen) * rows, block := row_block(info.shape[-1], device)):
             part = weights.view(-1, info.shape[-1])[start : start + block]
             first = chosen.start * rows + start
-            out[first : first + len(part)] = encode(part, kind).cpu().numpy()
+            out[first : first + len(part)] = encode(part, kind, importance).cpu().numpy()
     return out
 
 

@@ -15,9 +15,11 @@ from ..convert.minimax_m2 import Geometry
 from .calibrate import free_memory, layer_bytes
 from .forward import rows_at_once
 from .int4_layer import working_memory
+from .stream import batch_windows
 
 WEIGHT_COPIES, MOMENT_COPIES = 11, 8  # float32 copies of weights and of moments that a solve holds at once
 CPU_WORK = 1 << 29  # bytes of them on a CPU
+SMALLER = 4  # batches on a CPU, of those elsewhere in calibration: rows of a few MB are allocated without page faults
 USABLE = 0.9  # of what is free: the allocator's blocks have gaps
 # Bytes of activations: of a routed row by hidden and inner channel, of a token by hidden channel and by attention's.
 ROW_HIDDEN, ROW_INNER, TOKEN_HIDDEN, TOKEN_HEADS = 8, 18, 32, 8
@@ -37,6 +39,12 @@ class ExpertPlan:
     def chunks(self, experts: int) -> list[range]:
         """Ranges of experts that are calibrated one after the other."""
         return [range(start, min(experts, start + self.chunk)) for start in range(0, experts, self.chunk)]
+
+
+def text_batch(length: int, device: torch.device | str) -> int:
+    """Windows of `length` tokens that go through a layer at once."""
+    windows = batch_windows(length, device)
+    return max(1, windows // SMALLER) if torch.device(device).type == "cpu" else windows
 
 
 def pair_bytes(inputs: int) -> int:
@@ -91,3 +99,10 @@ def moment_memory(g: Geometry, dtype: torch.dtype, device: torch.device | str, t
         needed = (other + 2 * least) / USABLE + held
         raise ValueError(f"{device}: {free / 1e9:.1f} GB of memory are free, a layer needs {needed / 1e9:.1f} GB")
     return left
+
+
+def stream_place(g: Geometry, device: torch.device | str, moments: int, size: int) -> torch.device:
+    """Where `size` bytes of hidden states lie: on a GPU when all experts' moments fit into `moments` beside them."""
+    device = torch.device(device)
+    room = moments - g.experts * max(pair_bytes(g.hidden), pair_bytes(g.expert_width))
+    return device if device.type == "cuda" and size <= room else torch.device("cpu")

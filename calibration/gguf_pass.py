@@ -28,13 +28,11 @@ from ..convert.source import read_layer
 from ..quantize.ggml.codec import decode
 from ..quantize.ggml.types import GGMLType
 from .gguf_layer import Matrices, encode_nearest
-from .gguf_memory import moment_memory
+from .gguf_memory import moment_memory, stream_place, text_batch
 from .gguf_paired import Streams
-from .gguf_quantizer import METHODS, Report, quantize_head, quantize_layer
-from .hidden import HiddenStates
-from .stream import batch_windows
-
-SMALLER = 4  # batches on a CPU, of those elsewhere in calibration: rows of a few MB are allocated without page faults
+from .gguf_quantizer import quantize_head, quantize_layer
+from .gguf_solve import METHODS, Report
+from .hidden import RAM_LIMIT, HiddenStates
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,13 @@ class CalibratedRun:
         self.types = {tensor.name: tensor.type for step in self.steps for tensor in step}
         self.label, self.report = variant.label, Report()
         self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        windows, length = calibration.tokens.shape
-        batch = batch_windows(length, device)
+        g, (windows, length) = source.geometry, calibration.tokens.shape
+        size, batch = 2 * 4 * windows * length * g.hidden, text_batch(length, device)
         on_cpu = torch.device(device).type == "cpu"
-        if on_cpu:
-            batch = max(1, batch // SMALLER)
-        hidden = [HiddenStates(windows, length, source.geometry.hidden, folder=writer.folder) for _ in range(2)]
-        held = sum(states.bytes for states in hidden if on_cpu and not states.on_disk)
-        memory = moment_memory(source.geometry, self.dtype, device, batch * length, held)
+        memory = moment_memory(g, self.dtype, device, batch * length, size if on_cpu and size <= 2 * RAM_LIMIT else 0)
+        place = stream_place(g, device, memory, size)
+        hidden = [HiddenStates(windows, length, g.hidden, folder=writer.folder, device=place) for _ in range(2)]
+        memory -= 0 if place.type == "cpu" else size
         self.streams = Streams(hidden[0], hidden[1], batch, device, memory)
 
     def write(self) -> None:

@@ -21,7 +21,7 @@ from ..convert.gguf_metadata import Importance
 from ..convert.gguf_names import ATTENTION_TENSORS, EXPERT_TENSORS, split_block
 from ..convert.gguf_writer import TensorInfo
 from ..convert.imatrix import Imatrix, read_imatrix
-from ..convert.minimax_m2 import Geometry
+from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..convert.source import read_layer
 from ..quantize.ggml.codec import encode
 from ..quantize.ggml.types import GGMLType
@@ -29,7 +29,8 @@ from ..quantize.moments import Moments, check_moments, shrunk_diagonal
 from .gguf_layer import encode_tensors
 from .gguf_moments import PRIOR, Pair
 from .gguf_paired import cured, overflow_exponents
-from .gguf_quantizer import METHODS, ROLES, Method, solve
+from .gguf_quantizer import ROLES
+from .gguf_solve import METHODS, Method, Report, solve
 from .imatrix_export import moments_of
 from .live import default_dtype
 from .statistics_store import StoredStatistics, open_statistics
@@ -107,13 +108,13 @@ def open_stored(path: Path, source: Checkpoint, effort: str) -> Stored:
 
 
 def stored_tensors(
-    source: Checkpoint, stored: Stored, tensors: list[TensorInfo], device: torch.device | str
+    source: Checkpoint, stored: Stored, tensors: list[TensorInfo], device: torch.device | str, report: Report
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, bytes) of tensors of one step, in order."""
     layer = split_block(tensors[0].name)[0]
     kinds = {stem_of(info.name): GGMLType[info.type] for info in tensors}
     chosen = {name: kinds[name] for name in INPUT_OF if name in kinds}
-    ready = {} if layer is None else encode_layer(source, stored, layer, chosen, device)
+    ready = {} if layer is None else encode_layer(source, stored, layer, chosen, device, report)
     for info in tensors:
         data = ready.pop(stem_of(info.name), None)
         yield from [(info.name, data)] if data is not None else encode_tensors(source, [info], device)
@@ -125,18 +126,39 @@ def stem_of(name: str) -> str:
 
 
 def encode_layer(
-    source: Checkpoint, stored: Stored, layer: int, kinds: dict[str, GGMLType], device: torch.device | str
+    source: Checkpoint,
+    stored: Stored,
+    layer: int,
+    kinds: dict[str, GGMLType],
+    device: torch.device | str,
+    report: Report,
 ) -> dict[str, np.ndarray]:
     """Bytes of a layer's matrices by short name; experts that would overflow float16 are rescaled first."""
     moments = stored.moments(layer, source.geometry)
     weights = read_layer(source, layer, device, default_dtype(device))
-    weights = cured(weights, overflow_exponents(moments["ffn_down_exps"].sum32.to(device)))
+    return encode_matrices_of(weights, moments, kinds, stored.method, layer, report)
+
+
+def encode_matrices_of(
+    weights: LayerWeights,
+    moments: dict[str, Moments],
+    kinds: dict[str, GGMLType],
+    method: Method,
+    layer: int,
+    report: Report,
+) -> dict[str, np.ndarray]:
+    """Bytes of a layer's matrices by short name, each under its moments; experts may be rescaled (see the report)."""
+    middle = moments["ffn_down_exps"]
+    exponents = overflow_exponents(middle.sum32.to(weights.w1.device))
+    report.cured |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
+    report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
+    weights = cured(weights, exponents)
     out = {}
     for name, kind in kinds.items():
         role = ROLES[ATTENTION_TENSORS[name]] if name in ATTENTION_TENSORS else EXPERT_TENSORS[name]
         weight = getattr(weights, role)
         weight = weight.unsqueeze(0) if weight.dim() == 2 else weight
-        out[name] = encode_matrices(weight, kind, moments[name], stored.method)
+        out[name] = encode_matrices(weight, kind, moments[name], method)
     return out
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from mmquant.calibration.gguf_fast import FastRun
 from mmquant.calibration.gguf_layer import encode_tensors
 from mmquant.calibration.gguf_pass import CalibratedRun, Calibration
+from mmquant.calibration.gguf_solve import Report
 from mmquant.calibration.gguf_stored import Stored, stored_tensors
 from mmquant.convert.checkpoint import Checkpoint
 from mmquant.convert.files import write_whole
 from mmquant.convert.gguf_variant import GgufVariant
-from mmquant.convert.gguf_writer import GgufWriter
+from mmquant.convert.gguf_writer import GgufWriter, TensorInfo
 from mmquant.convert.lock import hold
 from mmquant.convert.manifest import FileEntry
 from mmquant.convert.source import CARRIED_FILES
@@ -48,7 +53,7 @@ def write_gguf(
     with hold(out):
         check_disk(out, sum(part.bytes for part in parts) - written_bytes(out), source)
         writer = GgufWriter(out, parts, run)
-        if isinstance(calibration, Calibration):
+        if isinstance(calibration, Calibration) and calibration.effort != "fast":
             CalibratedRun(source, variant, writer, calibration, device).write()
         else:
             write_steps(source, variant, writer, device, calibration)
@@ -75,16 +80,38 @@ def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
 
 
 def write_steps(
-    source: Checkpoint, variant: GgufVariant, writer: GgufWriter, device: torch.device | str, stored: Stored | None
+    source: Checkpoint,
+    variant: GgufVariant,
+    writer: GgufWriter,
+    device: torch.device | str,
+    calibration: Calibration | Stored | None,
 ) -> None:
-    """Everything that is still missing, a checkpoint after every step."""
+    """Everything that is still missing, a checkpoint after every step; at most one stream of text goes along."""
     steps = variant.steps(source.geometry)
     ends = [sum(len(step) for step in steps[: index + 1]) for index in range(len(steps))]
     first = next((index for index, end in enumerate(ends) if end > writer.done), len(steps))
+    make, report = maker(source, writer.folder, device, calibration)
     bar = tqdm(range(first, len(steps)), desc=variant.label, unit="step", initial=first, total=len(steps), delay=1)
     for step in bar:
         missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
-        made = stored_tensors(source, stored, missing, device) if stored else encode_tensors(source, missing, device)
-        for name, data in made:
+        for name, data in make(missing):
             writer.write(name, data)
         writer.checkpoint()
+        for line in report.of_layer(step - 1):
+            bar.write(line, file=sys.stderr)
+
+
+Make = Callable[[list[TensorInfo]], Iterable[tuple[str, np.ndarray]]]
+
+
+def maker(
+    source: Checkpoint, folder: Path, device: torch.device | str, calibration: Calibration | Stored | None
+) -> tuple[Make, Report]:
+    """What makes the bytes of one step's tensors, and its report."""
+    if isinstance(calibration, Calibration):
+        fast = FastRun(source, calibration.tokens, device, folder)
+        return fast.tensors, fast.report
+    report = Report()
+    if calibration is None:
+        return lambda missing: encode_tensors(source, missing, device), report
+    return lambda missing: stored_tensors(source, calibration, missing, device, report), report

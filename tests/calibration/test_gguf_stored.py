@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from calibration_cases import corpus, options
 from mmquant.calibration.gguf_moments import PRIOR
+from mmquant.calibration.gguf_solve import Report
 from mmquant.calibration.gguf_stored import Stored, encode_layer, open_stored
 from mmquant.calibration.imatrix_export import imatrix_of
 from mmquant.calibration.run import calibrate_into
@@ -64,14 +65,17 @@ def test_moments_give_less_loss_than_their_diagonals(source: Checkpoint, folder:
     weights, losses = read_layer(source, 1).w3, []
     moments = shrunk(stored.moments(1, source.geometry)["ffn_up_exps"], PRIOR)
     for known in (stored, open_stored(imatrix, source, "fast")):
-        error = decoded(encode_layer(source, known, 1, {"ffn_up_exps": Q3_K}, "cpu")["ffn_up_exps"], Q3_K) - weights
+        error = (
+            decoded(encode_layer(source, known, 1, {"ffn_up_exps": Q3_K}, "cpu", Report())["ffn_up_exps"], Q3_K)
+            - weights
+        )
         losses.append(((error @ moments) * error).sum((1, 2)))
     assert (losses[0] < 0.8 * losses[1]).all()
 
 
 def test_an_imatrix_weighs_the_search_of_each_expert(source: Checkpoint, imatrix: Path) -> None:
     stored = open_stored(imatrix, source, "fast")
-    found = encode_layer(source, stored, 0, {"ffn_down_exps": Q3_K}, "cpu")["ffn_down_exps"]
+    found = encode_layer(source, stored, 0, {"ffn_down_exps": Q3_K}, "cpu", Report())["ffn_down_exps"]
     importance = shrunk_diagonal(stored.moments(0, source.geometry)["ffn_down_exps"], PRIOR)
     for expert, weight in enumerate(read_layer(source, 0).w2):
         assert np.array_equal(found[expert], encode(weight, Q3_K, importance[expert]).numpy())
@@ -86,7 +90,9 @@ def test_an_expert_that_overflows_is_rescaled(
     known = stored.moments(1, source.geometry)
     loud = replace(known["ffn_down_exps"], sum32=torch.tensor([1.0, 200_000.0, 3.0]))
     monkeypatch.setattr(Stored, "moments", lambda *_: known | {"ffn_down_exps": loud})
-    made = encode_layer(source, stored, 1, {"ffn_up_exps": Q8_0, "ffn_down_exps": Q8_0}, "cpu")
+    report = Report()
+    made = encode_layer(source, stored, 1, {"ffn_up_exps": Q8_0, "ffn_down_exps": Q8_0}, "cpu", report)
+    assert report.cured == {(1, 1): 4}
     factor = torch.tensor([1.0, 16.0, 1.0]).view(-1, 1, 1)  # 200,000 / 16 < 65504 / 4
     weights = read_layer(source, 1)
     for name, written, weight in (("ffn_up_exps", factor, weights.w3), ("ffn_down_exps", 1 / factor, weights.w2)):
