@@ -6,6 +6,9 @@ e_j L_jk, L_jk = C_jk C_kk^-1, and its own error is measured by D_k = C_kk C_kk^
 https://arxiv.org/abs/2307.13304 (theorem 6), as in https://arxiv.org/abs/2402.04396. The order of super-blocks is
 free (it does not reach the file): those with the most energy go first. A super-block's scales are searched when its
 turn has come, on the weights that hold the errors made so far.
+
+On CUDA the products between super-blocks are TF32's: factors of 11 bits moved the objective by less than 1 % to either
+side, also where one direction holds nearly all energy, and these products are most of the arithmetic.
 """
 
 from __future__ import annotations
@@ -160,7 +163,8 @@ def sweep(state: State, known: Factor, layout: Layout, effort: Effort) -> None:
         source = state.weight[:, span]
         target = source.clone()
         if span.stop < state.weight.shape[1]:
-            target.baddbmm_(known.lower[:, span.stop :, span].mT, state.error[:, span.stop :])
+            with full_float32(False):
+                target.baddbmm_(known.lower[:, span.stop :, span].mT, state.error[:, span.stop :])
         fields = _searched(target, importance[:, span], layout, effort)
         block = new_block(layout, fields, metric[:, span])
         sweep_columns(block, target, source, state.decoded[:, span], known.lower[:, span, span])
@@ -183,7 +187,8 @@ def descend(state: State, known: Factor, layout: Layout) -> None:
         span = _span(place)
         fields, decoded, moments = state.fields[place], state.decoded[:, span], known.moments[:, span, span]
         assert fields is not None
-        pull = torch.bmm(known.moments[:, :, span].mT, state.error)  # (E H) of this super-block
+        with full_float32(False):
+            pull = torch.bmm(known.moments[:, :, span].mT, state.error)  # (E H) of this super-block
         fields = rescale(decoded, pull, moments, fields)
         block = new_block(layout, fields, diagonal[:, span])
         own = inverse[:, span.start // unit : span.stop // unit]

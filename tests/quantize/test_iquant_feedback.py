@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmquant.quantize.ggml import iquant_columns, iquant_feedback, iquants
-from mmquant.quantize.ggml.iquant_feedback import encode_with_feedback, factor
+from mmquant.quantize.ggml.iquant_feedback import Factor, encode_with_feedback, factor
 from mmquant.quantize.ggml.iquants_layout import DELTA, LAYOUTS, SUPER, unpack, values
 from mmquant.quantize.ggml.iquants_search import choose_torch
 from mmquant.quantize.ggml.types import GGMLType
@@ -158,6 +158,19 @@ def test_a_matrix_without_energy_is_rounded_plainly_and_does_not_touch_others() 
     for e in (1, 2):
         off = rows[e] - iquants.decode(data[e], kind, 256)
         assert float(off.square().sum()) < 0.2 * float(rows[e].square().sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gpu_is_as_good_as_the_cpu(kind: GGMLType) -> None:
+    second, rows = moments(2, 768, 200), weights(2, 150, 768)
+    known = factor(second, kind)
+    on_gpu = Factor(known.order.cuda(), known.lower.cuda(), known.metric.cuda(), known.moments.cuda())
+    for passes in (0, 2):
+        ours = encode_with_feedback(rows, kind, known, FAST, passes)
+        theirs = encode_with_feedback(rows.cuda(), kind, on_gpu, FAST, passes).cpu()
+        losses = [loss(rows - decoded(data, kind, rows.shape), second).sum() for data in (ours, theirs)]
+        assert losses[1] < 1.03 * losses[0]
 
 
 def test_zero_rows_and_one_row() -> None:
