@@ -19,7 +19,7 @@ from .iquant_columns import Block, unit_of
 from .iquants_layout import DELTA, SUPER, Layout, Signs
 
 LANES, WARPS = 128, 2  # two rows a thread share the loads of a point
-REGISTERS = 160  # of a thread at most: without a bound loads are hoisted until four warps fit where six do
+REGISTERS = 160  # of a thread at most: unbound, loads are hoisted into up to 255 of them, and fewer rows are resident
 FREE, PARITY, EACH, SHARED = (tl.constexpr(i) for i in range(4))  # rules of signs; delta of 8 columns, or of 32
 SHIFT = tl.constexpr(DELTA)
 
@@ -269,7 +269,8 @@ def _launch(
         *parts, block.scale, block.weight, sums, table, fields.code, fields.signs, fields.minus.view(torch.int8),
         matrix, own, rows, inner.start, values.stride(0), decoded.stride(0), matrix.stride(0), matrix.stride(1),
         own.stride(0), inverse is not None, _rule(layout), layout.group, unit_of(layout), layout.shared,
-        table.shape[0], squared.shape[1] // table.shape[0], SUPER, inner.stop - inner.start, LANES, num_warps=WARPS, maxnreg=REGISTERS,
+        table.shape[0], squared.shape[1] // table.shape[0], SUPER, inner.stop - inner.start, LANES,
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
