@@ -28,7 +28,7 @@ from ..quantize.ggml.types import GGMLType
 from ..quantize.moments import Moments, check_moments, shrunk_diagonal
 from .gguf_layer import encode_tensors
 from .gguf_moments import PRIOR, Pair
-from .gguf_paired import cured, overflow_exponents
+from .gguf_paired import overflow_exponents
 from .gguf_quantizer import ROLES
 from .gguf_solve import METHODS, Method, Report, solve
 from .imatrix_export import moments_of
@@ -147,12 +147,15 @@ def encode_matrices_of(
     layer: int,
     report: Report,
 ) -> dict[str, np.ndarray]:
-    """Bytes of a layer's matrices by short name, each under its moments; experts may be rescaled (see the report)."""
+    """Bytes of a layer's matrices by short name, each under its moments. Experts that would overflow float16 are
+    rescaled in `weights` and named in the report."""
     middle = moments["ffn_down_exps"]
     exponents = overflow_exponents(middle.sum32.to(weights.w1.device))
     report.cured |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
     report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
-    weights = cured(weights, exponents)
+    for expert in (exponents > 0).nonzero().flatten().tolist():  # in place: a layer is a third of a 24 GB card
+        weights.w3[expert] /= torch.exp2(exponents[expert])
+        weights.w2[expert] *= torch.exp2(exponents[expert])
     out = {}
     for name, kind in kinds.items():
         role = ROLES[ATTENTION_TENSORS[name]] if name in ATTENTION_TENSORS else EXPERT_TENSORS[name]
