@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import torch
 
-from mmquant.calibration import gguf_quantizer
+from mmquant.calibration import gguf_solve
 from mmquant.calibration.gguf_moments import Pair
-from mmquant.calibration.gguf_quantizer import METHODS, Method, experts_at_once, solve
+from mmquant.calibration.gguf_solve import METHODS, Method, experts_at_once, solve
 from mmquant.quantize.ggml import feedback, iquant_feedback
 from mmquant.quantize.ggml.codec import decode
 from mmquant.quantize.ggml.types import GGMLType
@@ -58,7 +58,7 @@ class Clock:
     def watch(self) -> Iterator[None]:
         """The parts of `solve` go through `timed`."""
         both = [(module, name) for module in (feedback, iquant_feedback) for name in ("factor", "encode_with_feedback")]
-        places = [(gguf_quantizer, "corrected"), (Method, "moments"), *both]
+        places = [(gguf_solve, "corrected"), (Method, "moments"), *both]
         before = [getattr(owner, name) for owner, name in places]
         for (owner, name), function in zip(places, before, strict=True):
             setattr(owner, name, self.timed(name, function))

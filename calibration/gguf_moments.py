@@ -150,4 +150,7 @@ def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Ten
     lower, good = cholesky(own + ridge)
     turn = torch.cholesky_solve((cross + ridge).mT, lower)
     good &= (mean > 0) & torch.isfinite(turn).flatten(1).all(1)
-    return torch.where(good.view(-1, 1, 1), weight @ turn.mT, weight)
+    turn.diagonal(dim1=1, dim2=2).sub_(1)
+    with full_float32(False):  # of what is added alone
+        change = weight @ turn.mT
+    return torch.where(good.view(-1, 1, 1), weight + change, weight)

@@ -98,6 +98,10 @@ def open_stored(path: Path, source: Checkpoint, effort: str) -> Stored:
         if effort != "fast":
             raise ValueError(f"{path}: an imatrix holds diagonals, which serve --effort fast only")
         return Stored(path, read_imatrix(path), effort)
+    if effort == "high":
+        raise ValueError(
+            f"{path}: holds sums; --effort high learns on the calibration tokens, expected default or fast"
+        )
     known = open_statistics(path)
     known.check(source.fingerprint, source.geometry.layers)
     if not known.full and effort != "fast":

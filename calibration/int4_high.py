@@ -19,52 +19,12 @@ from ..convert.files import replace_whole
 from ..convert.minimax_m2 import Geometry, LayerWeights
 from ..convert.source import Source, read_layer
 from ..quantize.int_grid import IntWeight, dequantize, join
-from ..quantize.learn import Schedule, Start
+from ..quantize.learn import Start, int_start, int_weight
 from ..quantize.repair import agreement, refit_bias, refit_gain, refit_linear
 from .forward import Observer, attention, layer_forward, moe, rms_norm, route
-from .hidden import HiddenStates
+from .hidden import HiddenStates, place_of
 from .int4_layer import QuantizedLayer
-from .int4_learn import Routed, learn_attention, learn_experts, routed_output, take
-
-LARGEST_WORK = 40 << 30
-LEARNING_BYTES = 34  # for each weight: values, shifts, their gradients, quantized values and theirs, temporaries
-
-
-@dataclass(frozen=True)
-class LearnOptions:
-    """Bounds: steps of sign-SGD, tokens of one step, tokens learned on at all, share of them held out; bytes.
-
-    batch   None: by the device, `tokens_a_step`
-    memory  None: 40 GiB, on cards below 80 GB half of what they have
-    move    of a code, that all steps together may move a weight at the start's rate
-    repair  see `repair`: each is on where it lowered the divergence on text of neither calibration nor evaluation
-    """
-
-    steps: int = 200
-    batch: int | None = None
-    tokens: int = 1 << 17
-    held_share: float = 0.1
-    memory: int | None = None
-    repair_norms: bool = False
-    repair_router: bool = True
-    repair_bias: bool = False
-    move: float = 0.3
-    seed: int = 0
-
-    @property
-    def schedule(self) -> Schedule:
-        """The rates fall to zero: all steps together move a weight by half of `move`; the start is compensated."""
-        return Schedule(self.steps, self.move / self.steps, 0.1 / self.steps)
-
-    def working_memory(self, device: torch.device) -> int:
-        """Bytes that learning may take beside the layer; never what is free at the time (int4_layer.py)."""
-        if self.memory is not None or device.type != "cuda":
-            return self.memory if self.memory is not None else LARGEST_WORK
-        return min(LARGEST_WORK, torch.cuda.get_device_properties(device).total_memory // 2)
-
-    def tokens_a_step(self, device: torch.device) -> int:
-        """Tokens of one step: a processor takes fewer, its time is their products."""
-        return self.batch if self.batch is not None else 4096 if device.type == "cuda" else 1024
+from .learn_layer import LearnOptions, Routed, learn_attention, learn_chunks
 
 
 @dataclass(frozen=True)
@@ -89,17 +49,21 @@ class ReferenceStream:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder, self.layer, self.hidden = folder, -1, None
 
-    def enter(self, source: Source, layer: int, quantized: HiddenStates, device: torch.device) -> HiddenStates:
-        """The stream entering `layer`: from memory, from what a killed run saved, or from the embedding (layer 0)."""
+    def enter(self, source: Source, layer: int, quantized: HiddenStates, like: Tensor) -> HiddenStates:
+        """The stream entering `layer`: from memory, from what a killed run saved, or from the embedding (layer 0).
+
+        like: any matrix of a layer in the dtype and on the device that compute.
+        """
         if self.hidden is None:
-            self.hidden = HiddenStates(*quantized.shape, folder=self.folder)
+            place = place_of(like.device, quantized.bytes)
+            self.hidden = HiddenStates(*quantized.shape, folder=self.folder, device=place)
             if layer and not self._load(layer):
                 raise ValueError(f"layer {layer}: the reference stream of the interrupted run is gone; start anew")
             if not layer:
                 self.hidden.all().copy_(quantized.all())
             self.layer = layer
         while self.layer < layer:
-            advance(read_layer(source, self.layer, device), source.geometry, self.hidden)
+            advance(read_layer(source, self.layer, like.device, like.dtype), source.geometry, self.hidden)
             self.layer += 1
         self._save()
         return self.hidden
@@ -122,7 +86,7 @@ class ReferenceStream:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        self.hidden.all().numpy().tofile(temporary)
+        self.hidden.all().cpu().numpy().tofile(temporary)
         replace_whole(temporary, path)
         old = self._path(self.layer - 2)
         if old is not None:
@@ -162,7 +126,16 @@ def learn_layer(
         plain |= repaired
         layer = dataclasses.replace(layer, **repaired)
         tokens = _routed(layer, geometry, entering, after)
-    experts, found["experts"] = learn_chunks(weights, first, tokens, train * length, options)
+
+    def starts(chosen: slice) -> dict[str, Start]:
+        rounded = first.compensated
+        return {
+            n: int_start(rounded[n][chosen].to(weights.w1.device), w.scales[chosen], w.bits)
+            for n, w in first.experts.items()
+        }
+
+    parts, found["experts"] = learn_chunks(weights, starts, tokens, train * length, options)
+    experts = {n: join([int_weight(part[n], w.bits) for part in parts]) for n, w in first.experts.items()}
     return dataclasses.replace(first, experts=experts, attention=attended, plain=plain, compensated={}), found
 
 
@@ -176,7 +149,9 @@ def _learn_attention(
     options: LearnOptions,
 ) -> tuple[dict[str, IntWeight], float]:
     """q, k, v, o so that the quantized stream leaves attention where the reference does."""
-    starts = {n: Start(first.compensated[n], w.scales, w.bits) for n, w in first.attention.items()}
+    starts = {
+        n: int_start(first.compensated[n].to(w.scales.device), w.scales, w.bits) for n, w in first.attention.items()
+    }
     wanted = middle - both.quantized
     learned = learn_attention(
         starts,
@@ -188,54 +163,8 @@ def _learn_attention(
         batch=max(1, options.tokens_a_step(middle.device) // middle.shape[1]),
         seed=options.seed,
     )
-    return learned.weights, learned.after / max(learned.before, 1e-30)
-
-
-def learn_chunks(
-    weights: LayerWeights, first: QuantizedLayer, tokens: Routed, train: int, options: LearnOptions
-) -> tuple[dict[str, IntWeight], float]:
-    """The experts, some at a time: each chunk is to give what its reference gives, and what is still unexplained.
-
-    tokens.target [N, H] is what all experts together should add; the first `train` rows are learned on.
-    """
-    device, count = weights.w1.device, weights.w1.shape[0]
-    batch = options.tokens_a_step(device)
-    matrices = {name: getattr(weights, name) for name in ("w1", "w3", "w2")}
-    left = tokens.target - _outputs(matrices, tokens, 0, batch)
-    each = LEARNING_BYTES * sum(m[0].numel() for m in matrices.values())
-    step = max(1, options.working_memory(device) // each)
-    parts, losses = [], []
-    for start in range(0, count, step):
-        chosen = slice(start, start + step)
-        mine = {name: matrix[chosen] for name, matrix in matrices.items()}
-        part = dataclasses.replace(tokens, target=left + _outputs(mine, tokens, start, batch))
-        starts = {
-            n: Start(first.compensated[n][chosen].to(device), w.scales[chosen], w.bits)
-            for n, w in first.experts.items()
-        }
-        held, trained = take(part, slice(train, None)), take(part, slice(0, train))
-        learned = learn_experts(
-            starts,
-            trained,
-            held,
-            options.schedule,
-            batch=batch,
-            first=start,
-            seed=options.seed,
-            dtype=weights.w1.dtype,
-        )
-        values = {n: dequantize(w).to(weights.w1.dtype) for n, w in learned.weights.items()}
-        left = part.target - _outputs(values, tokens, start, batch)
-        parts.append(learned.weights)
-        losses.append((learned.before, learned.after))
-    experts = {name: join([part[name] for part in parts]) for name in matrices}
-    return experts, losses[-1][1] / max(losses[0][0], 1e-30)
-
-
-@torch.no_grad()
-def _outputs(weights: dict[str, Tensor], tokens: Routed, first: int, batch: int) -> Tensor:
-    parts = [slice(s, s + batch) for s in range(0, tokens.x.shape[0], batch)]
-    return torch.cat([routed_output(weights, take(tokens, part), first) for part in parts])
+    attended = {n: int_weight(learned.weights[n], w.bits) for n, w in first.attention.items()}
+    return attended, learned.after / max(learned.before, 1e-30)
 
 
 def _routed(weights: LayerWeights, geometry: Geometry, middle: Tensor, after: Tensor) -> Routed:

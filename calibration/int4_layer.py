@@ -29,6 +29,7 @@ EFFORTS = ("fast", "default", "high")
 WORKING_MATRICES = 7  # float32 [O, I] or [I, I] matrices that a solve holds for each expert
 ATTENTION_BITS = 4  # of INT4 attention, also in layers whose experts keep more
 LARGEST_WORK = 16 << 30
+LARGE_CARD = 60e9
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class QuantizedLayer:
     attention  q_proj ...: IntWeight with codes [O, I]; empty unless attention is INT4
     plain      replaced norms, router or bias by LayerWeights field; empty when nothing changed
     values     [kv_heads * head_dim] what v's rows were divided by (AWQ, with INT4 attention); else None
-    compensated  what GPTQ rounded, by matrix name, for learning (on the CPU when the work is on CUDA); else empty
+    compensated  what GPTQ rounded, by matrix name, for learning (`compensated_place`); else empty
     """
 
     experts: dict[str, IntWeight]
@@ -156,8 +157,8 @@ def solve(
 ) -> Solved:
     """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I].
 
-    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning, on the CPU; without learning the
-    scales are refitted to the codes.
+    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning; without learning the scales are
+    refitted to the codes.
     """
     grid = options.grid
     if not options.compensated:
@@ -173,7 +174,13 @@ def solve(
     solved = quantize(weight, second, grid, options.damping, keep=options.learned)
     if solved.compensated is None:
         return dataclasses.replace(solved, weight=refit_scales(weight, solved.weight, second))
-    return dataclasses.replace(solved, compensated=solved.compensated.cpu())
+    return dataclasses.replace(solved, compensated=solved.compensated.to(compensated_place(weight.device)))
+
+
+def compensated_place(device: torch.device) -> torch.device:
+    """Where what GPTQ rounded waits for learning: on the device when its memory holds it (15 GB a layer of M2.7)."""
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > LARGE_CARD
+    return device if large else torch.device("cpu")
 
 
 def equalize_norm(

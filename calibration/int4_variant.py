@@ -108,7 +108,7 @@ class CalibratedInt4(Int4Variant):
         if inputs.hidden is None:
             raise ValueError("effort high works on the calibration tokens; stored statistics hold only sums")
         device = inputs.weights.w1.device
-        reference = self.reference.enter(source, inputs.layer, inputs.hidden, device)
+        reference = self.reference.enter(source, inputs.layer, inputs.hidden, inputs.weights.w1)
         both = streams(reference, inputs.hidden, self.learning, device)
         found, losses = learn_layer(inputs.weights, source.geometry, first, both, self.learning)
         self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))

@@ -1,4 +1,4 @@
-"""Many equal tensors read at once: one staging buffer, several readers, one copy to the device."""
+"""Many equal tensors read at once: one staging buffer, several readers, one copy to the device; and the way back."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def batches(count: int, size: int = BATCH) -> Iterator[range]:
     """0..count-1 in ranges of `size`."""
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
+
+
+def to_host(values: Tensor) -> Tensor:
+    """The values on the CPU, from CUDA through pinned memory (which later calls find again once it is free)."""
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values) if values.is_cuda else values
 
 
 def read_batch(store: ShardStore, infos: list[TensorInfo], dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..quantize.int_grid import IntWeight, map_parts
 from ..quantize.pack import pack_awq, pack_gptq, pack_gptq_zeros, pack_rows, pack_zeros_ct
 from . import compressed_tensors as ct
+from .batches import to_host
 from .folder_writer import TensorSpec
 
 PACKED_AT_ONCE = 16  # matrices: 1 GB of temporaries at M2.7's size
@@ -70,12 +71,8 @@ def batch_tensors(format: str, names: list[str], weight: IntWeight) -> dict[str,
         part = map_parts(weight, lambda values, start=start: values[start : start + PACKED_AT_ONCE])
         packed = _pack_quantized(part) if format == "compressed-tensors" else _pack_half(format, some, part)
         for suffix, values in packed.items():
-            found |= {name + suffix: value for name, value in zip(some, _on_host(values), strict=True)}
+            found |= {name + suffix: value for name, value in zip(some, to_host(values), strict=True)}
     return found
-
-
-def _on_host(values: Tensor) -> Tensor:
-    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values) if values.is_cuda else values
 
 
 def _pack_half(format: str, names: list[str], weight: IntWeight) -> dict[str, Tensor]:

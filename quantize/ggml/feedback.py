@@ -2,10 +2,9 @@
 
 With mean second moments H = L D L^T (L unit lower triangular) and E = W - Q, tr(E H E^T) is the sum over columns k of
 D_k |e_k + sum_{j>k} e_j L_jk|^2. Going from the last column to the first, column k is best rounded at
-w_k + sum_{j>k} e_j L_jk: GPTQ, written as LDLQ (https://arxiv.org/abs/2307.13304, theorem 6). Super-blocks may go in
-any
-order: those with the most energy first. The scales of a super-block are searched when its turn has come, on the weights
-that hold the errors made so far. Then rounds of coordinate descent on the same objective: the scales of every
+w_k + sum_{j>k} e_j L_jk: GPTQ, written as LDLQ (https://arxiv.org/abs/2307.13304, theorem 6). The order of super-blocks
+is free: those with the most energy go first. The scales of a super-block are searched when its turn has come, on the
+weights that hold the errors made so far. Then rounds of coordinate descent on the same objective: the scales of every
 super-block by least squares, every column again with all others held.
 Shapes: E matrices (experts) of R rows and n columns.
 """
@@ -134,7 +133,8 @@ def sweep_block(state: State, known: Factor, kind: GGMLType, place: int) -> None
     target = state.weight[span].clone()
     if span.stop < state.weight.shape[0]:
         errors = state.weight[span.stop :] - state.decoded[span.stop :]
-        target += times(errors, known.lower[:, span.stop :, span])
+        with full_float32(False):
+            target += times(errors, known.lower[:, span.stop :, span])
     experts = target.shape[1]
     importance = known.moments.diagonal(dim1=-2, dim2=-1)[:, span].contiguous()
     grid = search(target.flatten(1).T.contiguous(), kind, importance)
@@ -150,7 +150,8 @@ def descend_block(state: State, known: Factor, place: int) -> None:
     block = state.blocks[place]
     assert block is not None
     moments = known.moments[:, span, span]
-    pull = times(state.weight - state.decoded, known.moments[:, :, span])  # (E H) of this super-block [c, E, R]
+    with full_float32(False):
+        pull = times(state.weight - state.decoded, known.moments[:, :, span])  # (E H) of this super-block [c, E, R]
     decoded = state.decoded[span]
     block = refit(block, decoded, pull, moments)
     descend_columns(block, pull, decoded, moments)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmquant.calibration import gguf_memory
 from mmquant.calibration.gguf_moments import Pair
-from mmquant.calibration.gguf_quantizer import METHODS, Method, Report, experts_at_once, rows_at_once, solve
+from mmquant.calibration.gguf_solve import METHODS, Method, Report, experts_at_once, rows_at_once, solve
 from mmquant.quantize.ggml.codec import decode
 from mmquant.quantize.ggml.types import GGMLType
 
