@@ -24,7 +24,8 @@ from mmquant.calibration.gguf_memory import (
     solve_bytes,
 )
 from mmquant.calibration.gguf_paired import Streams
-from mmquant.calibration.gguf_quantizer import METHODS, Report, quantize_layer
+from mmquant.calibration.gguf_quantizer import quantize_layer
+from mmquant.calibration.gguf_solve import METHODS, Report
 from mmquant.calibration.hidden import HiddenStates
 from mmquant.convert.gguf_names import ATTENTION_TENSORS, EXPERT_TENSORS
 from mmquant.convert.minimax_m2 import Geometry, LayerWeights
