@@ -121,5 +121,6 @@ def quantize_experts(
         pass_experts(streams, streams.reference, weights, g)
     if method.learned:
         source = cured(weights, experts.exponents)
-        new, report.learned[layer] = learn_experts(streams, source, new, experts.wanted, g, kinds, out, LearnOptions())
+        options = LearnOptions(memory=streams.learning)
+        new, report.learned[layer] = learn_experts(streams, source, new, experts.wanted, g, kinds, out, options)
     return new

@@ -15,6 +15,7 @@ from ..convert.minimax_m2 import Geometry
 from .calibrate import free_memory, layer_bytes
 from .forward import rows_at_once
 from .int4_layer import working_memory
+from .learn_layer import LARGEST_WORK, LEARNING_BYTES
 from .stream import batch_windows
 
 WEIGHT_COPIES, MOMENT_COPIES = 11, 8  # float32 copies of weights and of moments that a solve holds at once
@@ -23,6 +24,7 @@ SMALLER = 4  # batches on a CPU, of those elsewhere in calibration: rows of a fe
 USABLE = 0.9  # of what is free: the allocator's blocks have gaps
 # Bytes of activations: of a routed row by hidden and inner channel, of a token by hidden channel and by attention's.
 ROW_HIDDEN, ROW_INNER, TOKEN_HIDDEN, TOKEN_HEADS = 8, 18, 32, 8
+LEARNED_HIDDEN = 24  # of a token that rounding is learned on: its input, what is wanted and what is left of it
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def activation_bytes(g: Geometry, device: torch.device | str, tokens: int) -> in
 
 
 def layer_peak(g: Geometry, dtype: torch.dtype, plan: ExpertPlan, work: int, activations: int) -> int:
-    """Bytes on the device while a layer is quantized."""
+    """Bytes on the device while a layer is quantized (without learning)."""
     return 2 * layer_bytes(g, dtype) + (plan.chunk + 1) * pair_bytes(g.hidden) + max(work, activations)
 
 
@@ -87,18 +89,48 @@ def plan_experts(g: Geometry, moments: int, work: int) -> ExpertPlan:
     return ExpertPlan(chunk - chunk % step, step)
 
 
-def moment_memory(g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0) -> int:
+def moment_memory(
+    g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0, learned: bool = False
+) -> int:
     """Bytes that moments may take beside everything else that a layer needs, by what is free now.
 
-    tokens: of a batch; held: bytes that will be taken and are not yet. Raises ValueError when one expert's do not fit.
+    tokens: of a batch; held: bytes that will be taken and are not yet; learned: what each weight would be alone is kept
+    for learning, a third layer. Raises ValueError when one expert's do not fit.
     """
     free = free_memory(device)
-    other = 2 * layer_bytes(g, dtype) + max(solve_memory(device), activation_bytes(g, device, tokens))
+    layers = (3 if learned else 2) * layer_bytes(g, dtype)
+    other = layers + max(solve_memory(device), activation_bytes(g, device, tokens))
     left, least = int((free - held) * USABLE) - other - pair_bytes(g.hidden), pair_bytes(g.hidden)
     if left < least:
         needed = (other + 2 * least) / USABLE + held
         raise ValueError(f"{device}: {free / 1e9:.1f} GB of memory are free, a layer needs {needed / 1e9:.1f} GB")
     return left
+
+
+def learning_memory(
+    g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0
+) -> int | None:
+    """Bytes that learning on `tokens` tokens may take beside what it works on, by the card alone; None on a CPU.
+
+    held: bytes that lie there beside the layer. The layer lies there three times, and with rescaled experts two of its
+    matrices once more. Raises ValueError when nothing is left.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    total = total_memory(device)
+    other = 11 * layer_bytes(g, dtype) // 3 + tokens * LEARNED_HIDDEN * g.hidden + held
+    left, least = int(total * USABLE) - other, LEARNING_BYTES["cuda"] * 3 * g.hidden * g.expert_width
+    if left < least:
+        needed = (other + least) / USABLE
+        raise ValueError(
+            f"{device}: --effort high needs a card of {needed / 1e9:.1f} GB, this has {total / 1e9:.1f} GB"
+        )
+    return min(left, LARGEST_WORK)
+
+
+def total_memory(device: torch.device | str) -> int:
+    """Bytes of a CUDA card."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def stream_place(g: Geometry, device: torch.device | str, moments: int, size: int) -> torch.device:

@@ -28,11 +28,12 @@ from ..convert.source import read_layer
 from ..quantize.ggml.codec import decode
 from ..quantize.ggml.types import GGMLType
 from .gguf_layer import Matrices, encode_nearest
-from .gguf_memory import moment_memory, stream_place, text_batch
+from .gguf_memory import learning_memory, moment_memory, stream_place, text_batch
 from .gguf_paired import Streams
 from .gguf_quantizer import quantize_head, quantize_layer
 from .gguf_solve import METHODS, Report
 from .hidden import RAM_LIMIT, HiddenStates
+from .learn_layer import LearnOptions
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,14 @@ class CalibratedRun:
         self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         g, (windows, length) = source.geometry, calibration.tokens.shape
         size, batch = 2 * 4 * windows * length * g.hidden, text_batch(length, device)
-        on_cpu = torch.device(device).type == "cpu"
-        memory = moment_memory(g, self.dtype, device, batch * length, size if on_cpu and size <= 2 * RAM_LIMIT else 0)
+        held = size if torch.device(device).type == "cpu" and size <= 2 * RAM_LIMIT else 0
+        memory = moment_memory(g, self.dtype, device, batch * length, held, self.method.learned)
         place = stream_place(g, device, memory, size)
         hidden = [HiddenStates(windows, length, g.hidden, folder=writer.folder, device=place) for _ in range(2)]
         memory -= 0 if place.type == "cpu" else size
-        self.streams = Streams(hidden[0], hidden[1], batch, device, memory)
+        tokens = min(windows * length, LearnOptions().tokens)
+        learning = learning_memory(g, self.dtype, device, tokens, size) if self.method.learned else None
+        self.streams = Streams(hidden[0], hidden[1], batch, device, memory, learning)
 
     def write(self) -> None:
         """All steps from the first that is missing."""
