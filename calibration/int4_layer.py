@@ -106,6 +106,7 @@ def quantize_layer(
         scale, plain = equalize_norm(weights, statistics, options)
     pools = (pooled(statistics.expert_in), pooled(mid))
     found: list[tuple[Solved, Solved]] = []
+    rounded = empty_rounded(weights) if options.learned else {}
     memory = options.memory if options.memory is not None else working_memory(device)
     for chosen in expert_chunks(weights, memory):
         part = slice(chosen.start, chosen.stop)
@@ -117,8 +118,10 @@ def quantize_layer(
             w3, w2 = w3 / between.unsqueeze(-1), w2 * between.unsqueeze(-2)
         second = solve(w2, mid, part, options, between, pools[1])
         first = solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0])
-        found.append((first, second))
-    experts, rounded = _joined(found, weights.w1.shape[1])
+        for names, solved in ((("w1", "w3"), first), (("w2",), second)):
+            keep_rounded(rounded, names, part, solved)
+        found.append((dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)))
+    experts = _joined(found, weights.w1.shape[1])
     report = make_report(layer, statistics, cure, found)
     attention: dict[str, IntWeight] = {}
     values = None
@@ -127,24 +130,32 @@ def quantize_layer(
         solved, changed, values = quantize_attention(weights, statistics, four, geometry)
         attention = {name: select(one.weight, 0) for name, one in solved.items()}
         plain |= changed
-        rounded |= {n: one.compensated[0] for n, one in solved.items() if one.compensated is not None}
+        place = compensated_place(device)
+        rounded |= {n: one.compensated[0].to(place) for n, one in solved.items() if one.compensated is not None}
     return QuantizedLayer(experts, attention, plain, report, values, rounded)
 
 
-def _joined(found: list[tuple[Solved, Solved]], width: int) -> tuple[dict[str, IntWeight], dict[str, Tensor]]:
-    """w1, w3, w2 of all chunks' solves (w1 and w3 stacked; w2), and what GPTQ rounded of them where it was kept."""
+def empty_rounded(weights: LayerWeights) -> dict[str, Tensor]:
+    """Room for what GPTQ rounds of all experts [E, O, I] float32, where it waits for learning."""
+    place = compensated_place(weights.w1.device)
+    return {name: torch.empty(getattr(weights, name).shape, device=place) for name in ("w1", "w3", "w2")}
+
+
+def keep_rounded(rounded: dict[str, Tensor], names: tuple[str, ...], part: slice, solved: Solved) -> None:
+    """What was rounded of a chunk's matrices, stacked by rows, goes to its place."""
+    if solved.compensated is not None:
+        for name, piece in zip(names, solved.compensated.chunk(len(names), 1), strict=True):
+            rounded[name][part] = piece
+
+
+def _joined(found: list[tuple[Solved, Solved]], width: int) -> dict[str, IntWeight]:
+    """w1, w3, w2 of all chunks' solves (w1 and w3 stacked; w2)."""
     weights: dict[str, list[IntWeight]] = {"w1": [], "w3": [], "w2": []}
     for first, second in found:
         weights["w1"].append(rows_of(first.weight, slice(0, width)))
         weights["w3"].append(rows_of(first.weight, slice(width, None)))
         weights["w2"].append(second.weight)
-    experts = {name: join(parts) for name, parts in weights.items()}
-    upper = [first.compensated for first, _ in found if first.compensated is not None]
-    lower = [second.compensated for _, second in found if second.compensated is not None]
-    if not upper:
-        return experts, {}
-    stacked = torch.cat(upper)
-    return experts, {"w1": stacked[:, :width], "w3": stacked[:, width:], "w2": torch.cat(lower)}
+    return {name: join(parts) for name, parts in weights.items()}
 
 
 def solve(
@@ -174,7 +185,7 @@ def solve(
     solved = quantize(weight, second, grid, options.damping, keep=options.learned)
     if solved.compensated is None:
         return dataclasses.replace(solved, weight=refit_scales(weight, solved.weight, second))
-    return dataclasses.replace(solved, compensated=solved.compensated.to(compensated_place(weight.device)))
+    return solved
 
 
 def compensated_place(device: torch.device) -> torch.device:
