@@ -26,6 +26,8 @@ from .gguf_paired import (
 from .gguf_solve import Method, Report, solve_part
 from .learn_layer import LearnOptions
 
+MOVE = 0.6  # of LearnOptions: better than 0.3 and 1 for Q2_K to Q4_K (docs/quality.md)
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -121,6 +123,6 @@ def quantize_experts(
         pass_experts(streams, streams.reference, weights, g)
     if method.learned:
         source = cured(weights, experts.exponents)
-        options = LearnOptions(memory=streams.learning)
+        options = LearnOptions(memory=streams.learning, move=MOVE)
         new, report.learned[layer] = learn_experts(streams, source, new, experts.wanted, g, kinds, out, options)
     return new
