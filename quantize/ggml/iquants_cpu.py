@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """The whole encoder of the I-quants for one super-block after another on CPU (numba).
 
 It does what `iquants.search_tensors` does, step by step, on as many super-blocks as fill the lanes. It may guess scales
@@ -12,9 +13,12 @@ import numba
 import numpy as np
 
 from .iquants_numba import lay, points_of, scratch, sign_bytes
-from .iquants_sweep import CHAINS, DELTA_EACH, WIDTH, loose, room_for, settle, sweep
+from .iquants_sweep import CHAINS, DELTA_EACH, HUGE, LANES, ONE, WIDTH, ZERO, loose, room_for, settle, sweep
+from .lanes import filled, larger, nearest_whole, smaller, where
+from .lanes_memory import load, store
 
-LARGEST = 65504.0
+LARGEST, TINY = 65504.0, np.float32(1e-30)
+_jit = numba.njit(cache=True, fastmath=True, nogil=True)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -28,32 +32,50 @@ def half(value):  # type: ignore[no-untyped-def]
     return math.ldexp(np.rint(mantissa * 2048.0), exponent - 11)
 
 
-@numba.njit(cache=True, nogil=True)
-def _guess(errors, reference, fan, spread, offset, step, top, level):  # type: ignore[no-untyped-def]
-    """Scale and levels from the error curves [S, blocks]: the super-scale of `spread` at which they lose least."""
-    blocks = reference.size
-    best = np.empty(blocks, np.float32)
-    for b in range(blocks):
-        best[b] = reference[b] * fan[np.argmin(errors[:, b])]
-    largest = best.max() / (offset + step * top)
-    width, last = fan[1] - fan[0], fan.size - 1.001
-    lowest, winner, trial = np.float32(np.inf), np.float32(0), np.zeros(blocks, np.int64)
+@_jit
+def _levels(wanted, unit, offset, step, top):  # type: ignore[no-untyped-def]
+    """The levels at which `unit` comes nearest to the wanted scales of blocks; lanes."""
+    level = nearest_whole((wanted / larger(unit, TINY) - offset) / step)
+    return smaller(larger(level, ZERO), top)
+
+
+@_jit
+def _losses(errors, reference, wanted, unit, fan, offset, step, top):  # type: ignore[no-untyped-def]
+    """Errors of blocks at the levels nearest to the wanted scales, linear between those that were tried; lanes."""
+    scale = unit * (offset + step * _levels(wanted, unit, offset, step, top))
+    place = (scale / larger(reference, TINY) - fan[0]) / (fan[1] - fan[0])
+    place, total = smaller(larger(place, ZERO), np.float32(fan.size - 1)), ZERO * unit
+    for k in range(fan.size):
+        total = total + larger(ONE - abs(place - np.float32(k)), ZERO) * load(errors, k * WIDTH, LANES)
+    return total
+
+
+@_jit
+def _guess(errors, reference, fan, spread, offset, step, top, blocks, scale, level):  # type: ignore[no-untyped-def]
+    """Scale [supers] and levels [16] from error curves [S, 16]: the super-scales of `spread` that lose least."""
+    relative, least = filled(ZERO, LANES), filled(HUGE, LANES)
+    for k in range(fan.size):
+        error = load(errors, k * WIDTH, LANES)
+        relative, least = where(error < least, fan[k], relative), smaller(least, error)
+    wanted, unit, losses = np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
+    ours = load(reference, 0, LANES)
+    store(wanted, 0, relative * ours)
+    lowest = np.full(scale.size, HUGE)
     for m in range(spread.size):
-        scale, total = largest * spread[m], np.float32(0)
-        for b in range(blocks):
-            wanted = (best[b] / max(scale, np.float32(1e-30)) - offset) / step
-            trial[b] = min(max(int(np.rint(wanted)), 0), top)
-            ratio = scale * (offset + step * trial[b]) / max(reference[b], np.float32(1e-30))
-            place = min(max((ratio - fan[0]) / width, 0.0), last)
-            left = int(place)
-            total += errors[left, b] + (errors[left + 1, b] - errors[left, b]) * (place - left)
-        if total < lowest:
-            lowest, winner = total, scale
-            level[:] = trial
-    return winner
+        for n in range(scale.size):
+            of = slice(n * blocks, (n + 1) * blocks)
+            unit[of] = wanted[of].max() / (offset + step * top) * spread[m]
+        store(losses, 0, _losses(errors, ours, relative * ours, load(unit, 0, LANES), fan, offset, step, top))
+        for n in range(scale.size):
+            loss = losses[n * blocks : (n + 1) * blocks].sum()
+            if loss < lowest[n]:
+                lowest[n], scale[n] = loss, unit[n * blocks]
+    for n in range(scale.size):
+        unit[n * blocks : (n + 1) * blocks] = scale[n]
+    store(level, 0, _levels(relative * ours, load(unit, 0, LANES), offset, step, top))
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@_jit
 def _refit(x, w, points, factor, delta, code, signs, minus):  # type: ignore[no-untyped-def]
     """Least-squares scale of one super-block for its points; x, w [blocks, shared], factor [blocks] of the scale."""
     group, pull, square = points.shape[1], np.float32(0), np.float32(0)
@@ -68,32 +90,43 @@ def _refit(x, w, points, factor, delta, code, signs, minus):  # type: ignore[no-
                 bend += w[b, i] * value * value
         pull += factor[b] * one
         square += factor[b] * factor[b] * bend
-    return pull / max(square, np.float32(1e-30))
+    return pull / max(square, TINY)
 
 
-@numba.njit(cache=True, nogil=True)
+@_jit
 def _fan_out(x, largest, fan, reference, scales):  # type: ignore[no-untyped-def]
     """Scales [S, 16] to try in each block of x, and what they are relative to."""
     for lane in range(x.shape[0]):
-        reference[lane] = np.abs(x[lane]).max() / largest
-        scales[:, lane] = reference[lane] * fan
+        peak = ZERO
+        for i in range(x.shape[1]):
+            peak = max(peak, abs(x[lane, i]))
+        reference[lane] = peak / largest
+        for k in range(fan.size):
+            scales[k, lane] = reference[lane] * fan[k]
 
 
-@numba.njit(cache=True, nogil=True)
-def _step_around(scale, level, near, offset, step, top, tried, scales):  # type: ignore[no-untyped-def]
-    """Levels [K, blocks] of one super-block to try, `near` its present ones, and the scales that they make."""
+@_jit
+def _step_around(unit, level, near, offset, step, top, tried, scales):  # type: ignore[no-untyped-def]
+    """Levels [K, 16] to try, `near` the present ones, and the scales that they make of the super-scales."""
+    now, times = load(level, 0, LANES), load(unit, 0, LANES)
     for k in range(tried.shape[0]):
-        for b in range(level.size):
-            tried[k, b] = min(max(level[b] + min(k, 2 * near) - near, 0), top)
-            scales[k, b] = scale * (offset + step * tried[k, b])
+        new = smaller(larger(now + np.float32(min(k, 2 * near) - near), ZERO), top)
+        store(tried, k * WIDTH, new)
+        store(scales, k * WIDTH, times * (offset + step * new))
 
 
-@numba.njit(cache=True, nogil=True)
+@_jit
 def _take_best(errors, tried, scales, best, level, scale):  # type: ignore[no-untyped-def]
     """The tried scale with the least error in each lane: its number, its level, itself."""
-    for lane in range(level.size):
-        k = np.argmin(errors[:, lane])
-        best[lane], level[lane], scale[lane] = k, tried[k, lane], scales[k, lane]
+    least, number, new, own = filled(HUGE, LANES), filled(ZERO, LANES), filled(ZERO, LANES), filled(ZERO, LANES)
+    for k in range(tried.shape[0]):
+        error, at = load(errors, k * WIDTH, LANES), k * WIDTH
+        lower = error < least
+        least, number = where(lower, error, least), where(lower, np.float32(k), number)
+        new, own = where(lower, load(tried, at, LANES), new), where(lower, load(scales, at, LANES), own)
+    store(best, 0, number)
+    store(level, 0, new)
+    store(scale, 0, own)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -113,29 +146,34 @@ def encode(  # type: ignore[no-untyped-def]
     if least[0].size % (CHAINS * WIDTH):
         tries += -tries % CHAINS
     wide, reference = np.zeros((fan.size, WIDTH), np.float32), np.zeros(WIDTH, np.float32)
-    narrow, tried = np.zeros((tries, WIDTH), np.float32), np.zeros((tries, WIDTH), np.int64)
-    level, best, chosen = np.zeros(WIDTH, np.int64), np.zeros(WIDTH, np.int64), np.zeros(WIDTH, np.float32)
+    narrow, tried = np.zeros((tries, WIDTH), np.float32), np.zeros((tries, WIDTH), np.float32)
+    level, best, chosen = np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.int16), np.zeros(WIDTH, np.float32)
+    scales, stored = np.zeros(WIDTH // blocks, np.float32), np.zeros(WIDTH, np.float32)
+    top, largest = np.float32(levels - 1), book.levels[-1]
     for start in range(0, count, WIDTH):
         of = slice(start, min(start + WIDTH, count))
         xs, ws, code, signs, minus = x[of], w[of], out_code[of], out_signs[of], out_minus[of]
         lay(xs, ws, rule, a, weight, odd)
-        _fan_out(xs, book.points.max(), fan, reference, wide)
+        _fan_out(xs, largest, fan, reference, wide)
         if guessing:
             loose(a, weight, wide, book, rule, delta, least)
         else:
             sweep(a, weight, wide, book, rule, delta, tables, least, place)
         settle(least, odd, rule, errors, second)
+        supers = len(xs) // blocks
+        _guess(errors, reference, fan, spread, offset, step, top, blocks, scales[:supers], level)
         for turn in range(rounds):
             for first in range(0, len(xs), blocks):
-                n, part = (start + first) // blocks, slice(first, first + blocks)
+                n, part = first // blocks, slice(first, first + blocks)
                 if turn:
-                    factor = (offset + step * level[part]).astype(np.float32)
-                    scale = _refit(xs[part], ws[part], book.points, factor, delta, code[part], signs[part], minus[part])
-                else:
-                    scale = _guess(errors[:, part], reference[part], fan, spread, offset, step, levels - 1, level[part])
-                out_scale[n] = half(scale * unit[n])
-                scale = np.float32(out_scale[n] / unit[n])
-                _step_around(scale, level[part], near, offset, step, levels - 1, tried[:, part], narrow[:, part])
+                    factor = offset + step * level[part]
+                    scales[n] = _refit(
+                        xs[part], ws[part], book.points, factor, delta, code[part], signs[part], minus[part]
+                    )
+                at = start // blocks + n
+                out_scale[at] = half(scales[n] * unit[at])
+                stored[part] = out_scale[at] / unit[at]
+            _step_around(stored, level, near, offset, step, top, tried, narrow)
             sweep(a, weight, narrow, book, rule, delta, tables, least[:tries], place[:tries])
             settle(least[:tries], odd, rule, errors[:tries], second[:tries])
             _take_best(errors[:tries], tried, narrow, best, level, chosen)

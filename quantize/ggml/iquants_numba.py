@@ -131,7 +131,7 @@ def search(x, w, scales, book, rule, delta, out_errors, chosen, code, signs, min
     (count, shared), steps = x.shape, scales.shape[1]
     a, weight, odd, least, place, errors, second = scratch(shared, book.points.shape[1], rule, steps)
     tables, taken = room_for(book), np.zeros((WIDTH, code.shape[1]), np.bool_)
-    lanes, chosen_scale = np.zeros((steps, WIDTH), np.float32), np.zeros(WIDTH, np.float32)
+    lanes, scale, best = np.zeros((steps, WIDTH), np.float32), np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.int16)
     for start in range(0, count, WIDTH):
         stop = min(start + WIDTH, count)
         size, of = stop - start, slice(start, stop)
@@ -143,9 +143,10 @@ def search(x, w, scales, book, rule, delta, out_errors, chosen, code, signs, min
         if chosen.size == 0:
             continue
         for b in range(size):
-            chosen[start + b] = np.argmin(errors[:, b])
-            chosen_scale[b] = lanes[chosen[start + b], b]
-        points_of(a, weight, chosen_scale, chosen[of], book, rule, delta, place, second, code[of], taken)
+            best[b] = np.argmin(errors[:, b])
+            scale[b] = lanes[best[b], b]
+        chosen[of] = best[:size]
+        points_of(a, weight, scale, best, book, rule, delta, place, second, code[of], taken)
         if rule >= DELTA_EACH:
             minus[of] = taken[:size]
         else:
