@@ -93,14 +93,14 @@ def errors(kinds: list[GGMLType]) -> None:
         print(f"| {kind.name} | {' | '.join(cells)} | {means} |", flush=True)
 
 
-def cpu_seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """The least processor time of a few calls."""
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        call()
-        best = min(best, time.process_time() - start)
+def cpu_seconds(calls: list[Callable[[], object]], rounds: int = 12) -> list[float]:
+    """The least processor time of each call. They take turns: a machine that is busy for a while slows all alike."""
+    best = [float("inf")] * len(calls)
+    for turn in range(rounds + 1):  # the first one is not counted
+        for i, call in enumerate(calls):
+            start = time.process_time()
+            call()
+            best[i] = min(best[i], time.process_time() - start if turn else float("inf"))
     return best
 
 
@@ -112,7 +112,7 @@ def cpu(kinds: list[GGMLType]) -> None:
     print("| type | first call, s | ggml plain | ggml weighted | fast plain | plain | fast | default | high | decode |")
     print("| --- |" + " --- |" * 9)
     for kind in kinds:
-        rows = weights if kind in FORMS else weights[:32]
+        rows = weights if kind in FORMS else weights[:64]
         start = time.process_time()
         data = codec.encode(rows[:2], kind)
         first = time.process_time() - start
@@ -124,7 +124,7 @@ def cpu(kinds: list[GGMLType]) -> None:
         calls += [lambda k=kind, r=rows, e=e: codec.encode(r, k, importance, e) for e in EFFORTS]
         data = codec.encode(rows, kind)
         calls.append(lambda k=kind, d=data: codec.decode(d, k, 1536))
-        speeds = " | ".join(f"{rows.numel() / cpu_seconds(call) / 1e6:.1f}" for call in calls)
+        speeds = " | ".join(f"{rows.numel() / seconds / 1e6:.1f}" for seconds in cpu_seconds(calls))
         print(f"| {kind.name} | {first:.1f} | {speeds} |", flush=True)
 
 

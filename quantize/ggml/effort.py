@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from .grid import FORMS, Form
 from .starts import LEVEL_STARTS, RANGE_STARTS
 from .types import GGMLType
 
+_ROUNDED = (GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1)
 _SPREAD = 0.15  # share by which the largest stored integer of a block may miss the end of its range
 
 
@@ -24,6 +25,8 @@ class Effort:
     refits   rounds of nearest levels and least squares on the best of them
     supers   candidates of d (and dmin)
     rounds   rounds of refitting the stored integers and d to the levels they give
+    plain    where there is no importance, starts of the types that ggml only rounds then, and nothing else is tried;
+             0: they are searched as ever
     """
 
     levels: int = 10
@@ -32,9 +35,10 @@ class Effort:
     refits: int = 1
     supers: int = 32
     rounds: int = 2
+    plain: int = 0
 
 
-EFFORTS = {"fast": Effort(6, 2, 6, 1, 8, 1), "default": Effort(), "high": Effort(32, 32, 32, 2, 64, 4)}
+EFFORTS = {"fast": Effort(6, 2, 6, 1, 8, 1, 3), "default": Effort(), "high": Effort(32, 32, 32, 2, 64, 4)}
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,11 @@ class Plan:
     rounds: int
 
 
-def plan(kind: GGMLType, effort: Effort) -> Plan:
-    """What `effort` means for `kind`."""
+def plan(kind: GGMLType, effort: Effort, weighted: bool = True) -> Plan:
+    """What `effort` means for `kind`, with importance or without."""
     form = FORMS[kind]
+    if effort.plain and kind in _ROUNDED and not weighted:
+        effort = replace(effort, levels=effort.plain, ranges=effort.plain, refits=0, rounds=0)
     if form.minimums is None:
         count = effort.eights if kind is GGMLType.Q8_0 else effort.levels
         tries = [(1 / level, 0.0) for level in LEVEL_STARTS[kind][:count]]

@@ -26,7 +26,7 @@ def search_rows(rows: Tensor, kind: GGMLType, importance: Tensor | None, effort:
     if kind is GGMLType.MXFP4:
         exponents, codes = search_exponents(blocks)
         return Grid(kind, exponents.view(len(rows), rows.shape[1] // kind.block_columns)), codes.view(rows.shape)
-    search = plan(kind, effort)
+    search = plan(kind, effort, importance is not None)
     form, wide = search.form, (len(rows), rows.shape[1] // kind.block_columns)
     fine = (len(rows), rows.shape[1] // form.sub)
     found = empty(blocks, kind.block_columns // form.sub)

@@ -99,6 +99,21 @@ def test_steps_of_single_blocks_come_close_to_the_best_float16(kind: GGMLType, d
     assert our_error(rows, kind, importance) < default * best
 
 
+@pytest.mark.parametrize("kind", [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1], ids=lambda k: k.name)
+def test_what_ggml_rounds_is_hardly_searched_by_fast_without_importance(kind: GGMLType) -> None:
+    ggml_lib.need()
+    search, weighted = plan(kind, EFFORTS["fast"], False), plan(kind, EFFORTS["fast"])
+    assert (len(search.tries), search.refits, search.rounds) == (3, 0, 0)
+    assert (len(weighted.tries), weighted.refits, weighted.rounds) == (6, 1, 1)
+    tiny = normal(7, 5, COLUMNS) * 2.0**-26  # hardly above the least float16
+    for rows, most in ((rows_of("gaussian"), 0.92), (rows_of("heavy"), 0.98), (rows_of("demo"), 0.92), (tiny, 1)):
+        theirs = error(rows, ggml_lib.decode(ggml_lib.encode(rows, kind), kind, rows.shape[1]), None)
+        fast = our_error(rows, kind, None, "fast")
+        assert our_error(rows, kind) <= fast <= most * theirs
+    rows = rows_of("demo")
+    assert codec.encode(rows, kind, torch.ones(rows.shape[1]), "fast").ne(codec.encode(rows, kind, None, "fast")).any()
+
+
 @pytest.mark.parametrize("kind", list(RANGE_STARTS), ids=lambda k: k.name)
 def test_starts_cut_off_the_range_where_they_say(kind: GGMLType) -> None:
     least, most, top = -3.0, 5.0, FORMS[kind].levels[-1]
