@@ -42,7 +42,7 @@ class FusedCollector(Collector):
         if self.plain:
             super().experts(x, h, y, token, slot, offsets)
             return
-        from ..quantize.moments_triton import column_sums, segment_sums
+        from ..quantize.moments_triton import column_sums, row_norms, segment_sums
 
         ends = torch.tensor(offsets, dtype=torch.int32, device=x.device)
         share = self.share[token, slot].contiguous()
@@ -57,8 +57,7 @@ class FusedCollector(Collector):
             return
         wide = column_sums(x, share, ends, scaled_x)
         if self.first:
-            norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32)
-            self.saliency += segment_sums(norm * self.routing.weights[token, slot], ends)[0]
+            self.saliency += segment_sums(row_norms(y) * self.routing.weights[token, slot], ends)[0]
             self.weight4 += segment_sums(share.square(), ends)[1]
             self._fold(self.expert_in, wide, ends, share)
             self._fold(self.expert_mid, mid, ends, share)

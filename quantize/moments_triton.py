@@ -200,3 +200,22 @@ def mirror(total: Tensor) -> None:
     tiles = triton.cdiv(total.shape[1], 64)
     launch: Any = _mirror_kernel[(tiles, tiles, total.shape[0])]  # type: ignore[reportIndexIssue]
     launch(total, total.shape[1], T=64, num_warps=8)
+
+
+@triton.jit
+def _norm_kernel(y, out, n, C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((C,), tl.float32)
+    for first in range(0, n, C):
+        column = first + tl.arange(0, C)
+        value = tl.load(y + row * n + column, mask=column < n, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(out + row, tl.sqrt(tl.sum(total, 0)))
+
+
+def row_norms(y: Tensor) -> Tensor:
+    """Euclidean length [R] float32 of rows y [R, n]."""
+    out = torch.empty(len(y), dtype=torch.float32, device=y.device)
+    if len(y):
+        _norm_kernel[(len(y),)](y.contiguous(), out, y.shape[1], C=1024, num_warps=4)
+    return out

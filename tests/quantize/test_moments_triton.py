@@ -76,3 +76,10 @@ def test_segment_sums() -> None:
     for e, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         torch.testing.assert_close(sums[e], share[start:stop].sum(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(squares[e], share[start:stop].square().sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(0, 5), (1, 1), (7, 1023), (3, 2500)])
+def test_row_norms(rows: int, inputs: int) -> None:
+    y = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(inputs)).to(DEVICE, DTYPE)
+    found = moments_triton.row_norms(y).cpu()
+    assert torch.allclose(found, y.cpu().double().norm(dim=1).float(), rtol=1e-5)
