@@ -22,8 +22,10 @@ import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import torch
 
 from mmquant.calibration import gguf_solve
+from mmquant.calibration.gguf_memory import plan_experts, solve_memory
 from mmquant.calibration.gguf_moments import Pair
-from mmquant.calibration.gguf_solve import METHODS, Method, experts_at_once, solve
+from mmquant.calibration.gguf_solve import METHODS, Method, solve
+from mmquant.convert.minimax_m2 import Geometry
 from mmquant.quantize.ggml import feedback, iquant_feedback
 from mmquant.quantize.ggml.codec import decode
 from mmquant.quantize.ggml.types import GGMLType
@@ -88,8 +90,10 @@ def loss(data: torch.Tensor, weight: torch.Tensor, pair: Pair, kind: GGMLType) -
     return float(((error @ pair.own[0]) * error).sum() / ((target @ pair.own[0]) * target).sum())
 
 
-def measure(kind: GGMLType, weight: torch.Tensor, pair: Pair, method: Method, device: str) -> tuple[Clock, float, str]:
-    """(clock with "all" in it, relative loss, line about memory) of one solve."""
+def measure(
+    kind: GGMLType, weight: torch.Tensor, pair: Pair, method: Method, step: int, device: str
+) -> tuple[Clock, float, str]:
+    """(clock with "all" in it, relative loss, line about memory) of one solve, `step` experts at a time."""
     own, cross, rows, count = (part[:2].contiguous() for part in (pair.own, pair.cross, pair.weight, pair.rows))
     small = Pair(own, cross, rows, count)
     solve(weight[:2, :64].contiguous(), kind, small, method)  # kernels are compiled
@@ -100,7 +104,7 @@ def measure(kind: GGMLType, weight: torch.Tensor, pair: Pair, method: Method, de
         held = torch.cuda.memory_allocated()
     with clock.watch():
         start = clock.now()
-        data, _ = solve(weight, kind, pair, method)
+        data, _ = solve(weight, kind, pair, method, step)
         clock.seconds["all"] = clock.now() - start
     if device == "cuda":
         memory = f"{held / 2**30:.1f} + {(torch.cuda.max_memory_allocated() - held) / 2**30:.1f}"
@@ -117,6 +121,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     device, hidden, width = options.device, options.hidden, options.width
+    shape = Geometry(LAYERS, hidden, 48, 8, 128, options.experts, 8, width, 200064, 64, 5e6, 1e-6, 196608)
+    step = plan_experts(shape, 1 << 62, solve_memory(device)).step
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}; {options.experts} experts of {hidden} x {width}; seconds")
     head = ["correct", "factor", "columns", "all", f"{LAYERS} layers"]
@@ -129,11 +135,10 @@ def main() -> None:
         for kind in options.kind:
             for passes in options.passes:
                 method = replace(METHODS["default"], passes=passes)
-                at_once = min(options.experts, experts_at_once(weight))
-                clock, lost, memory = measure(GGMLType[kind], weight, pair, method, device)
+                clock, lost, memory = measure(GGMLType[kind], weight, pair, method, step, device)
                 seconds = [clock.part(part) for part in PARTS]
                 seconds += [clock.seconds["all"], LAYERS * clock.seconds["all"]]
-                row = f"{kind:8} {role:6} {passes:6} {at_once:7} " + " ".join(f"{s:9.2f}" for s in seconds)
+                row = f"{kind:8} {role:6} {passes:6} {step:7} " + " ".join(f"{s:9.2f}" for s in seconds)
                 print(f"{row}  {lost:.6f}  {memory}", flush=True)
                 sums[kind, passes] = sums.get((kind, passes), 0.0) + clock.seconds["all"]
         del weight, pair

@@ -76,11 +76,14 @@ class Report:
             yield f"layer {layer}: experts {', '.join(unseen)} saw no token, the layer's pooled moments stand in"
 
 
-def solve(weight: Tensor, kind: GGMLType, pair: Pair, method: Method) -> tuple[np.ndarray, Tensor]:
-    """Bytes [E, O, b] uint8 and values [E, O, n] (of weight's dtype) of E matrices [E, O, n], a few at a time."""
+def solve(
+    weight: Tensor, kind: GGMLType, pair: Pair, method: Method, step: int | None = None
+) -> tuple[np.ndarray, Tensor]:
+    """Bytes [E, O, b] uint8 and values [E, O, n] (of weight's dtype) of E matrices [E, O, n], `step` at a time."""
     experts, rows, n = weight.shape
     out, values, pair = np.empty((experts, rows, kind.row_bytes(n)), np.uint8), torch.empty_like(weight), pair.pooled()
-    for start in range(0, experts, step := experts_at_once(weight)):
+    step = step if step is not None else experts_at_once(weight)
+    for start in range(0, experts, step):
         part = slice(start, start + step)
         out[part], values[part], _ = solve_part(weight[part], kind, pair, part, method)
     return out, values
