@@ -17,11 +17,9 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._before: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        self._before |= inputs - set(self._live)
         out = func(*args, **(kwargs or {}))
         self._live = {key: one for key, one in self._live.items() if not one[0].expired()}
         for tensor in tree_iter(out):
