@@ -1,6 +1,6 @@
 """One layer of M2.7's size from FP8 files to INT4 files, each part beside its floor, and the step as it is shipped.
 
-    python bench/int4_whole.py [--tokens 524288] [--device cuda] [--folder DIR]
+    python bench/int4_whole.py [--tokens 524288] [--effort high] [--device cuda] [--folder DIR]
 
 Writes a checkpoint of two layers with random weights (7.4 GB) into a temporary folder (on --folder's disk), then with
 the first: read FP8, dequantize, forward of all tokens, moments, solve, pack, write. Reading is from the page cache; the
@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -184,11 +185,22 @@ def parts(source: Checkpoint, live: LivePass, variant: CalibratedInt4, folder: P
 
 def shipped(source: Checkpoint, live: LivePass, variant: CalibratedInt4, folder: Path, clock: Clock) -> float:
     """Seconds of the second layer's step as `mmquant int4` runs it."""
+    if torch.device(live.options.device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     steps = prepare(source, variant).steps
     writer = FolderWriter(folder, steps, {})
     for step in (0, 1):
         writer.write(step, step_tensors(source, variant, step, live.options.device, live))
     return clock(lambda: writer.write(2, step_tensors(source, variant, 2, live.options.device, live)))
+
+
+def show(found: dict[str, float], least: dict[str, float]) -> None:
+    """The table."""
+    print(f"{'part':28} {'seconds':>9} {'floor':>9}")
+    for name, taken in found.items():
+        print(f"{name:28} {taken:9.3f} {least[name]:9.3f}")
+    print(f"{'sum':28} {sum(found.values()):9.3f} {sum(least.values()):9.3f}")
 
 
 def arguments() -> argparse.Namespace:
@@ -199,6 +211,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=usual)
     for name, (usual, words) in RATES.items():
         parser.add_argument(f"--{name}", type=float, default=usual, help=f"{words}, for the floors")
+    parser.add_argument("--effort", choices=["default", "high"], default="default", help="high: the shipped step alone")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, help="where the temporary folder lies")
     return parser.parse_args()
@@ -214,21 +227,19 @@ def main() -> None:
         tokens = torch.randint(0, 1024, (a.tokens // a.context, a.context), generator=torch.Generator().manual_seed(0))
         corpus = Corpus(tokens, torch.zeros(len(tokens), dtype=torch.int64), ("random",), {})
         options = PassOptions(device=a.device, dtype=default_dtype(a.device))
-        variant = CalibratedInt4(a.group, options=Int4Options(grid=Grid(4, a.group)), report=lambda line: None)
+        high = a.effort == "high"
+        chosen = Int4Options(grid=Grid(4, a.group), effort=a.effort)
+        variant = CalibratedInt4(a.group, options=chosen, report=lambda line: None)
         for name in ("parts", "whole"):
             (folder / name).mkdir()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        found = parts(source, LivePass(source, corpus, options), variant, folder / "parts", clock)
-        written = sum(s.bytes for s in variant.specs(source, 0))
-        least = floors(source.geometry, source, tokens.numel(), written, {name: getattr(a, name) for name in RATES})
-        print(f"{'part':28} {'seconds':>9} {'floor':>9}")
-        for name, taken in found.items():
-            print(f"{name:28} {taken:9.3f} {least[name]:9.3f}")
-        print(f"{'sum':28} {sum(found.values()):9.3f} {sum(least.values()):9.3f}")
-        if cuda:
-            torch.cuda.empty_cache()
-        whole = shipped(source, LivePass(source, corpus, options), variant, folder / "whole", clock)
+        if high:
+            options = replace(options, propagate="quantized")
+        else:
+            found = parts(source, LivePass(source, corpus, options), variant, folder / "parts", clock)
+            written = sum(s.bytes for s in variant.specs(source, 0))
+            least = floors(source.geometry, source, tokens.numel(), written, {name: getattr(a, name) for name in RATES})
+            show(found, least)
+        whole = shipped(source, LivePass(source, corpus, options, hidden=high), variant, folder / "whole", clock)
         print(f"the shipped step {whole:.3f} s, {LAYERS} layers {LAYERS * whole:.0f} s (limit 300)")
         if cuda:
             print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB by the allocator")

@@ -28,7 +28,7 @@ class LearnOptions:
     """Bounds: steps of sign-SGD, tokens of one step, tokens learned on at all, share of them held out; bytes.
 
     batch   None: by the device, `tokens_a_step`
-    memory  None: 40 GiB, on cards below 80 GB half of what they have
+    memory  None: 40 GiB, on a card a quarter of what it has at most
     move    of a code, that all steps together may move a weight at the start's rate
     repair  see `repair`: each is on where it lowered the divergence on text of neither calibration nor evaluation
     """
@@ -53,7 +53,7 @@ class LearnOptions:
         """Bytes that learning may take beside the layer; never what is free at the time (int4_layer.py)."""
         if self.memory is not None or device.type != "cuda":
             return self.memory if self.memory is not None else LARGEST_WORK
-        return min(LARGEST_WORK, torch.cuda.get_device_properties(device).total_memory // 2)
+        return min(LARGEST_WORK, torch.cuda.get_device_properties(device).total_memory // 4)
 
     def tokens_a_step(self, device: torch.device) -> int:
         """Tokens of one step: a processor takes fewer, its time is their products."""

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS = 32, 128  # tile of the column sums; columns a multiple of 32
+PEAK_ROWS = 256  # of a program of the peaks
 GRAM = (128, 256, 64, 3)  # x^T x: tile height and width, rows at once, stages; measured on an H200
 
 
@@ -219,3 +220,25 @@ def row_norms(y: Tensor) -> Tensor:
     if len(y):
         _norm_kernel[(len(y),)](y.contiguous(), out, y.shape[1], C=1024, num_warps=4)
     return out
+
+
+@triton.jit
+def _peak_kernel(x, out, rows, n, R: tl.constexpr, C: tl.constexpr):
+    part, column = tl.program_id(1), tl.program_id(0) * C + tl.arange(0, C)
+    inside = column < n
+    peak = tl.zeros((C,), tl.float32)
+    for step in range(R):
+        row = tl.minimum(part.to(tl.int64) * R + step, rows - 1)
+        size = tl.abs(tl.load(x + row * n + column, mask=inside, other=0.0).to(tl.float32))
+        peak = tl.maximum(peak, tl.where(size < float("inf"), size, float("inf")))  # NaN compares false
+    tl.store(out + part.to(tl.int64) * n + column, peak, mask=inside)
+
+
+def column_peaks(x: Tensor) -> Tensor:
+    """Largest magnitude [n] float32 of each column of x [R, n]; infinity where one is not finite."""
+    rows, n = x.shape
+    out = torch.zeros(max(1, -(-rows // PEAK_ROWS)), n, dtype=torch.float32, device=x.device)
+    if rows:
+        grid = (-(-n // 512), len(out))
+        _peak_kernel[grid](x.contiguous(), out, rows, n, R=PEAK_ROWS, C=512, num_warps=4)
+    return out.amax(0)

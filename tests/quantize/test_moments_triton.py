@@ -83,3 +83,14 @@ def test_row_norms(rows: int, inputs: int) -> None:
     y = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(inputs)).to(DEVICE, DTYPE)
     found = moments_triton.row_norms(y).cpu()
     assert torch.allclose(found, y.cpu().double().norm(dim=1).float(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(0, 5), (1, 1), (257, 513), (600, 30)])
+def test_column_peaks(rows: int, inputs: int) -> None:
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(inputs)).to(DEVICE, DTYPE)
+    wanted = x.cpu().float().abs().amax(0) if rows else torch.zeros(inputs)
+    assert torch.equal(moments_triton.column_peaks(x).cpu(), wanted)
+    for index, bad in enumerate((float("nan"), float("inf"), -float("inf"))):
+        if rows > 1:
+            x[rows - 1, index] = bad
+            assert moments_triton.column_peaks(x)[index] == float("inf")
