@@ -137,7 +137,7 @@ def encode(  # type: ignore[no-untyped-def]
     """Fields of N super-blocks of B blocks.
 
     x, w [N * B, shared] and unit [N] as in `iquants.Scaled`; fan [S], S a multiple of four; spread [M]
-    guessing: by `loose`
+    guessing: scales by `loose`, not with PARITY
     out_scale [N] float32 (an fp16 number), level [N * B], code [N * B, groups], signs and minus [N * B, octets]
     """
     (count, shared), group, blocks = x.shape, book.points.shape[1], x.shape[0] // unit.size
@@ -156,7 +156,7 @@ def encode(  # type: ignore[no-untyped-def]
         lay(xs, ws, rule, a, weight, odd)
         _fan_out(xs, largest, fan, reference, wide)
         if guessing:
-            loose(a, weight, wide, book, rule, delta, least)
+            loose(a, weight, wide, book, delta, least)
         else:
             sweep(a, weight, wide, book, rule, delta, tables, least, place)
         settle(least, odd, rule, errors, second)

@@ -121,14 +121,8 @@ def sweep(a, w, scales, book, rule, delta, tables, least, place):  # type: ignor
     a, w as laid; scales [S, 16]; least, place [S, groups, variants, 16], of a size that is a multiple of 64
     """
     steps, groups, variants, _ = least.shape
-    (parts, halves), values, outer, inner, start, mate = (
-        tables,
-        book.parts,
-        book.outer,
-        book.inner,
-        book.start,
-        book.mate,
-    )
+    parts, halves = tables
+    values, outer, inner, start, mate = book.parts, book.outer, book.inner, book.start, book.mate
     turning = rule == PARITY
     for first in range(0, steps * groups * variants, CHAINS):
         for chain in range(CHAINS):
@@ -140,8 +134,8 @@ def sweep(a, w, scales, book, rule, delta, tables, least, place):  # type: ignor
 
 
 @_jit
-def loose(a, w, scales, book, rule, delta, least):  # type: ignore[no-untyped-def]
-    """As `sweep` if every vector of the codebook's levels were a point: not exact, and cheap."""
+def loose(a, w, scales, book, delta, least):  # type: ignore[no-untyped-def]
+    """As `sweep` if every vector of the codebook's levels were a point: not exact, and cheap. Not for PARITY."""
     steps, groups, variants, _ = least.shape
     group = book.points.shape[1]
     for k in range(steps):
@@ -149,17 +143,13 @@ def loose(a, w, scales, book, rule, delta, least):  # type: ignore[no-untyped-de
         for variant in range(variants):
             shift = delta if variant == 0 else -delta
             for g in range(groups):
-                total, turn = filled(ZERO, LANES), filled(HUGE, LANES)
+                total = filled(ZERO, LANES)
                 for at in range(g * group * WIDTH, (g + 1) * group * WIDTH, WIDTH):
                     weight, pull, best = load(w, at, LANES), load(a, at, LANES), filled(HUGE, LANES)
                     for n in range(book.levels.size):
                         v = s * (book.levels[n] + shift)
                         best = smaller(best, v * (v * weight - pull))
                     total = total + best
-                    v = s * book.levels[0]
-                    turn = smaller(turn, v * (v * weight + pull) - best)
-                if rule == PARITY and variant == 1:
-                    total = total + turn
                 store(least, ((k * groups + g) * variants + variant) * WIDTH, total)
 
 
