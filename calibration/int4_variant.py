@@ -27,7 +27,7 @@ from ..quantize.fp8 import cache_scale
 from .int4_high import LearnOptions, ReferenceStream, learn_layer, streams
 from .int4_layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer
 from .provider import LayerInputs
-from .statistics import LayerStatistics
+from .statistics import LayerStatistics, without_second
 
 PLAIN_NAMES = {
     "input_norm": "input_layernorm.weight",
@@ -79,6 +79,8 @@ class CalibratedInt4(Int4Variant):
         grid = dataclasses.replace(self.options.grid, bits=self.bits_of(layer))
         options = dataclasses.replace(self.options, grid=grid)
         quantized = quantize_layer(layer, weights, inputs.statistics, options, source.geometry)
+        # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
+        inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
         if self.options.learned:
             quantized = self._learned(source, inputs, quantized)
         for line in quantized.report.lines():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,12 @@ class LayerStatistics:
 MOMENT_SETS = ("attention_in", "attention_out", "expert_in", "expert_mid")
 MOMENT_FIELDS = ("count", "weight", "second", "diagonal", "plain_diagonal", "amax", "sum32", "sum16", "nonfinite")
 ROUTING_FIELDS = ("load", "coactivation", "margins", "saliency", "weight4")
+
+
+def without_second(found: LayerStatistics) -> LayerStatistics:
+    """The statistics with diagonals alone."""
+    parts = {name: replace(getattr(found, name), second=None) for name in MOMENT_SETS}
+    return replace(found, **parts)
 
 
 def overflowing_experts(statistics: LayerStatistics) -> list[int]:
