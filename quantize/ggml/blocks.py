@@ -53,8 +53,9 @@ def split(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """[P, b, 32] -> [P, b * 16]: within 32 columns the first half takes the low nibbles, the second the high ones."""
-    return join(codes.unflatten(-1, (2, 16)), 4).flatten(1)
+    """[P, b, 32] below 16 -> [P, b * 16]: of 32 columns the first half is in low nibbles, the second in high ones."""
+    eights = codes.contiguous().view(torch.int64)  # eight codes at a time
+    return (eights[..., 2:] << 4 | eights[..., :2]).flatten(1).view(torch.uint8)
 
 
 def from_nibbles(packed: Tensor) -> Tensor:
