@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..convert.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, LayerWeights
-from ..convert.prefetch import prefetch_layer
 from ..convert.source import Source
 from .activations import as_converted, head_rounding, layer_rounding
 from .distributed import read_layer_shared
@@ -175,8 +174,6 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
     chosen: list[Tensor] = []  # of the reference, one tensor a batch
     kept: LayerWeights | None = None
     for number, subject in enumerate(subjects):
-        following = subjects[(number + 1) % len(subjects)]
-        ahead = prefetch_layer(following.source, layer + (number + 1 == len(subjects)))
         weights = kept if subject.dtype != settings.dtype else None
         if weights is None:
             weights = read_layer_shared(subject.source, layer, settings.device, subject.dtype)
@@ -199,7 +196,6 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
         wanted = has_reference and number == 0 and settings.floor
         kept = weights if wanted else kept
         del weights
-        ahead.join()
 
 
 def _recast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:

@@ -27,6 +27,7 @@ from .gguf_names import (
 )
 from .gguf_tokenizer import tokenizer_json
 from .minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry
+from .read_ahead import Range, ReadAhead
 
 ARCH = "minimax-m2"
 SIGMOID = 2
@@ -87,6 +88,7 @@ class GgufSource:
         self.files = [read_header(part) for part in find_parts(path)]
         self.metadata = self.files[0].metadata
         self._check_split()
+        self.ahead = ReadAhead()
         self._where: dict[str, tuple[GgufFile, GgufTensor]] = {}
         for file in self.files:
             for name, tensor in file.tensors.items():
@@ -191,10 +193,19 @@ class GgufSource:
 
     def _rows(self, name: str) -> tuple[Tensor, GgufTensor]:
         """A tensor's bytes [rows, bytes of a row] uint8, in memory of their own, and what they are."""
-        if name not in self._where:
-            raise ValueError(f"{self.label}: {name} is missing")
-        file, tensor = self._where[name]
+        file, tensor = self._entered(name)
         return torch.from_numpy(file.raw(tensor)[:].copy()), tensor
+
+    def _entered(self, name: str) -> tuple[GgufFile, GgufTensor]:
+        """`locate`, for reading it now: the layer after the tensor's is read ahead."""
+        block, _ = split_block(name)
+        if block is not None:
+            self.ahead.enter(block, self._ranges)
+        return self.locate(name)
+
+    def _ranges(self, block: int) -> list[Range]:
+        mine = [where for name, where in self._where.items() if split_block(name)[0] == block]
+        return [(file.path, t.offset, t.offset + t.size) for file, t in mine]
 
     def read(self, name: str) -> Tensor:
         """Dequantized float32 CPU tensor by release name."""
@@ -214,9 +225,7 @@ class GgufSource:
         return self._experts(f"blk.{layer}.{stem}.weight", experts, device, dtype)
 
     def _experts(self, name: str, experts: range, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        if name not in self._where:
-            raise ValueError(f"{self.label}: {name} is missing")
-        file, tensor = self._where[name]
+        file, tensor = self._entered(name)
         count, rows, columns = tensor.shape
         if experts.stop > count:
             raise ValueError(f"{self.label}: {name} has {count} experts, asked for {experts.stop - 1}")

@@ -1,50 +1,58 @@
-"""The bytes that a pass needs next, brought into the system's file cache while it works on something else."""
+"""The bytes that a pass needs next, brought into the system's file cache while it works on something else.
+
+They are read and forgotten: asking the system to do so (posix_fadvise) fetches only the first megabytes of a range.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
-
-from .store import TensorInfo
 
 BLOCK = 8 << 20
 
+Range = tuple[Path, int, int]  # a file, the first byte and the one after the last
 
-def ranges_of(tensors: list[TensorInfo]) -> list[tuple[str, int, int]]:
-    """(shard, start, end) of the bytes of some tensors, neighbours joined."""
-    found: list[tuple[str, int, int]] = []
-    for tensor in sorted(tensors, key=lambda t: (t.shard, t.offset)):
-        end = tensor.offset + tensor.size
-        if found and found[-1][0] == tensor.shard and found[-1][2] == tensor.offset:
-            found[-1] = (tensor.shard, found[-1][1], end)
-        else:
-            found.append((tensor.shard, tensor.offset, end))
+
+def joined(ranges: Iterable[Range]) -> list[Range]:
+    """Ranges in the order of the files, neighbours as one."""
+    found: list[Range] = []
+    for path, start, end in sorted(ranges):
+        if found and found[-1][0] == path and found[-1][2] == start:
+            start = found.pop()[1]
+        found.append((path, start, end))
     return found
 
 
 class ReadAhead:
-    """Reads ranges of files on a thread and forgets them; `bytes` of them so far. Files that fail are left alone."""
+    """Follows a pass from step to step (layers); `bytes`: read so far. Files that fail are left alone."""
 
-    def __init__(self, folder: Path, ranges: list[tuple[str, int, int]]) -> None:
-        self.bytes, self._folder, self._ranges, self._stop = 0, folder, ranges, False
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.bytes = 0
+        self._thread: threading.Thread | None = None
+
+    def enter(self, step: int, ranges: Callable[[int], Iterable[Range]]) -> None:
+        """The pass reads `step` now: what is left of that is its own to read, `ranges` of the next step follow."""
+        if step == self.step:
+            return
+        self.step = step
+        self._thread = threading.Thread(target=self._run, args=(step, joined(ranges(step + 1))), daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Read no further block: whoever needs the bytes reads them now."""
-        self._stop = True
-
     def join(self) -> None:
-        self._thread.join()
+        """Wait until the next step's bytes are there."""
+        if self._thread is not None:
+            self._thread.join()
 
-    def _run(self) -> None:
-        block = bytearray(BLOCK)
-        for shard, start, end in self._ranges:
+    def _run(self, step: int, ranges: list[Range]) -> None:
+        block = memoryview(bytearray(BLOCK))
+        for path, start, end in ranges:
             try:
-                with open(self._folder / shard, "rb", buffering=0) as file:
+                with open(path, "rb", buffering=0) as file:
                     file.seek(start)
-                    while start < end and not self._stop:
-                        got = file.readinto(memoryview(block)[: end - start])
+                    while start < end and self.step == step:
+                        got = file.readinto(block[: end - start])
                         if not got:
                             break
                         start, self.bytes = start + got, self.bytes + got

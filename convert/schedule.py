@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from .minimax_m2 import EMBED, layer_of
-from .read_ahead import ReadAhead, ranges_of
+from .read_ahead import Range, ReadAhead
 from .store import LocalFolder, ShardStore, TensorInfo
 
 
@@ -32,15 +32,13 @@ class Schedule:
         self._store, self._tensors, self._layers = store, tensors, layers
         self._step: int | None = None
         self._last: dict[str, int] = {}  # shards not released yet: the step of their last use
-        self.ahead: ReadAhead | None = None
+        self.ahead = ReadAhead()
 
     def reading(self, name: str) -> None:
         """A tensor is about to be read; any name of its module will do."""
         step = step_of(name, self._layers)
         if isinstance(self._store, LocalFolder):
-            if step != self._step:
-                self._step = step
-                self._read_ahead(self._store, step + 1)
+            self.ahead.enter(step, self._ranges)
         elif self._step is None or 0 < step < self._step - self.behind:  # embeddings alone may serve a tied head
             self._plan(step)
         elif step > self._step:
@@ -49,10 +47,10 @@ class Schedule:
                 del self._last[shard]
                 self._store.release(shard)
 
-    def _read_ahead(self, store: LocalFolder, step: int) -> None:
-        if self.ahead is not None:
-            self.ahead.stop()
-        self.ahead = ReadAhead(store.folder, ranges_of(self._by_step.get(step, [])))
+    def _ranges(self, step: int) -> list[Range]:
+        assert isinstance(self._store, LocalFolder)
+        folder = self._store.folder
+        return [(folder / t.shard, t.offset, t.offset + t.size) for t in self._by_step.get(step, [])]
 
     @cached_property
     def _by_step(self) -> dict[int, list[TensorInfo]]:

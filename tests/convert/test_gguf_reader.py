@@ -124,6 +124,17 @@ def test_split_files_are_one_model(tmp_path: Path, plain: Path) -> None:
         GgufSource(parts[0])
 
 
+def test_the_next_layer_is_read_ahead(plain: Path) -> None:
+    source = GgufSource(plain)
+    read_layer(source, 0)
+    source.ahead.join()
+    sizes = [t.size for f in source.files for name, t in f.tensors.items() if split_block(name)[0] == 1]
+    assert source.ahead.bytes == sum(sizes) > 0
+    read_layer(source, 1)
+    source.ahead.join()
+    assert source.ahead.bytes == sum(sizes)
+
+
 def test_a_folder_with_two_models_is_ambiguous(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
