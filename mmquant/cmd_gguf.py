@@ -38,7 +38,13 @@ FILE = click.Path(path_type=Path)
 @click.option("--windows", type=click.IntRange(1), default=128, show_default=True, help="Windows at most.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the documents' order.")
 @click.option("--statistics", type=FILE, help="Instead of text: what `calibrate --out` wrote, or an imatrix .gguf.")
-@click.option("--effort", type=click.Choice(["fast", "default", "high"]), default="default", show_default=True)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "default", "high"]),
+    default="default",
+    show_default=True,
+    help="fast: a weighted search; default: correction and error feedback; high: codes learned after that.",
+)
 @click.option("--no-calibration", is_flag=True, help="Every weight to its nearest point; no text is read.")
 @device_option()
 @fetch_options()
