@@ -80,8 +80,10 @@ def peak(folder: Path, layers: int, how: str) -> int:
 
 @pytest.mark.parametrize("how", ["plain", pytest.param("calibrated", marks=pytest.mark.slow)])
 def test_peak_memory_does_not_grow_with_layers(tmp_path: Path, how: str) -> None:
-    few, many = peak(tmp_path / "few", 2, how), peak(tmp_path / "many", 10 if how == "plain" else 6, how)
-    assert many - few < LAYER / 2
+    # Calibrated, the allocator needs some layers to settle; then eight more would be eight LAYERs if they were kept.
+    first, allowed = (2, LAYER / 2) if how == "plain" else (6, 2 * LAYER)
+    few, many = peak(tmp_path / "few", first, how), peak(tmp_path / "many", first + 8, how)
+    assert many - few < allowed
 
 
 M27 = Geometry(62, 3072, 48, 8, 128, 256, 8, 1536, 200064, 64, 5e6, 1e-6, 196608)
