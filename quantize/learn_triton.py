@@ -20,6 +20,14 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it roun
 
 
 @triton.jit
+def _tile(groups, size, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """A program's groups and which exist [ROWS]; the places of their weights and which exist [ROWS, SIZE]."""
+    group, inside = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
+    live = group < groups
+    return group, live, group[:, None] * size + inside[None, :], live[:, None] & (inside < size)[None, :]
+
+
+@triton.jit
 def _level(position, table_ptr, low, high, LEVELS: tl.constexpr):
     if LEVELS == 0:
         inside = tl.minimum(tl.maximum(position, low - 1.0), high + 1.0)  # the trick is for small numbers
@@ -38,10 +46,7 @@ def _values_kernel(
     position_ptr, scale_ptr, minimum_ptr, table_ptr, out_ptr, groups, size, low, high,
     LEVELS: tl.constexpr, MINIMUM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    group, inside = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
-    live = group < groups
-    at = group[:, None] * size + inside[None, :]
-    mask = live[:, None] & (inside < size)[None, :]
+    group, live, at, mask = _tile(groups, size, ROWS, SIZE)
     position = tl.load(position_ptr + at, mask=mask, other=0.0)
     value = _level(position, table_ptr, low, high, LEVELS) * tl.load(scale_ptr + group, mask=live, other=0.0)[:, None]
     if MINIMUM:
@@ -59,10 +64,7 @@ def _move_kernel(
     position_ptr, grad_ptr, scale_ptr, gain_ptr, table_ptr, groups, size, low, high, half, rate, gain_rate,
     LEVELS: tl.constexpr, GAIN: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    group, inside = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
-    live = group < groups
-    at = group[:, None] * size + inside[None, :]
-    mask = live[:, None] & (inside < size)[None, :]
+    group, live, at, mask = _tile(groups, size, ROWS, SIZE)
     position = tl.load(position_ptr + at, mask=mask, other=0.0)
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + group, mask=live, other=0.0)

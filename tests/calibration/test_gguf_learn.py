@@ -100,7 +100,7 @@ def test_held_out_error_is_that_of_the_written_layer(monkeypatch: pytest.MonkeyP
     after = quantize_layer(both, weights, 0, types, G, METHODS["high"], report)
     tokens, train = seen["tokens"], seen["train"]
     x, target = tokens.x[train:], tokens.target[train:]  # type: ignore[attr-defined]
-    losses = []
+    losses, out = [], torch.empty(0)
     for data in (before, after):
         values = {}
         for name, role in EXPERT_TENSORS.items():
@@ -113,3 +113,6 @@ def test_held_out_error_is_that_of_the_written_layer(monkeypatch: pytest.MonkeyP
         out = run_experts(made, x, routing, Observer())
         losses.append(float((out - target).square().mean()))
     assert report.learned[0] == pytest.approx(losses[1] / losses[0], rel=1e-3)
+    # What is wanted: from where the written stream enters the experts to where the reference leaves them.
+    written, reference = (side.all().flatten(0, 1)[train:] for side in (both.written, both.reference))
+    assert torch.allclose(written - out + target, reference, atol=1e-3)

@@ -14,8 +14,8 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 COUNTS = (70, 0, 33, 1, 150)  # a dead expert, one row, more than one step of rows
 
 
-@pytest.fixture(autouse=True)
-def _interpreter_works() -> None:
+@pytest.fixture
+def loops_work() -> None:
     """Triton 3.6's interpreter turns bounds into integers in a way that NumPy 2.4 and later refuse."""
     import numpy as np
 
@@ -31,6 +31,7 @@ def case(inputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.to(DEVICE, DTYPE), share.to(DEVICE), offsets.to(DEVICE)
 
 
+@pytest.mark.usefixtures("loops_work")
 @pytest.mark.parametrize("inputs", [32, 200, 300])
 def test_column_sums(inputs: int) -> None:
     x, share, offsets = case(inputs)
@@ -50,12 +51,14 @@ def test_column_sums(inputs: int) -> None:
         assert torch.equal(found.peak[e].double(), peak)
 
 
+@pytest.mark.usefixtures("loops_work")
 def test_every_bad_value_is_counted() -> None:
     x, share, offsets = case(200)
     x[3, 5], x[9, 199], x[150, 0] = float("nan"), float("inf"), float("-inf")
     assert moments_triton.column_sums(x, share, offsets).bad == 3
 
 
+@pytest.mark.usefixtures("loops_work")
 @pytest.mark.parametrize("inputs", [32, 200, 300])
 def test_grams_add_up_and_stay_symmetric(inputs: int) -> None:
     x, _, offsets = case(inputs)
@@ -70,6 +73,7 @@ def test_grams_add_up_and_stay_symmetric(inputs: int) -> None:
         torch.testing.assert_close(total[e].double(), 2 * v.T @ v, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.usefixtures("loops_work")
 def test_segment_sums() -> None:
     _, share, offsets = case(32)
     sums, squares = moments_triton.segment_sums(share, offsets)
