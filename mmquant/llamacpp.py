@@ -128,7 +128,7 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """The shared library, its functions declared and its log silenced.
 
     Raises ValueError when the wheel is missing or its structs are not those of this module.
@@ -166,7 +166,7 @@ def _checked(loaded: ctypes.CDLL) -> None:
 
 def version() -> str:
     """llama.cpp's own version, such as "0.6.0-dev"."""
-    return library().llama_version().decode()
+    return load_library().llama_version().decode()
 
 
 class LlamaModel:
@@ -180,7 +180,7 @@ class LlamaModel:
     def __init__(
         self, path: str | Path, context: int = 512, threads: int = 1, block: int = 512, exact: bool = False
     ) -> None:
-        self._lib = library()
+        self._lib = load_library()
         self.path, self.context, self.block = Path(path), context, min(block, context)
         self._context = self._batch = None
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
@@ -290,7 +290,7 @@ def quantize(kind: int, rows: NDArray[np.float32], imatrix: NDArray[np.float32] 
 
     Returns [R, bytes of a row] uint8. Raises ValueError for an importance of the wrong length.
     """
-    lib = library()
+    lib = load_library()
     source = np.ascontiguousarray(rows, np.float32)
     weights = None if imatrix is None else np.ascontiguousarray(imatrix, np.float32)
     if weights is not None and weights.shape != (source.shape[1],):

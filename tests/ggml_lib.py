@@ -22,9 +22,9 @@ def need() -> None:
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """The library with the functions below declared."""
-    lib = llamacpp.library()
+    lib = llamacpp.load_library()
     lib.ggml_validate_row_data.restype = ctypes.c_bool
     lib.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     return lib
@@ -39,7 +39,7 @@ def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None) -> Te
 def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
     """ggml's dequantize_row_*: float32 [R, columns] of uint8 [R, bytes of a row]."""
     function = getattr(
-        library(),
+        load_library(),
         f"dequantize_row_{kind.name[0].lower()}{kind.name[1:]}"
         if kind.name.endswith("_K")
         else f"dequantize_row_{kind.name.lower()}",
@@ -55,4 +55,4 @@ def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
 def valid(data: Tensor, kind: GGMLType) -> bool:
     """ggml's own check of finite scales, the one llama.cpp makes when it loads with --check-tensors."""
     source = np.ascontiguousarray(data.numpy())
-    return bool(library().ggml_validate_row_data(int(kind), source.ctypes.data, source.nbytes))
+    return bool(load_library().ggml_validate_row_data(int(kind), source.ctypes.data, source.nbytes))

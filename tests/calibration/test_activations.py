@@ -48,14 +48,14 @@ class Traits(ctypes.Structure):
 @pytest.mark.parametrize("kind", GGMLType, ids=lambda kind: kind.name)
 def test_every_type_is_multiplied_by_what_ggml_multiplies_it_by(kind: GGMLType) -> None:
     ggml_lib.need()
-    function = ggml_lib.library().ggml_get_type_traits_cpu
+    function = ggml_lib.load_library().ggml_get_type_traits_cpu
     function.restype, function.argtypes = ctypes.POINTER(Traits), [ctypes.c_int]
     assert change_of(kind.name) is CHANGES[function(int(kind)).contents.vec_dot_type]
 
 
 def ggml_rounds(name: str, x: Tensor, block: int) -> Tensor:
     """x through quantize_row_NAME_ref and dequantize_row_NAME."""
-    lib = ggml_lib.library()
+    lib = ggml_lib.load_library()
     values = np.ascontiguousarray(x.numpy())
     room, out = np.zeros(len(values) // block * 512 + 512, np.uint8), np.empty_like(values)
     for function in (quantize := getattr(lib, f"quantize_row_{name}_ref"), getattr(lib, f"dequantize_row_{name}")):
