@@ -1,6 +1,6 @@
 """Distance of GGUF types to the demo model, with parts of the method left out: an ablation that needs no llama.cpp.
 
-python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy] [--mix Q2_K ...] [--method NAME ...]
+python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy] [--mix Q2_K ...] [--method NAME ...] [--move 0.6]
 
 Values are decoded and scored by the reference forward in float32 (activations unquantized), second half of each window.
 Tokens: uint16 [W, T]; without files the bundled texts are used. "search" weighs by importance in the
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.calibration import gguf_experts
 from mmquant.calibration.chat import load_template
 from mmquant.calibration.corpus import bundled, pack, read_sets
 from mmquant.calibration.forward import embed, final_logits, layer_forward
@@ -132,8 +133,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mix", nargs="*", default=["Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS"])
     parser.add_argument("--method", nargs="*", default=list(STEPS))
+    parser.add_argument("--move", type=float, default=gguf_experts.MOVE, help="of method high, in codes")
     options = parser.parse_args()
-    device = options.device
+    device, gguf_experts.MOVE = options.device, options.move
     calibration = tokens_of(options.calibration, "calibration", options.windows)
     lab = Lab(calibration, tokens_of(options.evaluation, "evaluation", options.evaluation_windows), device)
     print(
