@@ -1,6 +1,7 @@
 """Distance of GGUF types to the demo model, with parts of the method left out: an ablation that needs no llama.cpp.
 
-python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy] [--mix Q2_K ...] [--method NAME ...] [--move 0.6]
+python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy] [--mix Q2_K ...] [--method NAME ...]
+                             [--move 0.6]
 
 Values are decoded and scored by the reference forward in float32 (activations unquantized), second half of each window.
 Tokens: uint16 [W, T]; without files the bundled texts are used. "search" weighs by importance in the
