@@ -124,7 +124,7 @@ def solve_part(
     stored = _rounded(target, kind, own, method)
     values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(target)
     wanted = values
-    if method.learned:
+    if method.learned and kind in FORMS:
         wanted = values + (target - values) @ own / own.diagonal(dim1=1, dim2=2).unsqueeze(1)
     return to_host(stored).numpy(), values, wanted
 
