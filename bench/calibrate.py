@@ -18,10 +18,10 @@ from collections.abc import Callable
 import _path  # noqa: F401
 import torch
 
-from mmquant.calibration import forward
-from mmquant.calibration.collector import Collect
-from mmquant.calibration.collector_cuda import make_collector
-from mmquant.convert.minimax_m2 import Geometry, LayerWeights
+from mmquant.calibration.model import forward
+from mmquant.calibration.statistics.collector import Collect
+from mmquant.calibration.statistics.collector_cuda import make_collector
+from mmquant.convert.models.minimax_m2 import Geometry, LayerWeights
 
 M27 = Geometry(
     layers=62,

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from mmquant.calibration.evaluate import Settings, evaluate
-from mmquant.calibration.forward import layer_forward
-from mmquant.calibration.metrics import compare
-from mmquant.calibration.sample import Sample
-from mmquant.convert import batches
-from mmquant.convert.minimax_m2 import global_shapes, matrix_shapes, plain_shapes
+from mmquant.calibration.evaluate.metrics import compare
+from mmquant.calibration.evaluate.streamed import Settings, evaluate
+from mmquant.calibration.model.forward import layer_forward
+from mmquant.calibration.text.sample import Sample
+from mmquant.convert.checkpoints import batches
+from mmquant.convert.models.minimax_m2 import global_shapes, matrix_shapes, plain_shapes
 from mmquant.convert.open import open_source
 from mmquant.convert.source import Source, read_layer
 
@@ -75,7 +75,7 @@ class _Shapes:
     """The geometry of a config that has no tensors yet."""
 
     def __init__(self, folder: Path, settings: dict[str, object]) -> None:
-        from mmquant.convert.minimax_m2 import Geometry
+        from mmquant.convert.models.minimax_m2 import Geometry
 
         self.geometry = Geometry.from_config(settings)
 

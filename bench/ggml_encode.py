@@ -18,11 +18,11 @@ import _path  # noqa: F401
 import torch
 from torch import Tensor
 
-from mmquant import llamacpp  # type: ignore[attr-defined]
 from mmquant.quantize.ggml import codec
-from mmquant.quantize.ggml.grid import FORMS
-from mmquant.quantize.ggml.iquants_layout import LAYOUTS
+from mmquant.quantize.ggml.codebook.layout import LAYOUTS
+from mmquant.quantize.ggml.scalar.grid import FORMS
 from mmquant.quantize.ggml.types import GGMLType
+from mmquant.runs.evaluation import llamacpp  # type: ignore[attr-defined]
 
 IQUANTS = [GGMLType[name] for name in LAYOUTS]
 NEEDS_IMPORTANCE = (GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S)  # ggml refuses them without

@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import torch
 
-from mmquant.calibration import gguf_solve
-from mmquant.calibration.gguf_memory import plan_experts, solve_memory
-from mmquant.calibration.gguf_moments import Pair
-from mmquant.calibration.gguf_solve import METHODS, Method, solve
-from mmquant.convert.minimax_m2 import Geometry
-from mmquant.quantize.ggml import feedback, iquant_feedback
+from mmquant.calibration.gguf import solve as gguf_solve
+from mmquant.calibration.gguf.memory import plan_experts, solve_memory
+from mmquant.calibration.gguf.moments import Pair
+from mmquant.calibration.gguf.solve import METHODS, Method, solve
+from mmquant.convert.models.minimax_m2 import Geometry
+from mmquant.quantize.ggml.codebook import ldlq as iquant_feedback
 from mmquant.quantize.ggml.codec import decode
+from mmquant.quantize.ggml.scalar import ldlq as feedback
 from mmquant.quantize.ggml.types import GGMLType
 
 KINDS = ["Q4_K", "Q2_K", "Q6_K", "IQ4_XS", "IQ3_XXS", "IQ2_XXS"]

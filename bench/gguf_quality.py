@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmquant.calibration import gguf_experts
-from mmquant.calibration.chat import load_template
-from mmquant.calibration.corpus import bundled, pack, read_sets
-from mmquant.calibration.forward import embed, final_logits, layer_forward
-from mmquant.calibration.gguf_paired import Streams
-from mmquant.calibration.gguf_quantizer import quantize_head, quantize_layer
-from mmquant.calibration.gguf_solve import METHODS, Method, Report
-from mmquant.calibration.hidden import HiddenStates
-from mmquant.calibration.windows import load_tokenizer
-from mmquant.convert.gguf_mix import find_mix, tensor_types
-from mmquant.convert.gguf_names import ATTENTION_TENSORS, EXPERT_TENSORS
-from mmquant.convert.minimax_m2 import Globals, LayerWeights
+from mmquant.calibration.gguf import experts as gguf_experts
+from mmquant.calibration.gguf.layer import quantize_head, quantize_layer
+from mmquant.calibration.gguf.solve import METHODS, Method, Report
+from mmquant.calibration.gguf.streams import Streams
+from mmquant.calibration.model.forward import embed, final_logits, layer_forward
+from mmquant.calibration.model.hidden import HiddenStates
+from mmquant.calibration.text.chat import load_template
+from mmquant.calibration.text.corpus import bundled, pack, read_sets
+from mmquant.calibration.text.tokenizer import load_tokenizer
+from mmquant.convert.gguf.mixes import find_mix, tensor_types
+from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
+from mmquant.convert.models.minimax_m2 import Globals, LayerWeights
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.quantize.ggml.codec import decode, encode

@@ -12,15 +12,13 @@ import itertools
 import time
 from collections.abc import Callable
 
+import _path  # noqa: F401
 import torch
-from _path import use_checkout
 from torch import Tensor
 
-use_checkout()
-
-from mmquant.quantize import gptq, gptq_triton  # noqa: E402
-from mmquant.quantize.gptq import Grid  # noqa: E402
-from mmquant.quantize.int_grid import dequantize, search_weights  # noqa: E402
+from mmquant.quantize.integer import gptq, gptq_triton
+from mmquant.quantize.integer.gptq import Grid
+from mmquant.quantize.integer.grid import dequantize, search_weights
 
 FP32 = 60e12  # float32 multiply-adds counted as two operations, H200 without TF32
 TILING = ("SEARCH_TILE", "SEARCH_WARPS", "SWEEP_TILE", "SWEEP_WARPS")

@@ -17,16 +17,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import _path  # noqa: F401
 import torch
-from _path import use_checkout
 from torch import Tensor
 
-use_checkout()
-
-from mmquant.calibration.forward import embed, final_logits, layer_forward  # noqa: E402
-from mmquant.calibration.windows import load_tokenizer, windows  # noqa: E402
-from mmquant.convert.open import open_native, open_source  # noqa: E402
-from mmquant.convert.source import Source, read_globals, read_layer  # noqa: E402
+from mmquant.calibration.model.forward import embed, final_logits, layer_forward
+from mmquant.calibration.text.tokenizer import load_tokenizer, windows
+from mmquant.convert.open import open_native, open_source
+from mmquant.convert.source import Source, read_globals, read_layer
 
 BATCH = 10
 METHODS = ("--method rtn", "", "--effort high", "--method awq", "--method awq --format awq")

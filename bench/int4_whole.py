@@ -18,24 +18,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import _path  # noqa: F401
 import torch
-from _path import use_checkout
 from safetensors.torch import save_file
 
-use_checkout()
-
-from mmquant.calibration.calibrate import calibrate_layer  # noqa: E402
-from mmquant.calibration.corpus import Corpus  # noqa: E402
-from mmquant.calibration.forward import layer_forward  # noqa: E402
-from mmquant.calibration.int4_layer import Int4Options, quantize_layer  # noqa: E402
-from mmquant.calibration.int4_variant import CalibratedInt4  # noqa: E402
-from mmquant.calibration.live import LivePass, PassOptions, default_dtype, moment_plan  # noqa: E402
-from mmquant.convert.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from mmquant.convert.folder_writer import FolderWriter  # noqa: E402
-from mmquant.convert.minimax_m2 import Geometry, global_shapes, matrix_shapes, plain_shapes  # noqa: E402
-from mmquant.convert.source import read_layer  # noqa: E402
-from mmquant.pipeline import prepare, step_tensors  # noqa: E402
-from mmquant.quantize.gptq import Grid  # noqa: E402
+from mmquant.calibration.int4.layer import Int4Options, quantize_layer
+from mmquant.calibration.int4.variant import CalibratedInt4
+from mmquant.calibration.model.forward import layer_forward
+from mmquant.calibration.statistics.layer_pass import calibrate_layer
+from mmquant.calibration.statistics.live import LivePass, PassOptions, default_dtype, moment_plan
+from mmquant.calibration.text.corpus import Corpus
+from mmquant.convert.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mmquant.convert.folder.writer import FolderWriter
+from mmquant.convert.models.minimax_m2 import Geometry, global_shapes, matrix_shapes, plain_shapes
+from mmquant.convert.source import read_layer
+from mmquant.quantize.integer.gptq import Grid
+from mmquant.runs.folder import prepare, step_tensors
 
 LAYERS = 62
 SHARD = 1 << 30

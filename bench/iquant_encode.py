@@ -14,8 +14,10 @@ from collections.abc import Callable
 import _path  # noqa: F401
 import torch
 
-from mmquant.quantize.ggml import iquant_feedback, iquants, iquants_search
-from mmquant.quantize.ggml.iquants_layout import LAYOUTS
+from mmquant.quantize.ggml.codebook import encode as iquants
+from mmquant.quantize.ggml.codebook import ldlq as iquant_feedback
+from mmquant.quantize.ggml.codebook import search as iquants_search
+from mmquant.quantize.ggml.codebook.layout import LAYOUTS
 from mmquant.quantize.ggml.types import GGMLType
 
 
@@ -130,7 +132,7 @@ def output_error(rows: torch.Tensor, data: torch.Tensor, second: torch.Tensor, k
 
 def ggml(rows: torch.Tensor, kind: GGMLType, importance: torch.Tensor) -> str:
     """ggml_quantize_chunk: speed in CPU seconds and error."""
-    from mmquant import llamacpp  # type: ignore[attr-defined]
+    from mmquant.runs.evaluation import llamacpp  # type: ignore[attr-defined]
 
     def work() -> torch.Tensor:
         return torch.from_numpy(llamacpp.quantize(int(kind), rows.numpy(), importance.numpy()))

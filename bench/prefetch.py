@@ -2,9 +2,9 @@
 
     python bench/prefetch.py [--scheme block channel] [--max-shards 8] [--runs 2] [--folder /dev/shm]
 
-The server (tests/hub_server.py) runs in a process of its own. Columns: seconds of the transfer alone (bytes / rate), of
-the work alone (the same command on a local folder), of both together, together / max(transfer, work), and the CPU time
-that fetching and work took (the server's not counted).
+The server (tests/helpers/hub_server.py) runs in a process of its own. Columns: seconds of the transfer alone
+(bytes / rate), of the work alone (the same command on a local folder), of both together, together / max(transfer,
+work), and the CPU time that fetching and work took (the server's not counted).
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ from pathlib import Path
 import _path  # noqa: F401
 import torch
 
-import mmquant
-
 TESTS = Path(__file__).parent.parent / "tests"
-assert mmquant.__file__  # imported before the tests, which have a folder of that name
 sys.path.append(str(TESTS))
 
 SERVER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import hub_server
-from hub_server import HubServer
+from helpers import hub_server
+from helpers.hub_server import HubServer
 hub_server.PIECE = 1 << 18
 with HubServer(rate={rate}) as hub:
     hub.seed("org/m", {{p.name: p.read_bytes() for p in Path({folder!r}).iterdir()}})
@@ -47,10 +44,10 @@ SHARES = (0.5, 1.0, 2.0)  # transfer over work
 
 def work(spec: str, out: Path, scheme: str, max_shards: int) -> float:
     """Seconds of fp8 from the opened model to the finished folder."""
-    from mmquant.convert.fp8_variant import Fp8Variant
-    from mmquant.convert.hub_store import FetchOptions
+    from mmquant.convert.folder.fp8 import Fp8Variant
+    from mmquant.convert.hub.store import FetchOptions
     from mmquant.convert.open import open_native
-    from mmquant.pipeline import write_folder
+    from mmquant.runs.folder import write_folder
 
     shutil.rmtree(out, ignore_errors=True)
     fetch = FetchOptions(work=out / ".mmquant.source", max_shards=max_shards)
@@ -78,7 +75,7 @@ def served(folder: Path, rate: float, out: Path, scheme: str, max_shards: int) -
 
 
 def main() -> None:
-    from tiny import write_tiny  # pyright: ignore[reportMissingImports]
+    from helpers.tiny import write_tiny  # pyright: ignore[reportMissingImports]
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--scheme", choices=["block", "channel"], nargs="+", default=["block", "channel"])

@@ -13,11 +13,11 @@ from typing import Any
 import jsonschema
 
 from . import fit
-from .files import write_whole
+from .checkpoints.store import parse_json
+from .files.atomic import write_whole
 from .fit import Weights
-from .minimax_m2 import Geometry
+from .models.minimax_m2 import Geometry
 from .source import Source
-from .store import parse_json
 
 MANIFEST = "mmquant.fit.json"
 UNKNOWN_REVISION = "0" * 40  # a local folder has no hub revision; provenance carries the weights' fingerprint

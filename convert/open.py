@@ -6,12 +6,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import Checkpoint, open_checkpoint, read_config
+from .checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
+from .checkpoints.store import LocalFolder, ShardStore
 from .source import Source
-from .store import LocalFolder, ShardStore
 
 if TYPE_CHECKING:
-    from .hub_store import FetchOptions
+    from .hub.store import FetchOptions
 
 DEMO = "demo"
 
@@ -30,11 +30,11 @@ def open_source(spec: str | Path, fetch: FetchOptions | None = None) -> Source:
     if str(spec) == DEMO:
         return open_native(spec)
     if str(spec).startswith(("hf:", "ms:")):
-        from .hub_store import hub_source
+        from .hub.store import hub_source
 
         return open_store(hub_source(str(spec), fetch))
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
-        from .gguf_reader import GgufSource
+        from .gguf.reader import GgufSource
 
         return GgufSource(path)
     return open_store(LocalFolder(path))
@@ -45,7 +45,7 @@ def open_store(store: ShardStore) -> Source:
     quantization = read_config(store).get("quantization_config") or {}
     if quantization.get("quant_method") in (None, "fp8"):
         return Checkpoint(store)
-    from .quantized_readers import QuantizedFolder
+    from .checkpoints.quantized_folder import QuantizedFolder
 
     return QuantizedFolder(store)
 
@@ -55,7 +55,7 @@ def open_native(spec: str | Path, fetch: FetchOptions | None = None) -> Checkpoi
     if str(spec) == DEMO:
         return Checkpoint(LocalFolder(demo_folder(), DEMO))
     if str(spec).startswith(("hf:", "ms:")):
-        from .hub_store import hub_source
+        from .hub.store import hub_source
 
         return Checkpoint(hub_source(str(spec), fetch))
     return open_checkpoint(Path(spec))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, Globals, LayerWeights, attention_name, layer_prefix
+from .models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, Globals, LayerWeights, attention_name, layer_prefix
 
 CARRIED_FILES = (
     "tokenizer.json",
@@ -19,8 +19,8 @@ CARRIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "configuration_minimax_m2.py",
-    "modeling_minimax_m2.py",
+    "configuration_models/minimax_m2.py",
+    "modeling_models/minimax_m2.py",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",

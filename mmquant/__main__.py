@@ -1,5 +1,5 @@
 """python -m mmquant."""
 
-from mmquant.cli import main
+from mmquant.commands.cli import main
 
 main()

@@ -6,13 +6,10 @@ Where there is no GPU, Triton kernels run in its interpreter.
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 # CI looks at the same examples every time; `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("fixed", derandomize=True)

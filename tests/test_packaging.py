@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"mmquant": "mmquant", "quantize": "mmquant/quantize", "convert": "mmquant/convert"}
-ROOMS["calibration"] = "mmquant/calibration"
+PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")
+ROOMS = {"mmquant": "mmquant", **{name: f"mmquant/{name}" for name in PACKAGES}}
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def test_it_runs_beside_a_users_own_files(installed: Path, tmp_path: Path) -> No
     (tmp_path / "convert.py").write_text("raise SystemExit('the wrong convert')\n")
     (tmp_path / "quantize").mkdir()
     (tmp_path / "quantize" / "__init__.py").write_text("raise SystemExit('the wrong quantize')\n")
-    where = run(installed, tmp_path, "-c", "import mmquant.convert.files as f; print(f.__file__)")
+    where = run(installed, tmp_path, "-c", "import mmquant.convert.files.atomic as f; print(f.__file__)")
     assert where.stdout.strip() == str(installed / "mmquant" / "convert" / "files.py"), where.stderr
     shown = run(installed, tmp_path, "-m", "mmquant", "inspect", "demo")
     assert shown.returncode == 0, shown.stderr

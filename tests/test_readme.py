@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from mmquant.cli import COMMANDS, cli
+from mmquant.commands.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -26,11 +26,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import iq4, kquants, legacy
-from .blocks import Blocks
-from .effort import EFFORTS
-from .grid import FORMS, Grid, nearest, values
-from .searching import search_rows
+from .scalar import iq4, kquants, legacy
+from .scalar.bits import Blocks
+from .scalar.effort import EFFORTS
+from .scalar.grid import FORMS, Grid, nearest, values
+from .scalar.search import search_rows
 from .types import GGMLType
 
 __all__ = ["concatenate", "decode", "encode", "nearest", "pack", "search", "unpack", "values"]
@@ -84,7 +84,7 @@ def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effor
         return rows.to(_PLAIN[kind]).contiguous().view(torch.uint8).view(len(rows), -1)
     if kind in FORMS:
         return pack(*search_rows(rows, kind, _check_importance(importance, rows, kind), EFFORTS[effort]))
-    from . import iquants
+    from .codebook import encode as iquants
 
     weight = _check_importance(importance, rows, kind)
     if weight is not None:
@@ -99,7 +99,7 @@ def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
         return data.contiguous().view(_PLAIN[kind]).float().view(len(data), columns)
     if kind in FORMS:
         return values(*unpack(data, kind, columns))
-    from . import iquants
+    from .codebook import encode as iquants
 
     return iquants.decode(data, kind, columns)
 

@@ -11,7 +11,7 @@ import pytest
 from mmquant.convert import manifest
 from mmquant.convert.fit import Device, Weights, kv_table, targets, verdict
 from mmquant.convert.manifest import Artifact, FileEntry
-from mmquant.convert.minimax_m2 import Geometry
+from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.convert.open import open_native
 
 M27 = Geometry(62, 3072, 48, 8, 128, 256, 8, 1536, 200064, 64, 5e6, 1e-6, 196608)

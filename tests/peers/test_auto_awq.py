@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ct_reader import tensors_of
-from mmquant.convert.int4_variant import Int4Variant
+from helpers.ct_reader import tensors_of
+from mmquant.convert.folder.int4 import Int4Variant
 from mmquant.convert.open import open_native, open_source
-from mmquant.pipeline import write_folder
+from mmquant.runs.folder import write_folder
 
 HERE = Path(__file__).parent
 READER = HERE.parents[1] / ".peers" / "autoawq" / "autoawq-0.2.9" / "awq" / "utils" / "packing_utils.py"

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ct_reader import tensors_of
-from mmquant.convert.int4_variant import Int4Variant
+from helpers.ct_reader import tensors_of
+from mmquant.convert.folder.int4 import Int4Variant
 from mmquant.convert.open import open_native, open_source
-from mmquant.pipeline import write_folder
-from mmquant.quantize.int_grid import IntWeight, dequantize
-from mmquant.quantize.pack import pack_gptq, pack_gptq_zeros
-from mmquant.quantize.rtn import rtn_int
+from mmquant.quantize.integer.grid import IntWeight, dequantize
+from mmquant.quantize.integer.pack import pack_gptq, pack_gptq_zeros
+from mmquant.quantize.integer.rtn import rtn_int
+from mmquant.runs.folder import write_folder
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parents[1] / ".peers" / "auto-gptq" / "bin" / "python"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmquant.convert.imatrix import Imatrix, Importance, write_imatrix
+from mmquant.convert.gguf.imatrix import Imatrix, Importance, write_imatrix
 
 pytestmark = pytest.mark.peers
 

@@ -1,8 +1,8 @@
 """llm-compressor itself writes the golden files that our folders are compared with (make test-peers).
 
-tests/convert/test_golden_formats.py compares our writers with files in tests/data/golden; here it is shown that those
-files are, to the bit, what llm-compressor makes of the same weights today; and what --backend llmcompressor writes is
-compared with ours tensor by tensor.
+test_golden_formats.py compares our writers with files in tests/data/golden. Here it is shown that those files are, to
+the bit, what llm-compressor makes of the same weights today; and what --backend llmcompressor writes is compared with
+ours tensor by tensor.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ct_reader import tensors_of
-from mmquant.convert.minimax_m2 import matrix_shapes
+from helpers.ct_reader import tensors_of
+from mmquant.convert.models.minimax_m2 import matrix_shapes
 from mmquant.convert.open import open_native, open_source
 
 HERE = Path(__file__).parent

@@ -1,0 +1,278 @@
+"""One pass over a reference and any number of candidates: layer by layer, each with its own hidden states.
+
+The layer of the reference and of each candidate is read in turn, applied to all windows and dropped, so memory is that
+of one layer plus hidden states. After each layer the candidate's hidden state and chosen experts are compared with the
+reference's, which says where a variant loses; after the last, its next-token distributions (metrics.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...convert.models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, LayerWeights
+from ...convert.source import Source
+from ..model.distributed import read_layer_shared
+from ..model.forward import EXACT, Observer, Routing, embed, final_logits, layer_forward
+from ..model.hidden import RAM_LIMIT, HiddenStates, place_of
+from ..model.llamacpp_activations import as_converted, head_rounding, layer_rounding
+from ..model.ranks import Ranks
+from ..text.sample import Sample
+from ..text.vocabulary import check_same_model
+from .metrics import Scores, compare, jaccard, join
+from .reference_store import StoredReference, StoreWriter, compare_stored
+from .state import State
+
+LOGIT_BYTES = 1 << 30  # float32 logits of one model that may be held at once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run: `tokens` a batch; hidden states beyond `ram_limit` bytes go to a file in `folder`."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    tokens: int = 8192
+    ram_limit: int = RAM_LIMIT
+    folder: Path | None = None
+    state: Path | None = None  # where an interrupted run leaves what it has
+    floor: bool = False  # the reference against itself in the other compute dtype
+    activations: str = "exact"  # or "llama.cpp": rounded as its CPU backend does (needs float32)
+
+    @property
+    def like_llama(self) -> bool:
+        return self.activations == "llama.cpp"
+
+    @property
+    def other_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == torch.float32 else torch.float32
+
+
+# Rows of a layer's loss, each a sum over the tokens of a domain: squared error of the hidden state, squares of the
+# reference's, overlap of the chosen experts, tokens counted, tokens with a value that is not finite.
+ERROR, ENERGY, OVERLAP, TOKENS, NONFINITE = range(5)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One candidate's scores over all windows in their order, and its loss [5, domains] float64 at each layer.
+
+    `layers` is empty where the reference is a file of logits.
+    """
+
+    label: str
+    scores: Scores
+    layers: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class _Subject:
+    """A model on its way through the layers: the reference, a candidate, or the reference in another dtype."""
+
+    label: str
+    source: Source
+    dtype: torch.dtype
+    hidden: HiddenStates
+    layers: list[Tensor] = field(default_factory=list)
+
+
+class _Choice(Observer):
+    """Remembers which experts the last batch chose."""
+
+    chosen: Tensor
+
+    def moe_input(self, x: Tensor, routing: Routing) -> None:
+        self.chosen = routing.chosen
+
+
+def evaluate(
+    reference: Source | StoredReference,
+    candidates: list[Source],
+    sample: Sample,
+    settings: Settings | None = None,
+    *,
+    ranks: Ranks | None = None,
+    save: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
+    """Scores of each candidate (and, last, of the noise floor if asked for); whole on every rank.
+
+    `save` stores the reference's distributions for later runs. Raises ValueError for candidates of another model, token
+    ids outside the vocabulary, and a stored reference that was made of something else.
+    """
+    settings, ranks = settings or Settings(), ranks or Ranks()
+    stored = reference if isinstance(reference, StoredReference) else None
+    source = None if isinstance(reference, StoredReference) else reference
+    geometry = (candidates[0] if source is None else source).geometry
+    for candidate in candidates:
+        check_same_model(geometry, candidate)
+    if int(sample.tokens.max()) >= geometry.vocab:
+        raise ValueError(f"tokens: id {int(sample.tokens.max())}, the model's vocabulary has {geometry.vocab}")
+    share = ranks.share(sample.windows)
+    mine, origin = sample.part(share), int(sample.scored[: share.start].sum())
+    subjects = _subjects(source, candidates, mine, settings)
+    state = State.open(settings.state, f"{settings.activations} {_identity(subjects, sample)}", ranks)
+    layer = _start(subjects, mine, settings, state, ranks)
+    while layer < geometry.layers:
+        _advance(subjects, source is not None, layer, mine, settings)
+        layer += 1
+        if progress is not None:
+            progress(layer, geometry.layers)
+        state.offer(layer, [s.hidden for s in subjects], [s.layers for s in subjects], ranks)
+    writer = StoreWriter(save, ranks) if save is not None and source is not None else None
+    outcomes = _finish(subjects, stored, mine, settings, writer, ranks, origin)
+    if writer is not None and source is not None:
+        writer.close(source, sample, settings.activations)
+    state.clear(ranks)
+    return outcomes
+
+
+def _subjects(source: Source | None, candidates: list[Source], mine: Sample, settings: Settings) -> list[_Subject]:
+    chosen = [(source.label, source, settings.dtype)] if source is not None else []
+    chosen += [(candidate.label, candidate, settings.dtype) for candidate in candidates]
+    if settings.floor and source is not None:
+        chosen.append(("noise floor", source, settings.other_dtype))
+    limit = settings.ram_limit // max(1, len(chosen))
+    shape = (mine.windows, mine.context)
+    place = place_of(settings.device, 4 * mine.tokens.numel() * sum(model.geometry.hidden for _, model, _ in chosen))
+    return [
+        _Subject(label, model, dtype, HiddenStates(*shape, model.geometry.hidden, limit, settings.folder, place))
+        for label, model, dtype in chosen
+    ]
+
+
+def _identity(subjects: list[_Subject], sample: Sample) -> str:
+    return " ".join([sample.fingerprint(), *(f"{s.source.fingerprint}/{s.dtype}" for s in subjects)])
+
+
+def _start(subjects: list[_Subject], mine: Sample, settings: Settings, state: State, ranks: Ranks) -> int:
+    """Embed all windows, or take up the hidden states of an interrupted run; returns the first layer to do."""
+    layer = state.resume([s.hidden for s in subjects], [s.layers for s in subjects], ranks)
+    if layer:
+        return layer
+    for subject in subjects:
+        table = subject.source.read(EMBED).to(subject.dtype)
+        model = Globals(embed=table, norm=table[:0], head=table[:0])
+        for start, tokens in _batches(mine.tokens, settings.tokens):
+            subject.hidden.put(start, embed(model, tokens))
+    return 0
+
+
+def _batches(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    step = max(1, size // tokens.shape[1])
+    for start in range(0, len(tokens), step):
+        yield start, tokens[start : start + step]
+
+
+def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sample, settings: Settings) -> None:
+    """Move every subject through one layer and note what each lost against the first."""
+    chosen: list[Tensor] = []  # of the reference, one tensor a batch
+    kept: LayerWeights | None = None
+    for number, subject in enumerate(subjects):
+        weights = kept if subject.dtype != settings.dtype else None
+        if weights is None:
+            weights = read_layer_shared(subject.source, layer, settings.device, subject.dtype)
+            weights = as_converted(subject.source, weights) if settings.like_llama else weights
+        else:
+            weights = _recast(weights, subject.dtype)
+        rounding = layer_rounding(subject.source, layer) if settings.like_llama else EXACT
+        watch, loss = _Choice(), torch.zeros(5, len(mine.domains), dtype=torch.float64)
+        step = max(1, settings.tokens // mine.context)
+        for index, (start, values) in enumerate(subject.hidden.batches(step, settings.device)):
+            after = layer_forward(weights, subject.source.geometry, values, watch, rounding)
+            subject.hidden.put(start, after)
+            if has_reference and number == 0:
+                chosen.append(watch.chosen.to(torch.int16))
+            elif has_reference:
+                truth = subjects[0].hidden.all()[start : start + len(after)].to(after.device)
+                _note(loss, truth, after, chosen[index], watch.chosen, mine.domain[start : start + len(after)])
+        if number and has_reference:
+            subject.layers.append(loss)
+        wanted = has_reference and number == 0 and settings.floor
+        kept = weights if wanted else kept
+        del weights
+
+
+def _recast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    plain = ("input_norm", "post_norm", "q_norm", "k_norm", "router", "router_bias")
+    names = LayerWeights.__dataclass_fields__
+    return LayerWeights(**{n: getattr(weights, n) if n in plain else getattr(weights, n).to(dtype) for n in names})
+
+
+def _note(loss: Tensor, truth: Tensor, after: Tensor, wanted: Tensor, chosen: Tensor, domain: Any) -> None:
+    """Add one batch [B, T, H] to a layer's loss; tokens with values that are not finite are counted, and weigh
+    nothing.
+    """
+    finite = torch.isfinite(after).all(-1)  # [B, T]
+    keep = finite.unsqueeze(-1)
+    overlap = jaccard(wanted.to(chosen.device), chosen.to(torch.int16)).view(finite.shape)
+    parts = {
+        ERROR: torch.where(keep, after - truth, 0.0).pow(2).sum(-1),
+        ENERGY: torch.where(keep, truth, 0.0).pow(2).sum(-1),
+        OVERLAP: torch.where(finite, overlap, 0.0),
+        TOKENS: finite,
+        NONFINITE: ~finite,
+    }
+    where = torch.as_tensor(domain)
+    for row, values in parts.items():
+        loss[row].index_add_(0, where, values.sum(1, dtype=torch.float64).cpu())
+
+
+def _finish(
+    subjects: list[_Subject],
+    stored: StoredReference | None,
+    mine: Sample,
+    settings: Settings,
+    writer: StoreWriter | None,
+    ranks: Ranks,
+    origin: int,
+) -> list[Outcome]:
+    """Next-token distributions of every subject against the reference's, gathered over the ranks.
+
+    `origin`: scored positions of the whole sample before this rank's first.
+    """
+    models = [_head(s, settings.device) for s in subjects]
+    skip = 0 if stored is not None else 1
+    scores: list[list[Scores]] = [[] for _ in subjects[skip:]]
+    rows = max(1, LOGIT_BYTES // (4 * subjects[0].source.geometry.vocab))
+    at = origin
+    for window in range(mine.windows):
+        for first in range(int(mine.first[window]), mine.context - 1, rows):
+            stop = min(first + rows, mine.context - 1)
+            target = mine.tokens[window, first + 1 : stop + 1]
+            pairs = zip(subjects, models, strict=True)
+            blocks = [_logits(s, m, window, first, stop, settings) for s, m in pairs]
+            if stored is not None:
+                base = stored.rows(at, at + stop - first)
+                found = [compare_stored(base, block, target) for block in blocks]
+            else:
+                found = [compare(blocks[0], block, target) for block in blocks[1:]]
+                if writer is not None:
+                    writer.add(blocks[0], target)
+            at += stop - first
+            for kept, part in zip(scores, found, strict=True):
+                kept.append(part)
+    return [_gathered(s, part, ranks) for s, part in zip(subjects[skip:], scores, strict=True)]
+
+
+def _head(subject: _Subject, device: str) -> Globals:
+    """Final norm and head; the embeddings are not needed again."""
+    norm = subject.source.read(FINAL_NORM).to(device)
+    return Globals(embed=norm[:0], norm=norm, head=subject.source.read(HEAD).to(subject.dtype).to(device))
+
+
+def _logits(subject: _Subject, model: Globals, window: int, first: int, stop: int, settings: Settings) -> Tensor:
+    hidden = subject.hidden.all()[window, first:stop].to(settings.device)
+    rounding = head_rounding(subject.source) if settings.like_llama else EXACT
+    return final_logits(model, subject.source.geometry, hidden, rounding)
+
+
+def _gathered(subject: _Subject, scores: list[Scores], ranks: Ranks) -> Outcome:
+    parts = ranks.gather((join(scores) if scores else None, subject.layers))
+    layers = [torch.stack(found).sum(0) for found in zip(*(part[1] for part in parts), strict=True)]
+    return Outcome(subject.label, join([part[0] for part in parts if part[0] is not None]), layers)

@@ -1,0 +1,1 @@
+"""A layer of a GGUF file from its weights and the calibration text."""

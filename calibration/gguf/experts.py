@@ -1,0 +1,128 @@
+"""The experts of a layer of a GGUF file: w1 and w3, then w2 on what they give; with effort high codes are learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...convert.gguf.names import EXPERT_TENSORS
+from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...quantize.ggml.types import GGMLType
+from ..model.signround_layer import LearnOptions
+from .moments import Pair, each_pooled
+from .signround import learn_experts
+from .solve import Method, Report, solve_part
+from .streams import (
+    Streams,
+    cured,
+    experts_of,
+    input_pairs,
+    leaving_pairs,
+    middle_pairs,
+    overflow_exponents,
+    pass_experts,
+)
+
+MOVE = 0.6  # of LearnOptions: better than 0.3 and 1 for Q2_K to Q4_K (docs/quality.md)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer on their way: `new` and `out` (bytes by short name) are filled, chunk by chunk.
+
+    largest  [E] the reference's largest sums of 32 inputs of w2, known when all inputs were collected
+    wanted   [E, O, n] by role where rounding is learned: see `solve_part`
+    """
+
+    streams: Streams
+    weights: LayerWeights
+    new: LayerWeights
+    g: Geometry
+    kinds: dict[str, GGMLType]
+    method: Method
+    out: dict[str, np.ndarray]
+    largest: Tensor
+    wanted: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def exponents(self) -> Tensor:
+        """[E] powers of two by which experts are rescaled whose w2 input would overflow float16."""
+        return overflow_exponents(self.largest)
+
+    def inputs(self, kept: range) -> Pair:
+        """Sums of what w1 and w3 see."""
+        part = experts_of(self.weights, kept)
+        pair, self.largest[kept.start : kept.stop] = input_pairs(self.streams, part, self.g, kept)
+        return pair
+
+    def middle(self, kept: range) -> Pair:
+        """Sums of what w2 sees."""
+        old, new = experts_of(self.weights, kept), experts_of(self.new, kept)
+        return middle_pairs(self.streams, old, new, self.g, kept, self.exponents)
+
+    def leaving(self, kept: range) -> Pair:
+        """The same for all experts; the reference leaves the layer."""
+        return leaving_pairs(self.streams, self.weights, self.new, self.g, self.exponents)
+
+    def solve_inputs(self, kept: range, pair: Pair) -> None:
+        """w1 and w3: of one type, they share a factorization and a sweep."""
+        gate, up = "ffn_gate_exps", "ffn_up_exps"
+        for names in [(gate, up)] if self.kinds[gate] == self.kinds[up] else [(gate,), (up,)]:
+            self._solve(names, kept, pair)
+
+    def solve_middle(self, kept: range, pair: Pair) -> None:
+        """w2."""
+        self._solve(("ffn_down_exps",), kept, pair)
+
+    def _solve(self, names: tuple[str, ...], kept: range, pair: Pair) -> None:
+        roles, step = [EXPERT_TENSORS[name] for name in names], self.streams.plan(self.g).step
+        for start in range(kept.start, kept.stop, step):
+            few = slice(start, min(kept.stop, start + step))
+            source = cured(experts_of(self.weights, range(few.start, few.stop)), self.exponents[few])
+            part = slice(few.start - kept.start, few.stop - kept.start)
+            weight = torch.cat([getattr(source, role) for role in roles], 1)
+            found = solve_part(weight, self.kinds[names[0]], pair, part, self.method)
+            data, values, wanted = np.split(found[0], len(names), 1), *(f.chunk(len(names), 1) for f in found[1:])
+            for index, (name, role) in enumerate(zip(names, roles, strict=True)):
+                self.out[name][few], getattr(self.new, role)[few] = data[index], values[index]
+                if self.method.learned:
+                    self.wanted[role][few] = wanted[index]
+
+
+def quantize_experts(
+    streams: Streams,
+    weights: LayerWeights,
+    new: LayerWeights,
+    layer: int,
+    kinds: dict[str, GGMLType],
+    g: Geometry,
+    method: Method,
+    report: Report,
+    out: dict[str, np.ndarray],
+) -> LayerWeights:
+    """w1 and w3, then w2 on what they give; the reference leaves the layer.
+
+    Experts are taken in chunks where the device cannot hold all their moments; each chunk's are computed twice then.
+    """
+    empty = {role: torch.empty_like(getattr(weights, role)) for role in EXPERT_TENSORS.values()}
+    for name, role in EXPERT_TENSORS.items():
+        out[name] = np.empty((*empty[role].shape[:2], kinds[name].row_bytes(empty[role].shape[2])), np.uint8)
+    new, largest = replace(new, **empty), torch.zeros(g.experts, device=streams.device)
+    experts = Experts(streams, weights, new, g, kinds, method, out, largest)
+    if method.learned:
+        experts.wanted.update({role: torch.empty_like(matrix) for role, matrix in empty.items()})
+    chunks = streams.plan(g).chunks(g.experts)
+    rows = each_pooled(chunks, experts.inputs, experts.solve_inputs)
+    report.unseen |= {(layer, e) for e, count in enumerate(rows.tolist()) if count == 0}
+    report.cured |= {(layer, e): int(k) for e, k in enumerate(experts.exponents.tolist()) if k > 0}
+    each_pooled(chunks, experts.leaving if len(chunks) == 1 else experts.middle, experts.solve_middle)
+    if len(chunks) > 1:
+        pass_experts(streams, streams.reference, weights, g)
+    if method.learned:
+        source = cured(weights, experts.exponents)
+        options = LearnOptions(memory=streams.learning, move=MOVE)
+        new, report.learned[layer] = learn_experts(streams, source, new, experts.wanted, g, kinds, out, options)
+    return new

@@ -1,0 +1,83 @@
+"""Calibrated tensors of a GGUF file, step by step: each matrix corrected for what came before it, then rounded with
+feedback."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, PLAIN_TENSORS
+from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...quantize.ggml.types import GGMLType
+from ..model.forward import rms_norm
+from .experts import quantize_experts
+from .moments import Pair, corrected
+from .solve import Method, Report, solve
+from .streams import Streams, input_pair, output_pair, pass_attention, pass_experts, router_pair
+
+ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
+
+
+def quantize_layer(
+    streams: Streams,
+    weights: LayerWeights,
+    layer: int,
+    types: dict[str, str],
+    g: Geometry,
+    method: Method,
+    report: Report,
+) -> dict[str, np.ndarray]:
+    """Bytes of all tensors of a layer by GGUF name; both streams leave the layer."""
+    prefix = f"blk.{layer}."
+    kinds = {name: GGMLType[types[prefix + name + ".weight"]] for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}
+    out: dict[str, np.ndarray] = {}
+    new = quantize_attention(streams, weights, kinds, g, method, out)
+    if method.correct and method.repair:
+        new = replace(new, router=repaired_router(streams, weights, g, method))
+    new = quantize_experts(streams, weights, new, layer, kinds, g, method, report, out)
+    pass_experts(streams, streams.written, new, g)
+    out = {prefix + name + ".weight": data for name, data in out.items()}
+    norms = {"attn_norm.weight": new.input_norm, "attn_q_norm.weight": new.q_norm, "attn_k_norm.weight": new.k_norm}
+    norms |= {"ffn_norm.weight": new.post_norm, "ffn_gate_inp.weight": new.router, "exp_probs_b.bias": new.router_bias}
+    assert set(norms) == set(PLAIN_TENSORS)
+    return out | {prefix + name: value.float().cpu().numpy() for name, value in norms.items()}
+
+
+def quantize_attention(
+    streams: Streams,
+    weights: LayerWeights,
+    kinds: dict[str, GGMLType],
+    g: Geometry,
+    method: Method,
+    out: dict[str, np.ndarray],
+) -> LayerWeights:
+    """q, k, v, then o on what they give; the streams move past attention. Bytes are added to `out`."""
+    new = weights
+    for names in (("attn_q", "attn_k", "attn_v"), ("attn_output",)):
+        pair = output_pair(streams, weights, new, g) if names == ("attn_output",) else input_pair(streams, weights, g)
+        for name in names:
+            role = ROLES[ATTENTION_TENSORS[name]]
+            out[name], value = solve(getattr(weights, role).unsqueeze(0), kinds[name], pair, method)
+            new = replace(new, **{role: value[0]})
+    pass_attention(streams, new, g)
+    return new
+
+
+def repaired_router(streams: Streams, weights: LayerWeights, g: Geometry, method: Method) -> Tensor:
+    """The router (float32 in the file) that on the written stream gives scores nearest to the reference's."""
+    own, cross = method.moments(router_pair(streams, weights, g), slice(None))
+    return corrected(weights.router.unsqueeze(0), own, cross, method.damping)[0]
+
+
+def quantize_head(
+    streams: Streams, head: Tensor, norm: Tensor, types: dict[str, str], g: Geometry, method: Method
+) -> np.ndarray:
+    """Bytes [V, b] of the output head, calibrated on the final hidden states."""
+    pair = Pair.empty(1, g.hidden, streams.device)
+    for _, reference, written in streams.batches():
+        x, z = (rms_norm(hidden, norm, g.norm_eps).flatten(0, 1) for hidden in (reference, written))
+        pair.add(0, x, z)
+    method = replace(method, correct=method.correct and method.repair)
+    return solve(head.unsqueeze(0), GGMLType[types[OUTPUT]], pair, method)[0][0]

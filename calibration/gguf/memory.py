@@ -1,0 +1,140 @@
+"""How many experts of a GGUF layer a device calibrates and solves at once, and the memory that this takes.
+
+On the device lie, at the peak of a layer: its weights twice (as they were and as they are written), own and cross
+moments of `chunk` experts and of their pool, and either the work of a solve of `step` experts or the activations of a
+batch of text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...convert.models.minimax_m2 import Geometry
+from ..int4.layer import working_memory
+from ..model.forward import rows_at_once
+from ..model.signround_layer import LARGEST_WORK, LEARNING_BYTES
+from ..model.stream import batch_windows
+from ..statistics.layer_pass import free_memory, layer_bytes
+
+WEIGHT_COPIES, MOMENT_COPIES = 11, 8  # float32 copies of weights and of moments that a solve holds at once
+CPU_WORK = 1 << 29  # bytes of them on a CPU
+SMALLER = 4  # batches on a CPU, of those elsewhere in calibration: rows of a few MB are allocated without page faults
+USABLE = 0.9  # of what is free: the allocator's blocks have gaps
+# Bytes of activations: of a routed row by hidden and inner channel, of a token by hidden channel and by attention's.
+ROW_HIDDEN, ROW_INNER, TOKEN_HIDDEN, TOKEN_HEADS = 8, 18, 32, 8
+LEARNED_HIDDEN = 24  # of a token that rounding is learned on: its input, what is wanted and what is left of it
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """chunk: experts whose moments are held at once, a multiple of `step` or all; step: experts solved together.
+
+    The step decides a code's last ties on CUDA (batched products round otherwise) and depends on the card alone; the
+    chunk depends on what is free and decides nothing.
+    """
+
+    chunk: int
+    step: int
+
+    def chunks(self, experts: int) -> list[range]:
+        """Ranges of experts that are calibrated one after the other."""
+        return [range(start, min(experts, start + self.chunk)) for start in range(0, experts, self.chunk)]
+
+
+def text_batch(length: int, device: torch.device | str) -> int:
+    """Windows of `length` tokens that go through a layer at once."""
+    windows = batch_windows(length, device)
+    return max(1, windows // SMALLER) if torch.device(device).type == "cpu" else windows
+
+
+def pair_bytes(inputs: int) -> int:
+    """Own and cross moments of one matrix."""
+    return 2 * 4 * inputs**2
+
+
+def solve_bytes(rows: int, inputs: int) -> int:
+    """Working memory of one matrix's solve."""
+    return 4 * inputs * (WEIGHT_COPIES * rows + MOMENT_COPIES * inputs)
+
+
+def solve_memory(device: torch.device | str) -> int:
+    """Bytes that solves may take; never what is free at the time, so that equal runs give equal bytes."""
+    device = torch.device(device)
+    return working_memory(device) if device.type == "cuda" else CPU_WORK
+
+
+def activation_bytes(g: Geometry, device: torch.device | str, tokens: int) -> int:
+    """What a batch of `tokens` tokens takes on its way through both layers."""
+    rows = min(rows_at_once(torch.device(device)), tokens * g.experts_per_token)
+    experts = rows * (ROW_HIDDEN * g.hidden + ROW_INNER * g.expert_width)
+    heads = TOKEN_HEADS * tokens * (g.hidden + 2 * g.head_dim * (g.heads + g.kv_heads))
+    return TOKEN_HIDDEN * tokens * g.hidden + max(experts, heads)
+
+
+def layer_peak(g: Geometry, dtype: torch.dtype, plan: ExpertPlan, work: int, activations: int) -> int:
+    """Bytes on the device while a layer is quantized (without learning)."""
+    return 2 * layer_bytes(g, dtype) + (plan.chunk + 1) * pair_bytes(g.hidden) + max(work, activations)
+
+
+def plan_experts(g: Geometry, moments: int, work: int) -> ExpertPlan:
+    """Fit a layer's experts into `moments` bytes for their moments (one fits always) and `work` bytes for a solve."""
+    each = max(pair_bytes(g.hidden), pair_bytes(g.expert_width))
+    largest = max(solve_bytes(2 * g.expert_width, g.hidden), solve_bytes(g.hidden, g.expert_width))
+    step, chunk = min(g.experts, max(1, work // largest)), max(1, moments // each)
+    if chunk >= g.experts:
+        return ExpertPlan(g.experts, step)
+    step = min(step, chunk)
+    return ExpertPlan(chunk - chunk % step, step)
+
+
+def moment_memory(
+    g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0, learned: bool = False
+) -> int:
+    """Bytes that moments may take beside everything else that a layer needs, by what is free now.
+
+    tokens: of a batch; held: bytes that will be taken and are not yet; learned: what each weight would be alone is kept
+    for learning, a third layer. Raises ValueError when one expert's do not fit.
+    """
+    free = free_memory(device)
+    layers = (3 if learned else 2) * layer_bytes(g, dtype)
+    other = layers + max(solve_memory(device), activation_bytes(g, device, tokens))
+    left, least = int((free - held) * USABLE) - other - pair_bytes(g.hidden), pair_bytes(g.hidden)
+    if left < least:
+        needed = (other + 2 * least) / USABLE + held
+        raise ValueError(f"{device}: {free / 1e9:.1f} GB of memory are free, a layer needs {needed / 1e9:.1f} GB")
+    return left
+
+
+def learning_memory(
+    g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0
+) -> int | None:
+    """Bytes that learning on `tokens` tokens may take beside what it works on, by the card alone; None on a CPU.
+
+    held: bytes that lie there beside the layer. The layer lies there three times, and with rescaled experts two of its
+    matrices once more. Raises ValueError when nothing is left.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    total = total_memory(device)
+    other = 11 * layer_bytes(g, dtype) // 3 + tokens * LEARNED_HIDDEN * g.hidden + held
+    left, least = int(total * USABLE) - other, LEARNING_BYTES["cuda"] * 3 * g.hidden * g.expert_width
+    if left < least:
+        needed = (other + least) / USABLE
+        raise ValueError(
+            f"{device}: --effort high needs a card of {needed / 1e9:.1f} GB, this has {total / 1e9:.1f} GB"
+        )
+    return min(left, LARGEST_WORK)
+
+
+def total_memory(device: torch.device | str) -> int:
+    """Bytes of a CUDA card."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def stream_place(g: Geometry, device: torch.device | str, moments: int, size: int) -> torch.device:
+    """Where `size` bytes of hidden states lie: on a GPU when all experts' moments fit into `moments` beside them."""
+    device = torch.device(device)
+    room = moments - g.experts * max(pair_bytes(g.hidden), pair_bytes(g.expert_width))
+    return device if device.type == "cuda" and size <= room else torch.device("cpu")

@@ -1,0 +1,156 @@
+"""Own and cross moments of matrices in two streams, the pool of a layer's experts, and the correction they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...quantize.linear_algebra import cholesky, full_float32
+
+PRIOR = 1.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
+SAMPLING = 1.5  # ridge for moments of few rows, as a share of the mean diagonal at one row per input
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Mean own and cross moments [n, n] of all matrices of a layer, each at unit energy.
+
+    level (): their mean energy; weight, rows [E]: what each of them saw
+    """
+
+    own: Tensor
+    cross: Tensor
+    level: Tensor
+    weight: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T, weight and rows
+    [E]. `pool`: of all matrices of the layer when these are only some of them."""
+
+    own: Tensor
+    cross: Tensor
+    weight: Tensor
+    rows: Tensor
+    pool: Pool | None = None
+
+    @classmethod
+    def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Pair:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        return cls(zeros(matrices, inputs, inputs), zeros(matrices, inputs, inputs), zeros(matrices), zeros(matrices))
+
+    def add(self, matrix: int, x: Tensor, z: Tensor, share: Tensor | None = None) -> None:
+        """Rows x, z [R, n] of one matrix, each counted by share^2 [R]."""
+        if not len(x):
+            return
+        whole = x.dtype != torch.bfloat16  # sums over bfloat16 rows lose nothing that counts in TF32
+        x, z = (rows.float() if share is None else rows.float() * share.unsqueeze(1) for rows in (x, z))
+        with full_float32(whole):
+            self.own[matrix].addmm_(z.T, z)
+            self.cross[matrix].addmm_(x.T, z)
+        self.weight[matrix] += len(x) if share is None else share.square().sum()
+        self.rows[matrix] += len(x)
+
+    def energy(self) -> Tensor:
+        """[E] mean square of an input."""
+        return self.own.diagonal(dim1=1, dim2=2).mean(1) / self.weight.clamp(min=TINY)
+
+    def pooled(self) -> Pair:
+        """The same sums with their pool: their own matrices' unless it is there."""
+        if self.pool is not None:
+            return self
+        sums = PoolSums()
+        sums.add(self)
+        return replace(self, pool=sums.result())
+
+    def means(self, chosen: slice, prior: float = PRIOR, sampling: float = SAMPLING) -> tuple[Tensor, Tensor]:
+        """Mean own and cross moments of some matrices, blended with the pooled ones where rows are few.
+
+        The pool counts as `prior` * n rows of average weight and average energy. What few rows say off the diagonal is
+        noise: both moments get a ridge of sampling * n / rows of the mean diagonal (at most 1).
+        """
+        pool = self.pooled().pool
+        assert pool is not None
+        n, weight = self.own.shape[-1], self.weight[chosen]
+        pool_weight = prior * n * pool.weight.sum() / pool.rows.sum().clamp(min=1.0)
+        share = (pool_weight / (weight + pool_weight).clamp(min=TINY)).view(-1, 1, 1)
+        level = torch.where(weight > 0, self.energy()[chosen], pool.level).view(-1, 1, 1)
+        divisor = weight.clamp(min=TINY).view(-1, 1, 1)
+        own, cross = (
+            torch.lerp(sums[chosen] / divisor, level * shared, share)
+            for sums, shared in ((self.own, pool.own), (self.cross, pool.cross))
+        )
+        rows = self.rows[chosen] + prior * n * (len(pool.rows) > 1)
+        ridge = (sampling * n / rows.clamp(min=1.0)).clamp(max=1.0) * own.diagonal(dim1=1, dim2=2).mean(1)
+        for part in (own, cross):
+            part.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
+        return own, cross
+
+
+class PoolSums:
+    """The pool of a layer's matrices, added one after the other: the same bits however they come in chunks."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._energy: list[Tensor] = []
+        self._weight: list[Tensor] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, pair: Pair) -> None:
+        """The next matrices of the layer."""
+        energy = pair.energy()
+        # At unit energy, a loud expert does not drown the others.
+        share = (pair.weight > 0) / energy.clamp(min=TINY) / pair.weight.clamp(min=TINY)
+        if not self._sums:
+            self._sums = [torch.zeros_like(pair.own[0]), torch.zeros_like(pair.cross[0])]
+        for total, part in zip(self._sums, (pair.own, pair.cross), strict=True):
+            for matrix in range(len(part)):
+                total.addcmul_(part[matrix], share[matrix])
+        self._energy.append(energy)
+        self._weight.append(pair.weight)
+        self._rows.append(pair.rows)
+
+    def result(self) -> Pool:
+        """The pool of all that was added."""
+        energy, weight, rows = (torch.cat(parts) for parts in (self._energy, self._weight, self._rows))
+        seen = (weight > 0).sum().clamp(min=1)
+        return Pool(self._sums[0] / seen, self._sums[1] / seen, energy.sum() / seen, weight, rows)
+
+
+def each_pooled(chunks: list[range], collect: Callable[[range], Pair], use: Callable[[range, Pair], None]) -> Tensor:
+    """`use` the sums of every chunk of matrices with the pool of all; only one chunk's are held at a time.
+
+    One chunk is collected once; several twice, for the pool and for use. Returns the rows that each matrix saw [E].
+    """
+    if len(chunks) == 1:
+        pair = collect(chunks[0]).pooled()
+        use(chunks[0], pair)
+        return pair.rows
+    sums = PoolSums()
+    for kept in chunks:
+        sums.add(collect(kept))
+    pool = sums.result()
+    for kept in chunks:
+        use(kept, replace(collect(kept), pool=pool))
+    return pool.rows
+
+
+def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """T = W (X + l) (H + l)^-1 for weight [E, O, n]; W itself where H cannot be factored."""
+    mean = own.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = (damping * mean).view(-1, 1, 1) * torch.eye(own.shape[-1], device=own.device)
+    lower, good = cholesky(own + ridge)
+    turn = torch.cholesky_solve((cross + ridge).mT, lower)
+    good &= (mean > 0) & torch.isfinite(turn).flatten(1).all(1)
+    turn.diagonal(dim1=1, dim2=2).sub_(1)
+    with full_float32(False):  # of what is added alone
+        change = weight @ turn.mT
+    return torch.where(good.view(-1, 1, 1), weight + change, weight)

@@ -1,0 +1,180 @@
+"""GGUF tensors from statistics that were made before: what `mmquant calibrate` wrote, or anybody's imatrix.gguf.
+
+One stream only: there are no tokens, so nothing is corrected for what earlier layers lost (gguf_paired does that), and
+the head is not calibrated. Full moments give error feedback, diagonals a search weighted by importance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...convert.checkpoints.checkpoint import Checkpoint
+from ...convert.files.atomic import sha256_file
+from ...convert.gguf.imatrix import Imatrix, read_imatrix
+from ...convert.gguf.metadata import Importance
+from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, split_block
+from ...convert.gguf.writer import TensorInfo
+from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.source import read_layer
+from ...quantize.ggml.codec import encode
+from ...quantize.ggml.types import GGMLType
+from ...quantize.moments import Moments, check_moments, shrunk_diagonal
+from ..statistics.imatrix_export import moments_of
+from ..statistics.live import default_dtype
+from ..statistics.store import StoredStatistics, open_statistics
+from .encode import encode_tensors
+from .layer import ROLES
+from .moments import PRIOR, Pair
+from .solve import METHODS, Method, Report, solve
+from .streams import overflow_exponents
+
+INPUT_OF = {
+    "attn_q": "attention_in",
+    "attn_k": "attention_in",
+    "attn_v": "attention_in",
+    "attn_output": "attention_out",
+}
+INPUT_OF |= {"ffn_gate_exps": "expert_in", "ffn_up_exps": "expert_in", "ffn_down_exps": "expert_mid"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Statistics of a folder or of an imatrix, and how they are used."""
+
+    path: Path
+    known: StoredStatistics | Imatrix
+    effort: str
+
+    @property
+    def method(self) -> Method:
+        """Feedback needs second moments; diagonals allow the search alone."""
+        return METHODS["fast"] if isinstance(self.known, Imatrix) else replace(METHODS[self.effort], correct=False)
+
+    def run(self) -> dict[str, Any]:
+        """What of the statistics decides the bytes."""
+        if isinstance(self.known, Imatrix):
+            return {"calibration": {"imatrix": sha256_file(self.path)}, "effort": self.effort}
+        identity = self.known.identity
+        corpus = {"corpus": identity["corpus"], "collect": identity["collect"]}
+        return {"calibration": corpus, "effort": self.effort, "correction": False}
+
+    def importance(self, geometry: Geometry) -> Importance:
+        """The quantize.imatrix.* keys."""
+        if isinstance(self.known, Imatrix):
+            text = ", ".join(self.known.datasets)
+            return Importance(self.path.name, text, len(self.known.weights), self.known.chunk_count)
+        corpus = self.known.identity["corpus"]
+        names = ", ".join(s["name"] for s in corpus["sets"])
+        return Importance("mmquant", names, geometry.layers * 7, corpus["windows"])
+
+    def moments(self, layer: int, g: Geometry) -> dict[str, Moments]:
+        """What each matrix of a layer saw, by GGUF name. ValueError for statistics of another model."""
+        if isinstance(self.known, Imatrix):
+            found = self.known.layer(layer)
+            missing = [name for name in INPUT_OF if name not in found]
+            if missing:
+                raise ValueError(f"{self.path}: blk.{layer}.{missing[0]}.weight is missing")
+            out = {name: moments_of(found[name]) for name in INPUT_OF}
+        else:
+            statistics = self.known.layer(layer, second=self.method.feedback)
+            out = {name: getattr(statistics, field) for name, field in INPUT_OF.items()}
+        inputs = {"attn_output": g.heads * g.head_dim, "ffn_down_exps": g.expert_width}
+        for name, moments in out.items():
+            experts = g.experts if name in EXPERT_TENSORS else 1
+            check_moments(moments, experts, inputs.get(name, g.hidden), f"{self.path}: blk.{layer}.{name}")
+        return out
+
+
+def open_stored(path: Path, source: Checkpoint, effort: str) -> Stored:
+    """A folder that `mmquant calibrate` wrote, or an imatrix in GGUF. ValueError when it does not serve."""
+    if path.suffix == ".gguf":
+        if effort != "fast":
+            raise ValueError(f"{path}: an imatrix holds diagonals, which serve --effort fast only")
+        return Stored(path, read_imatrix(path), effort)
+    if effort == "high":
+        raise ValueError(
+            f"{path}: holds sums; --effort high learns on the calibration tokens, expected default or fast"
+        )
+    known = open_statistics(path)
+    known.check(source.fingerprint, source.geometry.layers)
+    if not known.full and effort != "fast":
+        raise ValueError(
+            f"{path}: holds diagonals, expected second moments (calibrate --moments full) or --effort fast"
+        )
+    return Stored(path, known, effort)
+
+
+def stored_tensors(
+    source: Checkpoint, stored: Stored, tensors: list[TensorInfo], device: torch.device | str, report: Report
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, bytes) of tensors of one step, in order."""
+    layer = split_block(tensors[0].name)[0]
+    kinds = {stem_of(info.name): GGMLType[info.type] for info in tensors}
+    chosen = {name: kinds[name] for name in INPUT_OF if name in kinds}
+    ready = {} if layer is None else encode_layer(source, stored, layer, chosen, device, report)
+    for info in tensors:
+        data = ready.pop(stem_of(info.name), None)
+        yield from [(info.name, data)] if data is not None else encode_tensors(source, [info], device)
+
+
+def stem_of(name: str) -> str:
+    """blk.3.attn_q.weight -> attn_q."""
+    return split_block(name)[1].removesuffix(".weight")
+
+
+def encode_layer(
+    source: Checkpoint,
+    stored: Stored,
+    layer: int,
+    kinds: dict[str, GGMLType],
+    device: torch.device | str,
+    report: Report,
+) -> dict[str, np.ndarray]:
+    """Bytes of a layer's matrices by short name; experts that would overflow float16 are rescaled first."""
+    moments = stored.moments(layer, source.geometry)
+    weights = read_layer(source, layer, device, default_dtype(device))
+    return encode_matrices_of(weights, moments, kinds, stored.method, layer, report)
+
+
+def encode_matrices_of(
+    weights: LayerWeights,
+    moments: dict[str, Moments],
+    kinds: dict[str, GGMLType],
+    method: Method,
+    layer: int,
+    report: Report,
+) -> dict[str, np.ndarray]:
+    """Bytes of a layer's matrices by short name, each under its moments. Experts that would overflow float16 are
+    rescaled in `weights` and named in the report."""
+    middle = moments["ffn_down_exps"]
+    exponents = overflow_exponents(middle.sum32.to(weights.w1.device))
+    report.cured |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
+    report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
+    for expert in (exponents > 0).nonzero().flatten().tolist():  # in place: a layer is a third of a 24 GB card
+        weights.w3[expert] /= torch.exp2(exponents[expert])
+        weights.w2[expert] *= torch.exp2(exponents[expert])
+    out = {}
+    for name, kind in kinds.items():
+        role = ROLES[ATTENTION_TENSORS[name]] if name in ATTENTION_TENSORS else EXPERT_TENSORS[name]
+        weight = getattr(weights, role)
+        weight = weight.unsqueeze(0) if weight.dim() == 2 else weight
+        out[name] = encode_matrices(weight, kind, moments[name], method)
+    return out
+
+
+def encode_matrices(weight: Tensor, kind: GGMLType, moments: Moments, method: Method) -> np.ndarray:
+    """Bytes [E, O, b] of E matrices [E, O, n] under their moments."""
+    if moments.second is not None and method.feedback:
+        second = moments.second.to(weight.device)
+        pair = Pair(second, second, moments.weight.to(weight.device), moments.count.to(weight.device))
+        return solve(weight, kind, pair, method)[0]
+    importance = shrunk_diagonal(moments, PRIOR).to(weight.device)
+    parts = [encode(rows.float(), kind, chosen).cpu().numpy() for rows, chosen in zip(weight, importance, strict=True)]
+    return np.stack(parts)

@@ -1,0 +1,141 @@
+"""How matrices of a GGUF file are solved: corrected for what came before them, then rounded with feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...convert.checkpoints.batches import to_host
+from ...quantize.ggml.codebook import ldlq as iquant_feedback
+from ...quantize.ggml.codec import decode, encode
+from ...quantize.ggml.scalar import ldlq as feedback
+from ...quantize.ggml.scalar.grid import FORMS
+from ...quantize.ggml.types import GGMLType
+from .memory import WEIGHT_COPIES, solve_bytes, solve_memory
+from .moments import PRIOR, SAMPLING, Pair, corrected
+
+PLAIN_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a matrix is rounded.
+
+    feedback  error feedback under the second moments; otherwise a search weighted by their diagonal
+    correct   let each matrix make good what the layers before it lost
+    repair    so do the router and the head
+    passes    rounds of coordinate descent after the sweep
+    learned   the experts' codes are learned on the layer's output after that (signround.py)
+    damping   share of the mean diagonal added to the moments
+    prior     strength of the pooled moments; sampling: ridge where rows are few (Pair.means)
+    """
+
+    feedback: bool = True
+    correct: bool = True
+    repair: bool = True
+    passes: int = 2
+    learned: bool = False
+    damping: float = 0.05
+    prior: float = PRIOR
+    sampling: float = SAMPLING
+
+    def moments(self, pair: Pair, chosen: slice) -> tuple[Tensor, Tensor]:
+        """Mean own and cross moments with this method's regularization."""
+        return pair.means(chosen, self.prior, self.sampling)
+
+
+METHODS = {
+    "fast": Method(feedback=False, correct=False, passes=0),
+    "default": Method(),
+    "high": Method(learned=True),
+}
+
+
+@dataclass
+class Report:
+    """What a run did beyond rounding: exponents of the overflow cure by (layer, expert), experts that saw no token, and
+    by layer what learning left of the held-out error."""
+
+    cured: dict[tuple[int, int], int] = field(default_factory=dict)
+    learned: dict[int, float | None] = field(default_factory=dict)
+    unseen: set[tuple[int, int]] = field(default_factory=set)
+
+    def of_layer(self, layer: int) -> Iterator[str]:
+        """What the user should know of a layer, a line each."""
+        cured = [f"{expert} (2^{k})" for (place, expert), k in sorted(self.cured.items()) if place == layer]
+        unseen = [str(expert) for place, expert in sorted(self.unseen) if place == layer]
+        gained = self.learned.get(layer)
+        if gained is not None:
+            yield f"layer {layer}: held-out error of the experts' output {gained:.3f} of what it was before learning"
+        if cured:
+            yield f"layer {layer}: experts {', '.join(cured)} rescaled, their sums would overflow float16 on CUDA"
+        if unseen:
+            yield f"layer {layer}: experts {', '.join(unseen)} saw no token, the layer's pooled moments stand in"
+
+
+def solve(
+    weight: Tensor, kind: GGMLType, pair: Pair, method: Method, step: int | None = None
+) -> tuple[np.ndarray, Tensor]:
+    """Bytes [E, O, b] uint8 and values [E, O, n] (of weight's dtype) of E matrices [E, O, n], `step` at a time."""
+    experts, rows, n = weight.shape
+    out, values, pair = np.empty((experts, rows, kind.row_bytes(n)), np.uint8), torch.empty_like(weight), pair.pooled()
+    step = step if step is not None else experts_at_once(weight)
+    for start in range(0, experts, step):
+        part = slice(start, start + step)
+        out[part], values[part], _ = solve_part(weight[part], kind, pair, part, method)
+    return out, values
+
+
+def experts_at_once(weight: Tensor) -> int:
+    """How many of E matrices [E, O, n] are solved together: as many as the device's working memory holds."""
+    _, rows, n = weight.shape
+    return max(1, solve_memory(weight.device) // solve_bytes(rows, n))
+
+
+def rows_at_once(weight: Tensor) -> int:
+    """Rows of one matrix [..., O, n] that the working memory holds beside its moments; 256 at least."""
+    n = weight.shape[-1]
+    return max(256, (solve_memory(weight.device) - solve_bytes(0, n)) // (4 * WEIGHT_COPIES * n))
+
+
+def solve_part(
+    weight: Tensor, kind: GGMLType, pair: Pair, part: slice, method: Method
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Bytes [E, O, b] uint8, values and wanted values [E, O, n] float32 of the matrices `part` of a pair, all at once.
+
+    wanted: where each weight would go if it alone were free (the values themselves unless rounding is learned)
+    """
+    if kind in PLAIN_TYPES:
+        stored = encode(weight.float().flatten(0, 1), kind).view(*weight.shape[:2], -1)
+        values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(weight)
+        return to_host(stored).numpy(), values, values
+    block = rows_at_once(weight)
+    if len(weight) == 1 and block < weight.shape[1]:  # larger than the working memory
+        pieces = [solve_part(few, kind, pair, part, method) for few in weight.split(block, 1)]
+        data, values, wanted = zip(*pieces, strict=True)
+        return np.concatenate(data, 1), torch.cat(values, 1), torch.cat(wanted, 1)
+    own, cross = method.moments(pair, part)
+    target = weight.float()
+    if method.correct:
+        target = corrected(target, own, cross, method.damping)
+    stored = _rounded(target, kind, own, method)
+    values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(target)
+    wanted = values
+    if method.learned and kind in FORMS:
+        wanted = values + (target - values) @ own / own.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    return to_host(stored).numpy(), values, wanted
+
+
+def _rounded(target: Tensor, kind: GGMLType, own: Tensor, method: Method) -> Tensor:
+    if not method.feedback:
+        diagonal = own.diagonal(dim1=1, dim2=2).contiguous()
+        parts = [encode(rows, kind, weight) for rows, weight in zip(target, diagonal, strict=True)]
+        return torch.stack(parts)
+    if kind in FORMS:
+        return feedback.encode_with_feedback(target, kind, feedback.factor(own, method.damping), method.passes)
+    known = iquant_feedback.factor(own, kind, method.damping)
+    return iquant_feedback.encode_with_feedback(target, kind, known, passes=method.passes)

@@ -1,0 +1,246 @@
+"""One layer quantized on what the quantized layers before it really deliver: two residual streams, side by side.
+
+The reference stream runs through the original weights, the other through what was written so far. With x the reference
+input of a matrix W and z the other's, sum |W x - Q z|^2 is least, before rounding, at T = W X (H + l)^-1 with
+H = E z z^T, X = E x z^T (l: damping, also added to X, so that T = W where nothing is known). T is then rounded with
+error feedback under H: what earlier layers lost is made good where a linear map can. Inside the layer the order is
+q, k, v; o; w1, w3; w2; each is calibrated on the quantized matrices before it. Rows are weighted by the reference's
+router weight and follow the reference's routing. After https://arxiv.org/abs/2504.02692 (asymmetric calibration), here
+per expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ..model.forward import Observer, Routing, attention, grouped_matmul, rms_norm, route, rows_at_once, run_experts
+from ..model.hidden import HiddenStates
+from .memory import ExpertPlan, plan_experts, solve_memory
+from .moments import Pair
+
+SAFE_SUM = 65504.0 / 4  # what the largest sum of 32 inputs is brought below: two bits of margin for unseen text
+
+
+class Rows(Observer):
+    """Hands the routed rows of the reference on."""
+
+    def __init__(self, take: Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], None]) -> None:
+        self.take = take
+
+    def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+        self.take(x, h, token, slot, offsets)
+
+
+class AttentionOutput(Observer):
+    """Keeps what o sees in one batch."""
+
+    output: Tensor
+
+    def attention_output(self, x: Tensor) -> None:
+        self.output = x
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual stream before a layer: of the reference, and of the model as written; `batch` windows at a time.
+
+    memory: bytes of the device for the moments of a layer's experts; None: there is room for all
+    learning: bytes of it for learning; None: by the device (model/signround_layer.py)
+    """
+
+    reference: HiddenStates
+    written: HiddenStates
+    batch: int
+    device: torch.device | str
+    memory: int | None = None
+    learning: int | None = None
+
+    def plan(self, g: Geometry) -> ExpertPlan:
+        """Experts whose moments are held, and that are solved, at once."""
+        return plan_experts(g, self.memory if self.memory is not None else 1 << 62, solve_memory(self.device))
+
+    def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first window, reference, written) [B, T, H] float32."""
+        pairs = zip(
+            self.reference.batches(self.batch, self.device), self.written.batches(self.batch, self.device), strict=True
+        )
+        for (start, reference), (_, written) in pairs:
+            yield start, reference, written
+
+    def put(self, start: int, reference: Tensor, written: Tensor) -> None:
+        self.reference.put(start, reference)
+        self.written.put(start, written)
+
+
+def input_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
+    """Sums of what q, k and v see."""
+    pair = Pair.empty(1, g.hidden, streams.device)
+    for _, reference, written in streams.batches():
+        x, z = (rms_norm(hidden, weights.input_norm, g.norm_eps).flatten(0, 1) for hidden in (reference, written))
+        pair.add(0, x.to(weights.q.dtype), z.to(weights.q.dtype))
+    return pair
+
+
+def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
+    """Sums of what o sees, with q, k, v of `new` on the written side. The reference moves past attention."""
+    pair = Pair.empty(1, g.heads * g.head_dim, streams.device)
+    for start, reference, written in streams.batches():
+        x, z = AttentionOutput(), AttentionOutput()
+        streams.reference.put(start, reference + attention(weights, g, reference, x))
+        attention(new, g, written, z)
+        pair.add(0, x.output, z.output)
+    return pair
+
+
+def pass_attention(streams: Streams, new: LayerWeights, g: Geometry) -> None:
+    """Move the written stream past attention."""
+    for start, written in streams.written.batches(streams.batch, streams.device):
+        streams.written.put(start, written + attention(new, g, written, Observer()))
+
+
+def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
+    """Sums of what the router sees."""
+    pair = Pair.empty(1, g.hidden, streams.device)
+    for _, reference, written in streams.batches():
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+        pair.add(0, x, z)
+    return pair
+
+
+def input_pairs(streams: Streams, part: LayerWeights, g: Geometry, kept: range) -> tuple[Pair, Tensor]:
+    """Sums of what w1 and w3 of the experts `kept` see; the reference's largest |sum of 32 inputs| of their w2 [kept].
+
+    part: the layer with these experts alone (`experts_of`)
+    """
+    pair = Pair.empty(len(kept), g.hidden, streams.device)
+    largest = torch.zeros(len(kept), device=streams.device)
+    for rows in routed(streams, part, g, kept):
+        gate, up = (grouped_matmul(rows.x, matrix, rows.offsets) for matrix in (part.w1, part.w3))
+        sums = (F.silu(gate) * up).float().unflatten(1, (-1, 32)).sum(-1).abs().amax(1)
+        add_rows(pair, rows.x, rows.z, rows.share, rows.offsets)
+        for expert, (start, stop) in enumerate(pairwise(rows.offsets)):
+            if stop > start:
+                largest[expert] = torch.maximum(largest[expert], sums[start:stop].amax())
+    return pair, largest
+
+
+def middle_pairs(
+    streams: Streams, part: LayerWeights, new: LayerWeights, g: Geometry, kept: range, exponents: Tensor
+) -> Pair:
+    """Sums of what w2 of the experts `kept` see, with w1 and w3 of `new` on the written side; both with these alone.
+
+    exponents [E]: powers of two by which the new layer's inner rows are smaller (`cured`)
+    """
+    pair, scale = Pair.empty(len(kept), g.expert_width, streams.device), scales(exponents[kept.start : kept.stop])
+    for rows in routed(streams, part, g, kept):
+        x, z = (inner_rows(side, one, rows.offsets) for side, one in ((rows.x, part), (rows.z, new)))
+        add_rows(pair, x, z, rows.share, rows.offsets, scale)
+    return pair
+
+
+def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry, exponents: Tensor) -> Pair:
+    """`middle_pairs` of all experts on the way of the reference out of the layer: its rows are computed once."""
+    pair, scale = Pair.empty(g.experts, g.expert_width, streams.device), scales(exponents)
+    for start, reference, written in streams.batches():
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+        x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
+        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+
+        def take(_: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+            inner = inner_rows(z[token], new, offsets)  # noqa: B023 - used within this iteration
+            add_rows(pair, h, inner, routing.weights[token, slot], offsets, scale)  # noqa: B023
+
+        moved = run_experts(weights, x, routing, Rows(take))
+        streams.reference.put(start, reference + moved.view(reference.shape))
+    return pair
+
+
+def inner_rows(x: Tensor, part: LayerWeights, offsets: list[int]) -> Tensor:
+    """What w2 sees of rows sorted by expert [R, H]: [R, I]."""
+    gate, up = (grouped_matmul(x, matrix, offsets) for matrix in (part.w1, part.w3))
+    return F.silu(gate) * up
+
+
+def experts_of(weights: LayerWeights, kept: range) -> LayerWeights:
+    """The layer with some of its experts; views."""
+    chosen = slice(kept.start, kept.stop)
+    return replace(weights, w1=weights.w1[chosen], w3=weights.w3[chosen], w2=weights.w2[chosen])
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Rows sorted by expert: x of the reference and z of the written stream [R, H], router weight [R], offsets."""
+
+    x: Tensor
+    z: Tensor
+    share: Tensor
+    offsets: list[int]
+
+
+def routed(streams: Streams, weights: LayerWeights, g: Geometry, kept: range) -> Iterator[RoutedRows]:
+    """The rows of the experts `kept`, in pieces that do not depend on which are kept."""
+    for _, reference, written in streams.batches():
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+        x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
+        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+        for token, slot, offsets in dispatch(routing, g.experts):
+            first, last = offsets[kept.start], offsets[kept.stop]
+            token, slot = token[first:last], slot[first:last]
+            ends = [end - first for end in offsets[kept.start : kept.stop + 1]]
+            yield RoutedRows(x[token], z[token], routing.weights[token, slot], ends)
+
+
+def dispatch(routing: Routing, experts: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Routed rows sorted by expert, as many as a device holds at once: token and slot [R], offsets of the experts."""
+    tokens, per_token = routing.chosen.shape
+    step = max(1, rows_at_once(routing.chosen.device) // per_token)
+    for start in range(0, tokens, step):
+        chosen = routing.chosen[start : start + step].flatten()
+        order = torch.argsort(chosen.to(torch.int16), stable=True)
+        counts = torch.bincount(chosen, minlength=experts)
+        yield order // per_token + start, order % per_token, [0, *torch.cumsum(counts, 0).tolist()]
+
+
+def add_rows(pair: Pair, x: Tensor, z: Tensor, share: Tensor, offsets: list[int], scale: Tensor | None = None) -> None:
+    """Rows [R, n] sorted by expert, to the sums of their experts; x times `scale` [E], powers of two."""
+    for expert, (start, stop) in enumerate(pairwise(offsets)):
+        rows = x[start:stop] if scale is None else x[start:stop] * scale[expert].to(x.dtype)
+        pair.add(expert, rows, z[start:stop], share[start:stop])
+
+
+def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, g: Geometry) -> None:
+    """Move one of the streams past the experts, with its own routing."""
+    for start, hidden in states.batches(streams.batch, streams.device):
+        x = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1).to(weights.w1.dtype)
+        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+        states.put(start, hidden + run_experts(weights, x, routing, Observer()).view(hidden.shape))
+
+
+def overflow_exponents(largest: Tensor) -> Tensor:
+    """[E] powers of two by which w3 is divided and w2 multiplied, so that sums of 32 stay below SAFE_SUM; 0 for most.
+
+    CUDA keeps such sums in float16 for Q4_K, Q5_K and others (llama.cpp ggml-cuda/quantize.cu).
+    """
+    over = largest > 65504.0 / 2
+    wanted = torch.ceil(torch.log2((largest / SAFE_SUM).clamp(min=1.0)))
+    return torch.where(over, wanted, torch.zeros_like(wanted))
+
+
+def scales(exponents: Tensor) -> Tensor | None:
+    """[E] factors of the rescaled experts' inner rows; None where nothing was rescaled."""
+    return torch.exp2(-exponents) if bool((exponents > 0).any()) else None
+
+
+def cured(weights: LayerWeights, exponents: Tensor) -> LayerWeights:
+    """The layer with up and down rescaled by exact powers of two; its output is the same."""
+    if not bool((exponents > 0).any()):
+        return weights
+    factor = torch.exp2(exponents).view(-1, 1, 1).to(weights.w3.dtype)
+    return replace(weights, w3=weights.w3 / factor, w2=weights.w2 * factor)

@@ -1,0 +1,1 @@
+"""A layer of an INT4 folder from its weights and the calibration text."""

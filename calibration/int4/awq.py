@@ -1,0 +1,80 @@
+"""Equalization of a MiniMax-M2 layer, exact but for rounding of what absorbs it.
+
+Four pairs: post_attention_layernorm -> router, w1 and w3 of all experts (one scale per channel for the layer; the
+router is compensated, so that the same experts are chosen); w3 -> w2, per expert; input_layernorm -> q, k, v; v -> o,
+per channel of a key-value head, shared by the query heads of its group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...quantize.integer.awq import search_equalization
+from ...quantize.integer.gptq import Grid
+from ...quantize.moments import Moments, pooled, shrunk
+from ..statistics.layer import LayerStatistics
+
+SEARCH_EXPERTS = 16  # the shared scale is searched on the experts that saw most tokens
+
+
+@dataclass(frozen=True)
+class NormPair:
+    """A norm's new weight [H] in float32 (exact in bfloat16), and the scale [H] that its readers' columns take."""
+
+    norm: Tensor
+    scale: Tensor
+
+
+def absorb(norm: Tensor, scale: Tensor) -> NormPair:
+    """norm / scale rounded to bfloat16, and the scale that this rounding makes exact. Zero weights stay alone."""
+    wanted = (norm / scale).to(torch.bfloat16).float()
+    exact = torch.where(wanted != 0, norm / torch.where(wanted != 0, wanted, torch.ones_like(wanted)), 1.0)
+    return NormPair(torch.where(wanted != 0, wanted, norm), exact)
+
+
+def experts_pair(
+    weights: LayerWeights,
+    statistics: LayerStatistics,
+    grid: Grid,
+    shrinkage: float,
+) -> NormPair:
+    """The shared scale of w1 and w3 of all experts."""
+    device = weights.w1.device
+    most = statistics.expert_in.weight.argsort(descending=True)[:SEARCH_EXPERTS].tolist()
+    stacks, moments, pool = [], [], pooled(statistics.expert_in)
+    for expert in sorted(most):
+        one = slice(expert, expert + 1)
+        stacks.append(torch.cat((weights.w1[one], weights.w3[one]), 1).float())
+        moments.append(shrunk(statistics.expert_in, shrinkage, one, pool).to(device))
+    scale = search_equalization(torch.cat(stacks), torch.cat(moments), grid, shared=True)
+    return absorb(weights.post_norm.float(), scale)
+
+
+def attention_pair(weights: LayerWeights, statistics: LayerStatistics, grid: Grid) -> NormPair:
+    """The shared scale of q, k and v."""
+    stack = torch.cat((weights.q, weights.k, weights.v)).float().unsqueeze(0)
+    second = shrunk(statistics.attention_in, 0.0).to(stack.device)
+    return absorb(weights.input_norm.float(), search_equalization(stack, second, grid, shared=True))
+
+
+def value_pair(weights: LayerWeights, moments: Moments, grid: Grid, geometry: Geometry) -> Tensor:
+    """[kv_heads * head_dim]: what v's rows are divided by and o's columns multiplied with, over a group."""
+    second = shrunk(moments, 0.0).to(weights.o.device)
+    scale = search_equalization(weights.o.float().unsqueeze(0), second, grid, shared=True)
+    heads = scale.view(geometry.kv_heads, -1, geometry.head_dim)
+    return heads.log().mean(1).exp().flatten()
+
+
+def spread_values(scale: Tensor, geometry: Geometry) -> Tensor:
+    """[heads * head_dim]: the scale of every query head's channels, from its key-value head's."""
+    group = geometry.heads // geometry.kv_heads
+    return scale.view(geometry.kv_heads, 1, geometry.head_dim).expand(-1, group, -1).flatten()
+
+
+def expert_pairs(w2: Tensor, second: Tensor, grid: Grid) -> Tensor:
+    """[E, I]: what w2's columns are multiplied with and w3's rows divided by, for a chunk; second [E, I, I]."""
+    return search_equalization(w2, second.to(w2.device), grid, shared=False)

@@ -1,0 +1,292 @@
+"""One layer's INT4: from its weights and what calibration saw of it to codes, scales and the layer as it is read back.
+
+Experts are taken in chunks, so that the working memory is bounded whatever the layer's size. Every expert has its own
+second moments, scales and error feedback; all share bits and group size, as the engines want.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...quantize.integer.gptq import DAMPING, Grid, Solved, quantize
+from ...quantize.integer.grid import IntWeight, dequantize, join, rows_of, select
+from ...quantize.integer.rtn import rtn_int
+from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
+from ...quantize.overflow import overflow_cure, scale_pair
+from ...quantize.refit import refit_scales
+from ..statistics.layer import LayerStatistics
+from .awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
+from .report import LayerReport, make_report
+
+METHODS = ("gptq", "awq", "rtn")
+EFFORTS = ("fast", "default", "high")
+WORKING_MATRICES = 7  # float32 [O, I] or [I, I] matrices that a solve holds for each expert
+ATTENTION_BITS = 4  # of INT4 attention, also in layers whose experts keep more
+LARGEST_WORK = 16 << 30
+LARGE_CARD = 60e9
+
+
+@dataclass(frozen=True)
+class Int4Options:
+    """How a layer is quantized. `shrinkage`: see quantize/moments.py.
+
+    memory  working bytes beside the layer, its moments and its codes; None: by the device (`working_memory`)
+    """
+
+    method: str = "gptq"
+    effort: str = "default"
+    grid: Grid = field(default_factory=Grid)
+    attention: str = "bf16"
+    damping: float = DAMPING
+    shrinkage: float = 1.0
+    memory: int | None = None
+    seed: int = 0
+
+    @property
+    def compensated(self) -> bool:
+        """Whether rounding errors are fed back: GPTQ unless fast, and AWQ with high effort (then both)."""
+        return (self.method, self.effort) in (("gptq", "default"), ("gptq", "high"), ("awq", "high"))
+
+    @property
+    def full(self) -> bool:
+        """Whether second moments are needed; fast GPTQ only rounds, under the diagonals."""
+        return self.compensated or self.method == "awq"
+
+    @property
+    def learned(self) -> bool:
+        """Whether rounding is learned on the layer's output after GPTQ."""
+        return self.method == "gptq" and self.effort == "high"
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer's result.
+
+    experts    w1, w3, w2: IntWeight with codes [E, O, I]
+    attention  q_proj ...: IntWeight with codes [O, I]; empty unless attention is INT4
+    plain      replaced norms, router or bias by LayerWeights field; empty when nothing changed
+    values     [kv_heads * head_dim] what v's rows were divided by (AWQ, with INT4 attention); else None
+    compensated  what GPTQ rounded, by matrix name, for learning (`compensated_place`); else empty
+    """
+
+    experts: dict[str, IntWeight]
+    attention: dict[str, IntWeight]
+    plain: dict[str, Tensor]
+    report: LayerReport
+    values: Tensor | None = None
+    compensated: dict[str, Tensor] = field(default_factory=dict)
+
+
+def quantize_layer(
+    layer: int,
+    weights: LayerWeights,
+    statistics: LayerStatistics,
+    options: Int4Options,
+    geometry: Geometry,
+) -> QuantizedLayer:
+    """Codes of one layer: GPTQ, or moment-weighted rounding, after equalization for method awq.
+
+    weights  any compute dtype, on the device that does the work (bfloat16 is 2^-9 of a weight off, INT4 2^-4)
+
+    Raises ValueError when the statistics are not of this layer, or hold NaN or infinity.
+    """
+    check_statistics(layer, weights, statistics)
+    device = weights.w1.device
+    cure = overflow_cure(_largest(statistics.expert_mid)).to(device)
+    mid = scaled_moments(statistics.expert_mid, cure.to(statistics.expert_mid.weight.device))
+    plain: dict[str, Tensor] = {}
+    scale: Tensor | float = 1.0
+    if options.method == "awq":
+        scale, plain = equalize_norm(weights, statistics, options)
+    pools = (pooled(statistics.expert_in), pooled(mid))
+    found: list[tuple[Solved, Solved]] = []
+    rounded = empty_rounded(weights) if options.learned else {}
+    memory = options.memory if options.memory is not None else working_memory(device)
+    for chosen in expert_chunks(weights, memory):
+        part = slice(chosen.start, chosen.stop)
+        w1, w3, w2 = (matrices[part].float() for matrices in (weights.w1, weights.w3, weights.w2))
+        w3, w2 = scale_pair(w3, w2, cure[part])
+        between: Tensor | float = 1.0
+        if options.method == "awq":
+            between = expert_pairs(w2, shrunk(mid, options.shrinkage, part, pools[1]), options.grid)
+            w3, w2 = w3 / between.unsqueeze(-1), w2 * between.unsqueeze(-2)
+        second = solve(w2, mid, part, options, between, pools[1])
+        first = solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0])
+        for names, solved in ((("w1", "w3"), first), (("w2",), second)):
+            keep_rounded(rounded, names, part, solved)
+        found.append((dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)))
+    experts = _joined(found, weights.w1.shape[1])
+    report = make_report(layer, statistics, cure, found)
+    attention: dict[str, IntWeight] = {}
+    values = None
+    if options.attention == "int4":
+        four = dataclasses.replace(options, grid=dataclasses.replace(options.grid, bits=ATTENTION_BITS))
+        solved, changed, values = quantize_attention(weights, statistics, four, geometry)
+        attention = {name: select(one.weight, 0) for name, one in solved.items()}
+        plain |= changed
+        place = compensated_place(device)
+        rounded |= {n: one.compensated[0].to(place) for n, one in solved.items() if one.compensated is not None}
+    return QuantizedLayer(experts, attention, plain, report, values, rounded)
+
+
+def empty_rounded(weights: LayerWeights) -> dict[str, Tensor]:
+    """Room for what GPTQ rounds of all experts [E, O, I] float32, where it waits for learning."""
+    place = compensated_place(weights.w1.device)
+    return {name: torch.empty(getattr(weights, name).shape, device=place) for name in ("w1", "w3", "w2")}
+
+
+def keep_rounded(rounded: dict[str, Tensor], names: tuple[str, ...], part: slice, solved: Solved) -> None:
+    """What was rounded of a chunk's matrices, stacked by rows, goes to its place."""
+    if solved.compensated is not None:
+        for name, piece in zip(names, solved.compensated.chunk(len(names), 1), strict=True):
+            rounded[name][part] = piece
+
+
+def _joined(found: list[tuple[Solved, Solved]], width: int) -> dict[str, IntWeight]:
+    """w1, w3, w2 of all chunks' solves (w1 and w3 stacked; w2)."""
+    weights: dict[str, list[IntWeight]] = {"w1": [], "w3": [], "w2": []}
+    for first, second in found:
+        weights["w1"].append(rows_of(first.weight, slice(0, width)))
+        weights["w3"].append(rows_of(first.weight, slice(width, None)))
+        weights["w2"].append(second.weight)
+    return {name: join(parts) for name, parts in weights.items()}
+
+
+def solve(
+    weight: Tensor,
+    moments: Moments,
+    part: slice,
+    options: Int4Options,
+    scale: Tensor | float = 1.0,
+    pool: Tensor | None = None,
+) -> Solved:
+    """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I].
+
+    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning; without learning the scales are
+    refitted to the codes.
+    """
+    grid = options.grid
+    if not options.compensated:
+        importance = shrunk_diagonal(moments, options.shrinkage, part).to(weight.device)
+        if isinstance(scale, Tensor):
+            importance = importance / scale.square()
+        rounded = rtn_int(weight, grid.bits, grid.group_size, grid.symmetric, importance=importance)
+        nothing = torch.zeros(weight.shape[0], device=weight.device)
+        return Solved(rounded, None, nothing, nothing.bool())
+    second = shrunk(moments, options.shrinkage, part, pool).to(weight.device)
+    if isinstance(scale, Tensor):
+        second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    solved = quantize(weight, second, grid, options.damping, keep=options.learned)
+    if solved.compensated is None:
+        return dataclasses.replace(solved, weight=refit_scales(weight, solved.weight, second))
+    return solved
+
+
+def compensated_place(device: torch.device) -> torch.device:
+    """Where what GPTQ rounded waits for learning: on the device when its memory holds it (15 GB a layer of M2.7)."""
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > LARGE_CARD
+    return device if large else torch.device("cpu")
+
+
+def equalize_norm(
+    weights: LayerWeights, statistics: LayerStatistics, options: Int4Options
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scale [H] of w1 and w3's columns, and the norm and router that make up for it."""
+    pair = experts_pair(weights, statistics, options.grid, options.shrinkage)
+    return pair.scale, {"post_norm": pair.norm, "router": weights.router * pair.scale}
+
+
+def quantize_attention(
+    weights: LayerWeights, statistics: LayerStatistics, options: Int4Options, geometry: Geometry
+) -> tuple[dict[str, Solved], dict[str, Tensor], Tensor | None]:
+    """q, k, v under what enters them, o under what enters it; for AWQ also the norm that is changed and v's scale."""
+    matrices = {"q_proj": weights.q, "k_proj": weights.k, "v_proj": weights.v, "o_proj": weights.o}
+    matrices = {name: matrix.float() for name, matrix in matrices.items()}
+    scales: dict[str, Tensor | float] = dict.fromkeys(matrices, 1.0)
+    plain: dict[str, Tensor] = {}
+    values = None
+    if options.method == "awq":
+        pair = attention_pair(weights, statistics, options.grid)
+        values = value_pair(weights, statistics.attention_out, options.grid, geometry)
+        matrices["v_proj"] = matrices["v_proj"] / values.unsqueeze(-1)
+        scales |= {"q_proj": pair.scale, "k_proj": pair.scale, "v_proj": pair.scale}
+        scales["o_proj"] = spread_values(values, geometry)
+        plain["input_norm"] = pair.norm
+    found = {}
+    for name, matrix in matrices.items():
+        moments = statistics.attention_out if name == "o_proj" else statistics.attention_in
+        solved = solve((matrix * scales[name]).unsqueeze(0), moments, slice(None), options, scales[name])
+        found[name] = solved
+    return found, plain, values
+
+
+def check_statistics(layer: int, weights: LayerWeights, statistics: LayerStatistics) -> None:
+    """ValueError unless the statistics fit the layer's matrices."""
+    if statistics.layer != layer:
+        raise ValueError(f"statistics of layer {statistics.layer}, expected layer {layer}")
+    experts, width, hidden = weights.w1.shape
+    check_moments(statistics.expert_in, experts, hidden, f"layer {layer} w1, w3")
+    check_moments(statistics.expert_mid, experts, width, f"layer {layer} w2")
+    check_moments(statistics.attention_in, 1, hidden, f"layer {layer} q, k, v")
+    check_moments(statistics.attention_out, 1, weights.o.shape[1], f"layer {layer} o")
+
+
+def working_memory(device: torch.device) -> int:
+    """Bytes that solves may take: 16 GiB, on smaller cards a sixth of what the card has (M2.7 then fits 24 GB).
+
+    Never what is free at the time: the chunks, and with them the codes' last ties, would depend on it.
+    """
+    if device.type != "cuda":
+        return LARGEST_WORK
+    return min(LARGEST_WORK, torch.cuda.get_device_properties(device).total_memory // 6)
+
+
+def expert_chunks(weights: LayerWeights, memory: int) -> Iterator[range]:
+    """Ranges of experts whose solves fit into `memory` working bytes."""
+    experts, width, hidden = weights.w1.shape
+    each = 4 * WORKING_MATRICES * max(hidden, width) * max(hidden, 2 * width)
+    step = max(1, memory // each)
+    for start in range(0, experts, step):
+        yield range(start, min(experts, start + step))
+
+
+def scaled_moments(moments: Moments, power: Tensor) -> Moments:
+    """Moments of inputs that were multiplied by 2^-p; power [E]."""
+    if not bool(power.any()):
+        return moments
+    factor = torch.ldexp(torch.ones_like(moments.weight), -power)
+    square = factor.square()
+    return dataclasses.replace(
+        moments,
+        second=None if moments.second is None else moments.second * square.view(-1, 1, 1),
+        diagonal=moments.diagonal * square.unsqueeze(-1),
+        plain_diagonal=moments.plain_diagonal * square.unsqueeze(-1),
+        amax=moments.amax * factor,
+        sum32=moments.sum32 * factor,
+        sum16=moments.sum16 * factor,
+    )
+
+
+def _largest(moments: Moments) -> Tensor:
+    return torch.stack((moments.amax, moments.sum32, moments.sum16)).amax(0)
+
+
+def as_read_back(weights: LayerWeights, quantized: QuantizedLayer, dtype: torch.dtype | None = None) -> LayerWeights:
+    """The layer with its quantized matrices' values, in the dtype of `weights` or another."""
+    to = dtype if dtype is not None else weights.w1.dtype
+    values = {name: dequantize_batch(found, to) for name, found in quantized.experts.items()}
+    values |= {name.removesuffix("_proj"): dequantize(found).to(to) for name, found in quantized.attention.items()}
+    return dataclasses.replace(weights, **values, **quantized.plain)
+
+
+def dequantize_batch(weight: IntWeight, dtype: torch.dtype) -> Tensor:
+    """Values [E, O, I]; one matrix at a time, so that float32 copies stay small."""
+    if dtype == torch.float32:
+        return dequantize(weight)
+    return torch.stack([dequantize(select(weight, e)).to(dtype) for e in range(weight.codes.shape[0])])

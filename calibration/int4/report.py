@@ -1,0 +1,66 @@
+"""What the user should know of a quantized layer, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...quantize.integer.gptq import Solved
+from ..statistics.layer import LayerStatistics
+
+LEAST_ROWS = 32  # an expert that saw fewer is reported
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What the user should know of a layer: experts without calibration, hard factorizations, cured overflows."""
+
+    layer: int
+    unseen: tuple[int, ...] = ()
+    starved: tuple[int, ...] = ()
+    damped: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
+    cured: dict[int, int] = field(default_factory=dict)
+
+    def lines(self) -> Iterator[str]:
+        """One line a finding."""
+        if self.unseen:
+            yield f"layer {self.layer}: experts {_some(self.unseen)} saw no token; the layer's pooled moments were used"
+        if self.starved:
+            yield f"layer {self.layer}: experts {_some(self.starved)} saw fewer than {LEAST_ROWS} calibration tokens"
+        if self.damped:
+            yield f"layer {self.layer}: {_some(self.damped)} needed more damping"
+        if self.rounded:
+            yield f"layer {self.layer}: {_some(self.rounded)} could not be factored and were rounded to nearest"
+        for expert, power in self.cured.items():
+            yield f"layer {self.layer}: expert {expert} overflowed float16; w3 * 2^-{power}, w2 * 2^{power}"
+
+
+def _some(items: tuple[object, ...]) -> str:
+    shown = ", ".join(str(i) for i in items[:8])
+    return shown + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+
+
+def make_report(
+    layer: int, statistics: LayerStatistics, cure: Tensor, solved: list[tuple[Solved, Solved]]
+) -> LayerReport:
+    """Findings of a layer from its statistics and the solves of its chunks."""
+    count = statistics.expert_in.count
+    damped, rounded = [], []
+    for index, name in enumerate(("w1+w3", "w2")):
+        damping = torch.cat([part[index].damping for part in solved])
+        failed = torch.cat([part[index].rounded for part in solved])
+        usual = damping.min()
+        damped += [f"{name} of expert {e}" for e in ((damping > usual) & ~failed).nonzero().flatten().tolist()]
+        rounded += [f"{name} of expert {e}" for e in failed.nonzero().flatten().tolist()]
+    return LayerReport(
+        layer,
+        tuple((count == 0).nonzero().flatten().tolist()),
+        tuple(((count > 0) & (count < LEAST_ROWS)).nonzero().flatten().tolist()),
+        tuple(damped),
+        tuple(rounded),
+        {e: int(cure[e]) for e in cure.nonzero().flatten().tolist()},
+    )

@@ -1,0 +1,135 @@
+"""INT4 folders computed from statistics: the calibrated methods in the layout of `convert.int4_variant`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...convert.checkpoints.checkpoint import Checkpoint
+from ...convert.folder.int4 import Int4Variant
+from ...convert.folder.int4_layouts import batch_tensors, matrix_tensors
+from ...convert.folder.variant import plain_tensors
+from ...convert.folder.writer import TensorSpec
+from ...convert.models.minimax_m2 import (
+    ATTENTION,
+    LayerWeights,
+    attention_name,
+    expert_name,
+    layer_prefix,
+    plain_shapes,
+)
+from ...quantize.fp8 import cache_scale
+from ..statistics.layer import LayerStatistics, without_second
+from ..statistics.provider import LayerInputs
+from .high import LearnOptions, ReferenceStream, learn_layer, streams
+from .layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer
+
+PLAIN_NAMES = {
+    "input_norm": "input_layernorm.weight",
+    "post_norm": "post_attention_layernorm.weight",
+    "router": "block_sparse_moe.gate.weight",
+    "router_bias": "block_sparse_moe.e_score_correction_bias",
+}
+EXACT = ("router", "router_bias")  # written in float32 when changed: engines keep them so
+
+
+@dataclass(frozen=True)
+class CalibratedInt4(Int4Variant):
+    """W4A16 by GPTQ or AWQ; `report` is called with every line that the user should see."""
+
+    options: Int4Options = dataclasses.field(default_factory=Int4Options)
+    report: Callable[[str], None] = print
+    learning: LearnOptions = dataclasses.field(default_factory=LearnOptions)
+    reference: ReferenceStream = dataclasses.field(default_factory=ReferenceStream)
+
+    @property
+    def label(self) -> str:
+        effort = "" if self.options.effort == "default" else f"-{self.options.effort}"
+        return f"W{self.bits}A16-g{self.group_size}-{self.options.method}{effort}"
+
+    def run(self) -> dict[str, Any]:
+        o = self.options
+        settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
+        if o.learned:
+            settings |= {"steps": self.learning.steps, "tokens": self.learning.tokens}
+        return {**super().run(), "method": o.method, **settings}
+
+    @property
+    def router_changes(self) -> bool:
+        """Whether the router is rewritten (AWQ compensates it, high effort repairs it), then in float32."""
+        return self.options.method == "awq" or self.options.learned
+
+    def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        specs = super().specs(source, layer)
+        if not self.router_changes:
+            return specs
+        exact = tuple(layer_prefix(layer) + PLAIN_NAMES[field] for field in EXACT)
+        return [TensorSpec(s.name, "F32", s.shape) if s.name in exact else s for s in specs]
+
+    def calibrated_layer(
+        self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
+    ) -> tuple[dict[str, Tensor], LayerWeights | None]:
+        """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it."""
+        layer, weights = inputs.layer, inputs.weights
+        grid = dataclasses.replace(self.options.grid, bits=self.bits_of(layer))
+        options = dataclasses.replace(self.options, grid=grid)
+        quantized = quantize_layer(layer, weights, inputs.statistics, options, source.geometry)
+        # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
+        inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
+        if self.options.learned:
+            quantized = self._learned(source, inputs, quantized)
+        for line in quantized.report.lines():
+            self.report(line)
+        tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
+        if self.router_changes:
+            tensors |= {n: tensors[n].float() for n in (layer_prefix(layer) + PLAIN_NAMES[field] for field in EXACT)}
+        for field, value in quantized.plain.items():
+            name = layer_prefix(layer) + PLAIN_NAMES[field]
+            tensors[name] = value.cpu() if field in EXACT else value.cpu().to(tensors[name].dtype)
+        for projection in ATTENTION:
+            name = attention_name(layer, projection)
+            if projection in quantized.attention:
+                tensors |= matrix_tensors(self.layout, name, quantized.attention[projection])
+            elif self.attention == "bf16":  # the layer's own matrices, read already
+                matrix = getattr(weights, projection.removesuffix("_proj"))
+                tensors[name + ".weight"] = matrix.to(torch.bfloat16).cpu()
+            else:
+                tensors |= self.attention_tensors(source, name, device)
+        tensors |= self.packed_experts(quantized, layer)
+        if self.kv_cache == "fp8":
+            tensors |= cache_scales(inputs.statistics, quantized.values)
+        return tensors, as_read_back(weights, quantized) if inputs.continued else None
+
+    def _learned(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
+        """The layer after learned rounding, on the streams that enter it."""
+        if inputs.hidden is None:
+            raise ValueError("effort high works on the calibration tokens; stored statistics hold only sums")
+        device = inputs.weights.w1.device
+        reference = self.reference.enter(source, inputs.layer, inputs.hidden, inputs.weights.w1)
+        both = streams(reference, inputs.hidden, self.learning, device)
+        found, losses = learn_layer(inputs.weights, source.geometry, first, both, self.learning)
+        self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+        return found
+
+    def packed_experts(self, quantized: QuantizedLayer, layer: int) -> dict[str, Tensor]:
+        """The expert tensors of one layer."""
+        tensors: dict[str, Tensor] = {}
+        for projection, batch in quantized.experts.items():
+            names = [expert_name(layer, expert, projection) for expert in range(len(batch.codes))]
+            tensors |= batch_tensors(self.layout, names, batch)
+        return tensors
+
+
+def cache_scales(statistics: LayerStatistics, values: Tensor | None) -> dict[str, Tensor]:
+    """k_scale and v_scale of a layer [1]; values: what the artifact divides v's channels by (None: nothing)."""
+    keys, seen = statistics.kv_amax.cpu()
+    seen = seen if values is None else seen / values.cpu()
+    return {
+        attention_name(statistics.layer, "k_proj") + ".k_scale": cache_scale(keys),
+        attention_name(statistics.layer, "v_proj") + ".v_scale": cache_scale(seen),
+    }

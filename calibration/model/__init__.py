@@ -1,0 +1,1 @@
+"""The reference forward, and the residual stream between layers."""

@@ -1,0 +1,148 @@
+"""Several processes on one pass (torchrun): windows and bytes are split over ranks, sums are added in rank order.
+
+Without torchrun everything here is a no-op for one process. Backends: NCCL on CUDA, gloo on CPU. Sums never go through
+all-reduce: they are sent to their owner and added in the order of the ranks, so that equal runs give equal bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...convert.models.minimax_m2 import ATTENTION, PROJECTIONS, LayerWeights, attention_name, layer_prefix
+from ...convert.source import Source, read_layer
+
+
+def world() -> tuple[int, int]:
+    """(rank, size); (0, 1) outside torchrun. Joins the process group at the first call."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_device(device: torch.device | str) -> torch.device:
+    """The device of this rank: `cuda` becomes cuda:LOCAL_RANK."""
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return chosen
+
+
+def share(count: int, rank: int, size: int) -> range:
+    """This rank's contiguous part of `count` things; parts differ by one at most and cover everything once."""
+    return range(count * rank // size, count * (rank + 1) // size)
+
+
+def broadcast(tensor: Tensor, owner: int) -> None:
+    """The owner's values, in place on every rank; any dtype, contiguous."""
+    if tensor.numel():
+        dist.broadcast(tensor.view(torch.uint8), src=owner)
+
+
+def read_layer_shared(
+    source: Source, layer: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LayerWeights:
+    """`read_layer` with every rank reading its share of the experts and of the attention matrices, then gathered."""
+    rank, size = world()
+    if size == 1:
+        return read_layer(source, layer, device, dtype)
+    g = source.geometry
+    prefix = layer_prefix(layer)
+    experts = share(g.experts, rank, size)
+    stacked = {}
+    for projection in PROJECTIONS:
+        rows, columns = (g.hidden, g.expert_width) if projection == "w2" else (g.expert_width, g.hidden)
+        whole = torch.empty(g.experts, rows, columns, dtype=dtype, device=device)
+        if len(experts):
+            whole[experts.start : experts.stop] = source.read_experts(layer, projection, experts, device, dtype)
+        for owner in range(size):
+            part = share(g.experts, owner, size)
+            broadcast(whole[part.start : part.stop], owner)
+        stacked[projection] = whole
+    query, key = g.heads * g.head_dim, g.kv_heads * g.head_dim
+    shapes = ((query, g.hidden), (key, g.hidden), (key, g.hidden), (g.hidden, query))
+    matrices = {}
+    for index, (name, shape) in enumerate(zip(ATTENTION, shapes, strict=True)):
+        owner = index % size
+        value = torch.empty(shape, dtype=dtype, device=device)
+        if owner == rank:
+            value.copy_(source.read(attention_name(layer, name) + ".weight"))
+        broadcast(value, owner)
+        matrices[name[0]] = value
+
+    def plain(name: str) -> Tensor:
+        return source.read(prefix + name).to(device)
+
+    return LayerWeights(
+        input_norm=plain("input_layernorm.weight"),
+        post_norm=plain("post_attention_layernorm.weight"),
+        q_norm=plain("self_attn.q_norm.weight"),
+        k_norm=plain("self_attn.k_norm.weight"),
+        router=plain("block_sparse_moe.gate.weight"),
+        router_bias=plain("block_sparse_moe.e_score_correction_bias"),
+        **matrices,
+        **stacked,
+    )
+
+
+def sum_to(tensor: Tensor, owner: int) -> Tensor:
+    """On `owner`: the sum over ranks, added in rank order (new tensor). Elsewhere: `tensor` itself, sent away."""
+    return _fold(tensor, owner, torch.add)
+
+
+def _fold(tensor: Tensor, owner: int, combine: Callable[..., Tensor]) -> Tensor:
+    rank, size = world()
+    if size == 1 or not tensor.numel():
+        return tensor
+    if rank != owner:
+        dist.send(tensor.contiguous(), dst=owner)
+        return tensor
+    total, other = None, torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    for source in range(size):
+        if source != owner:
+            dist.recv(other, src=source)
+        value = tensor if source == owner else other
+        total = value.clone() if total is None else combine(total, value, out=total)
+    assert total is not None
+    return total
+
+
+def sum_everywhere(tensor: Tensor) -> Tensor:
+    """The sum over ranks, added in rank order, on every rank."""
+    return _everywhere(tensor, torch.add)
+
+
+def max_everywhere(tensor: Tensor) -> Tensor:
+    """The largest over ranks, element by element, on every rank."""
+    return _everywhere(tensor, torch.maximum)
+
+
+def _everywhere(tensor: Tensor, combine: Callable[..., Tensor]) -> Tensor:
+    rank, size = world()
+    if size == 1:
+        return tensor
+    total = _fold(tensor, 0, combine).contiguous()
+    total = total if rank == 0 else torch.empty_like(total)
+    broadcast(total, 0)
+    return total
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world()[1] > 1:
+        dist.barrier()

@@ -1,0 +1,87 @@
+"""What llama.cpp's CPU backend makes of each matrix's input before it multiplies; by itself a pass rounds nothing.
+
+A GGUF matrix is multiplied by activations in the type that goes with its own: blocks of 32 or 256 values of 8 bits,
+float16 or bfloat16; keys, values and queries are float16. A model that is no GGUF counts as its BF16 conversion.
+Source: ggml-cpu.c (`vec_dot_type` of each type), ggml-quants.c (quantize_row_q8_0_ref, quantize_row_q8_K_ref).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, TOKEN_EMBD
+from ...convert.gguf.reader import GgufSource
+from ...convert.models.minimax_m2 import LayerWeights
+from ...convert.source import Source
+from .forward import CACHE, EXACT, HEAD_INPUT, Change, Rounding
+
+ACTIVATIONS = ("exact", "llama.cpp")
+BF16 = "BF16"
+
+
+def half(x: Tensor) -> Tensor:
+    """Rounded to float16, in x's dtype."""
+    return x.to(torch.float16).to(x.dtype)
+
+
+def brain(x: Tensor) -> Tensor:
+    """Rounded to bfloat16, in x's dtype."""
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def q8_0(x: Tensor) -> Tensor:
+    """x [..., n] float32 as 8-bit codes times a float16 scale for each 32 values (n a multiple of 32)."""
+    blocks = x.unflatten(-1, (-1, 32))
+    peak = blocks.abs().amax(-1, keepdim=True)
+    codes = torch.round(blocks * torch.where(peak > 0, 127.0 / peak, 0.0))
+    return (codes * half(peak / 127.0)).flatten(-2)
+
+
+def q8_k(x: Tensor) -> Tensor:
+    """x [..., n] float32 as 8-bit codes times a float32 scale for each 256 values (n a multiple of 256).
+
+    The value of largest magnitude becomes -127, whatever its sign.
+    """
+    blocks = x.unflatten(-1, (-1, 256))
+    low, high = blocks.aminmax(dim=-1, keepdim=True)
+    peak = torch.where(-low > high, low, high)
+    inverse = torch.where(peak != 0, -127.0 / peak, 0.0)
+    codes = torch.round(blocks * inverse).clamp_(max=127)
+    return (codes * torch.where(inverse != 0, 1.0 / inverse, 0.0)).flatten(-2)
+
+
+SMALL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")  # blocks of 32; the others have blocks of 256
+PLAIN: dict[str, Change | None] = {"F32": None, "F16": half, BF16: brain}
+
+
+def change_of(kind: str) -> Change | None:
+    """What happens to the inputs of a matrix of this ggml type; None: nothing."""
+    return PLAIN[kind] if kind in PLAIN else q8_0 if kind in SMALL else q8_k
+
+
+def layer_rounding(source: Source, layer: int) -> Rounding:
+    """What llama.cpp does to the inputs of each matrix of a layer."""
+    tensors = {name: role[0] for name, role in ATTENTION_TENSORS.items()} | EXPERT_TENSORS
+    found = {role: change_of(_type(source, f"blk.{layer}.{name}.weight")) for name, role in tensors.items()}
+    return {CACHE: half} | {role: change for role, change in found.items() if change is not None}
+
+
+def head_rounding(source: Source) -> Rounding:
+    """What llama.cpp does to the input of the head."""
+    tied = isinstance(source, GgufSource) and source.config["tie_word_embeddings"]
+    change = change_of(_type(source, TOKEN_EMBD if tied else OUTPUT))
+    return EXACT if change is None else {HEAD_INPUT: change}
+
+
+def _type(source: Source, name: str) -> str:
+    return source.tensor_type(name) if isinstance(source, GgufSource) else BF16
+
+
+def as_converted(source: Source, weights: LayerWeights) -> LayerWeights:
+    """The layer as its GGUF would hold it: matrices of what is no GGUF rounded to bfloat16, all else untouched."""
+    if isinstance(source, GgufSource):
+        return weights
+    matrices = ("q", "k", "v", "o", "w1", "w3", "w2")
+    names = LayerWeights.__dataclass_fields__
+    return LayerWeights(**{n: brain(getattr(weights, n)) if n in matrices else getattr(weights, n) for n in names})

@@ -1,0 +1,1 @@
+"""Statistics of every expert: collected, summed, stored, reported."""

@@ -1,0 +1,103 @@
+"""The collector with fused CUDA kernels: routed rows are read once for all sums, x^T x of all experts in one launch."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.forward import Routing
+from .collector import Collector
+from .layer import LayerStatistics
+from .sums import Sums, add_gram
+
+
+def make_collector(*args: Any, **kwargs: Any) -> Collector:
+    """A `Collector` for where the weights are: fused on CUDA with Triton, plain elsewhere."""
+    weights, collect = args[1], args[3]
+    fused = weights.router.is_cuda and collect.experts == "routed" and importlib.util.find_spec("triton") is not None
+    return (FusedCollector if fused else Collector)(*args, **kwargs)
+
+
+class FusedCollector(Collector):
+    """`Collector` for CUDA: the same sums in another order. Batches with non-finite values take the plain path."""
+
+    plain = False
+
+    def moe_input(self, x: Tensor, routing: Routing) -> None:
+        from .reduce_triton import column_peaks
+
+        peak = column_peaks(x)
+        self.plain = not bool(torch.isfinite(peak).all())
+        if self.plain:
+            super().moe_input(x, routing)
+            return
+        self.routing, self.good = routing, None
+        self.share = routing.weights if self.collect.weighting == "router" else torch.ones_like(routing.weights)
+        if self.first:
+            self._router(routing, None)
+            torch.maximum(self.hidden_amax, peak, out=self.hidden_amax)
+
+    def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+        if self.plain:
+            super().experts(x, h, y, token, slot, offsets)
+            return
+        from .reduce_triton import column_sums, row_norms, segment_sums
+
+        ends = torch.tensor(offsets, dtype=torch.int32, device=x.device)
+        share = self.share[token, slot].contiguous()
+        full = self.collect.full
+        scaled_x, scaled_h = (torch.empty_like(v) if full else None for v in (x, h))
+        mid = column_sums(h, share, ends, scaled_h)
+        if bool(mid.bad > 0):
+            if self.first:
+                self._fold(self.expert_in, column_sums(x, share, ends), ends, share)
+                self.weight4 += segment_sums(share.square(), ends)[1]
+            super().experts(x, h, y, token, slot, offsets)
+            return
+        wide = column_sums(x, share, ends, scaled_x)
+        if self.first:
+            self.saliency += segment_sums(row_norms(y) * self.routing.weights[token, slot], ends)[0]
+            self.weight4 += segment_sums(share.square(), ends)[1]
+            self._fold(self.expert_in, wide, ends, share)
+            self._fold(self.expert_mid, mid, ends, share)
+            torch.maximum(self.mid_amax, mid.peak, out=self.mid_amax)
+        if scaled_x is not None and scaled_h is not None:
+            self._grams(scaled_x, scaled_h, ends, offsets)
+
+    def statistics(self) -> LayerStatistics:
+        from .reduce_triton import mirror
+
+        for second in (self.expert_in.second, self.expert_mid.second):
+            if second is not None:
+                mirror(second)
+        return super().statistics()
+
+    def _fold(self, sums: Sums, found: Any, ends: Tensor, share: Tensor) -> None:
+        from .reduce_triton import segment_sums
+
+        sums.count += ends.diff()
+        sums.weight += segment_sums(share.square(), ends)[0]
+        sums.plain += found.plain
+        if sums.second is None:
+            sums.diagonal += found.weighted
+        sums.extremes((found.peak.amax(1), found.sum32, found.sum16))
+
+    def _grams(self, x: Tensor, h: Tensor, ends: Tensor, offsets: list[int]) -> None:
+        """Second moments of the kept experts from weighted rows."""
+        from .reduce_triton import add_grams
+
+        kept = self.kept
+        rows = slice(offsets[kept.start], offsets[kept.stop])
+        inner = (ends[kept.start : kept.stop + 1] - ends[kept.start]).contiguous()
+        for second, values in ((self.expert_in.second, x[rows]), (self.expert_mid.second, h[rows])):
+            assert second is not None
+            if values.dtype == torch.bfloat16:
+                add_grams(second, values, inner)
+                continue
+            for index, expert in enumerate(kept):
+                start, stop = offsets[expert] - rows.start, offsets[expert + 1] - rows.start
+                if stop > start:
+                    add_gram(second[index], values[start:stop])

@@ -1,0 +1,241 @@
+"""The streamed pass: layer by layer, the calibration tokens go through and leave every expert's statistics behind.
+
+Memory: one layer's weights, the hidden states (stream.py) and the accumulators of one layer. When those of all experts
+do not fit, experts are taken in chunks, one forward for each chunk; when the finished sums do not fit in memory either,
+they lie in a memory-mapped temporary file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...quantize.moments import Moments
+from ..model.distributed import max_everywhere, share, sum_everywhere, sum_to, world
+from ..model.forward import layer_forward
+from ..model.stream import Stream
+from .collector import Collect
+from .collector_cuda import make_collector
+from .layer import LayerStatistics, RoutingStatistics
+
+
+@dataclass(frozen=True)
+class MomentPlan:
+    """Where one layer's second moments are summed: `chunk` experts at a time, the finished ones in `results`."""
+
+    chunk: int  # experts whose accumulators are held at once
+    passes: int  # forwards of a layer
+    results: str  # "device", "host" or "file"
+    bytes: int  # accumulators held at once
+    total: int  # second moments of all experts of a layer
+
+
+def expert_moment_bytes(geometry: Geometry, collect: Collect) -> int:
+    """Bytes of one expert's float32 second moments (w1 and w3 share one)."""
+    shared = collect.experts == "all"
+    return 4 * (geometry.expert_width**2 + (0 if shared else geometry.hidden**2)) if collect.full else 0
+
+
+def attention_moment_bytes(geometry: Geometry, collect: Collect) -> int:
+    """Bytes of what is held once a layer: attention's second moments, and with every token the experts' shared one."""
+    once = 2 if collect.experts == "all" else 1
+    return 4 * (once * geometry.hidden**2 + (geometry.heads * geometry.head_dim) ** 2) if collect.full else 0
+
+
+def plan_moments(geometry: Geometry, collect: Collect, memory: int, host: int | None = None) -> MomentPlan:
+    """Fit the accumulators into `memory` bytes of the compute device, finished sums into `host` bytes.
+
+    host None: the device is the host. Raises ValueError when not even one expert fits.
+    """
+    each, fixed = expert_moment_bytes(geometry, collect), attention_moment_bytes(geometry, collect)
+    total = each * geometry.experts
+    if fixed + total <= memory:
+        return MomentPlan(geometry.experts, 1, "device", fixed + total, total)
+    chunk = (memory - fixed) // each
+    if chunk < 1:
+        raise ValueError(f"memory limit: {memory} bytes, one expert's moments and attention's need {fixed + each}")
+    passes = -(-geometry.experts // chunk)
+    chunk = -(-geometry.experts // passes)
+    results = "host" if host is not None and total <= host else "file"
+    return MomentPlan(chunk, passes, results, fixed + chunk * each, total)
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can be allocated now on the device (CPU: what the system calls available)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def layer_bytes(geometry: Geometry, dtype: torch.dtype) -> int:
+    """Bytes of one dequantized layer's matrices."""
+    g = geometry
+    experts = 3 * g.experts * g.hidden * g.expert_width
+    return (experts + g.hidden * g.head_dim * 2 * (g.heads + g.kv_heads)) * dtype.itemsize
+
+
+def calibrate_layer(
+    stream: Stream,
+    weights: LayerWeights,
+    domain: Tensor,
+    domains: int,
+    collect: Collect,
+    plan: MomentPlan,
+    *,
+    first_window: int = 0,
+    advance: bool = True,
+    scratch: Path | None = None,
+) -> LayerStatistics:
+    """Statistics of the layer that the stream enters; then the stream has left it (unless `advance` is False).
+
+    domain [W]: domain of each of the stream's windows; first_window: their number in the whole corpus; scratch: where a
+    memory-mapped file may lie.
+    """
+    layer, g = stream.layer, stream.source.geometry
+    chunks = [range(a, min(a + plan.chunk, g.experts)) for a in range(0, g.experts, plan.chunk)]
+    results = None if len(chunks) == 1 or not collect.full else Results(g, collect, plan, scratch)
+    found: LayerStatistics | None = None
+    for number, kept in enumerate(chunks):
+        collector = make_collector(layer, weights, g, collect, domains, kept, first=number == 0)
+        for start, values in stream.hidden.batches(stream.batch, stream.device):
+            count = values.shape[0]
+            collector.begin(first_window + start, values.shape[1], domain[start : start + count])
+            out = layer_forward(weights, g, values, collector)
+            if advance and number == len(chunks) - 1:
+                stream.hidden.put(start, out)
+        part = collector.statistics()
+        found = part if found is None else found
+        if results is not None:
+            results.put(kept, part)
+            found = dataclasses.replace(
+                found, expert_in=_without(found.expert_in), expert_mid=_without(found.expert_mid)
+            )
+    assert found is not None
+    if advance:
+        stream.layer += 1
+    return found if results is None else results.whole(found)
+
+
+def _without(moments: Moments) -> Moments:
+    return dataclasses.replace(moments, second=None)
+
+
+class Results:
+    """Finished second moments of all experts, chunk after chunk, in host memory or in a memory-mapped file."""
+
+    def __init__(self, geometry: Geometry, collect: Collect, plan: MomentPlan, scratch: Path | None) -> None:
+        self.shared = collect.experts == "all"
+        self._in_file, self._scratch = plan.results == "file", scratch
+        experts = geometry.experts
+        self.first = self._empty(1 if self.shared else experts, geometry.hidden)
+        self.mid = self._empty(experts, geometry.expert_width)
+
+    def _empty(self, experts: int, inputs: int) -> Tensor:
+        shape = (experts, inputs, inputs)
+        if not self._in_file:
+            return torch.empty(shape, dtype=torch.float32)
+        # Unlinked from the start: a killed process leaves nothing behind; the mapping lives as long as the tensor.
+        with tempfile.TemporaryFile(dir=self._scratch, prefix=".moments-") as file:
+            file.truncate(4 * experts * inputs * inputs)
+            return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=shape))
+
+    def put(self, experts: range, part: LayerStatistics) -> None:
+        assert part.expert_in.second is not None
+        assert part.expert_mid.second is not None
+        self.mid[experts.start : experts.stop] = part.expert_mid.second.cpu()
+        if not self.shared:
+            self.first[experts.start : experts.stop] = part.expert_in.second.cpu()
+        elif experts.start == 0:
+            self.first[:] = part.expert_in.second[:1].cpu()
+
+    def whole(self, found: LayerStatistics) -> LayerStatistics:
+        """The first pass's statistics (on the CPU) with all second moments."""
+        found = to_device(found, "cpu")
+        first = self.first.expand(len(self.mid), -1, -1) if self.shared else self.first
+        return dataclasses.replace(
+            found, expert_in=_with(found.expert_in, first), expert_mid=_with(found.expert_mid, self.mid)
+        )
+
+
+def _with(moments: Moments, second: Tensor) -> Moments:
+    diagonal = second.diagonal(dim1=1, dim2=2).clone()
+    return dataclasses.replace(moments, second=second, diagonal=diagonal)
+
+
+def to_device(value: LayerStatistics, device: torch.device | str) -> LayerStatistics:
+    """The statistics with every tensor on `device`."""
+
+    def moved(part: object) -> object:
+        if isinstance(part, Tensor):
+            return part.to(device)
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            return dataclasses.replace(part, **{f.name: moved(getattr(part, f.name)) for f in dataclasses.fields(part)})
+        return part
+
+    return moved(value)  # type: ignore[return-value]
+
+
+MAXIMA = ("amax", "sum32", "sum16")
+
+
+def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
+    """All ranks' statistics added in rank order: small sums on every rank, second moments with their owners.
+
+    Rank r owns the experts `share(E, r, size)`: its `second` of the expert moments holds only those; attention's
+    second moments are rank 0's, None elsewhere. Alone: the statistics themselves.
+    """
+    rank, size = world()
+    if size == 1:
+        return found
+
+    def moments(value: Moments, experts: bool) -> Moments:
+        small = {}
+        for field in dataclasses.fields(value):
+            tensor = getattr(value, field.name)
+            if field.name != "second":
+                small[field.name] = everywhere(tensor, field.name in MAXIMA)
+        second = value.second
+        if second is not None:
+            second = owned(second, experts)
+        return dataclasses.replace(value, **small, second=second)
+
+    def owned(second: Tensor, experts: bool) -> Tensor | None:
+        mine = None
+        for owner in range(size if experts else 1):
+            part = share(second.shape[0], owner, size) if experts else range(1)
+            total = sum_to(second[part.start : part.stop].contiguous(), owner)
+            mine = total if owner == rank else mine
+        return mine
+
+    def everywhere(tensor: Tensor, largest: bool) -> Tensor:
+        return max_everywhere(tensor) if largest else sum_everywhere(tensor)
+
+    routing = found.routing
+    return LayerStatistics(
+        layer=found.layer,
+        attention_in=moments(found.attention_in, False),
+        attention_out=moments(found.attention_out, False),
+        expert_in=moments(found.expert_in, True),
+        expert_mid=moments(found.expert_mid, True),
+        routing=RoutingStatistics(*(everywhere(getattr(routing, f.name), False) for f in dataclasses.fields(routing))),
+        hidden_amax=everywhere(found.hidden_amax, True),
+        mid_amax=everywhere(found.mid_amax, True),
+        kv_amax=everywhere(found.kv_amax, True),
+    )

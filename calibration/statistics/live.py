@@ -1,0 +1,173 @@
+"""The two providers of a quantizer's inputs (provider.py): a live pass that stores nothing, and stored statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...convert.checkpoints.checkpoint import Checkpoint
+from ...convert.models.minimax_m2 import LayerWeights
+from ...convert.source import read_layer
+from ..model.hidden import RAM_LIMIT, place_of
+from ..model.stream import DISK_LIMIT, Stream
+from ..text.corpus import Corpus
+from .collector import Collect
+from .layer_pass import MomentPlan, calibrate_layer, free_memory, layer_bytes, plan_moments
+from .provider import LayerInputs
+from .store import StoredStatistics
+
+PROPAGATE = ("reference", "quantized")
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How a pass is computed. None: chosen from the device (`memory`: bytes for accumulators; `batch`: windows)."""
+
+    collect: Collect = field(default_factory=Collect)
+    propagate: str = "reference"
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    memory: int | None = None
+    batch: int | None = None
+    ram_limit: int = RAM_LIMIT
+    disk_limit: int = DISK_LIMIT
+
+    def __post_init__(self) -> None:
+        if self.propagate not in PROPAGATE:
+            raise ValueError(f"propagate {self.propagate!r}, expected reference or quantized")
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU; never float16."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def moment_plan(source: Checkpoint, options: PassOptions, tokens: int) -> MomentPlan:
+    """Accumulators within the stated memory limit, or within what is free beside one layer's weights and the stream."""
+    cpu = torch.device(options.device).type == "cpu"
+    host = int(free_memory("cpu") * 0.6)
+    memory = options.memory
+    if memory is None:
+        hidden = 4 * tokens * source.geometry.hidden
+        hidden = hidden if place_of(options.device, hidden).type != "cpu" else 0
+        memory = int((free_memory(options.device) - hidden) * 0.8) - 2 * layer_bytes(source.geometry, options.dtype)
+    return plan_moments(source.geometry, options.collect, max(memory, 0), None if cpu else host)
+
+
+class LivePass:
+    """Runs the forward layer by layer and hands each layer's statistics over, storing nothing.
+
+    `folder` keeps the hidden states between layers, so that a killed run continues with the same bits; without it a
+    run that starts at a later layer replays the layers before (reference propagation only).
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        corpus: Corpus,
+        options: PassOptions | None = None,
+        *,
+        hidden: bool = False,
+        folder: Path | None = None,
+    ) -> None:
+        """hidden: hand over the entering residual stream as well (costs a second forward of every layer)."""
+        self.options = options if options is not None else PassOptions()
+        self.source, self.corpus, self.folder = source, corpus, folder
+        self.late = hidden or self.options.propagate == "quantized"
+        self.show_hidden = hidden
+        o = self.options
+        self.plan = moment_plan(source, o, corpus.tokens.numel())
+        self.stream = Stream(
+            source,
+            corpus.tokens,
+            device=o.device,
+            dtype=o.dtype,
+            batch=o.batch,
+            folder=folder,
+            ram_limit=o.ram_limit,
+            disk_limit=o.disk_limit,
+        )
+        self._pending: LayerWeights | None = None
+
+    def run(self) -> dict[str, Any]:
+        """What identifies the statistics."""
+        settings = {"propagate": self.options.propagate, "dtype": str(self.options.dtype).removeprefix("torch.")}
+        return {
+            "calibration": {"corpus": self.corpus.describe(), **dataclasses.asdict(self.options.collect), **settings}
+        }
+
+    def layer(self, layer: int) -> LayerInputs:
+        """The layer's weights and statistics; earlier layers that were not asked for are passed through."""
+        self._enter(layer)
+        weights = self.stream.read_layer(layer)
+        domains = len(self.corpus.domains)
+        found = calibrate_layer(
+            self.stream,
+            weights,
+            self.corpus.domain,
+            domains,
+            self.options.collect,
+            self.plan,
+            advance=not self.late,
+            scratch=self.folder,
+        )
+        self._pending = weights if self.late else None
+        hidden = self.stream.hidden if self.show_hidden else None
+        return LayerInputs(layer, weights, found, hidden, self.options.propagate == "quantized")
+
+    def quantized(self, layer: int, weights: LayerWeights) -> None:
+        """Let the next layer see this layer's quantized output (only with propagate quantized)."""
+        if self.options.propagate == "quantized" and layer == self.stream.layer:
+            self._pending = weights
+            self._leave()
+
+    def _enter(self, layer: int) -> None:
+        if self.stream.layer < 0:
+            self.stream.start(layer, replay=self.options.propagate == "reference")
+            self._checkpoint()
+        self._leave()
+        while self.stream.layer < layer:
+            self.stream.advance(self.stream.read_layer(self.stream.layer))
+        if self.stream.layer != layer:
+            raise ValueError(
+                f"layer {layer} asked for after layer {self.stream.layer - 1}: a live pass goes forward only"
+            )
+
+    def _leave(self) -> None:
+        """Leave the layer whose statistics were handed over, with the weights that the next layer shall see."""
+        if self._pending is not None:
+            self.stream.advance(self._pending)
+            self._pending = None
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        if self.folder is not None:
+            self.stream.save()
+            self.stream.keep_from(self.stream.layer - 1)
+
+
+class StoredPass:
+    """Stored statistics as a provider; weights are read from the checkpoint."""
+
+    def __init__(self, source: Checkpoint, stored: StoredStatistics, options: PassOptions | None = None) -> None:
+        """Raises ValueError when the statistics are of another checkpoint or unfinished."""
+        stored.check(source.fingerprint, source.geometry.layers)
+        self.source, self.stored = source, stored
+        self.options = options if options is not None else PassOptions()
+
+    def run(self) -> dict[str, Any]:
+        """What identifies the statistics."""
+        identity = self.stored.identity
+        return {"calibration": {"corpus": identity["corpus"], **identity["collect"], "propagate": "reference"}}
+
+    def layer(self, layer: int) -> LayerInputs:
+        """The layer's weights and stored statistics."""
+        weights = read_layer(self.source, layer, self.options.device, self.options.dtype)
+        return LayerInputs(layer, weights, self.stored.layer(layer), None)
+
+    def quantized(self, layer: int, weights: LayerWeights) -> None:
+        """Stored statistics are of the reference; nothing to do."""

@@ -1,0 +1,123 @@
+"""`mmquant calibrate`: every layer's statistics into a folder, killed and continued at will."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...convert.checkpoints.checkpoint import Checkpoint
+from ...convert.source import Source, read_layer
+from ..model.distributed import barrier, share, world
+from ..model.stream import Stream, forget
+from ..text.corpus import Corpus
+from .layer import LayerStatistics
+from .layer_pass import calibrate_layer, sum_over_ranks
+from .live import PassOptions, moment_plan
+from .store import StatisticsWriter, identity_of
+from .triangles import stored_bytes
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes: bytes on disk (statistics, hidden states at their peak) and in memory, forwards of a layer."""
+
+    layers: int
+    statistics: int
+    hidden: int
+    hidden_on_disk: int
+    accumulators: int
+    passes: int
+    results: str
+
+
+def needs(source: Checkpoint, corpus: Corpus, options: PassOptions, dtype: str) -> Needs:
+    """For --dry-run; nothing is read but headers. Raises ValueError when the memory limit is too small."""
+    g = source.geometry
+    plan = moment_plan(source, options, corpus.tokens.numel())
+    hidden = 4 * corpus.tokens.numel() * g.hidden
+    layer = stored_bytes(g, options.collect.full, dtype, options.collect.experts)
+    return Needs(
+        layers=g.layers,
+        statistics=g.layers * layer,
+        hidden=hidden,
+        hidden_on_disk=2 * hidden if 2 * hidden <= options.disk_limit else 0,
+        accumulators=plan.bytes,
+        passes=plan.passes,
+        results=plan.results,
+    )
+
+
+def calibrate_into(
+    source: Checkpoint,
+    corpus: Corpus,
+    folder: Path,
+    options: PassOptions,
+    *,
+    dtype: str = "float32",
+    through: Source | None = None,
+    layers: range | None = None,
+) -> Iterator[LayerStatistics]:
+    """Write the statistics of every layer that is not written yet, yielding each when it is safe on disk.
+
+    through: the next layer sees the output of this model's layers (a quantized artifact of the same model) instead of
+    the reference's: `--propagate quantized`. layers: stop early (development).
+    """
+    rank, size = world()
+    propagated = through.fingerprint if through is not None else "reference"
+    identity = identity_of(
+        source.fingerprint,
+        source.geometry,
+        corpus.describe(),
+        options.collect,
+        propagate=propagated,
+        dtype=str(options.dtype).removeprefix("torch."),
+        ranks=size,
+    )
+    writer = StatisticsWriter(folder, identity, source.label, dtype)
+    last = source.geometry.layers if layers is None else layers.stop
+    barrier()  # every rank has read the manifest before rank 0 changes it
+    if writer.done >= last:
+        if rank == 0 and last == source.geometry.layers:
+            forget(folder)
+        return
+    mine = share(corpus.tokens.shape[0], rank, size)
+    plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    writer.commit()  # the folder is ours from here on, whatever a kill leaves in it
+    stream = Stream(
+        source,
+        corpus.tokens[mine.start : mine.stop],
+        device=options.device,
+        dtype=options.dtype,
+        batch=options.batch,
+        folder=folder,
+        ram_limit=options.ram_limit,
+        disk_limit=options.disk_limit,
+    )
+    stream.start(writer.done, replay=through is None)
+    for layer in range(writer.done, last):
+        found = sum_over_ranks(
+            calibrate_layer(
+                stream,
+                stream.read_layer(layer),
+                corpus.domain[mine.start : mine.stop],
+                len(corpus.domains),
+                options.collect,
+                plan,
+                first_window=mine.start,
+                advance=through is None,
+                scratch=folder,
+            )
+        )
+        if through is not None:
+            stream.advance(read_layer(through, layer, stream.device, stream.dtype))
+        writer.write(found)
+        stream.save()
+        barrier()  # every rank's checkpoint is safe before the layer counts
+        writer.commit()
+        barrier()
+        stream.keep_from(layer)
+        yield found
+    if last == source.geometry.layers:
+        stream.keep_from(last + 1)

@@ -1,0 +1,208 @@
+"""Statistics on disk: one safetensors file a layer and statistics.json, which names what they are of; all atomic.
+
+Second moments are stored as upper triangles, row by row [E, n(n+1)/2], float32 or bfloat16. statistics.json is written
+after every layer: the layers that it lists are whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ...convert.checkpoints.store import parse_json
+from ...convert.files.atomic import replace_whole, write_whole
+from ...convert.models.minimax_m2 import Geometry
+from ...quantize.moments import Moments
+from ..model.distributed import world
+from .file import SHARED, SQUARES, entries, write_tensors
+from .layer import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics, RoutingStatistics
+from .triangles import STORED, square
+
+MANIFEST = "statistics.json"
+FORMAT = 2  # 2: with the extremes of keys and values
+
+
+def layer_file(layer: int) -> str:
+    return f"layer-{layer:03d}.safetensors"
+
+
+class StatisticsWriter:
+    """Writes layer after layer into `folder`; opened again on the same identity it continues behind the last one.
+
+    With several ranks every rank calls `write`: rank 0 writes, the owners of the experts send it their moments.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], label: str, dtype: str = "float32") -> None:
+        """label: the model. Raises ValueError when the folder holds another run's statistics or other files."""
+        if dtype not in STORED:
+            raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(STORED)}")
+        self.folder, self.label, self.dtype = folder, label, dtype
+        self.identity = {**json.loads(json.dumps(identity)), "stored": dtype}
+        self.layers: list[dict[str, Any]] = []
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: a file, expected a folder or nothing")
+        if (folder / MANIFEST).exists():
+            found = read_manifest(folder)
+            if found["identity"] != self.identity:
+                raise ValueError(f"{folder}: holds statistics of {first_difference(found['identity'], self.identity)}")
+            self.layers = found["layers"]
+            return
+        strange = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+        strange = sorted(name for name in strange if not name.endswith(".tmp"))
+        if strange:
+            raise ValueError(f"{folder}: holds {strange[0]}, expected an empty folder or unfinished statistics")
+
+    @property
+    def done(self) -> int:
+        """Layers that are whole; the next one to write."""
+        return len(self.layers)
+
+    def write(self, found: LayerStatistics) -> None:
+        """Write the next layer and only then its file."""
+        rank, _ = world()
+        path = self.folder / layer_file(found.layer)
+        temporary = path.with_name(path.name + ".tmp")
+        parts = list(entries(found, self.dtype))
+        if rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                digest = write_tensors(file, parts)
+            size = temporary.stat().st_size
+            replace_whole(temporary, path)
+            self.layers.append({"layer": found.layer, "file": path.name, "bytes": size, "sha256": digest})
+        else:
+            for entry in parts:
+                for _ in entry.values():
+                    pass
+            self.layers.append({"layer": found.layer})
+
+    def commit(self) -> None:
+        """Write statistics.json: from here on the layers written so far count."""
+        if world()[0] == 0:
+            data = {"format": FORMAT, "model": self.label, "identity": self.identity, "layers": self.layers}
+            write_whole(self.folder / MANIFEST, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """statistics.json, checked. Raises ValueError when it is missing or of another format."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {MANIFEST}, expected a folder written by mmquant calibrate")
+    data = parse_json(path.read_bytes(), str(path))
+    if data.get("format") != FORMAT or not isinstance(data.get("layers"), list):
+        raise ValueError(f"{path}: format {data.get('format')!r}, expected {FORMAT}")
+    return data
+
+
+def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> str:
+    """The first entry in which two identities differ, in words."""
+    for key in sorted(set(found) | set(wanted)):
+        have, want, name = found.get(key), wanted.get(key), f"{where}{key}"
+        if have != want:
+            if isinstance(have, dict) and isinstance(want, dict):
+                return first_difference(have, want, f"{name}.")
+            return f"{name} {_short(have)}, expected {_short(want)}"
+    return "the same run"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class StoredStatistics:
+    """Statistics in a folder, opened from statistics.json alone."""
+
+    folder: Path
+    label: str
+    identity: dict[str, Any]
+    entries: tuple[dict[str, Any], ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.entries)
+
+    @property
+    def full(self) -> bool:
+        """Whether second moments are there, not only diagonals."""
+        return bool(self.identity["collect"]["full"])
+
+    def check(self, fingerprint: str, layers: int | None = None, corpus: str | None = None) -> None:
+        """Raise ValueError unless they are of this checkpoint (and corpus), and whole."""
+        model = self.identity["model"]
+        if model != fingerprint:
+            raise ValueError(
+                f"{self.folder}: statistics of another checkpoint ({self.label}, fingerprint {model[:12]}), "
+                f"expected fingerprint {fingerprint[:12]}"
+            )
+        found = self.identity["corpus"]["fingerprint"]
+        if corpus is not None and found != corpus:
+            raise ValueError(f"{self.folder}: statistics of another corpus ({found[:12]}), expected {corpus[:12]}")
+        if layers is not None and self.layers < layers:
+            raise ValueError(
+                f"{self.folder}: {self.layers} of {layers} layers; run mmquant calibrate again to finish them"
+            )
+
+    def squares(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """|S|_F^2 [E] of the second moments of the experts' inputs, w1/w3 and w2; None when only diagonals are kept."""
+        if not self.full:
+            return None
+        with safe_open(self.folder / self.entries[layer]["file"], framework="pt") as file:
+            first, second = (file.get_tensor(f"{name}.{SQUARES}") for name in ("expert_in", "expert_mid"))
+        return first, second
+
+    def layer(self, layer: int, second: bool = True) -> LayerStatistics:
+        """One layer's statistics on the CPU; `second` False leaves full moments on disk."""
+        if layer >= self.layers:
+            raise ValueError(f"{self.folder}: {self.layers} layers, no layer {layer}")
+        entry = self.entries[layer]
+        path = self.folder / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            size = path.stat().st_size if path.is_file() else "no file"
+            raise ValueError(
+                f"{path}: {size}, expected {entry['bytes']} bytes: damaged, delete the folder and calibrate"
+            )
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            sets = {name: _read_moments(file, names, name, second) for name in MOMENT_SETS}
+            routing = RoutingStatistics(*(file.get_tensor(f"routing.{field}") for field in ROUTING_FIELDS))
+            amax = {name: file.get_tensor(name) for name in ("hidden_amax", "mid_amax", "kv_amax")}
+        return LayerStatistics(layer=layer, **sets, routing=routing, **amax)
+
+
+def _read_moments(file: Any, names: set[str], name: str, second: bool) -> Moments:
+    values = {f: file.get_tensor(f"{name}.{f}") for f in MOMENT_FIELDS if f != "second"}
+    inputs, whole = values["diagonal"].shape[1], None
+    if second and f"{name}.second" in names:
+        whole = square(file.get_tensor(f"{name}.second"), inputs)
+    elif second and f"{name}.second.{SHARED}" in names:
+        one = square(file.get_tensor(f"{name}.second.{SHARED}"), inputs)
+        whole = one.expand(len(values["diagonal"]), -1, -1)
+    return Moments(second=whole, **values)
+
+
+def open_statistics(folder: Path) -> StoredStatistics:
+    """Open what `mmquant calibrate --out` wrote. Raises ValueError when it is not such a folder."""
+    data = read_manifest(folder)
+    return StoredStatistics(folder, str(data.get("model")), data["identity"], tuple(data["layers"]))
+
+
+def identity_of(
+    fingerprint: str, geometry: Geometry, corpus: Mapping[str, Any], collect: object, **settings: Any
+) -> dict[str, Any]:
+    """What decides the statistics' bits: model, text, what is collected and how it is computed."""
+    return {
+        "model": fingerprint,
+        "geometry": dataclasses.asdict(geometry),
+        "corpus": dict(corpus),
+        "collect": dataclasses.asdict(collect),  # type: ignore[call-overload]
+        **settings,
+    }

@@ -1,0 +1,190 @@
+"""What is scored: windows of tokens cut from texts, each with its domain, its document and its first scored position.
+
+Position p of a window predicts token p + 1. By default every position but the last is scored; with `stride` below the
+window's length only the tokens that the window before did not score; by llama-perplexity's convention the second half:
+positions context // 2 to context - 2 (llama.cpp tools/perplexity/perplexity.cpp).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .chat import ChatTemplate, read_chats
+
+CONVENTIONS = ("all", "llama.cpp")
+SUFFIXES = (".txt", ".raw", ".jsonl")
+FEWEST_DOCUMENTS = 8  # with fewer, resampling documents says nothing: windows are resampled
+
+
+@dataclass(frozen=True)
+class Text:
+    """One file of evaluation text: its documents in order, and the digest of its bytes."""
+
+    name: str
+    domain: str
+    sha256: str
+    documents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """W windows of T tokens. `first` [W]: first scored position; `document`, `domain` [W]: index of each window's."""
+
+    tokens: Tensor  # [W, T] int64
+    first: NDArray[np.int64]
+    document: NDArray[np.int64]
+    domain: NDArray[np.int64]
+    domains: tuple[str, ...]
+    texts: tuple[dict[str, Any], ...]
+    convention: str
+    stride: int
+
+    @property
+    def windows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def context(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def scored(self) -> NDArray[np.int64]:
+        """[W] positions that each window scores."""
+        return self.context - 1 - self.first
+
+    @property
+    def unit(self) -> str:
+        """What the bootstrap resamples: "document", or "window" where there are too few documents."""
+        return "document" if len(np.unique(self.document)) >= FEWEST_DOCUMENTS else "window"
+
+    def units(self) -> NDArray[np.int64]:
+        """[positions] the resampled unit of every scored position, in the order of the windows."""
+        ids = self.document if self.unit == "document" else np.arange(self.windows)
+        return np.repeat(ids, self.scored)
+
+    def part(self, windows: range) -> Sample:
+        """The same sample with some of its windows only."""
+        index = np.arange(windows.start, windows.stop)
+        tokens = self.tokens[windows.start : windows.stop]
+        fields = (self.first[index], self.document[index], self.domain[index])
+        return Sample(tokens, *fields, self.domains, self.texts, self.convention, self.stride)
+
+    def fingerprint(self) -> str:
+        """Digest of the tokens and of what is scored."""
+        digest = hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes())
+        digest.update(self.first.astype("<i8").tobytes())
+        digest.update(f"{self.context} {self.stride} {self.convention}".encode())
+        return digest.hexdigest()
+
+
+def read_text(path: Path, domain: str | None = None, template: ChatTemplate | None = None) -> Text:
+    """A text file, or a .jsonl file of documents and chats (chat.py); the domain is its stem by default."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such text file")
+    data = path.read_bytes()
+    try:
+        whole = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+    documents = tuple(read_chats(path, template)) if path.suffix == ".jsonl" else (whole,)
+    return Text(path.name, domain or path.stem, hashlib.sha256(data).hexdigest(), documents)
+
+
+def read_texts(paths: Sequence[str | Path], template: ChatTemplate | None = None) -> list[Text]:
+    """Texts of files and folders (their .txt, .raw and .jsonl); DOMAIN=PATH names the domain."""
+    found: list[Text] = []
+    for item in paths:
+        domain, path = None, Path(item)
+        if not path.exists() and "=" in str(item):
+            domain, rest = str(item).split("=", 1)
+            path = Path(rest)
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+            if not files:
+                raise ValueError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+            found += [read_text(file, domain, template) for file in files]
+        else:
+            found.append(read_text(path, domain, template))
+    return found
+
+
+def make_sample(
+    texts: list[Text],
+    tokenizer: Tokenizer,
+    context: int,
+    count: int | None = None,
+    convention: str = "all",
+    stride: int | None = None,
+) -> Sample:
+    """Cut texts into windows; `count` of them at most, taken in turn from each domain, from its start.
+
+    Raises ValueError for a text shorter than one window, and for a context or stride that makes no sense.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+    stride = context if stride is None else stride
+    if context < 2 or not 1 <= stride <= context:
+        raise ValueError(
+            f"context {context}, stride {stride}: expected a context of 2 or more and 1 <= stride <= context"
+        )
+    if convention != "all" and stride != context:
+        raise ValueError(f"stride {stride}: the convention of llama.cpp has none, expected the context {context}")
+    cut = [_cut(text, tokenizer, context, stride, convention) for text in texts]
+    chosen = _shares([len(tokens) for tokens, _, _ in cut], count)
+    names = tuple(dict.fromkeys(text.domain for text in texts))
+    starts = np.cumsum([0, *(int(document.max()) + 1 for _, _, document in cut)])
+    used = [
+        {"name": t.name, "domain": t.domain, "sha256": t.sha256, "windows": n, "documents": len(t.documents)}
+        for t, n in zip(texts, chosen, strict=True)
+    ]
+    return Sample(
+        tokens=torch.cat([tokens[:n] for (tokens, _, _), n in zip(cut, chosen, strict=True)]),
+        first=np.concatenate([first[:n] for (_, first, _), n in zip(cut, chosen, strict=True)]),
+        document=np.concatenate([d[:n] + s for (_, _, d), n, s in zip(cut, chosen, starts, strict=False)]),
+        domain=np.repeat([names.index(text.domain) for text in texts], chosen),
+        domains=names,
+        texts=tuple(used),
+        convention=convention,
+        stride=stride,
+    )
+
+
+def _cut(
+    text: Text, tokenizer: Tokenizer, context: int, stride: int, convention: str
+) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
+    """(windows [n, context], first scored position [n], document [n]) of one text."""
+    ids = [tokenizer.encode(document, add_special_tokens=False).ids for document in text.documents]
+    owner = np.repeat(np.arange(len(ids)), [len(part) for part in ids])
+    flat = torch.tensor([token for part in ids for token in part], dtype=torch.int64)
+    if len(flat) < context:
+        raise ValueError(f"{text.name}: {len(flat)} tokens, shorter than one window of {context}")
+    tokens = flat.unfold(0, context, stride).contiguous()
+    first = np.full(len(tokens), context // 2 if convention == "llama.cpp" else 0, dtype=np.int64)
+    if stride < context:
+        # A window of overlap scores only tokens that no window before it has scored.
+        first[1:] = context - 1 - stride
+    return tokens, first, owner[np.arange(len(tokens)) * stride]
+
+
+def _shares(available: list[int], count: int | None) -> list[int]:
+    """How many windows of each text: as equal as the texts' lengths allow, `count` in all."""
+    if count is None:
+        return available
+    shares = [0] * len(available)
+    left = min(count, sum(available))
+    while left:
+        for i, limit in enumerate(available):
+            if left and shares[i] < limit:
+                shares[i] += 1
+                left -= 1
+    return shares

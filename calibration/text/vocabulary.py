@@ -1,0 +1,80 @@
+"""Whether a candidate is the reference's model and speaks its tokens: the checks before two are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ...convert.models.minimax_m2 import Geometry
+from ...convert.source import Source
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What decides how text becomes ids: token by id, merges in order, the pre-tokenizer's description."""
+
+    tokens: dict[int, str]
+    merges: list[str]
+    splitting: str
+
+    @property
+    def digest(self) -> str:
+        whole = [sorted(self.tokens.items()), self.merges, self.splitting]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def read_vocabulary(source: Source) -> Vocabulary | None:
+    """The vocabulary of a source's tokenizer.json; None when it has none, ValueError when it is damaged."""
+    data = source.small_file("tokenizer.json")
+    if data is None:
+        return None
+    try:
+        whole: dict[str, Any] = json.loads(data)
+        tokens = {int(number): str(token) for token, number in whole["model"]["vocab"].items()}
+        tokens |= {int(added["id"]): str(added["content"]) for added in whole.get("added_tokens") or []}
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"].get("merges") or []]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{source.label}: tokenizer.json is damaged, expected a BPE vocabulary") from None
+    return Vocabulary(tokens, merges, json.dumps(whole.get("pre_tokenizer"), sort_keys=True))
+
+
+def tokenizer_digest(source: Source) -> str | None:
+    """SHA-256 of what the tokenizer does, equal for a folder and its GGUF; None when there is none."""
+    found = read_vocabulary(source)
+    return None if found is None else found.digest
+
+
+def check_same_tokenizer(reference: Source, candidate: Source) -> None:
+    """ValueError naming what two tokenizers differ in; nothing when the candidate carries none."""
+    mine, theirs = read_vocabulary(candidate), read_vocabulary(reference)
+    if mine is None or theirs is None:
+        return
+    if len(mine.tokens) != len(theirs.tokens):
+        counts = f"{len(mine.tokens)} tokens, the reference has {len(theirs.tokens)}"
+        raise ValueError(f"{candidate.label}: a tokenizer of {counts}: another tokenizer")
+    for number in sorted(mine.tokens.keys() | theirs.tokens.keys()):
+        found, wanted = mine.tokens.get(number), theirs.tokens.get(number)
+        if found != wanted:
+            raise ValueError(
+                f"{candidate.label}: token {number} is {found!r}, the reference's tokenizer has {wanted!r}"
+            )
+    for number, (found, wanted) in enumerate(zip(mine.merges, theirs.merges, strict=False)):
+        if found != wanted:
+            raise ValueError(
+                f"{candidate.label}: merge {number} is {found!r}, the reference's tokenizer has {wanted!r}"
+            )
+    if len(mine.merges) != len(theirs.merges) or mine.splitting != theirs.splitting:
+        raise ValueError(f"{candidate.label}: its tokenizer splits text in another way than the reference's")
+
+
+def check_same_model(reference: Geometry, candidate: Source) -> None:
+    """Refuse a candidate of another model: ValueError naming the first size that differs."""
+    for name in Geometry.__dataclass_fields__:
+        if name == "max_context":
+            continue
+        mine, theirs = getattr(candidate.geometry, name), getattr(reference, name)
+        same = abs(mine - theirs) <= 1e-6 * abs(theirs) if isinstance(theirs, float) else mine == theirs
+        if not same:
+            raise ValueError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")

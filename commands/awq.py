@@ -1,0 +1,26 @@
+"""mmquant awq: int4 --method awq --format awq."""
+
+from __future__ import annotations
+
+import click
+
+from .int4 import command as int4
+
+FIXED = {"method": "awq", "layout": "awq"}
+
+
+def _command() -> click.Command:
+    """The int4 command with its method and format given."""
+
+    def callback(**options: object) -> None:
+        assert int4.callback is not None
+        int4.callback(**FIXED, **options)
+
+    parameters = [p for p in int4.params if p.name not in FIXED]
+    text = "Write AWQ (GEMM, asymmetric) for vLLM and SGLang.\n\nExample: mmquant awq --model demo --out ./m27-awq"
+    return click.Command(
+        "awq", params=parameters, callback=callback, help=text, short_help="INT4 by AWQ, in its format."
+    )
+
+
+command = _command()

@@ -1,0 +1,51 @@
+"""mmquant fp8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import device_option, dry_run_option, model_option, out_option, shard_option
+from .options_backend import backend_option
+from .options_fetch import fetch_options, open_model
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
+
+
+@click.command(short_help="FP8 for vLLM and SGLang.")
+@model_option()
+@out_option()
+@click.option("--scheme", type=click.Choice(["block", "channel", "native"]), default="block", show_default=True)
+@backend_option()
+@shard_option()
+@device_option()
+@fetch_options()
+@dry_run_option()
+def command(
+    model: str, out: Path, scheme: str, backend: str, limit: int, device: str, fetch: FetchOptions, dry_run: bool
+) -> None:
+    """Write FP8: block (compressed-tensors 128x128, the release's exact values), channel (a scale per output channel)
+    or native (verified copy).
+
+    Example: mmquant fp8 --model demo --out ./m27-fp8
+    """
+    if backend == "llmcompressor":
+        from ..runs.llmc import fp8_job, write_with_llmcompressor
+
+        click.echo(write_with_llmcompressor(open_model(model, fetch, None), fp8_job(scheme), out, device, dry_run))
+        return
+    from ..convert.folder.fp8 import Fp8Variant
+    from ..runs.folder import describe, prepare, write_folder, write_native
+
+    source = open_model(model, fetch, None if dry_run else out)
+    if scheme == "native":
+        click.echo(describe(out, "FP8-native", source.bytes) if dry_run else write_native(source, out))
+        return
+    variant = Fp8Variant(scheme)
+    if dry_run:
+        click.echo(describe(out, variant.label, prepare(source, variant).bytes))
+        return
+    click.echo(write_folder(source, variant, out, device=device, limit=limit))

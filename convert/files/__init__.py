@@ -1,0 +1,1 @@
+"""Durable files: whole or absent, one process per folder."""

@@ -1,0 +1,1 @@
+"""Writing safetensors folders: one module per format, the writer, the check."""

@@ -1,0 +1,139 @@
+"""Read a quantized folder again as an engine would, after it was written.
+
+Engines load what they find and keep quiet about the rest: experts under other names, or schemes that a name does not
+match, leave weights uninitialised. So: every tensor has its place and every place its tensor, both engines find the
+same scheme for every layer, and no matrix is zero or holds NaN or infinity.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.quantization_config import SGLANG, Scheme, scheme_of
+from ..checkpoints.quantized_folder import QuantizedFolder
+from ..checkpoints.store import LocalFolder
+from ..models.minimax_m2 import PROJECTIONS, attention_name, expert_name, global_shapes, is_mtp, plain_shapes
+from ..source import Source
+
+LARGEST_ERROR = 0.5  # of a matrix, relative: INT4 of anything is near 0.1, noise is near 1.4
+
+
+def check_folder(folder: Path, source: Source | None = None, samples: int = 4) -> int:
+    """Check all tensors; returns how many matrices were read. ValueError with the first fault.
+
+    With `source`, `samples` experts of every layer are also compared with the originals.
+    """
+    found = QuantizedFolder(LocalFolder(folder))
+    found.validate()
+    if found.notes:
+        raise ValueError(found.notes[0])
+    _check_places(found)
+    for layer in range(found.geometry.layers):
+        _check_engines(found, layer)
+    _check_cache_scales(found)
+    count = sum(_check_values(found, name) for name in found.matrices)
+    for name, tensor in _plain(found):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{folder}: {name} holds NaN or infinity")
+    if source is not None:
+        _compare(found, source, samples)
+    return count
+
+
+def _check_places(found: QuantizedFolder) -> None:
+    """No tensor beyond those that an engine asks for: an unknown one is fatal in vLLM, or is skipped."""
+    known = set(global_shapes(found.geometry))
+    for layer in range(found.geometry.layers):
+        known |= {name for name, _ in plain_shapes(found.geometry, layer)}
+        known |= set(_cache_names(layer))
+    for stored in found.matrices.values():
+        known |= {f"{stored.name}.{suffix}" for suffix in stored.parts}
+    strange = sorted(n for n in found.tensors if n not in known and not is_mtp(n, found.geometry))
+    if strange:
+        raise ValueError(f"{found.label}: {strange[0]} has no place in the model")
+
+
+def _cache_names(layer: int) -> list[str]:
+    return [f"{attention_name(layer, p)}.{s}" for p, s in (("k_proj", "k_scale"), ("v_proj", "v_scale"))]
+
+
+def _check_cache_scales(found: QuantizedFolder) -> None:
+    """A kv_cache_scheme comes with a positive scale [1] for every layer's keys and values, and none without it."""
+    wanted = bool(found.quantization.get("kv_cache_scheme"))
+    for name in (name for layer in range(found.geometry.layers) for name in _cache_names(layer)):
+        if (name in found.tensors) != wanted:
+            state = "is there without" if not wanted else "is missing beside"
+            raise ValueError(f"{found.label}: {name} {state} a kv_cache_scheme in config.json")
+        if not wanted:
+            continue
+        scale = found.read(name)
+        if scale.numel() != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError(f"{found.label}: {name} is {scale.flatten()[:4].tolist()}, expected one positive number")
+
+
+def _check_engines(found: QuantizedFolder, layer: int) -> None:
+    """vLLM and SGLang look experts up under names of their own and take one scheme for a layer's experts."""
+    wanted = found.matrices[expert_name(layer, 0, "w1")].scheme
+    for name in _lookups(layer, found.quantization.get("quant_method")):
+        scheme = scheme_of(found.quantization, name)
+        if scheme != wanted:
+            raise ValueError(
+                f"{found.label}: {name} is {_words(scheme)} by config.json, its tensors are {_words(wanted)}"
+            )
+    for expert in range(found.geometry.experts):
+        for projection in PROJECTIONS:
+            scheme = found.matrices[expert_name(layer, expert, projection)].scheme
+            if scheme != wanted:
+                name = expert_name(layer, expert, projection)
+                raise ValueError(f"{found.label}: {name} is {_words(scheme)}, expert 0 of its layer {_words(wanted)}")
+
+
+def _lookups(layer: int, method: object) -> list[str]:
+    if method == "compressed-tensors":
+        vllm = [f"model.layers.{layer}.mlp.experts.0.{p}" for p in PROJECTIONS]
+        return vllm + [f"model.layers.{layer}.block_sparse_moe.experts.0.{SGLANG[p]}" for p in PROJECTIONS]
+    return [f"model.layers.{layer}.mlp.experts", f"model.layers.{layer}.block_sparse_moe.experts"]
+
+
+def _words(scheme: Scheme | None) -> str:
+    return "unquantized" if scheme is None else f"{scheme.format} of {scheme.bits} bits, group {scheme.group}"
+
+
+def _check_values(found: QuantizedFolder, name: str) -> int:
+    values = found.dequantize(name)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{found.label}: {name} holds NaN or infinity")
+    if not bool(values.any()):
+        raise ValueError(f"{found.label}: {name} is zero throughout")
+    return 1
+
+
+def _plain(found: QuantizedFolder) -> list[tuple[str, Tensor]]:
+    names = list(global_shapes(found.geometry))
+    for layer in range(found.geometry.layers):
+        names += [name for name, _ in plain_shapes(found.geometry, layer)]
+    return [(name, found.read(name)) for name in names if name in found.tensors]
+
+
+def _compare(found: QuantizedFolder, source: Source, samples: int) -> None:
+    """Some experts of every layer against the originals, up to a scale per row or column (equalization moves those)."""
+    experts = found.geometry.experts
+    chosen = sorted({round(i * (experts - 1) / max(1, samples - 1)) for i in range(samples)})
+    for layer in range(found.geometry.layers):
+        for expert in chosen:
+            for projection in PROJECTIONS:
+                name = expert_name(layer, expert, projection)
+                error = difference(found.dequantize(name), source.read(name + ".weight"))
+                if error > LARGEST_ERROR:
+                    raise ValueError(f"{found.label}: {name} is {error:.2f} away from the original, expected below 0.5")
+
+
+def difference(values: Tensor, original: Tensor) -> float:
+    """Relative error after the best scale for every column, then one for every row."""
+    columns = (values * original).sum(0) / values.square().sum(0).clamp(min=1e-30)
+    fitted = values * columns
+    rows = (fitted * original).sum(1, keepdim=True) / fitted.square().sum(1, keepdim=True).clamp(min=1e-30)
+    return float((fitted * rows - original).norm() / original.norm().clamp(min=1e-30))

@@ -1,0 +1,47 @@
+"""A verified copy of a checkpoint as released: every file is copied, read back and compared by SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.store import INDEX, shard_names
+from ..files.atomic import CHUNK, replace_whole, sha256_file, write_whole
+from ..manifest import FileEntry
+from ..source import CARRIED_FILES
+
+
+def copy_native(source: Checkpoint, out: Path, done: Callable[[str], object]) -> tuple[FileEntry, ...]:
+    """Copy shards and small files into `out`; files that are there already with the same bytes are kept.
+
+    Raises OSError when a copy reads back differently.
+    """
+    entries = []
+    source.store.plan(shard_names(source.store))
+    for name in shard_names(source.store):
+        digest = _copy(source.store.path(name), out / name)
+        entries.append(FileEntry(name, (out / name).stat().st_size, digest))
+        source.store.release(name)
+        done(name)
+    for name in ("config.json", INDEX, *CARRIED_FILES):
+        data = source.small_file(name)
+        if data is not None:
+            write_whole(out / name, data)
+            entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
+    return tuple(entries)
+
+
+def _copy(path: Path, final: Path) -> str:
+    digest = sha256_file(path)
+    if final.exists() and final.stat().st_size == path.stat().st_size and sha256_file(final) == digest:
+        return digest
+    temporary = final.with_name(final.name + ".tmp")
+    with open(path, "rb") as source, open(temporary, "wb") as target:
+        while block := source.read(CHUNK):
+            target.write(block)
+    if sha256_file(temporary) != digest:
+        raise OSError(f"{final}: the copy reads back differently from {path}, the disk may be failing")
+    replace_whole(temporary, final)
+    return digest

@@ -1,0 +1,86 @@
+"""What a folder artifact must be able to say and do, and what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..models.minimax_m2 import EMBED, HEAD, global_shapes
+from ..source import CARRIED_FILES
+from .writer import TensorSpec
+
+
+class FolderVariant(Protocol):
+    """A safetensors artifact: its tensors are known by size before any value is computed."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and manifests."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """The manifest's format: compressed-tensors, awq, fp8-block, safetensors."""
+        ...
+
+    def run(self) -> dict[str, Any]:
+        """Everything that decides the bytes, apart from the source: identifies a run."""
+        ...
+
+    def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        """The tensors of one layer, in the order of the file."""
+        ...
+
+    def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
+        """The same tensors' values."""
+        ...
+
+    def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
+        """config.json's quantization_config."""
+        ...
+
+
+def plain_specs(source: Checkpoint, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[TensorSpec]:
+    """Tensors that are carried as they are stored."""
+    return [TensorSpec(name, source.tensors[name].dtype, shape) for name, shape in shapes]
+
+
+def plain_tensors(source: Checkpoint, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    return {name: source.raw(name) for name, _ in shapes}
+
+
+def global_specs(source: Checkpoint) -> list[TensorSpec]:
+    """Embeddings, final norm and head, as stored."""
+    return plain_specs(source, _globals(source))
+
+
+def global_tensors(source: Checkpoint, first: bool) -> dict[str, Tensor]:
+    """The embeddings (`first`), or the final norm and head: each needs its own shards at its own time."""
+    return plain_tensors(source, [(name, shape) for name, shape in _globals(source) if (name == EMBED) == first])
+
+
+def _globals(source: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:
+    return [(n, s) for n, s in global_shapes(source.geometry).items() if n != HEAD or n in source.tensors]
+
+
+def quantized_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json with another quantization_config, and RoPE spelled out.
+
+    transformers before 5.23 ignores `rotary_dim` and would rotate every dimension; `rope_parameters` is read by all.
+    """
+    g = source.geometry
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    rope = {"rope_type": "default", "rope_theta": g.rope_theta, "partial_rotary_factor": g.rotary_dim / g.head_dim}
+    config.setdefault("rope_parameters", rope)
+    config["quantization_config"] = quantization
+    return config
+
+
+def carried_files(source: Checkpoint) -> dict[str, bytes]:
+    """Tokenizer, chat template, generation config, licence and remote code, byte for byte."""
+    found = {name: source.small_file(name) for name in CARRIED_FILES}
+    return {name: data for name, data in found.items() if data is not None}

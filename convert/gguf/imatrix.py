@@ -1,0 +1,166 @@
+"""llama.cpp's importance matrix as GGUF: sums of squared activations per input channel and rows seen, both ways.
+
+For every weight W: `W.in_sum2` F32 [matrices, inputs] = sum of x^2, `W.counts` F32 [matrices, 1] = rows. gate and up
+of the experts share their input. Keys: general.type, imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size.
+Source: llama.cpp tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..files.atomic import write_whole
+
+ALIGNMENT = 32
+DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+IN_SUM2, COUNTS = ".in_sum2", ".counts"
+STRING, ARRAY, UINT32, F32 = 8, 9, 4, 0  # GGUF value and tensor types
+ATTENTION_IN = ("attn_q", "attn_k", "attn_v")
+EXPERT_IN = ("ffn_gate_exps", "ffn_up_exps")
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Of one weight: sums [matrices, inputs] of x^2 and counts [matrices] of rows, float32."""
+
+    sums: NDArray[np.float32]
+    counts: NDArray[np.float32]
+
+    def mean(self) -> NDArray[np.float32]:
+        """E[x^2] [matrices, inputs]; ones for a matrix that saw nothing, as llama-quantize takes it."""
+        seen = self.counts[:, None] > 0
+        return np.where(seen, self.sums / np.maximum(self.counts[:, None], 1), np.float32(1)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Weights by GGUF name (blk.N.attn_q.weight), and the text that they were made of."""
+
+    weights: Mapping[str, Importance]
+    datasets: tuple[str, ...]
+    chunk_count: int
+    chunk_size: int
+
+    def layer(self, layer: int) -> dict[str, Importance]:
+        """One layer's weights by short name (attn_q, ffn_down_exps, ...)."""
+        out = {}
+        for name, value in self.weights.items():
+            match = _BLOCK.fullmatch(name)
+            if match is not None and int(match.group(1)) == layer:
+                out[match.group(2)] = value
+        return out
+
+
+def layer_weights(
+    layer: int,
+    attention_in: Importance,
+    attention_out: Importance,
+    router: Importance,
+    experts: tuple[Importance, Importance],
+) -> dict[str, Importance]:
+    """The eight weights of a layer that llama-imatrix collects; experts: the input of w1 and w3, the input of w2."""
+    out = {name: attention_in for name in ATTENTION_IN}
+    out |= {"attn_output": attention_out, "ffn_gate_inp": router, "ffn_down_exps": experts[1]}
+    out |= {name: experts[0] for name in EXPERT_IN}
+    return {f"blk.{layer}.{name}.weight": value for name, value in out.items()}
+
+
+def encode(imatrix: Imatrix) -> bytes:
+    """The GGUF file's bytes, laid out as llama-imatrix does: names sorted, tensors aligned to 32.
+
+    Raises ValueError for values that llama.cpp refuses: NaN, infinity, negative sums.
+    """
+    tensors: list[tuple[str, tuple[int, ...], bytes]] = []
+    for name, value in sorted(imatrix.weights.items()):
+        check(name, value)
+        matrices, inputs = value.sums.shape
+        shape = (inputs,) if matrices == 1 else (inputs, matrices)
+        tensors.append((name + IN_SUM2, shape, value.sums.astype("<f4").tobytes()))
+        shape = (1,) if matrices == 1 else (1, matrices)
+        tensors.append((name + COUNTS, shape, value.counts.astype("<f4").tobytes()))
+    keys = [
+        _string("general.type") + struct.pack("<I", STRING) + _string("imatrix"),
+        _string(DATASETS) + struct.pack("<IIQ", ARRAY, STRING, len(imatrix.datasets)) + _strings(imatrix.datasets),
+        _string(CHUNK_COUNT) + struct.pack("<II", UINT32, imatrix.chunk_count),
+        _string(CHUNK_SIZE) + struct.pack("<II", UINT32, imatrix.chunk_size),
+    ]
+    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(keys)) + b"".join(keys))
+    offset = 0
+    for name, shape, data in tensors:
+        out += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, F32, offset)
+        offset += len(data) + -len(data) % ALIGNMENT
+    out += bytes(-len(out) % ALIGNMENT)
+    for _, _, data in tensors:
+        out += data + bytes(-len(data) % ALIGNMENT)
+    return bytes(out)
+
+
+def check(name: str, value: Importance) -> None:
+    """Raise ValueError unless shapes agree and every value is finite and not negative."""
+    if value.sums.ndim != 2 or value.counts.shape != value.sums.shape[:1]:
+        raise ValueError(f"{name}: sums {value.sums.shape} and counts {value.counts.shape}, expected [m, n] and [m]")
+    for label, values in (("sums", value.sums), ("counts", value.counts)):
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise ValueError(f"{name}: {label} hold NaN, infinity or negative numbers, expected finite sums of squares")
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _strings(texts: Iterable[str]) -> bytes:
+    return b"".join(_string(text) for text in texts)
+
+
+def write_imatrix(path: Path, imatrix: Imatrix) -> None:
+    """Write the file whole. Raises ValueError for values that llama.cpp refuses, OSError when it cannot be written."""
+    write_whole(path, encode(imatrix))
+
+
+def read_imatrix(path: Path) -> Imatrix:
+    """Read anybody's imatrix.gguf. Raises ValueError when it is not one, or holds values that llama.cpp refuses."""
+    from gguf import GGUFReader
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected an imatrix in GGUF")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ValueError(
+            f"{path}: starts with {magic!r}, expected GGUF (a .dat imatrix: convert it with llama-imatrix)"
+        )
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(f"{path}: damaged GGUF ({error})") from None
+    keys = {
+        name: reader.fields[name].contents() for name in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if name in reader.fields
+    }
+    missing = [name for name in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if name not in keys]
+    if missing:
+        raise ValueError(f"{path}: key {missing[0]} is missing, expected an imatrix")
+    arrays = {tensor.name: np.array(tensor.data, dtype=np.float32) for tensor in reader.tensors}
+    weights = {}
+    for name, sums in arrays.items():
+        if not name.endswith(IN_SUM2):
+            continue
+        stem = name.removesuffix(IN_SUM2)
+        counts = arrays.get(stem + COUNTS)
+        if counts is None:
+            raise ValueError(f"{path}: {stem}{COUNTS} is missing")
+        value = Importance(sums.reshape(counts.size, -1), counts.reshape(-1))
+        check(f"{path}: {stem}", value)
+        weights[stem] = value
+    if not weights:
+        raise ValueError(f"{path}: no {IN_SUM2} tensor, expected an imatrix")
+    datasets = keys[DATASETS] if isinstance(keys[DATASETS], list) else [keys[DATASETS]]
+    return Imatrix(weights, tuple(datasets), int(keys[CHUNK_COUNT]), int(keys[CHUNK_SIZE]))

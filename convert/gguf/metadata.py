@@ -1,0 +1,288 @@
+"""GGUF metadata of a minimax-m2 file: what llama.cpp's converter and llama-quantize write, and where mmquant made it
+from.
+
+Source: llama.cpp conversion/base.py, conversion/minimax.py, gguf-py/gguf/vocab.py (facts only). The pre-tokenizer is
+chosen by the
+architecture, not by a hash of the vocabulary, so that any MiniMax-M2 vocabulary tokenizes right.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+
+from ..models.minimax_m2 import Geometry
+from ..source import Source
+
+ARCH = "minimax-m2"
+SIGMOID = int(gguf.ExpertGatingFuncType.SIGMOID)
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+IMATRIX_TEXT_LIMIT = 127  # characters that llama-quantize keeps of a file or data-set name
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of the metadata: `kind` is str, bool, u16, u32, u64, i32, f32, or one of these in brackets for an
+    array."""
+
+    kind: str
+    data: Any
+
+    def packed(self) -> bytes:
+        """Type id and value, little endian, as GGUF v3 stores them."""
+        if self.kind.startswith("["):
+            element = self.kind.strip("[]")
+            body = b"".join(_scalar(element, item) for item in self.data)
+            return struct.pack("<IIQ", _ID["array"], _ID[element], len(self.data)) + body
+        return struct.pack("<I", _ID[self.kind]) + _scalar(self.kind, self.data)
+
+
+Metadata = dict[str, Value]
+_ID = {"u16": 2, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "array": 9, "u64": 10}
+_FORMAT = {"u16": "<H", "u32": "<I", "i32": "<i", "f32": "<f", "bool": "<?", "u64": "<Q"}
+
+
+def pack_string(text: str) -> bytes:
+    """A GGUF string: byte length as u64, then UTF-8."""
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _scalar(kind: str, value: Any) -> bytes:
+    return pack_string(value) if kind == "str" else struct.pack(_FORMAT[kind], value)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What the quantize.imatrix.* keys say of the calibration behind a file."""
+
+    file: str
+    dataset: str
+    entries: int
+    chunks: int
+
+
+def model_metadata(source: Source, name: str, file_type: int, importance: Importance | None) -> Metadata:
+    """All keys of the first file, without split.*: general, architecture, tokenizer, importance, provenance.
+
+    Raises ValueError when the tokenizer is missing or does not fit the model's vocabulary.
+    """
+    metadata = {
+        **general_keys(source, name),
+        **architecture_keys(source.geometry),
+        "general.file_type": Value("u32", file_type),
+        "general.quantization_version": Value("u32", gguf.GGML_QUANT_VERSION),
+        **tokenizer_keys(source),
+    }
+    if importance is not None:
+        metadata |= {
+            "quantize.imatrix.file": Value("str", importance.file[:IMATRIX_TEXT_LIMIT]),
+            "quantize.imatrix.dataset": Value("str", importance.dataset[:IMATRIX_TEXT_LIMIT]),
+            "quantize.imatrix.entries_count": Value("u32", importance.entries),
+            "quantize.imatrix.chunks_count": Value("u32", importance.chunks),
+        }
+    return metadata
+
+
+def provenance_keys(source: Source, settings: dict[str, str]) -> Metadata:
+    """mmquant.*: the version, the source with its fingerprint, and the settings that decide the bytes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        release = version("mmquant")
+    except PackageNotFoundError:  # a bare checkout
+        release = "0"
+    label = source.label if re.match(r"(hf|ms):|demo$", source.label) else source.label.rstrip("/").rsplit("/", 1)[-1]
+    fixed = {"version": release, "source": f"{label}@{source.fingerprint[:16]}"}
+    return {f"mmquant.{key}": Value("str", value) for key, value in {**fixed, **settings}.items()}
+
+
+def architecture_keys(geometry: Geometry) -> Metadata:
+    """minimax-m2.* in the converter's order."""
+    g = geometry
+    values = {
+        "block_count": Value("u32", g.layers),
+        "context_length": Value("u32", g.max_context),
+        "embedding_length": Value("u32", g.hidden),
+        "feed_forward_length": Value("u32", g.expert_width),
+        "attention.head_count": Value("u32", g.heads),
+        "attention.head_count_kv": Value("u32", g.kv_heads),
+        "rope.freq_base": Value("f32", g.rope_theta),
+        "attention.layer_norm_rms_epsilon": Value("f32", g.norm_eps),
+        "expert_count": Value("u32", g.experts),
+        "expert_used_count": Value("u32", g.experts_per_token),
+        "expert_gating_func": Value("u32", SIGMOID),
+        "attention.key_length": Value("u32", g.head_dim),
+        "attention.value_length": Value("u32", g.head_dim),
+        "expert_feed_forward_length": Value("u32", g.expert_width),
+        "rope.dimension_count": Value("u32", g.rotary_dim),
+    }
+    return {f"{ARCH}.{key}": value for key, value in values.items()}
+
+
+def general_keys(source: Source, name: str) -> Metadata:
+    """general.*: name, size, and from the source's model card its licence, tags, languages and base model."""
+    keys: dict[str, Value] = {
+        "general.architecture": Value("str", ARCH),
+        "general.type": Value("str", "model"),
+        "general.name": Value("str", name),
+        "general.size_label": Value("str", geometry_size(source.geometry)),
+    }
+    card = card_fields(source.small_file("README.md"))
+    for field, key in (("license", "license"), ("license_name", "license.name"), ("license_link", "license.link")):
+        if isinstance(card.get(field), str):
+            keys[f"general.{key}"] = Value("str", card[field])
+    keys |= _base_model(source, card)
+    tags = _texts(card.get("tags")) + _texts(card.get("pipeline_tag"))
+    if tags:
+        keys["general.tags"] = Value("[str]", tags)
+    if languages := _texts(card.get("language")):
+        keys["general.languages"] = Value("[str]", languages)
+    return keys
+
+
+def card_fields(card: bytes | None) -> dict[str, Any]:
+    """The YAML head of a model card, empty when there is none or it is not a mapping."""
+    import yaml
+
+    match = re.match(rb"---\r?\n(.*?)\r?\n---", card or b"", re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        fields = yaml.safe_load(match.group(1))
+    except yaml.YAMLError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, str)]
+
+
+def _base_model(source: Source, card: dict[str, Any]) -> Metadata:
+    """general.base_model.*: what the card names, or the hub repository that was read."""
+    hub = re.match(r"(hf|ms):([^@]+)", source.label)
+    named = [name for name in _texts(card.get("base_model")) if name.count("/") == 1]
+    repositories = [hub.group(2)] if hub else named
+    if not repositories:
+        return {}
+    host = "https://modelscope.cn/models/" if hub and hub.group(1) == "ms" else "https://huggingface.co/"
+    keys = {"general.base_model.count": Value("u32", len(repositories))}
+    for index, repository in enumerate(repositories):
+        organization, _, model = repository.partition("/")
+        prefix = f"general.base_model.{index}."
+        keys[prefix + "name"] = Value("str", model.replace("-", " "))
+        keys[prefix + "organization"] = Value("str", organization)
+        keys[prefix + "repo_url"] = Value("str", host + repository)
+    return keys
+
+
+def _json_file(source: Source, name: str) -> dict[str, Any]:
+    raw = source.small_file(name)
+    if raw is None:
+        return {}
+    try:
+        value = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"{source.label}: {name} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source.label}: {name} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def tokenizer_keys(source: Source) -> Metadata:
+    """tokenizer.*: tokens, types, merges, special token ids and the chat template."""
+    tokenizer = _json_file(source, "tokenizer.json")
+    settings = _json_file(source, "tokenizer_config.json")
+    model = tokenizer.get("model") or {}
+    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise ValueError(f"{source.label}: tokenizer.json has no BPE vocabulary")
+    tokens, types = _tokens(source, model["vocab"], tokenizer.get("added_tokens") or [])
+    keys = {
+        "tokenizer.ggml.model": Value("str", "gpt2"),
+        "tokenizer.ggml.pre": Value("str", ARCH),
+        "tokenizer.ggml.tokens": Value("[str]", tokens),
+        "tokenizer.ggml.token_type": Value("[i32]", types),
+        "tokenizer.ggml.merges": Value("[str]", [_merge(merge) for merge in model.get("merges") or []]),
+    }
+    ids = {token: index for index, token in enumerate(tokens)}
+    keys |= _special_ids(source, settings, ids)
+    for kind in ("bos", "eos", "sep"):
+        if isinstance(settings.get(f"add_{kind}_token"), bool):
+            keys[f"tokenizer.ggml.add_{kind}_token"] = Value("bool", settings[f"add_{kind}_token"])
+    template = chat_template(source, settings)
+    if template:
+        keys["tokenizer.chat_template"] = Value("str", template)
+    return keys
+
+
+def _merge(merge: Any) -> str:
+    """ "a b" from either form of tokenizer.json; a blank inside a part becomes U+0120, as byte-level BPE writes it."""
+    return merge if isinstance(merge, str) else " ".join(part.replace(" ", "\u0120") for part in merge)
+
+
+def _tokens(source: Source, vocab: dict[str, int], added: list[dict[str, Any]]) -> tuple[list[str], list[int]]:
+    """Text and type of every id up to the model's vocabulary; unnamed ids are unused padding."""
+    size = source.geometry.vocab
+    tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
+    entries = [(index, text, NORMAL) for text, index in vocab.items()]
+    for token in added:
+        special = token.get("special") or _looks_special(token["content"])
+        entries.append((token["id"], token["content"], CONTROL if special else USER_DEFINED))
+    for index, text, kind in entries:
+        if not 0 <= index < size:
+            raise ValueError(f"{source.label}: tokenizer.json names id {index}, config.json has a vocabulary of {size}")
+        tokens[index], types[index] = text, kind
+    return tokens, types
+
+
+def _looks_special(text: str) -> bool:
+    """Added tokens that are control tokens though nobody said so (llama.cpp's rule)."""
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or bool(
+        re.fullmatch(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>", text)
+    )
+
+
+def _special_ids(source: Source, settings: dict[str, Any], ids: dict[str, int]) -> Metadata:
+    """Ids of bos, eos, ...: by the token's text in tokenizer_config.json, else by number in config.json."""
+    keys = {}
+    for kind, name in SPECIAL_TOKENS.items():
+        token = settings.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        index = ids.get(text) if isinstance(text, str) else source.config.get(f"{kind}_token_id")
+        if isinstance(index, int) and 0 <= index < len(ids):
+            keys[f"tokenizer.ggml.{name}_token_id"] = Value("u32", index)
+    return keys
+
+
+def chat_template(source: Source, settings: dict[str, Any]) -> str | None:
+    """The chat template: tokenizer_config.json's, which wins in llama.cpp's converter, else chat_template.jinja."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named ones: the default is the chat
+        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
+    if isinstance(template, str):
+        return template
+    raw = source.small_file("chat_template.jinja")
+    return raw.decode("utf-8") if raw is not None else None
+
+
+def split_keys(part: int, parts: int, tensors: int) -> Metadata:
+    """split.*, in every file of a set of several."""
+    return {
+        "split.no": Value("u16", part),
+        "split.count": Value("u16", parts),
+        "split.tensors.count": Value("i32", tensors),
+    }
+
+
+def geometry_size(geometry: Geometry) -> str:
+    """What general.size_label says, such as 256x4.9B."""
+    g = geometry
+    return gguf.size_label(g.parameters, g.parameters - g.expert_weights, g.expert_weights // g.experts, g.experts)

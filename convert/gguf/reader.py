@@ -1,0 +1,265 @@
+"""A GGUF model of MiniMax-M2 (ours or anyone's, split or whole) as a Source: weights by release name, dequantized."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import reprlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...quantize.ggml.codec import decode
+from ..checkpoints.read_ahead import Range, ReadAhead
+from ..models.minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry
+from .header import GgufFile, GgufTensor, read_header
+from .names import (
+    ATTENTION_TENSORS,
+    EXPERT_TENSORS,
+    GLOBALS,
+    OUTPUT,
+    PLAIN_TENSORS,
+    TOKEN_EMBD,
+    all_shapes,
+    split_block,
+)
+from .tokenizer import tokenizer_json
+
+ARCH = "minimax-m2"
+SIGMOID = 2
+SAMPLE = 1024  # bytes of each tensor in the fingerprint
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def gguf_name(name: str) -> tuple[str, int | None]:
+    """Release name (with its suffix) -> (GGUF name, expert or None). Raises ValueError for an unknown name."""
+    for theirs, ours in GLOBALS.items():
+        if ours == name:
+            return theirs, None
+    expert = _EXPERT.fullmatch(name)
+    if expert is not None:
+        stem = next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == expert[3])
+        return f"blk.{expert[1]}.{stem}.weight", int(expert[2])
+    layer = _LAYER.fullmatch(name)
+    if layer is not None:
+        for theirs, ours in PLAIN_TENSORS.items():
+            if ours == layer[2]:
+                return f"blk.{layer[1]}.{theirs}", None
+        for theirs, ours in ATTENTION_TENSORS.items():
+            if f"self_attn.{ours}.weight" == layer[2]:
+                return f"blk.{layer[1]}.{theirs}.weight", None
+    raise ValueError(f"{name}: not a weight of MiniMax-M2")
+
+
+def find_parts(path: Path) -> list[Path]:
+    """The file itself, all parts of a split of which `path` is one, or the one model of a folder.
+
+    Raises ValueError for parts that are missing and for a folder with several models.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        models = [f for f in files if (m := _SPLIT.fullmatch(f.name)) is None or int(m[2]) == 1]
+        if len(models) != 1:
+            found = ", ".join(f.name for f in models[:4]) or "none"
+            raise ValueError(f"{path}: {len(models)} GGUF models ({found}), expected one: name the file")
+        path = models[0]
+    match = _SPLIT.fullmatch(path.name)
+    if match is None:
+        return [path]
+    total = int(match[3])
+    parts = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, total + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing or not parts:
+        raise ValueError(f"{path}: {len(missing)} of {total} parts are missing, first {missing[:1] or path.name}")
+    return parts
+
+
+class GgufSource:
+    """Opened from headers alone; `validate` holds them against the geometry."""
+
+    def __init__(self, path: Path) -> None:
+        self.label = str(path)
+        self.files = [read_header(part) for part in find_parts(path)]
+        self.metadata = self.files[0].metadata
+        self._check_split()
+        self.ahead = ReadAhead()
+        self._where: dict[str, tuple[GgufFile, GgufTensor]] = {}
+        for file in self.files:
+            for name, tensor in file.tensors.items():
+                if name in self._where:
+                    raise ValueError(f"{file.path}: {name} stands in {self._where[name][0].path.name} as well")
+                self._where[name] = (file, tensor)
+        self.config = self._config()
+        self.geometry = Geometry.from_config(self.config)
+        # A hostile header must not make us list layers that no file could hold.
+        if self.geometry.layers > len(self._where):
+            raise ValueError(f"{self.label}: {self.geometry.layers} layers, but only {len(self._where)} tensors")
+
+    def _check_split(self) -> None:
+        count = self._number("split.count", len(self.files))
+        if count not in (0, len(self.files)):
+            raise ValueError(f"{self.label}: split.count is {count}, the name says {len(self.files)} files")
+        for number, file in enumerate(self.files):
+            found = file.metadata.get("split.no", number)
+            if found != number:
+                raise ValueError(f"{file.path}: split.no is {reprlib.repr(found)}, expected {number}")
+        total = sum(len(file.tensors) for file in self.files)
+        wanted = self._number("split.tensors.count", total)
+        if wanted != total:
+            raise ValueError(f"{self.label}: {total} tensors in all parts, split.tensors.count is {wanted}")
+
+    def _number(self, key: str, default: int | None = None) -> int:
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{self.label}: {key} is {reprlib.repr(value)}, expected an integer")
+        return value
+
+    def _real(self, key: str) -> float:
+        value = self.metadata.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{self.label}: {key} is {reprlib.repr(value)}, expected a number")
+        return float(value)
+
+    def _config(self) -> dict[str, Any]:
+        """config.json's keys as the metadata has them."""
+        arch = self.metadata.get("general.architecture")
+        if arch != ARCH:
+            raise ValueError(f"{self.label}: general.architecture is {reprlib.repr(arch)}, expected {ARCH!r}")
+        gating = self._number(f"{ARCH}.expert_gating_func", SIGMOID)
+        if gating != SIGMOID:
+            raise ValueError(f"{self.label}: expert_gating_func is {gating}, expected {SIGMOID} (sigmoid)")
+        head_dim = self._number(f"{ARCH}.attention.key_length")
+        if self._number(f"{ARCH}.attention.value_length", head_dim) != head_dim:
+            raise ValueError(f"{self.label}: attention.value_length is not key_length {head_dim}")
+        if TOKEN_EMBD not in self._where:
+            raise ValueError(f"{self.label}: {TOKEN_EMBD} is missing")
+        width = self._number(f"{ARCH}.expert_feed_forward_length", self._number(f"{ARCH}.feed_forward_length", 0))
+        return {
+            "architectures": [ARCHITECTURE],
+            "model_type": MODEL_TYPE,
+            "scoring_func": "sigmoid",
+            "num_hidden_layers": self._number(f"{ARCH}.block_count"),
+            "hidden_size": self._number(f"{ARCH}.embedding_length"),
+            "intermediate_size": width,
+            "num_attention_heads": self._number(f"{ARCH}.attention.head_count"),
+            "num_key_value_heads": self._number(f"{ARCH}.attention.head_count_kv"),
+            "head_dim": head_dim,
+            "num_local_experts": self._number(f"{ARCH}.expert_count"),
+            "num_experts_per_tok": self._number(f"{ARCH}.expert_used_count"),
+            "vocab_size": self._where[TOKEN_EMBD][1].shape[0],
+            "rotary_dim": self._number(f"{ARCH}.rope.dimension_count", head_dim),
+            "rope_theta": self._real(f"{ARCH}.rope.freq_base"),
+            "rms_norm_eps": self._real(f"{ARCH}.attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": self._number(f"{ARCH}.context_length"),
+            "tie_word_embeddings": OUTPUT not in self._where,
+        }
+
+    def validate(self) -> None:
+        """Every tensor of the geometry present with its shape, and no other. ValueError with the first fault."""
+        wanted = all_shapes(self.geometry)
+        if OUTPUT not in self._where:
+            wanted.pop(OUTPUT)
+        missing = [name for name in wanted if name not in self._where]
+        if missing:
+            raise ValueError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
+        for name, shape in wanted.items():
+            file, tensor = self._where[name]
+            if tensor.shape != shape:
+                raise ValueError(f"{file.path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        extra = [name for name in self._where if name not in wanted and not self._beyond(name)]
+        if extra:
+            raise ValueError(f"{self.label}: {len(extra)} tensors are not part of this model, first {extra[0]}")
+
+    def _beyond(self, name: str) -> bool:
+        """A multi-token-prediction layer after the model's own: known, skipped."""
+        layer, _ = split_block(name)
+        return layer is not None and layer >= self.geometry.layers
+
+    def locate(self, name: str) -> tuple[GgufFile, GgufTensor]:
+        """The file that holds a tensor, and the tensor, by its GGUF name. ValueError when it is missing."""
+        if name not in self._where:
+            raise ValueError(f"{self.label}: {name} is missing")
+        return self._where[name]
+
+    def tensor_type(self, name: str) -> str:
+        """The ggml type of a tensor, by its GGUF name."""
+        return self._where[name][1].kind.name
+
+    def _rows(self, name: str) -> tuple[Tensor, GgufTensor]:
+        """A tensor's bytes [rows, bytes of a row] uint8, in memory of their own, and what they are."""
+        file, tensor = self._entered(name)
+        return torch.from_numpy(file.raw(tensor)[:].copy()), tensor
+
+    def _entered(self, name: str) -> tuple[GgufFile, GgufTensor]:
+        """`locate`, for reading it now: the layer after the tensor's is read ahead."""
+        block, _ = split_block(name)
+        if block is not None:
+            self.ahead.enter(block, self._ranges)
+        return self.locate(name)
+
+    def _ranges(self, block: int) -> list[Range]:
+        mine = [where for name, where in self._where.items() if split_block(name)[0] == block]
+        return [(file.path, t.offset, t.offset + t.size) for file, t in mine]
+
+    def read(self, name: str) -> Tensor:
+        """Dequantized float32 CPU tensor by release name."""
+        theirs, expert = gguf_name(name)
+        if name == HEAD and theirs not in self._where:
+            theirs = TOKEN_EMBD
+        if expert is not None:
+            return self._experts(theirs, range(expert, expert + 1), "cpu", torch.float32)[0]
+        rows, tensor = self._rows(theirs)
+        return decode(rows, tensor.kind, tensor.shape[-1]).view(tensor.shape)
+
+    def read_experts(
+        self, layer: int, projection: str, experts: range, device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor:
+        """[len(experts), out, in] of one projection, decoded on the device."""
+        stem = next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == projection)
+        return self._experts(f"blk.{layer}.{stem}.weight", experts, device, dtype)
+
+    def _experts(self, name: str, experts: range, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        file, tensor = self._entered(name)
+        count, rows, columns = tensor.shape
+        if experts.stop > count:
+            raise ValueError(f"{self.label}: {name} has {count} experts, asked for {experts.stop - 1}")
+        out = torch.empty((len(experts), rows, columns), device=device, dtype=dtype)
+        data = file.raw(tensor).reshape(count, rows, -1)
+        for position, expert in enumerate(experts):
+            part = torch.from_numpy(data[expert].copy()).to(device)
+            out[position] = decode(part, tensor.kind, columns).to(dtype)
+        return out
+
+    def small_file(self, name: str) -> bytes | None:
+        """config.json, tokenizer.json and chat_template.jinja, made of the metadata."""
+        if name == "config.json":
+            return json.dumps(self.config).encode()
+        if name == "tokenizer.json":
+            return tokenizer_json(self.metadata)
+        template = self.metadata.get("tokenizer.chat_template")
+        return template.encode() if name == "chat_template.jinja" and isinstance(template, str) else None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors of the model."""
+        return sum(tensor.size for name, (_, tensor) in self._where.items() if not self._beyond(name))
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Digest over the headers and the first bytes of every tensor."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.data[: file.header_bytes].tobytes())
+            for tensor in file.tensors.values():
+                digest.update(file.data[tensor.offset : tensor.offset + min(SAMPLE, tensor.size)].tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Hugging Face and ModelScope: listing, fetching, publishing."""

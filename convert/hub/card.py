@@ -1,0 +1,278 @@
+"""The model card: front matter and a generated part between markers, made from the manifest; the user's text stays."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from ..checkpoints.store import parse_json
+from .http import HF, MANIFEST_NAMES
+from .layout import quant_label, split_of
+
+MANIFEST = "mmquant.fit.json"
+BEGIN = "<!-- mmquant: generated from mmquant.fit.json up to the end mark, edit outside -->"
+END = "<!-- mmquant: end -->"
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
+UNNAMED = "minimax-m2.7-non-commercial"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a card is shown."""
+
+    hub: str
+    repo: str
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A finished artifact's manifest, checked; as convert.manifest.read, without its torch."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder}: {MANIFEST} is missing, expected a finished artifact of mmquant")
+    manifest = parse_json(path.read_bytes(), str(path))
+    check_manifest(manifest, str(path))
+    return manifest
+
+
+def check_manifest(manifest: dict[str, Any], where: str) -> None:
+    """ValueError unless the schema holds."""
+    schema = resources.files("mmquant").joinpath("data", "schema", "mmquant-fit-1.schema.json").read_text()
+    try:
+        jsonschema.validate(manifest, json.loads(schema))
+    except jsonschema.ValidationError as error:
+        raise ValueError(f"{where}: {error.json_path}: {error.message}") from None
+
+
+def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str]:
+    """(front matter, body) of a card; ValueError when the front matter is no YAML mapping."""
+    match = re.match(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", text, re.DOTALL)
+    if not match:
+        return {}, text
+    try:
+        data = yaml.safe_load(match[1]) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: the front matter is not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: the front matter is a {type(data).__name__}, expected keys and values")
+    return data, text[match.end() :]
+
+
+def license_fields(base_card: str | None, license_text: str) -> dict[str, Any]:
+    """The base card's licence fields as they stand there; from the licence file when there is no base card.
+
+    Raises ValueError for `license: mit`: M2.7 is published under a non-commercial licence.
+    """
+    found = split_card(base_card, "the base model's card")[0] if base_card else {}
+    fields = {key: found[key] for key in LICENSE_FIELDS if key in found}
+    if not fields:
+        if "non-commercial" in license_text.lower():
+            fields = {"license": "other", "license_link": "LICENSE"}
+        elif "Apache License" in license_text:
+            fields = {"license": "apache-2.0"}
+        else:
+            fields = {"license": "other", "license_name": "see-license-file", "license_link": "LICENSE"}
+    if fields.get("license") == "other" and "license_name" not in fields:
+        fields["license_name"] = UNNAMED
+    check_license(fields, "the base model's card")
+    return {key: fields[key] for key in LICENSE_FIELDS if key in fields}
+
+
+def check_license(fields: Mapping[str, Any], where: str) -> None:
+    if str(fields.get("license", "")).strip().lower() == "mit":
+        raise ValueError(f"{where}: license: mit, expected the base model's licence (MiniMax-M2.7 is not under MIT)")
+
+
+def published(manifest: dict[str, Any], place: Place, moved: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest as it stands in a repository: paths of the repository, commands that fetch from it."""
+    data = json.loads(json.dumps(manifest))
+    artifacts = {a["id"]: a for a in data["artifacts"]}
+    labels = [a["quant_label"] for a in artifacts.values() if "quant_label" in a]
+    for target in data["targets"]:
+        artifact = artifacts.get(target["artifact"])
+        if artifact is not None:
+            target["launch"] = _launch(target, artifact, place, labels)
+    for artifact in artifacts.values():
+        if artifact["format"] == "gguf":
+            artifact["quant_label"] = quant_label(artifact["entry"], labels)
+        artifact["entry"] = moved.get(artifact["entry"], artifact["entry"])
+        for file in artifact["files"]:
+            file["path"] = moved.get(file["path"], file["path"])
+        artifact["repo"] = {**artifact.get("repo", {}), MANIFEST_NAMES[place.hub]: place.repo}
+    return data
+
+
+def _launch(target: dict[str, Any], artifact: dict[str, Any], place: Place, labels: list[str]) -> dict[str, Any]:
+    """The command with the repository's name where the local path stood."""
+    launch = target["launch"]
+    argv, environment = list(launch["argv"]), dict(launch.get("env", {}))
+    for at, word in enumerate(argv):
+        if word == artifact["entry"] and at and argv[at - 1] in ("-m", "--model") and artifact["format"] == "gguf":
+            argv[at - 1 : at + 1] = ["-hf", f"{place.repo}:{quant_label(artifact['entry'], labels)}"]
+            environment |= {} if place.hub == HF else {"MODEL_ENDPOINT": "https://www.modelscope.cn"}
+        elif word == artifact["entry"]:
+            argv[at] = place.repo
+            environment |= {} if place.hub == HF else {"VLLM_USE_MODELSCOPE": "True"}
+    return {**launch, "argv": argv, "env": environment}
+
+
+def merge(ours: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, Any]:
+    """Our artifacts with those that the repository has already. ValueError when they are of another base model."""
+    if theirs is None:
+        return ours
+    for key in ("base_model", "base_revision"):
+        if theirs["model"].get(key) != ours["model"].get(key):
+            found, expected = theirs["model"].get(key), ours["model"].get(key)
+            raise ValueError(f"the repository's {MANIFEST}: {key} {found}, expected {expected}; use another repository")
+    own = {a["id"] for a in ours["artifacts"]}
+    others = [a for a in theirs["artifacts"] if a["id"] not in own]
+    if clash := [a["id"] for a in [*others, *ours["artifacts"]] if a["entry"] == "." and others]:
+        raise ValueError(f"the repository holds {others[0]['id']}: {clash[0]} fills a repository of its own")
+    targets = [t for t in theirs["targets"] if t["artifact"] not in own]
+    return {**ours, "artifacts": [*others, *ours["artifacts"]], "targets": [*targets, *ours["targets"]]}
+
+
+def card(manifest: dict[str, Any], place: Place, fields: Mapping[str, Any], old: str, notice: str) -> str:
+    """A whole README.md: our front matter over the old one's other keys, our part inside the old text."""
+    front, body = split_card(old)
+    check_license(front, "README.md")
+    front = {k: v for k, v in front.items() if k not in LICENSE_FIELDS} | dict(fields)
+    formats = {a["format"] for a in manifest["artifacts"]}
+    front |= {"base_model": manifest["model"]["base_model"], "base_model_relation": "quantized"}
+    front |= {"library_name": "gguf" if formats == {"gguf"} else "vllm", "pipeline_tag": "text-generation"}
+    tags = ["mmquant", manifest["model"]["architecture"], *sorted(formats)]
+    front["tags"] = list(dict.fromkeys([*(front.get("tags") or []), *tags]))
+    order = [k for k in (*LICENSE_FIELDS, "base_model", "base_model_relation") if k in front]
+    front = {k: front[k] for k in order} | front
+    part = f"{BEGIN}\n{_generated(manifest, place, notice)}\n{END}"
+    head, mark, rest = body.partition(BEGIN)
+    if mark:
+        if END not in rest:
+            raise ValueError(f"README.md: the mark {END!r} is missing after the generated part")
+        body = head + part + rest.partition(END)[2]
+    else:
+        body = (body.rstrip() + "\n\n" if body.strip() else "") + part + "\n"
+    yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{yaml_text}---\n{body}"
+
+
+def _generated(manifest: dict[str, Any], place: Place, notice: str) -> str:
+    name = place.repo.split("/")[1]
+    parts = [
+        f"# {name}",
+        _license(manifest, notice),
+        "## Pick a file",
+        _targets(manifest),
+        "## Files",
+        _files(manifest),
+    ]
+    parts += ["## Quality", _quality(manifest), "## How it was made", _made(manifest)]
+    known = [k for a in manifest["artifacts"] for k in a.get("requires", {}).get("known_bad", [])]
+    if known := list(dict.fromkeys([*known, *_splits(manifest)])):
+        parts += ["## Known issues", "\n".join(f"- {k}" for k in known)]
+    download = "hf download" if place.hub == HF else "ms-hub download"
+    parts += ["## Check", f"```\n{download} {place.repo} --local-dir {name}\ncd {name} && sha256sum -c SHA256SUMS\n```"]
+    return "\n\n".join(p for p in parts if p)
+
+
+def _license(manifest: dict[str, Any], notice: str) -> str:
+    model, licence = manifest["model"], manifest["license"]
+    source = f"`{model['base_model']}` at revision `{model['base_revision']}`"
+    lines = [f"> Quantized from {source}. Licence: see [LICENSE](LICENSE)."]
+    if licence["commercial_use"] == "prohibited-without-authorization":
+        lines.append("> **Commercial use, of the model or of any derivative such as this one, needs prior written")
+        lines.append("> authorization from MiniMax.** Built with MiniMax M2.7.")
+    return "\n".join([*lines, *([f"> {notice.split('. ')[0]}"] if notice else [])])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)])
+
+
+def _targets(manifest: dict[str, Any]) -> str:
+    rows = []
+    for t in manifest["targets"]:
+        environment = "".join(f"{k}={shlex.quote(v)} " for k, v in sorted(t["launch"].get("env", {}).items()))
+        command = environment + shlex.join(t["launch"]["argv"])
+        context = f"{t['context_tokens']:,}" if t["fits"] != "no" else "-"
+        rows.append([t["id"], t["artifact"], t["engine"], t["fits"], context, t["basis"], f"`{command}`"])
+    head = ["for", "artifact", "engine", "fits", "context", "basis", "command"]
+    return _table(head, rows) if rows else "No targets were computed."
+
+
+def _files(manifest: dict[str, Any]) -> str:
+    rows = [
+        [f"`{f['path']}`", a.get("quant_label", a["id"]), f"{f['size'] / 1e9:.3f} GB", f"`{f['sha256']}`"]
+        for a in manifest["artifacts"]
+        for f in a["files"]
+    ]
+    return _table(["file", "artifact", "size", "sha256"], rows)
+
+
+def _quality(manifest: dict[str, Any]) -> str:
+    rows, notes = [], []
+    for a in manifest["artifacts"]:
+        quality = a.get("quality", {"status": "not-measured"})
+        metrics, bits = quality.get("metrics", {}), a.get("bits_per_weight")
+        kld = metrics.get("kld") if isinstance(metrics.get("kld"), dict) else {}
+        numbers = [
+            metrics.get("ppl"),
+            metrics.get("ppl_reference"),
+            kld.get("mean"),
+            kld.get("p999"),
+            metrics.get("top1"),
+        ]
+        cells = [_number(n) for n in (*numbers, metrics.get("nonfinite"))]
+        rows.append([a["id"], _number(bits), quality["status"], *cells])
+        corpus = json.dumps(quality.get("corpus"), sort_keys=True) if quality.get("corpus") else ""
+        if quality.get("reference") or corpus:
+            notes.append(
+                f"{a['id']}: against {quality.get('reference', 'no reference')}; text {corpus or 'not recorded'}"
+            )
+    head = ["artifact", "bits/weight", "status", "PPL", "PPL of the reference", "mean KLD", "99.9 % KLD", "top-1"]
+    return "\n\n".join([_table([*head, "non-finite"], rows), *notes])
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None or isinstance(value, (dict, list)) else f"{value:.5g}"
+
+
+def _made(manifest: dict[str, Any]) -> str:
+    generator = manifest.get("generator", {})
+    lines = [f"{generator.get('name', 'mmquant')} {generator.get('version', '')}".strip() + "."]
+    model = manifest["model"]
+    source = base_spec(model) or model["base_model"]
+    for a in manifest["artifacts"]:
+        run = dict(a.get("provenance", {}).get("run", {}))
+        command = [str(run.pop("command", "")) or a["format"], "--model", source, "--out", a["id"]]
+        for key in ("scheme", "method", "type"):
+            if isinstance(run.get(key), str):
+                command += [f"--{key}", run.pop(key)]
+        lines.append(f"{a['id']}:\n\n```\nmmquant {shlex.join(command)}\n```")
+        others = {k: v for k, v in a.get("provenance", {}).items() if k != "run"} | ({"run": run} if run else {})
+        if others:
+            lines.append(f"```json\n{json.dumps(others, indent=1, sort_keys=True, ensure_ascii=False)}\n```")
+    return "\n\n".join(lines)
+
+
+def base_spec(model: Mapping[str, Any]) -> str | None:
+    """hf:ORG/NAME@REV of a manifest's model; None when it came from a folder."""
+    prefix = {name: hub for hub, name in MANIFEST_NAMES.items()}.get(model.get("source", ""))
+    return f"{prefix}:{model['base_model']}@{model['base_revision']}" if prefix else None
+
+
+def _splits(manifest: dict[str, Any]) -> list[str]:
+    """Ollama takes no split GGUF: how to merge one."""
+    entries = [a["entry"] for a in manifest["artifacts"] if a["format"] == "gguf" and split_of(a["entry"])[2] > 1]
+    merged = [(e, split_of(e)[0]) for e in entries]
+    return [f"Ollama loads no split GGUF; merge first: `llama-gguf-split --merge {e} {n}.gguf`" for e, n in merged]

@@ -1,0 +1,73 @@
+"""Options of fetching, and the commit that a work folder began with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..files.atomic import write_whole
+from .cache import offline_listing
+from .fetch import BLOCK
+from .http import Client, HubError, Retry, TransferError
+from .listing import Listing, RepoFile, RepoSpec, list_repo
+
+log = logging.getLogger("mmquant.hub")
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """How shards come: limits on those on disk at once, where they lie, by which transport.
+
+    work       folder for shards and records; None: a folder of the user's cache, asked for the revision's commit anew
+    max_disk   bytes; max_shards: files; both count shards from the first byte fetched to their release
+    """
+
+    work: Path | None = None
+    max_disk: int | None = None
+    max_shards: int | None = 8
+    keep_shards: bool = False
+    transport: str = "http"
+    connections: int = 8
+    block: int = BLOCK
+    retry: Retry = field(default_factory=Retry)
+
+
+def default_work() -> Path:
+    """MMQUANT_CACHE, else the user's cache folder; under torchrun every process has one of its own in it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = Path(os.environ.get("MMQUANT_CACHE") or os.path.join(cache, "mmquant")).expanduser()
+    rank = os.environ.get("RANK", "0")
+    return folder if rank == "0" else folder / f"rank-{rank}"
+
+
+def pinned_listing(client: Client, spec: RepoSpec, options: FetchOptions) -> Listing:
+    """The listing that this work folder began with, else a new one. A named work folder keeps its commit for good."""
+    work = options.work or default_work()
+    record = work / f"{spec.hub}--{spec.repo.replace('/', '--')}--{spec.revision.replace('/', '--')}.json"
+    saved = _saved_listing(record, spec)
+    if saved and options.work is not None:
+        return saved
+    try:
+        listing = list_repo(client, spec)
+    except (TransferError, HubError) as error:
+        known = saved or offline_listing(spec)
+        if known is None or (isinstance(error, HubError) and not client.endpoint.offline):
+            raise
+        log.warning("%s: the hub does not answer, continuing at commit %s known from before", spec, known.commit)
+        return known
+    work.mkdir(parents=True, exist_ok=True)
+    data = {"commit": listing.commit, "files": [asdict(f) for f in listing.files.values()]}
+    write_whole(record, json.dumps(data).encode())
+    return listing
+
+
+def _saved_listing(record: Path, spec: RepoSpec) -> Listing | None:
+    try:
+        data = json.loads(record.read_bytes())
+        files = [RepoFile(**f) for f in data["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Listing(spec, data["commit"], {f.path: f for f in files})

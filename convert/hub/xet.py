@@ -1,0 +1,92 @@
+"""--transport xet: huggingface_hub's own accelerated download in a process of its own, stopped when it stalls.
+
+Xet transfers have been seen to hang without an error (xet-core 800, 850, 883), so bytes on disk are watched from
+outside; without progress the process is killed and the caller goes on by plain ranges. Digests are checked either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ..files.atomic import replace_whole
+from .fetch import part_digest
+from .http import Client, redact
+from .listing import RepoFile, RepoSpec
+
+POLL = 0.2
+log = logging.getLogger("mmquant.hub")
+
+
+def fetch_xet(client: Client, spec: RepoSpec, file: RepoFile, target: Path, stall: float) -> bool:
+    """Fetch by huggingface_hub; False when it failed or stalled, then nothing of it is left."""
+    scratch = target.with_name(target.name + ".xet")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    environment = dict(os.environ)
+    environment |= {"HF_ENDPOINT": client.endpoint.url, "HF_HUB_DISABLE_XET": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment |= {"HF_XET_CACHE": str(scratch / "xet"), "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0"}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
+    if client.endpoint.token:
+        environment["HF_TOKEN"] = client.endpoint.token
+    arguments = [sys.executable, "-m", __name__, spec.repo, spec.revision, file.path, str(scratch)]
+    with open(scratch / "log", "wb") as output:
+        process = subprocess.Popen(
+            arguments, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        finished = _watch(client, process, scratch, stall)
+        found = scratch / file.path
+        if finished and found.is_file() and part_digest(found, file) == (file.sha256 or file.git):
+            replace_whole(found, target)
+            return True
+        tail = (scratch / "log").read_text(errors="replace").strip().splitlines()[-1:]
+        why = redact(tail[0], client.endpoint.token) if tail else "no message"
+        log.warning("%s: xet %s, continuing by ranges", file.path, f"failed ({why})" if finished else "stalled")
+        return False
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _watch(client: Client, process: subprocess.Popen[bytes], scratch: Path, stall: float) -> bool:
+    """True when the process ended by itself, False when its folder did not grow for `stall` seconds."""
+    largest, since = -1, time.monotonic()
+    while process.poll() is None:
+        size = _blocks(scratch)
+        if size > largest:
+            largest, since = size, time.monotonic()
+        if time.monotonic() - since > stall or client.cancelled.is_set():
+            return False
+        time.sleep(POLL)
+    return True
+
+
+def _blocks(folder: Path) -> int:
+    """Disk blocks of a folder whose files come and go."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.lstat().st_blocks
+    return total
+
+
+def main() -> None:
+    """In the child: REPO COMMIT PATH FOLDER."""
+    from huggingface_hub import hf_hub_download
+
+    repo, revision, path, folder = sys.argv[1:5]
+    hf_hub_download(repo, path, revision=revision, local_dir=folder)
+
+
+if __name__ == "__main__":
+    main()

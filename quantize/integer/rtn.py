@@ -1,0 +1,34 @@
+"""Round to nearest on an integer grid whose scales minimise the square error (clip search)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grid import RATIOS, IntWeight, dequantize, encode, search
+
+__all__ = ["IntWeight", "dequantize", "rtn_int"]
+
+
+def rtn_int(
+    weight: Tensor,
+    bits: int,
+    group_size: int = 128,
+    symmetric: bool = True,
+    signed: bool = True,
+    importance: Tensor | None = None,
+    tries: int = RATIOS,
+) -> IntWeight:
+    """Nearest codes under the searched scales.
+
+    weight      [..., O, I], any float dtype; computed in float32
+    group_size  weights that share a scale; -1 for the whole row
+    importance  [..., I], weight of a column's squared error in the search; None for plain square error
+    tries       ranges that the search looks at
+
+    Raises ValueError for NaN or infinity, and for a group size that does not divide the row.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+    scales, zeros = search(weight, importance, bits, group_size, symmetric, signed, tries)
+    return encode(weight, scales, zeros, bits)

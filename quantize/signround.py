@@ -1,0 +1,196 @@
+"""Learned rounding: codes and scales moved by sign-SGD on the error of a layer's output, from a given start.
+
+Each weight is level * scale - minimum, its level the one nearest to a position that moves; on integer grids the scale
+moves, too. Gradients pass the rounding as if it were not there. The positions begin where the start rounded: after GPTQ
+at the compensated weights, so that no move is GPTQ's own result. Only signs of gradients are used: no state is kept,
+and the gradients may be bfloat16. On CUDA each of the two passes over the weights is one kernel.
+Source: Cheng et al., https://arxiv.org/abs/2309.05516 (signed gradient descent with linear decay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .integer.grid import IntWeight, bfloat16_exact, code_range
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the learning of some matrices begins.
+
+    position       [..., O, n] float32 in units of the scale
+    scales         [..., O, G] float32; their signs stay
+    low, high      the lowest and highest level
+    minimum        [..., O, G] float32 that is subtracted; None for nothing
+    table          [L] float32, the levels in rising order; None: the integers
+    learns_scales  whether scales move, exact in bfloat16
+    """
+
+    position: Tensor
+    scales: Tensor
+    low: float
+    high: float
+    minimum: Tensor | None = None
+    table: Tensor | None = None
+    learns_scales: bool = False
+
+    @property
+    def width(self) -> float:
+        """Mean distance of neighbouring levels."""
+        return 1.0 if self.table is None else (self.high - self.low) / (len(self.table) - 1)
+
+
+@dataclass(frozen=True)
+class State:
+    """Positions [..., O, n] and gains of the scales [..., O, G] (None where they stay): changed in place."""
+
+    position: Tensor
+    gain: Tensor | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """levels [..., O, n] int8 and the scales [..., O, G] that they are for."""
+
+    levels: Tensor
+    scales: Tensor
+
+
+def int_start(rounded: Tensor, scales: Tensor, bits: int) -> Start:
+    """Symmetric integer grids: what was rounded [..., O, I] float32 under the scales [..., O, G]."""
+    position = (rounded.unflatten(-1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)).flatten(-2)
+    low, high = code_range(bits)
+    return Start(position, scales, float(low), float(high), learns_scales=True)
+
+
+def int_weight(result: Result, bits: int) -> IntWeight:
+    """A result of `int_start`."""
+    return IntWeight(result.levels, result.scales, None, bits)
+
+
+def begin(start: Start) -> State:
+    """No move yet."""
+    return State(start.position.clone(), torch.ones_like(start.scales) if start.learns_scales else None)
+
+
+def scales_of(start: Start, state: State) -> Tensor:
+    """[..., O, G] as they are stored."""
+    return start.scales if state.gain is None else bfloat16_exact(start.scales * state.gain)
+
+
+def levels_of(start: Start, position: Tensor) -> Tensor:
+    """The levels nearest to positions, float32."""
+    if start.table is None:
+        return position.round().clamp_(start.low, start.high)
+    middles = (start.table[1:] + start.table[:-1]) / 2
+    return start.table[torch.bucketize(position, middles)]
+
+
+def values_of(start: Start, levels: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What levels [..., O, n] under scales stand for."""
+    values = levels.float().unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)
+    if start.minimum is not None:
+        values = values - start.minimum.unsqueeze(-1)
+    return values.flatten(-2).to(dtype)
+
+
+def values(start: Start, state: State, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the state stands for, [..., O, n]."""
+    scales = scales_of(start, state)
+    if state.position.is_cuda:
+        from . import (
+            signround_triton as learn_triton,  # imported where it is needed: triton is not there on every machine
+        )
+
+        return learn_triton.values(start, state, scales, dtype)
+    return values_of(start, levels_of(start, state.position), scales, dtype)
+
+
+def move(start: Start, state: State, grad: Tensor, rate: float, gain_rate: float) -> None:
+    """One step down the sign of the loss's gradient by the values [..., O, n]; rate in widths of a level.
+
+    Outside of the levels' range positions stay.
+    """
+    if grad.is_cuda:
+        from . import signround_triton as learn_triton
+
+        learn_triton.move(start, state, grad, rate, gain_rate)
+        return
+    groups = start.scales.shape[-1]
+    signs = (grad.unflatten(-1, (groups, -1)) * start.scales.sign().unsqueeze(-1)).flatten(-2)
+    half = start.width / 2
+    position = state.position
+    signs *= (position >= start.low - half) & (position <= start.high + half)
+    if state.gain is not None:
+        products = (grad * levels_of(start, position)).unflatten(-1, (groups, -1)).sum(-1) * start.scales
+        state.gain.sub_(products.sign_(), alpha=gain_rate).clamp_(0.5, 2.0)
+    position.sub_(signs.sign_(), alpha=rate * start.width)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, the largest move of a position in one step (and of a gain), and how often held-out loss is looked at."""
+
+    steps: int = 200
+    rate: float = 0.005
+    gain_rate: float = 0.0005
+    looks: int = 10
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The best results by held-out loss, and the losses at the start and at the best step."""
+
+    weights: dict[str, Result]
+    before: float
+    after: float
+    step: int
+
+
+def learn(
+    starts: Mapping[str, Start],
+    loss: Callable[[Weights, int], Tensor],
+    held_out: Callable[[Weights], float],
+    schedule: Schedule,
+    dtype: torch.dtype = torch.float32,
+) -> Learned:
+    """Move positions and scales; keep what is best on held-out tokens (the start included).
+
+    loss      weights (quantized, in `dtype`, leaves of the graph) and the step -> scalar on that step's tokens
+    held_out  weights -> loss on tokens that are never trained on
+    """
+    states = {name: begin(start) for name, start in starts.items()}
+
+    def weights() -> Weights:
+        return {name: values(starts[name], state, dtype) for name, state in states.items()}
+
+    with torch.no_grad():
+        before = held_out(weights())
+    best = Learned(_results(starts, states), before, before, 0)
+    for step in range(schedule.steps):
+        found = {name: value.requires_grad_() for name, value in weights().items()}
+        loss(found, step).backward()
+        decay = 1 - step / schedule.steps
+        for name, value in found.items():
+            assert value.grad is not None
+            move(starts[name], states[name], value.grad, schedule.rate * decay, schedule.gain_rate * decay)
+        del found
+        if (step + 1) % max(1, schedule.steps // schedule.looks) == 0:
+            with torch.no_grad():
+                now = held_out(weights())
+            if now < best.after:
+                best = replace(best, weights=_results(starts, states), after=now, step=step + 1)
+    return best
+
+
+def _results(starts: Mapping[str, Start], states: Mapping[str, State]) -> dict[str, Result]:
+    return {
+        name: Result(levels_of(start, states[name].position).to(torch.int8), scales_of(start, states[name]))
+        for name, start in starts.items()
+    }

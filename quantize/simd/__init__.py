@@ -1,0 +1,1 @@
+"""Vectors of float32 for numba kernels on the CPU."""

@@ -1,0 +1,86 @@
+"""Lanes from and to arrays, and tiles of an array turned so that rows lie across the lanes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .vectors import Lanes
+
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+
+
+def _pointer(context: Any, builder: Any, kind: Any, array: Any, offset: Any, target: Any) -> Any:
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [offset]), target.as_pointer())
+
+
+@intrinsic
+def load(_typing: Any, array: Any, offset: Any, ls: Any) -> Any:
+    """Lanes from a contiguous float32 array, from its element number `offset` on."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(_FLOAT, ls.count)
+        return builder.load(_pointer(context, builder, array, arguments[0], arguments[1], kind), align=4)
+
+    return Lanes(ls.count)(array, types.intp, ls), generate
+
+
+@intrinsic
+def store(_typing: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Lanes into a contiguous array, from `offset` on: float32 as they are, whole numbers as the array's integers."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        lanes, dtype = arguments[2], array.dtype
+        if dtype != types.float32:
+            wide, narrow = (ir.VectorType(ir.IntType(bits), value.count) for bits in (32, dtype.bitwidth))
+            lanes = builder.trunc(builder.fptosi(lanes, wide), narrow)
+        pointer = _pointer(context, builder, array, arguments[0], arguments[1], lanes.type)
+        builder.store(lanes, pointer, align=max(1, dtype.bitwidth // 8))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def store_half(_typing: Any, array: Any, offset: Any, value: Any) -> Any:
+    """The float16 bits of lanes into a contiguous uint16 array."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(ir.HalfType(), value.count)
+        half = builder.fptrunc(arguments[2], kind)
+        builder.store(half, _pointer(context, builder, array, arguments[0], arguments[1], kind), align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def transpose(_typing: Any, source: Any, starts: Any, column: Any, out: Any, ls: Any) -> Any:
+    """L vectors of L float32 of `source`, at starts[i] + column, into the rows column .. column + L of out [K, L]."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        count = ls.count
+        kind = ir.VectorType(_FLOAT, count)
+        places = context.make_array(starts)(context, builder, arguments[1]).data
+        rows: list[Any] = []
+        for i in range(count):
+            start = builder.load(builder.gep(places, [ir.Constant(ir.IntType(64), i)]))
+            pointer = _pointer(context, builder, source, arguments[0], builder.add(start, arguments[2]), kind)
+            rows.append(builder.load(pointer, align=4))
+        # Each round interleaves row i with row i + L / 2: after log2(L) rounds rows and columns have changed places.
+        low, high = ([(i // 2 + half) + (i % 2) * count for i in range(count)] for half in (0, count // 2))
+        orders = [ir.Constant(ir.VectorType(_INT, count), order) for order in (low, high)]
+        for _ in range(count.bit_length() - 1):
+            pairs = [(rows[i], rows[i + count // 2]) for i in range(count // 2)]
+            rows = [builder.shuffle_vector(a, b, order) for a, b in pairs for order in orders]
+        first = builder.mul(arguments[2], ir.Constant(ir.IntType(64), count))
+        for i, row in enumerate(rows):
+            offset = builder.add(first, ir.Constant(ir.IntType(64), i * count))
+            builder.store(row, _pointer(context, builder, out, arguments[3], offset, kind), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, starts, types.intp, out, ls), generate

@@ -1,0 +1,55 @@
+# pyright: reportCallIssue=false
+"""Tiles of blocks for the CPU kernels: sub-blocks side by side in the lanes of vectors, and parts for threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import torch
+
+from .memory import transpose
+
+LANES = (0,) * 16  # sub-blocks side by side
+inline = numba.njit(cache=True, fastmath=True, nogil=True, error_model="numpy", forceinline=True)
+
+
+def in_threads(work: Callable[[int, int], None], total: int, count: int) -> None:
+    """work(first, stop) over range(total), `count` at a time, in as many threads as torch uses."""
+    parts = [(first, min(first + count, total)) for first in range(0, total, count)]
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads <= 1:
+        for part in parts:
+            work(*part)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: work(*part), parts))
+
+
+@inline
+def places(begin, stop, ks, subs, per_row, share, starts, other):  # type: ignore[no-untyped-def]
+    """Where a tile's sub-blocks start in the weights (`starts`) and in the importance; its first block is `begin`.
+
+    Behind the last block, stop - 1, stands that block again. per_row, share: see `weighted.Weighted`.
+    """
+    column, row, group = begin % per_row, begin // per_row % share, begin // per_row // share
+    p = begin
+    for i in range(0, len(starts), len(subs)):
+        weight = group * per_row + column
+        for j in range(len(subs)):
+            starts[i + j] = (p * len(subs) + j) * len(ks)
+            other[i + j] = (weight * len(subs) + j) * len(ks)
+        if p < stop - 1:  # counted on: a division for each block would take longer than all else
+            p, column = p + 1, column + 1
+            if column == per_row:
+                column, row = 0, row + 1
+                if row == share:
+                    row, group = 0, group + 1
+
+
+@inline
+def turned(source, starts, ks, ls, out):  # type: ignore[no-untyped-def]
+    """The sub-blocks of `source` that begin at `starts`, a column of them in each row of out [K, L]."""
+    for k in range(0, len(ks), len(ls)):
+        transpose(source, starts, k, out, ls)

@@ -1,0 +1,90 @@
+"""The whole pipeline on the bundled model: every kind of artifact, scored in one pass, with manifests and a report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..convert import manifest
+from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.files.atomic import write_whole
+from ..convert.folder.fp8 import Fp8Variant
+from ..convert.folder.int4 import Int4Variant
+from ..convert.gguf.mixes import find_mix
+from ..convert.gguf.variant import GgufVariant
+from ..convert.open import DEMO, open_native
+from .folder import write_folder, write_native
+from .gguf import write_gguf
+
+WINDOWS = 16
+GGUF_TYPES = ("BF16", "Q8_0", "Q6_K", "Q4_K_M")
+
+
+def variants(device: str) -> dict[str, Callable[[Checkpoint, Path], Path]]:
+    """Folder name -> how to write it; each returns the path that an engine (and the check) is given."""
+    table: dict[str, Callable[[Checkpoint, Path], Path]] = {
+        "fp8-native": write_native,
+        "fp8-block": lambda source, out: write_folder(source, Fp8Variant("block"), out, device=device),
+        "fp8-channel": lambda source, out: write_folder(source, Fp8Variant("channel"), out, device=device),
+        "int4-rtn-g128": lambda source, out: write_folder(source, Int4Variant(128), out, device=device),
+        "int4-rtn-g32": lambda source, out: write_folder(source, Int4Variant(32), out, device=device),
+    }
+    for kind in GGUF_TYPES:
+        variant = GgufVariant(find_mix(kind), f"demo-{kind}", False)
+        table[f"gguf-{kind}"] = lambda source, out, v=variant: write_gguf(source, v, out, device=device)
+    return table
+
+
+def run_demo(out: Path, device: str = "cpu", windows: int = WINDOWS) -> list[dict[str, Any]]:
+    """Write all variants under `out`, score them, write report.html and summary.json; returns the table's rows.
+
+    A second run writes nothing anew and scores again.
+    """
+    from ..commands.eval import record, run
+    from .evaluation.report import write_report
+
+    source = open_native(DEMO)
+    artifacts: dict[str, Path] = {}
+    for name, write in variants(device).items():
+        print(f"writing {name}", file=sys.stderr)
+        artifacts[name] = write(source, out / name)
+    print(f"checking {len(artifacts)} variants against the reference", file=sys.stderr)
+    paths = tuple(str(path) for path in artifacts.values())
+    result = run(paths, reference=DEMO, windows=windows, device=device)
+    assert result is not None
+    record(paths, result)
+    write_report(out / "report.html", result)
+    scores = dict(zip(artifacts, result["candidates"], strict=True))
+    rows = [_row(name, out / name, scores[name]) for name in artifacts]
+    write_whole(out / "summary.json", (json.dumps({"rows": rows, "eval": result}, indent=1) + "\n").encode())
+    return rows
+
+
+def _row(name: str, folder: Path, score: dict[str, Any]) -> dict[str, Any]:
+    found = manifest.read(folder)
+    assert found is not None
+    fits = [target["id"] for target in found["targets"] if target["fits"] != "no"]
+    return {
+        "variant": name,
+        "bytes": score["bytes"],
+        "bits_per_weight": score["bits_per_weight"],
+        "ppl": score["ppl"],
+        "kld": score["kld"]["mean"],
+        "top1": score["top1"],
+        "nonfinite": score["nonfinite"],
+        "fits": fits,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    head = f"{'variant':<16}{'bytes':>12}{'bits/w':>8}{'PPL':>9}{'KLD':>10}{'top-1':>8}  fits"
+    lines = [
+        f"{r['variant']:<16}{r['bytes']:>12,}{r['bits_per_weight']:>8.2f}{r['ppl']:>9.4f}{r['kld']:>10.6f}"
+        f"{r['top1']:>8.2%}  {', '.join(r['fits'])}"
+        for r in rows
+    ]
+    return "\n".join([head, *lines])

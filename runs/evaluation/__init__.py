@@ -1,0 +1,1 @@
+"""An evaluation: texts, engines, result, report."""

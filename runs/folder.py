@@ -1,0 +1,206 @@
+"""One pass over a checkpoint into a folder: validate, plan, write layer by layer, manifest last; can be continued."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tqdm import tqdm
+
+from mmquant import __version__
+
+from ..convert import manifest
+from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.errors import FitError, UsageError
+from ..convert.files.atomic import write_whole
+from ..convert.files.lock import hold
+from ..convert.fit import Weights
+from ..convert.folder.native_copy import copy_native
+from ..convert.folder.variant import FolderVariant, carried_files, global_specs, global_tensors, quantized_config
+from ..convert.folder.writer import PROGRESS, SHARD_LIMIT, FolderWriter, TensorSpec, unfinished_run
+from ..convert.hub.store import HubFolder
+from ..convert.manifest import Artifact, FileEntry
+from ..convert.models.minimax_m2 import EMBED, layer_of
+
+if TYPE_CHECKING:
+    from ..calibration.statistics.provider import CalibratedVariant, Provider
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a dry run shows: the steps' tensors and what they need."""
+
+    steps: list[list[TensorSpec]]
+    weights: Weights
+
+    @property
+    def bytes(self) -> int:
+        return self.weights.total
+
+
+def prepare(source: Checkpoint, variant: FolderVariant) -> Prepared:
+    """Validate the source and lay out every tensor of the artifact; nothing is written."""
+    source.validate()
+    outside = global_specs(source)
+    layers = [variant.specs(source, layer) for layer in range(source.geometry.layers)]
+    steps = [[s for s in outside if s.name == EMBED], *layers, [s for s in outside if s.name != EMBED]]
+    experts = tuple(sum(s.bytes for s in specs if ".experts." in s.name) for specs in layers)
+    total = sum(s.bytes for step in steps for s in step)
+    return Prepared(steps, Weights(total - sum(experts), experts))
+
+
+def write_folder(
+    source: Checkpoint,
+    variant: FolderVariant,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    limit: int = SHARD_LIMIT,
+    provider: Provider | None = None,
+) -> Path:
+    """Write `variant` of `source` into the folder `out` and return it. A finished folder of the same run is left alone.
+
+    `provider` hands a calibrated variant its statistics; None for one that needs none.
+
+    Raises UsageError when `out` holds something else, FitError when the disk is too small.
+    """
+    prepared = prepare(source, variant)
+    run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
+    if provider is not None:
+        run |= provider.run()
+    if is_finished(out, run):
+        return out
+    claim(out, run)
+    with hold(out):
+        writer = FolderWriter(out, prepared.steps, run, limit)
+        check_disk(out, writer.bytes - written_bytes(out), source)
+        steps = range(writer.done, len(prepared.steps))
+        bar = tqdm(steps, desc=variant.label, unit="step", initial=writer.done, total=len(prepared.steps), delay=1)
+        for step in bar:
+            writer.write(step, step_tensors(source, variant, step, device, provider))
+        config = quantized_config(source, variant.quantization_config(source))
+        files = {**carried_files(source), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        names = writer.finish(files)
+        entries = tuple(FileEntry(n, (out / n).stat().st_size, writer.sha256[n]) for n in names)
+        finish_folder(out, source, variant.format, variant.label, entries, prepared.weights, run)
+        writer.clear_progress()
+    return out
+
+
+def step_tensors(
+    source: Checkpoint, variant: FolderVariant, step: int, device: torch.device | str, provider: Provider | None
+) -> dict[str, torch.Tensor]:
+    """Values of one step's tensors."""
+    layers = source.geometry.layers
+    if not 1 <= step <= layers:
+        return global_tensors(source, first=step == 0)
+    if provider is None:
+        return variant.layer(source, step - 1, device)
+    calibrated = cast("CalibratedVariant", variant)
+    tensors, quantized = calibrated.calibrated_layer(source, provider.layer(step - 1), device)
+    if quantized is not None:
+        provider.quantized(step - 1, quantized)
+    return tensors
+
+
+def finish_folder(
+    out: Path,
+    source: Checkpoint,
+    format: str,
+    label: str,
+    files: tuple[FileEntry, ...],
+    weights: Weights,
+    run: Mapping[str, Any],
+    entry: str = ".",
+) -> None:
+    """Write the manifest, last of all files."""
+    artifact = Artifact(label, format, label, entry, files, weights, {"run": dict(run)})
+    manifest.write(out, manifest.build(source, artifact, __version__))
+
+
+def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this very run, whole. UsageError when it holds another finished one or is not a folder."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file, expected a folder or nothing")
+    done = manifest.read(out) if out.exists() else None
+    if done is None:
+        return False
+    found = done["artifacts"][0].get("provenance", {}).get("run")
+    if found != dict(run):
+        raise UsageError(f"{out}: holds a finished {difference(found or {}, run)}; choose another folder")
+    return True
+
+
+def claim(out: Path, run: Mapping[str, Any]) -> None:
+    """Make `out` ours: new, empty, or an unfinished run of the same sort. UsageError otherwise."""
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished = unfinished_run(out)
+    if unfinished is None:
+        strange = sorted(p.name for p in out.iterdir() if not p.name.startswith(".mmquant") and p.suffix != ".tmp")
+        if strange:
+            raise UsageError(f"{out}: holds {strange[0]}, expected an empty folder or an unfinished mmquant run")
+    elif unfinished != dict(run):
+        raise UsageError(f"{out}: holds an unfinished {difference(unfinished, run)}; choose another folder")
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first thing in which two runs differ, in words."""
+    for key in ("command", *wanted, *found):
+        if found.get(key) != wanted.get(key):
+            return f"run with {key} {found.get(key)!r}, expected {wanted.get(key)!r}"
+    return "run"
+
+
+def written_bytes(out: Path) -> int:
+    """Bytes that an unfinished run has on disk already."""
+    return sum(p.stat().st_size for p in out.iterdir() if ".safetensors" in p.name or ".gguf" in p.name)
+
+
+def check_disk(out: Path, needed: int, source: Checkpoint | None = None) -> None:
+    """FitError (exit 5) unless the disk of `out` has room for `needed` more bytes, and a hub's shards on their way."""
+    needed += source.store.in_flight() if source is not None and isinstance(source.store, HubFolder) else 0
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise FitError(f"{out}: {needed:,} bytes are needed, the disk has {free:,} free")
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether an OSError means that no more can be written here."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def describe(out: Path, label: str, size: int) -> str:
+    """A dry run's line: what would be written, its bytes, and what the disk has."""
+    place = next(p for p in (out, *out.resolve().parents) if p.is_dir())
+    return f"{label}: {size:,} bytes into {out}; the disk has {shutil.disk_usage(place).free:,} free"
+
+
+def write_native(source: Checkpoint, out: Path) -> Path:
+    """Copy the release as it is, verified, with a manifest."""
+    source.validate()
+    run = {"command": "fp8", "scheme": "native", "source": source.fingerprint}
+    if is_finished(out, run):
+        return out
+    claim(out, run)
+    with hold(out):
+        write_whole(out / PROGRESS, json.dumps({"run": run}).encode())
+        check_disk(out, source.bytes - written_bytes(out), source)
+        with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:
+            files = copy_native(source, out, lambda _: bar.update())
+        tensors = [t for n, t in source.tensors.items() if n not in source.skipped]
+        layers = range(source.geometry.layers)
+        sizes = {layer: 0 for layer in layers}
+        for tensor in tensors:
+            layer = layer_of(tensor.name)
+            if layer is not None and ".experts." in tensor.name:
+                sizes[layer] += tensor.size
+        experts = tuple(sizes[layer] for layer in layers)
+        finish_folder(out, source, "fp8-block", "FP8-native", files, Weights(source.bytes - sum(experts), experts), run)
+        (out / PROGRESS).unlink(missing_ok=True)
+    return out

@@ -1,0 +1,117 @@
+"""One pass over a checkpoint into a GGUF file (or a set of parts): header first, layer by layer, manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..calibration.gguf.encode import encode_tensors
+from ..calibration.gguf.run import CalibratedRun, Calibration
+from ..calibration.gguf.run_fast import FastRun
+from ..calibration.gguf.run_stored import Stored, stored_tensors
+from ..calibration.gguf.solve import Report
+from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.files.atomic import write_whole
+from ..convert.files.lock import hold
+from ..convert.gguf.variant import GgufVariant
+from ..convert.gguf.writer import GgufWriter, TensorInfo
+from ..convert.manifest import FileEntry
+from ..convert.source import CARRIED_FILES
+from .folder import check_disk, claim, finish_folder, is_finished, written_bytes
+
+
+def write_gguf(
+    source: Checkpoint,
+    variant: GgufVariant,
+    out: Path,
+    *,
+    calibration: Calibration | Stored | None = None,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Write `variant` of `source` into the folder `out`; returns the file to give to llama.cpp (the first part).
+
+    With `calibration` its text (gguf_paired) or stored statistics (gguf_stored) steer the codes; without, every weight
+    goes to the nearest point.
+
+    A finished folder of the same run is left alone, an unfinished one continued at its layer. UsageError when `out`
+    holds something else, FitError when the disk is too small.
+    """
+    source.validate()
+    run = {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes}
+    run |= calibration.run() if calibration else {}
+    parts = variant.parts(source, calibration.importance(source.geometry) if calibration else None)
+    first = out / parts[0].name
+    if is_finished(out, run):
+        return first
+    claim(out, run)
+    with hold(out):
+        check_disk(out, sum(part.bytes for part in parts) - written_bytes(out), source)
+        writer = GgufWriter(out, parts, run)
+        if isinstance(calibration, Calibration) and calibration.effort != "fast":
+            CalibratedRun(source, variant, writer, calibration, device).write()
+        else:
+            write_steps(source, variant, writer, device, calibration)
+        paths = writer.finish()
+        entries = [FileEntry(p.name, p.stat().st_size, writer.sha256[p.name]) for p in paths]
+        entries += carry_licence(source, out)
+        weights = variant.weights(source.geometry)
+        finish_folder(out, source, "gguf", variant.label, tuple(entries), weights, run, entry=first.name)
+        for leftover in out.glob(".hidden-*"):
+            leftover.unlink()
+        writer.clear_progress()
+    return first
+
+
+def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
+    """Licence and notice files beside the model, byte for byte (everything else that engines need is in the GGUF)."""
+    entries = []
+    for name in (name for name in CARRIED_FILES if name.startswith(("LICENSE", "NOTICE"))):
+        data = source.small_file(name)
+        if data is not None:
+            write_whole(out / name, data)
+            entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
+    return entries
+
+
+def write_steps(
+    source: Checkpoint,
+    variant: GgufVariant,
+    writer: GgufWriter,
+    device: torch.device | str,
+    calibration: Calibration | Stored | None,
+) -> None:
+    """Everything that is still missing, a checkpoint after every step; at most one stream of text goes along."""
+    steps = variant.steps(source.geometry)
+    ends = [sum(len(step) for step in steps[: index + 1]) for index in range(len(steps))]
+    first = next((index for index, end in enumerate(ends) if end > writer.done), len(steps))
+    make, report = maker(source, writer.folder, device, calibration)
+    bar = tqdm(range(first, len(steps)), desc=variant.label, unit="step", initial=first, total=len(steps), delay=1)
+    for step in bar:
+        missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
+        for name, data in make(missing):
+            writer.write(name, data)
+        writer.checkpoint()
+        for line in report.of_layer(step - 1):
+            bar.write(line, file=sys.stderr)
+
+
+Make = Callable[[list[TensorInfo]], Iterable[tuple[str, np.ndarray]]]
+
+
+def maker(
+    source: Checkpoint, folder: Path, device: torch.device | str, calibration: Calibration | Stored | None
+) -> tuple[Make, Report]:
+    """What makes the bytes of one step's tensors, and its report."""
+    if isinstance(calibration, Calibration):
+        fast = FastRun(source, calibration.tokens, device, folder)
+        return fast.tensors, fast.report
+    report = Report()
+    if calibration is None:
+        return lambda missing: encode_tensors(source, missing, device), report
+    return lambda missing: stored_tensors(source, calibration, missing, device, report), report

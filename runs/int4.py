@@ -1,0 +1,134 @@
+"""What `mmquant int4` was asked for, checked, and carried out."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..calibration.int4.high import ReferenceStream
+from ..calibration.int4.layer import Int4Options
+from ..calibration.int4.variant import CalibratedInt4
+from ..commands.options_calibration import NAMES, make_provider
+from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.checkpoints.store import LocalFolder
+from ..convert.errors import UsageError
+from ..convert.folder.check import check_folder
+from ..convert.folder.int4 import Int4Variant, check_groups
+from ..quantize.integer.gptq import Grid
+from .folder import write_folder
+
+STREAMS = ".mmquant-streams"  # what a killed run of high effort continues from
+
+
+@dataclass(frozen=True)
+class Int4Request:
+    """The options of one run; `calibration`: those of options_calibration."""
+
+    method: str
+    layout: str
+    group_size: int
+    attention: str
+    effort: str
+    symmetric: bool
+    tp: int
+    device: str
+    calibration: dict[str, Any]
+    eight_bit: tuple[int, ...] = ()
+    kv_cache: str = "bf16"
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], device: str) -> Int4Request:
+        """Check what contradicts itself (UsageError)."""
+        layout, asymmetric = options["layout"], options["asymmetric"] or options["layout"] == "awq"
+        if layout == "gptq" and options["asymmetric"]:
+            raise UsageError("--format gptq --asymmetric: engines read symmetric GPTQ only; use --format awq")
+        if layout != "compressed-tensors" and options["attention"].startswith("fp8"):
+            raise UsageError(
+                f"--format {layout} --attention {options['attention']}: only compressed-tensors holds FP8 beside INT4"
+            )
+        if options["effort"] == "high" and options["method"] == "rtn":
+            raise UsageError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
+        if options["effort"] == "high" and options["method"] == "gptq" and asymmetric:
+            raise UsageError("--effort high: learned rounding is for symmetric grids, leave --asymmetric out")
+        if options["method"] == "rtn" and options["statistics"] is not None:
+            raise UsageError("--method rtn --statistics: round to nearest uses no statistics")
+        check_cache(options)
+        return cls(
+            options["method"],
+            layout,
+            int(options["group_size"]),
+            options["attention"],
+            options["effort"],
+            not asymmetric,
+            options["tp"],
+            device,
+            {name: options[name] for name in NAMES},
+            layers_of(options["eight_bit"]),
+            options["kv_cache"],
+        )
+
+    def variant(self, source: Checkpoint, out: Path) -> Int4Variant:
+        """The artifact to write. ValueError when its groups do not fit the model at the tensor parallelism."""
+        check_groups(source.geometry, self.group_size, self.tp)
+        shape = {"group_size": self.group_size, "attention": self.attention, "layout": self.layout}
+        shape |= {"eight_bit": self.eight_bit, "kv_cache": self.kv_cache}
+        if self.method == "rtn":
+            return Int4Variant(**shape, symmetric=self.symmetric)
+        options = Int4Options(
+            method=self.method,
+            effort=self.effort,
+            grid=Grid(4, self.group_size, self.symmetric),
+            attention=self.attention,
+            seed=self.calibration["seed"],
+        )
+        folder = out / STREAMS if options.learned else None
+        reference = ReferenceStream(folder)
+        return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say, reference=reference)
+
+
+def check_cache(options: dict[str, Any]) -> None:
+    """UsageError for cache scales that nothing calibrates, or that no engine reads from the format."""
+    if options["kv_cache"] == "fp8" and options["method"] == "rtn":
+        raise UsageError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
+    if options["kv_cache"] == "fp8" and options["layout"] != "compressed-tensors":
+        raise UsageError(f"--kv-cache fp8 --format {options['layout']}: expected compressed-tensors")
+
+
+def layers_of(text: str | None) -> tuple[int, ...]:
+    """0,60-61 -> (0, 60, 61). UsageError for anything else."""
+    found: set[int] = set()
+    for part in (text or "").split(",") if text else []:
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise UsageError(f"--eight-bit {text!r}, expected layers such as 0,60-61")
+        found |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, limit: int) -> Path:
+    """Write the folder, then read it again as an engine would."""
+    provider = None
+    if isinstance(variant, CalibratedInt4):
+        provider = make_provider(
+            source,
+            request.calibration,
+            request.device,
+            out / STREAMS,
+            hidden=variant.options.learned,
+            full=variant.options.full,
+        )
+    if isinstance(variant, CalibratedInt4) and variant.options.learned:
+        source.schedule.behind = 1  # the reference stream reads the layer before once more
+    done = write_folder(source, variant, out, device=request.device, limit=limit, provider=provider)
+    shutil.rmtree(out / STREAMS, ignore_errors=True)
+    # A hub's shards were verified on their way and are gone; fetching all of them again would double the traffic.
+    check_folder(done, source if isinstance(source.store, LocalFolder) else None)
+    return done

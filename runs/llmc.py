@@ -1,0 +1,134 @@
+"""--backend llmcompressor: a second opinion by llm-compressor's model_free_ptq, checked by our self-check.
+
+llm-compressor pins versions that exclude ours, so it runs in a Python of its own, named by MMQUANT_LLMCOMPRESSOR (by
+default this one). It works on local folders, writes beside the target, and what it wrote counts once it was checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..commands.options_backend import PYTHON
+from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.checkpoints.quantized_folder import QuantizedFolder
+from ..convert.checkpoints.store import LocalFolder
+from ..convert.errors import MmquantError, UsageError
+from ..convert.files.atomic import sha256_file
+from ..convert.fit import Weights
+from ..convert.folder.check import check_folder
+from ..convert.manifest import FileEntry
+from ..convert.models.minimax_m2 import layer_of
+from .folder import check_disk, describe, finish_folder, is_finished
+
+WORKER = Path(str(resources.files("mmquant").joinpath("data", "llmc_worker.py")))
+IGNORE = ("lm_head", "re:.*block_sparse_moe.gate$", "re:.*embed_tokens$")
+ATTENTION = "re:.*self_attn.*"
+FP8 = {"block": "FP8_BLOCK", "channel": "FP8_DYNAMIC"}
+
+
+def fp8_job(scheme: str) -> dict[str, Any]:
+    """What the worker is told for `mmquant fp8`. UsageError for the copy, which quantizes nothing."""
+    if scheme not in FP8:
+        raise UsageError(f"--backend llmcompressor --scheme {scheme}: expected {' or '.join(FP8)}")
+    return {"scheme": FP8[scheme], "group_size": None, "ignore": list(IGNORE)}
+
+
+def int4_job(options: dict[str, Any]) -> dict[str, Any]:
+    """What the worker is told for `mmquant int4`. UsageError for what llm-compressor does only with calibration."""
+    wanted = {"method": ("rtn",), "layout": ("compressed-tensors",), "attention": ("bf16", "int4")}
+    names = {"layout": "format"}
+    for key, allowed in wanted.items():
+        if options[key] not in allowed:
+            said = f"--{names.get(key, key)} {options[key]}"
+            raise UsageError(f"--backend llmcompressor {said}: expected {' or '.join(allowed)}")
+    if options["eight_bit"] is not None or options["kv_cache"] != "bf16":
+        raise UsageError("--backend llmcompressor: expected no --eight-bit and no --kv-cache fp8")
+    ignore = [*IGNORE, ATTENTION] if options["attention"] == "bf16" else list(IGNORE)
+    scheme = "W4A16_ASYM" if options["asymmetric"] else "W4A16"
+    return {"scheme": scheme, "group_size": int(options["group_size"]), "ignore": ignore}
+
+
+def write_with_llmcompressor(
+    source: Checkpoint, job: dict[str, Any], out: Path, device: str, dry_run: bool = False
+) -> Path | str:
+    """The folder `out`, written by llm-compressor and read again by the self-check; a line of words for a dry run.
+
+    Raises UsageError when it is not installed, the model lies on a hub, or `out` holds something else.
+    """
+    if type(source.store) is not LocalFolder:
+        raise UsageError(f"--backend llmcompressor: {source.label} lies on a hub, expected a local folder")
+    source.validate()
+    run = {"command": "llmcompressor", **job, "source": source.fingerprint}
+    if is_finished(out, run):
+        return out
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out}: holds {sorted(p.name for p in out.iterdir())[0]}, expected an empty folder")
+    python = find_python()
+    if dry_run:
+        return describe(out, f"{job['scheme']} by llm-compressor, at most", source.bytes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_disk(out.parent, source.bytes)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tile = list(source.tile) if source.tile is not None else None
+    told = {
+        "model": str(source.store.folder.resolve()),
+        "out": str(partial.resolve()),
+        "device": device,
+        "tile": tile,
+        **job,
+    }
+    try:
+        _work(python, told, out.parent)
+        check_folder(partial, source)
+        files = tuple(FileEntry(p.name, p.stat().st_size, sha256_file(p)) for p in sorted(partial.iterdir()))
+        finish_folder(partial, source, "compressed-tensors", job["scheme"], files, _weights(partial), run)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def find_python() -> str:
+    """The Python that can import llmcompressor. UsageError, one line, when there is none."""
+    python = os.environ.get(PYTHON, sys.executable)
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
+    try:
+        missing = subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode
+    except OSError as error:
+        raise UsageError(f"{PYTHON}={python}: {error.strerror}, expected a Python that has llmcompressor") from None
+    if missing:
+        raise UsageError(
+            f"--backend llmcompressor: {python} has no llmcompressor; install it in an environment of its own "
+            f"(pip install llmcompressor) and set {PYTHON} to that environment's python"
+        )
+    return python
+
+
+def _work(python: str, told: dict[str, Any], folder: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # As text, not as a file: a file's folder would come first among the modules.
+    command = [python, "-W", "ignore", "-c", WORKER.read_text("utf-8"), json.dumps(told)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise MmquantError(f"llm-compressor failed (exit {done.returncode}): {last[-1]}")
+
+
+def _weights(folder: Path) -> Weights:
+    found = QuantizedFolder(LocalFolder(folder))
+    experts = [0] * found.geometry.layers
+    for name, info in found.tensors.items():
+        layer = layer_of(name)
+        if layer is not None and ".experts." in name:
+            experts[layer] += info.size
+    return Weights(found.bytes - sum(experts), tuple(experts))

@@ -1,0 +1,77 @@
+"""Matrices of one layer rounded in the pass: chunks, shared sweeps, plain types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmquant.calibration.gguf import memory as gguf_memory
+from mmquant.calibration.gguf.moments import Pair
+from mmquant.calibration.gguf.solve import METHODS, Method, Report, experts_at_once, rows_at_once, solve
+from mmquant.quantize.ggml.codec import decode
+from mmquant.quantize.ggml.types import GGMLType
+
+
+def problem(experts: int, rows: int, n: int) -> tuple[Tensor, Pair]:
+    """Weights [E, O, n] and moments of inputs that the quantized layers before have bent a little."""
+    g = torch.Generator().manual_seed(0)
+    pair = Pair.empty(experts, n, "cpu")
+    mix = torch.randn(n, n, generator=g) / n**0.5
+    for expert in range(experts):
+        x = torch.randn(3 * n, n, generator=g) @ mix
+        pair.add(expert, x, x + 0.1 * torch.randn(x.shape, generator=g))
+    return torch.randn(experts, rows, n, generator=g) * 0.05, pair
+
+
+@pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
+@pytest.mark.parametrize("kind", [GGMLType.Q2_K, GGMLType.Q4_K, GGMLType.IQ2_XXS])
+def test_chunks_and_neighbours_change_nothing(kind: GGMLType, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, pair = problem(3, 6, 256)
+    data, values = solve(weight, kind, pair, method)
+    assert data.shape == (3, 6, kind.row_bytes(256))
+    assert torch.equal(values, decode(torch.from_numpy(data).flatten(0, 1), kind, 256).view_as(weight))
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", 1)
+    assert experts_at_once(weight) == 1
+    alone, _ = solve(weight, kind, pair, method)
+    assert (alone != data).mean() < 0.01  # float32 ties: batched products round otherwise
+    halves = [solve(weight[:, part], kind, pair, method)[0] for part in (slice(0, 2), slice(2, 6))]
+    assert (np.concatenate(halves, 1) != data).mean() < 0.01  # w1 and w3 in one sweep are w1 and w3
+
+
+def test_working_memory_bounds_the_chunk() -> None:
+    assert experts_at_once(torch.empty(256, 3072, 3072, device="meta")) == 1
+    assert experts_at_once(torch.empty(256, 512, 256, device="meta")) == (1 << 29) // (4 * 256 * (11 * 512 + 8 * 256))
+
+
+def test_a_matrix_larger_than_the_memory_is_solved_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, pair = problem(1, 600, 256)
+    data, values = solve(weight, GGMLType.Q4_K, pair, Method())
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", 1)
+    assert rows_at_once(weight) == 256
+    blocks, also = solve(weight, GGMLType.Q4_K, pair, Method())
+    assert blocks.shape == data.shape
+    assert (blocks != data).mean() < 0.01
+    assert (also - values).abs().mean() < 0.01 * values.abs().mean()
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", 4 * 256 * (11 * 500 + 8 * 256))
+    assert rows_at_once(weight) == 500
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.BF16])
+def test_plain_types_are_stored_as_they_are(kind: GGMLType) -> None:
+    weight, pair = problem(2, 3, 256)
+    data, values = solve(weight.bfloat16(), kind, pair, Method())
+    assert torch.equal(values, weight.bfloat16())
+    assert torch.equal(
+        decode(torch.from_numpy(data).flatten(0, 1), kind, 256).view_as(weight), weight.bfloat16().float()
+    )
+
+
+def test_what_the_user_should_know() -> None:
+    report = Report(cured={(3, 11): 4, (3, 3): 5, (1, 0): 2}, unseen={(3, 7)})
+    assert list(report.of_layer(0)) == []
+    assert list(report.of_layer(3)) == [
+        "layer 3: experts 3 (2^5), 11 (2^4) rescaled, their sums would overflow float16 on CUDA",
+        "layer 3: experts 7 saw no token, the layer's pooled moments stand in",
+    ]

@@ -1,0 +1,230 @@
+"""Memory of writing a GGUF file: one layer, whatever their number, and of its experts as many as the device holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.allocations import Allocations
+from mmquant.calibration.gguf import memory as gguf_memory
+from mmquant.calibration.gguf.layer import quantize_layer
+from mmquant.calibration.gguf.memory import (
+    ExpertPlan,
+    activation_bytes,
+    layer_peak,
+    learning_memory,
+    moment_memory,
+    pair_bytes,
+    plan_experts,
+    solve_bytes,
+)
+from mmquant.calibration.gguf.solve import METHODS, Report
+from mmquant.calibration.gguf.streams import Streams
+from mmquant.calibration.model.hidden import HiddenStates
+from mmquant.calibration.statistics.layer_pass import layer_bytes
+from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
+from mmquant.convert.models.minimax_m2 import Geometry, LayerWeights
+
+SCRIPT = """
+import resource, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from mmquant.calibration.gguf.encode import encode_tensors
+from mmquant.calibration.gguf.run import CalibratedRun, Calibration
+from mmquant.convert.gguf.mixes import find_mix
+from mmquant.convert.gguf.variant import GgufVariant
+from mmquant.convert.gguf.writer import GgufWriter, plan_parts
+from mmquant.convert.models.minimax_m2 import Geometry
+
+class Made:
+    geometry = Geometry(int(sys.argv[2]), 512, 4, 2, 64, 8, 2, 1024, 256, 32, 5e6, 1e-6, 128)
+    def read(self, name):
+        g = self.geometry
+        shapes = {"embed_tokens": (g.vocab, 512), "lm_head": (g.vocab, 512), "q_proj": (256, 512), "k_proj": (128, 512),
+                  "v_proj": (128, 512), "o_proj": (512, 256), "gate.weight": (8, 512), "bias": (8,), "q_norm": (256,),
+                  "k_norm": (128,)}
+        return torch.randn(next((s for part, s in shapes.items() if part in name), (512,)))
+    def read_experts(self, layer, projection, experts, device, dtype):
+        return torch.randn(len(experts), *((512, 1024) if projection == "w2" else (1024, 512)))
+
+source = Made()
+variant = GgufVariant(find_mix("Q4_K" if sys.argv[3] == "calibrated" else "BF16"), "m", sys.argv[3] == "calibrated")
+steps = variant.steps(source.geometry)
+writer = GgufWriter(Path(sys.argv[1]), plan_parts("m", {}, tuple(t for s in steps for t in s)))
+if sys.argv[3] == "calibrated":
+    tokens = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(0))
+    CalibratedRun(source, variant, writer, Calibration(tokens, {}, "random"), "cpu").write()
+else:
+    for step in steps:
+        for name, data in encode_tensors(source, step, "cpu"):
+            writer.write(name, data)
+        writer.checkpoint()
+writer.finish()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+LAYER = 8 * 3 * 512 * 1024 * 4  # bytes of one layer's experts in float32
+
+
+def peak(folder: Path, layers: int, how: str) -> int:
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(layers), how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024
+
+
+@pytest.mark.parametrize("how", ["plain", pytest.param("calibrated", marks=pytest.mark.slow)])
+def test_peak_memory_does_not_grow_with_layers(tmp_path: Path, how: str) -> None:
+    # Calibrated, the allocator needs some layers to settle; then eight more would be eight LAYERs if they were kept.
+    first, allowed = (2, LAYER / 2) if how == "plain" else (6, 2 * LAYER)
+    few, many = peak(tmp_path / "few", first, how), peak(tmp_path / "many", first + 8, how)
+    assert many - few < allowed
+
+
+M27 = Geometry(62, 3072, 48, 8, 128, 256, 8, 1536, 200064, 64, 5e6, 1e-6, 196608)
+LENGTH = 256
+
+
+def layer_of(g: Geometry, device: str, dtype: torch.dtype) -> LayerWeights:
+    """Random weights; the last expert is never chosen, the first overflows float16."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype) * 0.05
+
+    def ones(n: int) -> Tensor:
+        return torch.ones(n, device=device)
+
+    heads, keys = g.heads * g.head_dim, g.kv_heads * g.head_dim
+    up = draw(g.experts, g.expert_width, g.hidden)
+    up[0] *= 2.0**16
+    bias = torch.zeros(g.experts, device=device)
+    bias[-1] = -10
+    return LayerWeights(
+        *(ones(g.hidden), ones(g.hidden), ones(heads), ones(keys)),
+        *(draw(heads, g.hidden), draw(keys, g.hidden), draw(keys, g.hidden), draw(g.hidden, heads)),
+        router=draw(g.experts, g.hidden).float(),
+        router_bias=bias,
+        w1=draw(g.experts, g.expert_width, g.hidden),
+        w3=up,
+        w2=draw(g.experts, g.hidden, g.expert_width),
+    )
+
+
+def streams_of(g: Geometry, device: str, memory: int | None, windows: int = 4, batch: int = 2) -> Streams:
+    generator = torch.Generator().manual_seed(1)
+    states = [HiddenStates(windows, LENGTH, g.hidden) for _ in range(2)]
+    start = torch.randn(windows, LENGTH, g.hidden, generator=generator)
+    states[0].put(0, start)
+    states[1].put(0, start + 0.05 * torch.randn(start.shape, generator=generator))
+    return Streams(states[0], states[1], batch, device, memory)
+
+
+def run(g: Geometry, weights: LayerWeights, streams: Streams, kind: str) -> tuple[dict[str, np.ndarray], Report]:
+    types = {f"blk.0.{name}.weight": kind for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}
+    report = Report()
+    return quantize_layer(streams, weights, 0, types, g, METHODS["default"], report), report
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "IQ2_XXS"])
+def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str) -> None:
+    g = Geometry(1, 256, 4, 2, 64, 7, 2, 256, 64, 32, 1e4, 1e-6, 512)
+    weights = layer_of(g, "cpu", torch.float32)
+    whole = streams_of(g, "cpu", None)
+    assert whole.plan(g) == ExpertPlan(7, 7)
+    expected, report = run(g, weights, whole, kind)
+    assert report.unseen == {(0, 6)}
+    assert set(report.cured) == {(0, 0)}
+    for held, chunks in ((3, 3), (1, 7)):
+        parts = streams_of(g, "cpu", held * pair_bytes(256))
+        assert len(parts.plan(g).chunks(7)) == chunks
+        found, also = run(g, weights, parts, kind)
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[name], data) for name, data in expected.items())
+        assert torch.equal(parts.reference.all(), whole.reference.all())
+        assert torch.equal(parts.written.all(), whole.written.all())
+        assert (also.unseen, also.cured) == (report.unseen, report.cured)
+
+
+def test_a_chunk_is_a_multiple_of_the_step() -> None:
+    work = 5 * solve_bytes(3072, 3072)
+    assert plan_experts(M27, 300 * pair_bytes(3072), work) == ExpertPlan(256, 5)
+    assert plan_experts(M27, 48 * pair_bytes(3072), work) == ExpertPlan(45, 5)
+    assert plan_experts(M27, 3 * pair_bytes(3072), work) == ExpertPlan(3, 3)
+    assert plan_experts(M27, 0, 0) == ExpertPlan(1, 1)
+    assert [len(part) for part in ExpertPlan(45, 5).chunks(256)] == [45] * 5 + [31]
+
+
+def test_m27_fits_a_card_of_24_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, work, tokens = int(25.2e9), (24 << 30) // 6, 8192
+    monkeypatch.setattr(gguf_memory, "free_memory", lambda device: free)
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", work)
+    plan = plan_experts(M27, moment_memory(M27, torch.bfloat16, "cpu", tokens), work)
+    assert len(plan.chunks(256)) == 6
+    peak = layer_peak(M27, torch.bfloat16, plan, work, activation_bytes(M27, "cpu", tokens))
+    assert 0.85 * free < peak < 0.9 * free
+    monkeypatch.setattr(gguf_memory, "free_memory", lambda device: int(16e9))
+    with pytest.raises(ValueError, match=r"16\.0 GB of memory are free, a layer needs 21\.2 GB"):
+        moment_memory(M27, torch.bfloat16, "cpu", tokens)
+
+
+def test_learning_takes_what_the_card_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 1 << 17, 2 * 4 * 3072 << 17  # learned on, and the bytes of both streams
+    monkeypatch.setattr(gguf_memory, "total_memory", lambda device: int(85e9))
+    assert learning_memory(M27, torch.bfloat16, "cpu", *text) is None
+    assert (
+        learning_memory(M27, torch.bfloat16, "cuda", *text)
+        == int(76.5e9) - 11 * 7335837696 // 3 - text[0] * 72 * 1024 - text[1]
+    )
+    monkeypatch.setattr(gguf_memory, "total_memory", lambda device: int(150e9))
+    assert learning_memory(M27, torch.bfloat16, "cuda", *text) == 40 << 30
+    monkeypatch.setattr(gguf_memory, "total_memory", lambda device: int(25.8e9))
+    with pytest.raises(ValueError, match=r"--effort high needs a card of 4\d\.\d GB, this has 25\.8 GB"):
+        learning_memory(M27, torch.bfloat16, "cuda", *text)
+
+
+@pytest.mark.parametrize("chunk", [4, 12])
+def test_tensors_stay_within_the_stated_memory(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = Geometry(1, 512, 4, 2, 64, 12, 2, 256, 64, 32, 1e4, 1e-6, 512)
+    weights, work = layer_of(g, "cpu", torch.bfloat16), solve_bytes(512, 512)
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", work)
+    streams = streams_of(g, "cpu", chunk * pair_bytes(512))
+    assert streams.plan(g) == ExpertPlan(chunk, 1)
+    with Allocations() as allocations:
+        run(g, weights, streams, "Q4_K")
+    new = layer_peak(g, torch.bfloat16, streams.plan(g), work, activation_bytes(g, "cpu", 2 * LENGTH))
+    new -= layer_bytes(g, torch.bfloat16)  # the layer itself was there
+    assert 0.8 * new < allocations.peak <= new
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ2_XXS"])
+@pytest.mark.parametrize("chunk", [8, 24])
+def test_the_allocators_peak_stays_within_the_stated_memory(
+    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = Geometry(1, 1024, 8, 2, 128, 24, 4, 512, 64, 64, 1e4, 1e-6, 512)
+    weights, work = layer_of(g, "cuda", torch.bfloat16), 8 * solve_bytes(1024, 1024)
+    monkeypatch.setattr(gguf_memory, "working_memory", lambda device: work)
+    plan = plan_experts(g, chunk * pair_bytes(1024), work)
+    assert plan == ExpertPlan(chunk, 8)
+
+    def peak() -> int:
+        streams = streams_of(g, "cuda", chunk * pair_bytes(1024), windows=8, batch=4)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(g, weights, streams, kind)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak()  # kernels are compiled, libraries loaded
+    found = peak()
+    new = layer_peak(g, torch.bfloat16, plan, work, activation_bytes(g, "cuda", 4 * LENGTH))
+    new -= layer_bytes(g, torch.bfloat16)  # the layer itself was there
+    assert 0.3 * new < found <= new, f"{found / 1e6:.0f} MB, stated {new / 1e6:.0f} MB"

@@ -1,0 +1,136 @@
+"""The parts of the paired pass against their definitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmquant.calibration.gguf.maxima import Largest
+from mmquant.calibration.gguf.moments import Pair, corrected
+from mmquant.calibration.gguf.streams import (
+    Streams,
+    cured,
+    input_pairs,
+    leaving_pairs,
+    output_pair,
+    overflow_exponents,
+    pass_attention,
+    pass_experts,
+)
+from mmquant.calibration.model.forward import embed, layer_forward
+from mmquant.calibration.model.hidden import HiddenStates
+from mmquant.convert.open import open_source
+from mmquant.convert.source import read_globals, read_layer
+
+
+def rows(count: int, n: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, n, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(x: Tensor, z: Tensor, share: Tensor | None = None) -> Pair:
+    pair = Pair.empty(1, x.shape[1], "cpu")
+    for part in range(0, len(x), 7):  # added in pieces
+        piece = slice(part, part + 7)
+        pair.add(0, x[piece], z[piece], None if share is None else share[piece])
+    return pair
+
+
+def test_sums_are_weighted_by_the_squared_share() -> None:
+    x, z, share = rows(40, 5), rows(40, 5, 1), rows(40, 1, 2).flatten().abs()
+    pair = filled(x, z, share)
+    weight = share.square().diag()
+    assert torch.allclose(pair.own[0], z.T @ weight @ z, atol=1e-4)
+    assert torch.allclose(pair.cross[0], x.T @ weight @ z, atol=1e-4)
+    assert float(pair.rows[0]) == 40
+    assert torch.allclose(pair.weight[0], share.square().sum())
+
+
+def test_correction_is_the_least_squares_map() -> None:
+    """T = argmin sum |W x - T z|^2 + ridge, by torch's own solver on the stacked rows."""
+    x, weight = rows(300, 6), rows(4, 6, 3)
+    z = x @ (torch.eye(6) + 0.3 * rows(6, 6, 4)) + 0.1 * rows(300, 6, 5)
+    own, cross = (part / 300 for part in (z.T @ z, x.T @ z))
+    found = corrected(weight.unsqueeze(0), own.unsqueeze(0), cross.unsqueeze(0), 1e-7)[0]
+    expected = torch.linalg.lstsq(z, x @ weight.T).solution.T
+    assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_equal_streams_need_no_correction() -> None:
+    x, weight = rows(50, 6), rows(3, 6, 1)
+    own, cross = filled(x, x).means(slice(None))
+    assert torch.allclose(corrected(weight.unsqueeze(0), own, cross, 0.05)[0], weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 0.0])
+def test_without_moments_weights_stay(bad: float) -> None:
+    moments, weight = torch.full((1, 6, 6), bad), rows(3, 6).unsqueeze(0)
+    assert torch.equal(corrected(weight, moments, moments, 0.05), weight)
+
+
+def test_an_expert_without_rows_takes_the_pool() -> None:
+    pair = Pair.empty(2, 6, "cpu")
+    x, z = rows(500, 6), rows(500, 6, 1)
+    pair.add(0, x, z)
+    own, cross = pair.means(slice(None), prior=1.0, sampling=0.0)
+    assert torch.allclose(own[1], z.T @ z / 500, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(cross[1], x.T @ z / 500, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(own[0], own[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_cure_keeps_the_layers_output_and_bounds_the_sums() -> None:
+    source = open_source("demo")
+    tokens = torch.randint(0, 2000, (2, 64), generator=torch.Generator().manual_seed(0))
+    hidden = embed(read_globals(source), tokens)
+    for layer in range(3):
+        hidden = layer_forward(read_layer(source, layer), source.geometry, hidden)
+    weights = read_layer(source, 3)
+    exponents = torch.zeros(16)
+    exponents[3], exponents[11] = 5, 4
+    better = cured(weights, exponents)
+    assert torch.equal(better.w1, weights.w1)
+    assert torch.equal(layer_forward(better, source.geometry, hidden), layer_forward(weights, source.geometry, hidden))
+    both = streams_at(hidden)
+    _, before = input_pairs(both, weights, source.geometry, range(16))
+    _, after = input_pairs(both, better, source.geometry, range(16))
+    assert torch.equal(before / torch.exp2(exponents), after)
+
+
+def streams_at(hidden: Tensor) -> Streams:
+    """Both streams at the same hidden states, one window at a time."""
+    windows, length, channels = hidden.shape
+    states = [HiddenStates(windows, length, channels) for _ in range(2)]
+    for side in states:
+        side.put(0, hidden)
+    return Streams(states[0], states[1], 1, "cpu")
+
+
+def test_both_streams_pass_a_layer_as_the_forward_does() -> None:
+    """Nothing is quantized: own and cross moments agree, and both streams leave the layer where the forward ends."""
+    source = open_source("demo")
+    g, weights = source.geometry, read_layer(source, 1)
+    tokens = torch.randint(0, 2000, (2, 64), generator=torch.Generator().manual_seed(0))
+    hidden = embed(read_globals(source), tokens)
+    both = streams_at(hidden)
+    pairs = [output_pair(both, weights, replace(weights), g)]
+    pass_attention(both, weights, g)
+    first, largest = input_pairs(both, weights, g, range(16))
+    pairs += [first, leaving_pairs(both, weights, replace(weights), g, torch.zeros(16))]
+    pass_experts(both, both.written, weights, g)
+    for pair in pairs:
+        assert torch.allclose(pair.own, pair.cross, rtol=1e-4, atol=1e-3)
+    assert float(first.rows.sum()) == 2 * 64 * g.experts_per_token
+    watch = Largest(g.experts)
+    expected = layer_forward(weights, g, hidden, watch)
+    assert torch.allclose(largest, watch.sums)
+    for side in (both.reference, both.written):
+        assert float((side.all() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_exponents_only_where_float16_is_near() -> None:
+    largest = torch.tensor([0.0, 3e4, 4e4, 65504.0, 3e5])
+    found = overflow_exponents(largest)
+    assert found.tolist() == [0, 0, 2, 2, 5]
+    assert bool((largest / torch.exp2(found) <= 65504 / 2).all())

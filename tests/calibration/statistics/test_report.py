@@ -1,0 +1,203 @@
+"""`mmquant calibrate` from the outside: the demo's overflowing experts are named, bad input is one line, fakes show."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from helpers.calibration_cases import corpus, model, options
+from helpers.paths import ROOT
+from mmquant.calibration.statistics.live import LivePass
+from mmquant.calibration.statistics.report import domain_balance, findings, summarise, table
+from mmquant.calibration.statistics.report_html import lines, report
+from mmquant.commands.cli import cli
+from mmquant.convert.gguf.imatrix import read_imatrix
+from mmquant.convert.open import open_native
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli, ["calibrate", *arguments])
+    message = str(result.exception) if result.exception is not None else ""
+    if isinstance(result.exception, SystemExit):
+        message = result.stderr.strip().splitlines()[-1]
+    return result.exit_code, result.stdout, message
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = ("--model", "demo", "--out", str(folder / "out"), "--windows", "5", "--imatrix", str(folder / "i.gguf"))
+    code, out, message = call(*arguments, "--json")
+    assert code == 0, message
+    return folder, json.loads(out)
+
+
+def test_experts_3_and_11_of_the_last_layer_are_named(demo: tuple[Path, dict]) -> None:
+    folder, found = demo
+    assert [layer["overflow"] for layer in found["layers"]] == [[], [], [], [3, 11]]
+    assert len(found["findings"]) >= 1
+    page = (folder / "out" / "report.html").read_text()
+    assert "layer 3: the w2 input of experts 3 and 11 overflows float16" in page
+    assert found["layers"][3]["sum32"] > 65504
+    assert found["layers"][3]["overflow_channels"] > 0
+    assert found["corpus"]["windows_by_domain"].keys() == {"chat", "code", "docs", "prose", "zh"}
+    imatrix = read_imatrix(folder / "i.gguf")
+    assert (imatrix.chunk_count, imatrix.chunk_size) == (5, 512)
+
+
+def test_the_page_is_whole_html_without_foreign_resources(demo: tuple[Path, dict]) -> None:
+    page = (demo[0] / "out" / "report.html").read_text()
+
+    class Check(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+            self.svg = 0
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert not any(name in ("src", "href") for name, _ in attrs)
+            self.svg += tag == "svg"
+            if tag != "meta":
+                self.open.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    check = Check()
+    check.feed(page)
+    assert check.open == []
+    assert check.svg == 7
+    assert "NaN" not in page.replace("NaN on CUDA", "")
+
+
+def test_dead_experts_and_those_with_few_tokens_are_told(tmp_path: Path) -> None:
+    path = model(tmp_path)
+    live = LivePass(open_native(path), corpus(), options())
+    found = live.layer(0)
+    found.weights.router_bias[3] = -100.0
+    from mmquant.calibration.statistics.layer_pass import calibrate_layer
+
+    live.stream.start(0)
+    statistics = calibrate_layer(live.stream, found.weights, live.corpus.domain, 2, options().collect, live.plan)
+    summary = summarise(statistics)
+    assert summary.dead == [3]
+    assert summary.error_in[3] is None
+    assert summary.few  # 84 tokens for 5 experts of 64 channels
+    text = " ".join(findings([summary]))
+    assert "expert 3 saw no token; the layer's pooled moments stand in" in text
+    assert "fewer tokens than they have input channels" in text
+    assert "0.." in table([summary])
+    page = report([summary], ("a", "b"), corpus().describe(), "x <y>")
+    assert page.count('"#c6392c"') == 3  # no token, so no sampling error and no saliency
+    silent = replace(summary, load=[summary.load[0], [0] * 5])
+    assert "<td>b</td><td>0</td><td>-</td>" in report([silent], ("a", "b"), corpus().describe(), "x")
+
+
+def test_domain_balance_counts_effective_experts() -> None:
+    class Fake:
+        load = ((8, 8, 8, 8), (32, 0, 0, 0))
+
+    even, lone = domain_balance([Fake()], ("even", "lone"))  # type: ignore[list-item]
+    assert even[1] == lone[1] == 32
+    assert math.isclose(even[2], 4.0)
+    assert math.isclose(lone[2], 1.0)
+
+
+def test_plots_leave_out_what_cannot_be_drawn() -> None:
+    assert "No data" in lines([0.0, 1.0], {"a": [math.nan, math.nan]}, "u")
+    assert lines([0.0, 1.0], {"a": [0.0, 10.0]}, "u", log=True).count("<circle") == 1
+    assert "NaN" not in lines([0.0], {"a": [3.0]}, "u")
+
+
+def test_a_dry_run_states_bytes_and_writes_nothing(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a short text for one window " * 20)
+    small = ("--text", str(text), "--evaluation", __file__, "--context", "16")
+    code, out, _ = call("--model", "demo", "--out", str(tmp_path / "s"), "--dry-run", "--memory", "6MB", *small)
+    assert code == 0
+    assert "full moments in float32: 18,2" in out
+    assert "in 2 passes, finished ones in a temporary file" in out
+    code, out, _ = call("--model", "demo", "--out", str(tmp_path / "s"), "--dry-run", "--json", *small)
+    plan = json.loads(out)
+    assert (plan["bytes"]["layers"], plan["bytes"]["passes"], plan["corpus"]["context"]) == (4, 1, 16)
+    assert not (tmp_path / "s").exists()
+
+
+def test_bad_input_is_one_line_with_its_exit_code(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    copied = ROOT / "mmquant" / "data" / "text" / "evaluation" / "prose.txt"
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "robot", "content": "x"}]}\n')
+    other = tmp_path / "other.txt"
+    other.write_text("something else " * 99)
+    out = ("--model", "demo", "--out", str(tmp_path / "out"))
+    for arguments, reason in (
+        (("--text", str(empty)), "empty.txt: empty, expected text"),
+        (("--text", str(copied)), "prose.txt: overlaps the calibration text"),
+        (("--text", str(chats)), "chats.jsonl: line 1: message 1 has role 'robot'"),
+        (("--text", str(tmp_path / "none.txt")), "none.txt: no such file or folder"),
+        (("--context", "4096"), "--context 4096: the model has at most 2048"),
+        (("--imatrix", "i.dat"), "--imatrix i.dat: expected a name ending in .gguf"),
+        (("--imatrix", "/proc/none/i.gguf"), "expected a place that can be written"),
+        (("--memory", "1KB"), "memory limit: 1000 bytes"),
+        (("--layers", "2:4"), "expected 0:B"),
+    ):
+        held = () if copied.name in reason else ("--evaluation", str(other))
+        code, _, message = call(*out, "--windows", "2", *held, *arguments)
+        assert code != 0, arguments
+        assert reason in message, message
+        assert "\n" not in message
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "file"
+    file.write_text("x")
+    text = tmp_path / "text.txt"
+    text.write_text("a short text for one window " * 20)
+    small = ("--text", str(text), "--evaluation", str(other), "--context", "16")
+    code, _, message = call("--model", "demo", "--out", str(file), *small)
+    assert code != 0
+    assert "file: a file, expected a folder or nothing" in message
+
+
+def test_a_second_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+    for name in ("text", "other"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} of the calibration, again and again. " * 80)
+    out = tmp_path / "out"
+    arguments = ("--model", "demo", "--out", str(out), "--context", "32", "--evaluation", str(tmp_path / "other.txt"))
+    arguments += ("--text", str(tmp_path / "text.txt"), "--windows")
+    code, first, message = call(*arguments, "4")
+    assert code == 0, message
+    before = (out / "statistics.json").read_bytes()
+    code, _, message = call(*arguments, "5")
+    assert code != 0
+    assert "holds statistics of corpus.fingerprint" in message
+    assert (out / "statistics.json").read_bytes() == before
+    code, text, _ = call(*arguments, "4")
+    assert (code, text) == (0, first)
+
+
+def test_activations_that_are_not_finite_stop_the_run_and_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = model(tmp_path)
+    for file in sorted(path.glob("*.safetensors")):
+        tensors = load_file(file)
+        name = "model.layers.1.block_sparse_moe.experts.2.w1.weight_scale_inv"
+        if name in tensors:
+            tensors[name] = torch.full_like(tensors[name], 1e30)
+            tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight_scale_inv"] = torch.full((1, 1), 1e30)
+            save_file(tensors, file)
+    live = LivePass(open_native(path), corpus(), options())
+    live.layer(0)
+    with pytest.raises(ValueError, match=r"layer 1, expert 2, token \d+ of window \d+: the input of w2 holds NaN"):
+        live.layer(1)

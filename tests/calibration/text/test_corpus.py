@@ -1,0 +1,254 @@
+"""Corpora: what is read, how it is mixed and packed, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmquant.calibration.text.chat import Chat, ChatTemplate, load_template, parse_line, read_chats
+from mmquant.calibration.text.corpus import Document, TextSet, bundled, pack, read_sets, shares
+from mmquant.calibration.text.overlap import PASSAGE, check_disjoint, overlap, shingles
+from mmquant.calibration.text.tokenizer import load_tokenizer
+from mmquant.convert.open import open_source
+
+# As in M2's release: thinking and tool calls are rendered by the template, tools in the system message.
+M2_STYLE = """{{- ']~!b[' ~ ']~b]system\n' -}}
+{%- if messages[0].role == 'system' %}{{ messages[0].content }}{% endif -%}
+{%- if tools %}{{ '\n<tools>\n' }}{% for tool in tools %}<tool>{{ tool.function | tojson(ensure_ascii=False) }}</tool>
+{% endfor %}</tools>{% endif -%}{{- '[e~[\n' -}}
+{%- for message in messages if message.role != 'system' -%}
+{{- ']~b]' ~ ('ai' if message.role == 'assistant' else message.role) ~ '\n' -}}
+{%- if message.reasoning_content %}{{ '<think>\n' ~ message.reasoning_content ~ '\n</think>\n\n' }}{% endif -%}
+{{- message.content -}}
+{%- if message.tool_calls %}{{ '\n<minimax:tool_call>\n' }}{% for call in message.tool_calls -%}
+<invoke name="{{ call.function.name }}">
+{% for k, v in call.function.arguments.items() -%}
+<parameter name="{{ k }}">{{ v if v is string else v | tojson }}</parameter>
+{% endfor %}</invoke>
+{% endfor %}</minimax:tool_call>{% endif -%}{{- '[e~[\n' -}}
+{%- endfor -%}"""
+
+SOURCE = open_source("demo")
+TOKENIZER, TEMPLATE = load_tokenizer(SOURCE), load_template(SOURCE)
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "成都", "days": 2}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CHAT = {
+    "tools": [TOOL],
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "reasoning_content": "Look it up.", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "Rain."},
+    ],
+}
+
+
+def one(name: str, *texts: str, weight: float | None = None) -> TextSet:
+    return TextSet(name, tuple(Document(t, name, f"{name}:{i}") for i, t in enumerate(texts)), weight)
+
+
+def test_the_chat_template_of_the_checkpoint_is_used() -> None:
+    assert TEMPLATE is not None
+    chat = parse_line(json.dumps({"messages": CHAT["messages"][:2]}))
+    assert isinstance(chat, Chat)
+    assert TEMPLATE.render(chat) == "]~!b[]~b]system\nBe brief.[e~[\n]~b]user\nWeather?[e~[\n"
+    ids = TOKENIZER.encode(TEMPLATE.render(chat), add_special_tokens=False).ids
+    assert ids[:2] == [TOKENIZER.token_to_id("]~!b["), TOKENIZER.token_to_id("]~b]")]
+    assert TOKENIZER.token_to_id("[e~[") in ids
+
+
+def test_thinking_and_calls_are_there_whether_or_not_the_template_knows_them() -> None:
+    assert TEMPLATE is not None
+    chat = parse_line(json.dumps(CHAT))
+    assert isinstance(chat, Chat)
+    for template in (TEMPLATE, ChatTemplate(M2_STYLE, {}, "M2")):
+        text = template.render(chat)
+        assert "<think>\nLook it up.\n</think>" in text
+        assert '<minimax:tool_call>\n<invoke name="look">\n<parameter name="city">成都</parameter>' in text
+        assert '<parameter name="days">2</parameter>' in text
+        assert text.count("<tool>") == 1
+        assert "]~b]tool\nrain" in text
+        assert text.count("<think>") == 1
+
+
+def test_jinja2_of_transformers_renders_the_same() -> None:
+    transformers = pytest.importorskip("transformers")
+    compile_template = transformers.utils.chat_template_utils._compile_jinja_template
+    for messages in (CHAT["messages"][:2], CHAT["messages"]):
+        theirs = compile_template(M2_STYLE).render(messages=messages, tools=CHAT["tools"])
+        chat = parse_line(json.dumps({"messages": messages, "tools": CHAT["tools"]}))
+        assert isinstance(chat, Chat)
+        assert ChatTemplate(M2_STYLE, {}, "M2").render(chat) == theirs
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "a JSON list, expected an object"),
+        ("{}", 'no "messages" list and no "text"'),
+        ('{"messages": []}', 'no "messages" list and no "text"'),
+        ('{"messages": ["x"]}', "message 1 is a str"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "message 1 has role 'bot'"),
+        ('{"messages": [{"role": "user"}]}', "message 1 has neither content nor tool_calls"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "message 1 has content of type int"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{}]}]}', "a tool call without a function name"),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}',
+            "calls f with arguments that are not JSON",
+        ),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": "f"}', '"tools" is not a list of objects'),
+    ],
+)
+def test_a_wrong_line_is_named_with_file_number_and_reason(tmp_path: Path, line: str, reason: str) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps(CHAT) + "\n\n" + line + "\n", "utf-8")
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        read_chats(file, TEMPLATE)
+    assert str(caught.value).startswith(f"{file}: line 3: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_complains_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "x"}]}', "utf-8")
+    template = ChatTemplate("{{ raise_exception('no system message') }}", {}, "model/chat_template.jinja")
+    with pytest.raises(ValueError, match=r"line 1: model/chat_template.jinja: no system message"):
+        read_chats(file, template)
+    with pytest.raises(ValueError, match="no chat template"):
+        read_chats(file, None)
+
+
+def test_files_folders_weights_and_domains(tmp_path: Path) -> None:
+    (tmp_path / "set" / "law").mkdir(parents=True)
+    (tmp_path / "set" / "law" / "a.txt").write_text("first " * 30)
+    (tmp_path / "set" / "law" / "b.txt").write_text("second " * 30)
+    (tmp_path / "set" / "code.md").write_text("third " * 60)
+    (tmp_path / "chat.jsonl").write_text(json.dumps(CHAT) + "\n" + json.dumps({"text": "plain"}))
+    found = read_sets([f"{tmp_path}/set=2", str(tmp_path / "chat.jsonl")], TEMPLATE)
+    assert [(s.name, len(s.documents)) for s in found] == [("code", 1), ("law", 2), ("chat", 2)]
+    assert found[2].weight is None
+    assert found[0].weight is not None
+    assert found[1].weight is not None
+    assert found[0].weight + found[1].weight == pytest.approx(2.0)
+    assert found[2].documents[1].text == "plain"
+    assert found[2].documents[1].origin == "chat.jsonl:2"
+
+
+@pytest.mark.parametrize("spec", ["{}=0", "{}=-1", "{}=much", "{}=nan", "{}=inf"])
+def test_a_weight_that_is_none_is_refused(tmp_path: Path, spec: str) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    with pytest.raises(ValueError, match="expected a positive number"):
+        read_sets([spec.format(file)])
+
+
+def test_bad_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"abc\xff\xfe")
+    (tmp_path / "none").mkdir()
+    for name, reason in (
+        ("missing.txt", "no such file or folder"),
+        ("empty.txt", "empty, expected text"),
+        ("binary.txt", "byte 3 is not UTF-8"),
+        ("none", "no text in this folder"),
+    ):
+        with pytest.raises(ValueError, match=reason) as caught:
+            read_sets([str(tmp_path / name)])
+        assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(ValueError, match=r"\d+ tokens in the longest set, expected one window of 512"):
+        pack([one("a", "short text")], TOKENIZER, 512)
+
+
+def test_windows_hold_the_documents_tokens_in_order_and_no_bos() -> None:
+    texts = [f"number {i} of the documents, " * 40 for i in range(3)]
+    corpus = pack([one("a", *texts)], TOKENIZER, 16, seed=5)
+    order = np.random.default_rng(5).permutation(3)
+    ids = [t for i in order for t in TOKENIZER.encode(texts[i], add_special_tokens=False).ids]
+    flat = corpus.tokens.flatten().tolist()
+    assert flat == ids[: len(flat)]
+    assert len(ids) - len(flat) < 16
+    assert TOKENIZER.token_to_id("]~!b[") not in flat
+
+
+def test_the_mix_follows_weights_seed_and_budget() -> None:
+    sets = [one("a", "alpha beta gamma " * 2000, weight=3.0), one("b", "delta epsilon " * 2000, weight=1.0)]
+    corpus = pack(sets, TOKENIZER, 32, windows=40)
+    assert torch.bincount(corpus.domain).tolist() == [30, 10]
+    first = corpus.domain[:20]
+    assert abs(int((first == 0).sum()) - 15) <= 1  # a part is a sample of the whole
+    assert corpus.fingerprint == pack(sets, TOKENIZER, 32, windows=40).fingerprint
+    assert corpus.fingerprint != pack(sets, TOKENIZER, 32, windows=39).fingerprint
+    assert corpus.describe()["windows_by_domain"] == {"a": 30, "b": 10}
+    other = [one("a", *[f"alpha {i} beta " * 50 for i in range(9)])]
+    assert pack(other, TOKENIZER, 32, seed=0).fingerprint != pack(other, TOKENIZER, 32, seed=1).fingerprint
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.none() | st.floats(0.1, 10)), min_size=1, max_size=5),
+    st.none() | st.integers(1, 200),
+)
+def test_shares_never_exceed_what_there_is_and_use_the_budget(
+    sets: list[tuple[int, float | None]], windows: int | None
+) -> None:
+    available, weights = [a for a, _ in sets], [w for _, w in sets]
+    if not sum(available):
+        return
+    counts = shares(available, weights, windows)
+    assert all(0 <= c <= a for c, a in zip(counts, available, strict=True))
+    if windows is not None:
+        assert sum(counts) == min(windows, sum(available))
+    elif all(w is None for w in weights):
+        assert counts == available
+
+
+WORDS = [f"word{i}" for i in range(8000)]
+
+
+def test_overlap_is_found_at_its_length_and_named() -> None:
+    known = shingles(" ".join(WORDS[:2000]))
+    fresh = " ".join(WORDS[2000:])
+    check_disjoint({"fresh": fresh}, known)
+    short = fresh + " " + " ".join(WORDS[100 : 100 + PASSAGE - 1])
+    check_disjoint({"short": short}, known)  # 49 words: a quotation
+    copied = fresh + "\n" + ",  ".join(w.upper() for w in WORDS[100 : 100 + PASSAGE])
+    found = overlap(copied, np.sort(known))
+    assert (found.longest, found.shared) == (PASSAGE, PASSAGE - 12)
+    with pytest.raises(ValueError, match=r"evaluation.txt: overlaps the calibration text .* longest passage 50 words"):
+        check_disjoint({"evaluation.txt": copied}, known)
+
+
+def test_many_short_overlaps_are_refused_too() -> None:
+    known = shingles(" ".join(WORDS[:2000]))
+    scattered = " ".join(
+        " ".join((*WORDS[2000 + 30 * i : 2030 + 30 * i], *WORDS[30 * i : 30 * i + 20])) for i in range(40)
+    )
+    assert overlap(scattered, np.sort(known)).longest < PASSAGE
+    assert overlap(scattered, np.sort(known)).refused
+
+
+def test_chinese_is_compared_by_character() -> None:
+    text = (bundled("calibration") / "zh" / "lunyu.txt").read_text("utf-8")
+    assert overlap(text[300:420], np.sort(shingles(text))).refused
+    assert len(shingles("一二三四五六七八九十甲乙丙")) == 1
+    assert len(shingles("one two three")) == 0
+
+
+def test_the_bundled_sets_are_disjoint_and_speak_several_languages() -> None:
+    calibration, evaluation = read_sets(["default"], TEMPLATE), read_sets([str(bundled("evaluation"))], TEMPLATE)
+    names = {"chat", "code", "docs", "prose", "zh"}
+    assert {s.name for s in calibration} == names == {s.name for s in evaluation}
+    known = np.concatenate([shingles(d.text) for s in calibration for d in s.documents])
+    check_disjoint({d.origin: d.text for s in evaluation for d in s.documents}, known)
+    assert sum(len(d.text) for s in calibration if s.name == "zh" for d in s.documents) > 9000
+    chats = "".join(d.text for s in calibration if s.name == "chat" for d in s.documents)
+    for sign in ("<think>", "<minimax:tool_call>", "]~b]tool", "的", "です", "что", " und ", " que ", " est "):
+        assert sign in chats

@@ -1,0 +1,97 @@
+"""llama.cpp's importance matrix: the bytes of llama-imatrix itself, read back by gguf, refused when it is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.paths import DATA
+from mmquant.convert.gguf.imatrix import Imatrix, Importance, encode, read_imatrix, write_imatrix
+
+# Made by llama-imatrix (llama.cpp 0c1e57098) over 200 chunks of 512 tokens from the demo model.
+THEIRS = DATA / "imatrix.gguf"
+
+
+def importance(matrices: int, inputs: int, seed: int = 0) -> Importance:
+    rng = np.random.default_rng(seed)
+    sums = rng.random((matrices, inputs), dtype=np.float32) * 100
+    return Importance(sums, rng.integers(0, 50, matrices).astype(np.float32))
+
+
+def test_what_llama_imatrix_wrote_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    found = read_imatrix(THEIRS)
+    assert (found.chunk_count, found.chunk_size, found.datasets) == (200, 512, ("calib.txt",))
+    assert len(found.weights) == 4 * 8
+    assert set(found.layer(3)) == {
+        *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp"),
+        *("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+    }
+    assert found.weights["blk.0.ffn_down_exps.weight"].sums.shape == (16, 256)
+    write_imatrix(tmp_path / "ours.gguf", found)
+    assert (tmp_path / "ours.gguf").read_bytes() == THEIRS.read_bytes()
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 70)), min_size=1, max_size=4), st.text(max_size=9))
+def test_gguf_reads_what_is_written(tmp_path_factory: pytest.TempPathFactory, shapes: list, dataset: str) -> None:
+    weights = {f"blk.{n}.w{n}.weight": importance(m, i, n) for n, (m, i) in reversed([*enumerate(shapes)])}
+    dataset = dataset.encode("utf-8", "ignore").decode()
+    path = tmp_path_factory.mktemp("imatrix") / "i.gguf"
+    write_imatrix(path, Imatrix(weights, (dataset, "b"), 3, 77))
+    reader = GGUFReader(path)
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert reader.fields["imatrix.datasets"].contents() == [dataset, "b"]
+    assert reader.fields["imatrix.chunk_count"].contents() == 3
+    assert reader.fields["imatrix.chunk_size"].contents() == 77
+    tensors = {t.name: t for t in reader.tensors}
+    names = [t.name for t in reader.tensors if t.name.endswith(".in_sum2")]
+    assert names == sorted(names)
+    for name, value in weights.items():
+        matrices, inputs = value.sums.shape
+        sums, counts = tensors[name + ".in_sum2"], tensors[name + ".counts"]
+        assert list(sums.shape) == ([inputs, matrices] if matrices > 1 else [inputs])
+        assert np.array_equal(np.ravel(sums.data), np.ravel(value.sums))
+        assert np.array_equal(np.ravel(counts.data), value.counts)
+        assert sums.data_offset % 32 == 0
+    again = read_imatrix(path)
+    assert again.datasets == (dataset, "b")
+    assert encode(again) == path.read_bytes()
+
+
+def test_an_expert_without_tokens_weighs_all_channels_alike() -> None:
+    value = Importance(np.array([[2.0, 4.0], [0.0, 0.0]], np.float32), np.array([2.0, 0.0], np.float32))
+    assert value.mean().tolist() == [[1.0, 2.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("where", ["sums", "counts"])
+def test_values_that_llama_cpp_refuses_are_refused(value: float, where: str) -> None:
+    bad = importance(2, 3)
+    getattr(bad, where).flat[1] = value
+    with pytest.raises(ValueError, match=f"blk.0.x.weight: {where} hold NaN, infinity or negative numbers"):
+        encode(Imatrix({"blk.0.x.weight": bad}, ("a",), 1, 1))
+
+
+def test_files_that_are_no_imatrix_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file, expected an imatrix"):
+        read_imatrix(tmp_path / "missing.gguf")
+    legacy = tmp_path / "old.dat"
+    legacy.write_bytes(b"\x08\0\0\0rest")
+    with pytest.raises(ValueError, match="expected GGUF"):
+        read_imatrix(legacy)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(THEIRS.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="damaged GGUF"):
+        read_imatrix(cut)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(THEIRS.read_bytes().replace(b"imatrix.chunk_size", b"imatrix.chunk_sizf"))
+    with pytest.raises(ValueError, match=r"key imatrix\.chunk_size is missing"):
+        read_imatrix(other)
+    lost = tmp_path / "lost.gguf"
+    lost.write_bytes(THEIRS.read_bytes().replace(b"blk.0.attn_q.weight.counts", b"blk.0.attn_q.weight.countz"))
+    with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight\.counts is missing"):
+        read_imatrix(lost)

@@ -1,0 +1,1 @@
+"""What several tests share: small models, servers, readers of other people's formats."""

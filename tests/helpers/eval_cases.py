@@ -1,0 +1,104 @@
+"""Shared by the evaluation's tests: a tiny reference, a perturbed candidate, and a sample without text.
+
+Also run by torch's spawned processes, which import it by name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from helpers.tiny import write_tiny
+from mmquant.calibration.evaluate import state as evaluation_state
+from mmquant.calibration.evaluate.reference_store import StoredReference
+from mmquant.calibration.evaluate.streamed import Outcome, Settings, evaluate
+from mmquant.calibration.model.ranks import current_ranks
+from mmquant.calibration.text.sample import Sample
+from mmquant.convert.checkpoints.checkpoint import Checkpoint
+from mmquant.convert.models.minimax_m2 import Geometry
+from mmquant.convert.open import open_native
+
+CONTEXT = 12
+
+
+class Noisy:
+    """A checkpoint whose expert weights are off by a relative error, other in each layer; may stop at one of them."""
+
+    def __init__(self, source: Checkpoint, error: float = 0.05, stop_at: int | None = None) -> None:
+        self.source, self.error, self.stop_at = source, error, stop_at
+        self.geometry: Geometry = source.geometry
+        self.config = source.config
+        self.label = "noisy"
+        self.fingerprint = f"{source.fingerprint} off by {error}"
+        self.bytes = source.bytes
+        self.read_layers: list[int] = []
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(name)
+
+    def read_experts(
+        self, layer: int, projection: str, experts: range, device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor:
+        if layer == self.stop_at:
+            raise ValueError(f"noisy: layer {layer} cannot be read")
+        self.read_layers.append(layer)
+        whole = self.source.read_experts(layer, projection, range(self.geometry.experts), "cpu", torch.float32)
+        noise = torch.randn(whole.shape, generator=torch.Generator().manual_seed(layer))
+        return (whole * (1 + self.error * noise))[experts.start : experts.stop].to(device, dtype)
+
+    def small_file(self, name: str) -> bytes | None:
+        return self.source.small_file(name)
+
+
+def make_sample(windows: int = 7, vocab: int = 320, seed: int = 0) -> Sample:
+    """Random tokens; two domains, four documents, second half of every other window scored."""
+    tokens = torch.randint(0, vocab, (windows, CONTEXT), generator=torch.Generator().manual_seed(seed))
+    index = np.arange(windows)
+    first = np.where(index % 2 == 1, CONTEXT // 2, 0).astype(np.int64)
+    return Sample(tokens, first, index // 2, (index >= windows // 2).astype(np.int64), ("a", "b"), (), "all", CONTEXT)
+
+
+def small(**changes: Any) -> Settings:
+    return Settings(tokens=3 * CONTEXT, **changes)
+
+
+def spawned(rank: int, world: int, port: int, folder: str, task: str) -> None:
+    """One process of a run: `task` is "evaluate", or "die" (rank 1 cannot read layer 2), or "store"."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    path = Path(folder)
+    reference = open_native(path / "model")
+    stop = 2 if task == "die" and rank == 1 else None
+    candidate = Noisy(reference, stop_at=stop)
+    ranks = current_ranks()
+    state = path / "state" if task in ("die", "resume") else None
+    if task == "read":
+        outcomes = evaluate(StoredReference(path / "stored"), [candidate], make_sample(), small(), ranks=ranks)
+    else:
+        save = path / "stored" if task == "store" else None
+        evaluation_state.EVERY = 0.0
+        try:
+            outcomes = evaluate(reference, [candidate], make_sample(), small(state=state), ranks=ranks, save=save)
+        except Exception as error:  # the other rank dies of it, and may be seen to do so first
+            (path / f"died-{rank}").write_text(str(error))
+            raise
+    if rank == 0:
+        torch.save(packed(outcomes[0]) | {"layers_read": torch.tensor(candidate.read_layers)}, path / f"{task}.pt")
+    dist.destroy_process_group()
+
+
+def packed(outcome: Outcome) -> dict[str, Tensor]:
+    scores = outcome.scores
+    found = {name: torch.from_numpy(getattr(scores, name).copy()) for name in ("nll", "kld", "same", "shift")}
+    return found | ({"layers": torch.stack(outcome.layers)} if outcome.layers else {})
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    return write_tiny(folder / "model", **changes)

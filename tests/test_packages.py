@@ -1,0 +1,169 @@
+"""The rooms keep to their trade: imports go one way, each room has its libraries, nothing runs at import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A room may import itself and every room to its right.
+ROOMS = ("commands", "runs", "calibration", "convert", "quantize")
+# Third-party libraries of each room. What is not listed is a decision that has not been made yet.
+LIBRARIES = {
+    "quantize": {"torch", "numpy", "numba", "llvmlite", "triton"},
+    "convert": {
+        "torch",
+        "numpy",
+        "safetensors",
+        "gguf",
+        "huggingface_hub",
+        "modelscope_hub",
+        "requests",
+        "tqdm",
+        "yaml",
+        "jsonschema",
+    },
+    "calibration": {"triton", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "tqdm", "gguf"},
+    "runs": {"torch", "numpy", "tqdm", "yaml", "jinja2", "jsonschema", "tokenizers", "safetensors", "gguf", "click"},
+    "commands": {"torch", "numpy", "click", "yaml", "tqdm"},
+}
+# Libraries that single modules may import besides: optional ones, and tables that upstream publishes.
+MODULES = {
+    "quantize/ggml/codebook/tables.py": {"gguf"},  # ggml's codebooks of the IQ types
+    "convert/hub/http.py": {"urllib3"},  # requests' own transport, for its errors and retries
+    "runs/evaluation/llamacpp.py": {"xllamacpp"},  # extra: llamacpp
+    "runs/evaluation/engines.py": {"vllm"},  # the user's own installation
+    "runs/evaluation/report.py": {"matplotlib"},  # extra: report
+}
+# Not yet split: what these runs need still stands in a command's module.
+CLIMBS = {"runs/demo.py", "runs/int4.py", "runs/llmc.py"}
+NEVER = {"llmcompressor", "auto_gptq", "compressed_tensors", "transformers", "accelerate"}  # tests and peers only
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+ALL = [path for room in ROOMS for path in modules(room)]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names that a module imports, `mmquant.ROOM...` for our own, relative ones resolved."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = ("mmquant", *parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield stem
+            if stem == "mmquant":  # a package, or what mmquant/__init__.py itself defines
+                yield from (f"mmquant.{alias.name}" for alias in node.names if alias.name in ROOMS)
+
+
+def own_room(name: str) -> str:
+    """The package of one of our dotted names."""
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    climbs = path.relative_to(ROOT).as_posix() in CLIMBS
+    allowed = set(ROOMS) if climbs else set(ROOMS[ROOMS.index(room) :])
+    for name in imported(path):
+        if name.split(".")[0] == "mmquant":
+            assert name == "mmquant" or own_room(name) in allowed, f"{room} imports {name}"
+        assert name.split(".")[0] not in ROOMS, f"import mmquant.{name} (or relatively), not the bare folder"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_libraries_of_a_room(path: Path) -> None:
+    for name in imported(path):
+        top = name.split(".")[0]
+        if top == "mmquant" or top in sys.stdlib_module_names:
+            continue
+        assert top not in NEVER, f"{top} is for tests"
+        allowed = LIBRARIES[room_of(path)] | MODULES.get(path.relative_to(ROOT).as_posix(), set())
+        assert top in allowed, f"{top} is not a library of {room_of(path)}/"
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.name))
+def test_rooms_import_each_other_relatively(path: Path) -> None:
+    """Absolute names would be invisible to editors, which follow files (package-dir maps them only at run time)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level and n.module]
+    assert not [name for name in absolute if name.startswith("mmquant.")]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "the first line says what the module is"
+
+
+def swallows(handler: ast.ExceptHandler) -> bool:
+    """Whether a handler of everything keeps the error to itself: neither raised again nor handed on by name."""
+    if handler.type is not None and ast.unparse(handler.type) not in ("Exception", "BaseException"):
+        return False
+    inside = [node for statement in handler.body for node in ast.walk(statement)]
+    handed_on = any(isinstance(node, ast.Name) and node.id == handler.name for node in inside)
+    return not handed_on and not any(isinstance(node, ast.Raise) and node.exc is None for node in inside)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_error_is_swallowed(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and swallows(node)]
+    assert not lines, f"line {lines}: name the errors that are expected"
+
+
+def test_every_package_is_installed() -> None:
+    """The wheel is told its folders one by one; one that is forgotten would be missing from it."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(tool["only-include"]) == {"mmquant", *ROOMS}
+    assert tool["sources"] == {room: f"mmquant/{room}" for room in ROOMS}
+    for folder in {path.parent for path in ALL}:
+        assert (folder / "__init__.py").is_file(), folder
+
+
+def test_editors_find_the_rooms() -> None:
+    """pyright reads typings/mmquant, where each room is a link to its folder."""
+    for room in ROOMS:
+        link = ROOT / "typings" / "mmquant" / room
+        assert link.resolve() == (ROOT / room).resolve(), f"typings/mmquant/{room} should link to {room}"
+
+
+def test_import_is_light() -> None:
+    """`import mmquant` and the command line's help load no torch: they answer at once."""
+    code = "import sys, mmquant.commands.cli; "
+    code += "print(sorted({'torch', 'gguf', 'numpy', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_checkout_called_mmquant_does_not_hide_the_package(tmp_path: Path) -> None:
+    """Python looks in the current folder first: there a checkout of that name is a folder without __init__.py."""
+    (tmp_path / "mmquant").symlink_to(ROOT)
+    code = "import mmquant.commands.cli, mmquant.convert.files.lock; print(mmquant.__version__)"
+    for command in (["-c", code], ["-m", "mmquant", "--version"]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_bare_room_cannot_be_imported_twice() -> None:
+    """`import convert.x` from the checkout fails loudly instead of loading a second copy of the module."""
+    code = "import convert.open"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "beyond top-level package" in done.stderr
