@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..convert.errors import FitError, UsageError
+from mmquant.errors import FitError, InputError
+
 from .options import check_output, device_option, dry_run_option, json_option, model_option, out_option, parse_size
 from .options_fetch import close_model, fetch_options, open_model
 
@@ -76,7 +77,7 @@ def command(
     from ..calibration.statistics.run import needs
 
     if imatrix is not None and imatrix.suffix != ".gguf":
-        raise UsageError(f"--imatrix {imatrix}: expected a name ending in .gguf")
+        raise InputError(f"--imatrix {imatrix}: expected a name ending in .gguf")
     check_output("--imatrix", None if dry_run else imatrix)
     source = open_model(model, fetch, None if dry_run else out)
     corpus = make_corpus(source, options)
@@ -114,7 +115,7 @@ def make_corpus(source: Checkpoint, options: dict[str, Any]) -> Corpus:
     longest = source.geometry.max_context
     context = options["context"] or (512 if longest < 8192 else 2048)
     if context > longest:
-        raise UsageError(f"--context {context}: the model has at most {longest}")
+        raise InputError(f"--context {context}: the model has at most {longest}")
     template = load_template(source)
     sets = read_sets(list(options["texts"]), template)
     known = np.concatenate([shingles(document.text) for part in sets for document in part.documents])

@@ -9,8 +9,7 @@ import sys
 import click
 
 from mmquant import __version__
-
-from ..convert.errors import MmquantError
+from mmquant.errors import MmquantError
 
 COMMANDS = {
     "fp8": "FP8 for vLLM and SGLang, exact from the release.",
@@ -64,8 +63,6 @@ def main() -> None:
         fail("interrupted; run the same command again to continue", 130)
     except MmquantError as error:
         fail(str(error), error.exit_code)
-    except ValueError as error:
-        fail(str(error), 2)
     except OSError as error:
         from ..runs.folder import disk_full
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..convert.errors import GateError, UsageError
+from mmquant.errors import GateError, InputError
+
 from .options import device_option, json_option
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def command(
     source = GgufSource(file)
     source.validate()
     if fix and statistics is None and not text["texts"]:
-        raise UsageError("--fix: needs --statistics or --text to know which experts overflow")
+        raise InputError("--fix: needs --statistics or --text to know which experts overflow")
     sums = measure(source, statistics, text, device)
     faults = check_metadata(source) + check_tensors(source) + check_overflow(source, sums)
     written: list[Path] = []
@@ -75,11 +76,11 @@ def measure(source: GgufSource, statistics: Path | None, text: dict[str, Any], d
 
         stored = open_statistics(statistics)
         if stored.layers < source.geometry.layers:
-            raise UsageError(f"{statistics}: {stored.layers} layers, the file has {source.geometry.layers}")
+            raise InputError(f"{statistics}: {stored.layers} layers, the file has {source.geometry.layers}")
         layers = (stored.layer(layer, second=False) for layer in range(source.geometry.layers))
         sums = torch.stack([layer.expert_mid.sum32 for layer in layers])
         if sums.shape[1] != source.geometry.experts:
-            raise UsageError(f"{statistics}: {sums.shape[1]} experts, the file has {source.geometry.experts}")
+            raise InputError(f"{statistics}: {sums.shape[1]} experts, the file has {source.geometry.experts}")
         return sums
     if not text["texts"]:
         return None
@@ -101,11 +102,11 @@ def cure(
 
     first = source.files[0].path
     if in_place and out is not None:
-        raise UsageError("--in-place and --out: choose one")
+        raise InputError("--in-place and --out: choose one")
     target = None if in_place else out or first.parent.with_name(first.resolve().parent.name + "-fixed")
     for file in source.files:
         if target is not None and (target / file.path.name).exists():
-            raise UsageError(f"{target / file.path.name}: exists, expected a new place")
+            raise InputError(f"{target / file.path.name}: exists, expected a new place")
     patches, done, left = plan_fix(source, cures)
     return apply_fix(source, patches, target) if patches else [], done, left
 

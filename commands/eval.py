@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..convert.errors import GateError, UsageError
+from mmquant.errors import GateError, InputError
+
 from .options import check_output, device_option, json_option
 from .options_fetch import close_model, fetch_options, open_any
 
@@ -112,9 +113,9 @@ def run(
     from ..runs.evaluation.text import make_eval_sample
 
     if reference is None and logits is None:
-        raise UsageError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
+        raise InputError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
     if not artifacts and save is None:
-        raise UsageError("eval: no artifact, expected at least one folder or GGUF file (or --save-reference FILE)")
+        raise InputError("eval: no artifact, expected at least one folder or GGUF file (or --save-reference FILE)")
     if engine != "mmquant":
         from ..runs.evaluation.engines import check_engine
 
@@ -133,7 +134,7 @@ def run(
     ranks = current_ranks()
     if engine != "mmquant":
         if ranks.world > 1:
-            raise UsageError(f"--engine {engine}: runs in one process, expected no torchrun")
+            raise InputError(f"--engine {engine}: runs in one process, expected no torchrun")
         return _with_engine(engine, artifacts, reference, truth, candidates, sample, settings, logits, save, seed)
     result = measure(truth, candidates, sample, settings, logits, save, seed)
     for source in (*candidates, *filter(None, [truth])):
@@ -249,7 +250,7 @@ def _settings(
     chosen = dtype or ("bfloat16" if cuda and not rounded else "float32")
     if rounded and (chosen != "float32" or floor):
         what = "--floor" if floor else f"--dtype {chosen}"
-        raise UsageError(f"eval: {what} with activations rounded as llama.cpp does, expected --activations exact")
+        raise InputError(f"eval: {what} with activations rounded as llama.cpp does, expected --activations exact")
     tokens = batch_tokens or (16384 if cuda else 8192)
     return Settings(device, getattr(torch, chosen), tokens, state=state, floor=floor, activations=activations)
 

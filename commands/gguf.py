@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..convert.errors import UsageError
+from mmquant.errors import InputError
+
 from .options import device_option, dry_run_option, model_option, out_option, parse_size
 from .options_fetch import fetch_options, open_model
 
@@ -78,7 +79,7 @@ def command(
     from ..runs.gguf import write_gguf
 
     if statistics is not None and (text["texts"] or no_calibration):
-        raise UsageError("--statistics: stands instead of --text, and contradicts --no-calibration")
+        raise InputError("--statistics: stands instead of --text, and contradicts --no-calibration")
     mix = find_mix(kind)
     changed = parse_overrides(overrides)
     source = open_model(model, fetch, None if dry_run else out)
@@ -101,10 +102,10 @@ def read_plan(path: Path | None) -> dict[str, str] | None:
     try:
         document = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise InputError(f"{path}: not JSON ({error})") from None
     types = document.get("tensors", document) if isinstance(document, dict) else None
     if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
-        raise ValueError(f"{path}: expected an object of tensor names and types")
+        raise InputError(f"{path}: expected an object of tensor names and types")
     return types
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..convert.errors import UsageError
+from mmquant.errors import InputError
 
 DEFAULT_MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
 
@@ -79,14 +79,14 @@ def dry_run_option() -> Decorator:
 
 
 def check_output(option: str, path: Path | None) -> None:
-    """Refuse a file that could not be written in the end, before any work: UsageError. Makes the folder it lies in."""
+    """Refuse a file that could not be written in the end, before any work: InputError. Makes the folder it lies in."""
     if path is None:
         return
     try:
         if path.is_dir():
-            raise UsageError(f"{option} {path}: a folder, expected the name of a file")
+            raise InputError(f"{option} {path}: a folder, expected the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror}, expected a place that can be written") from None
+        raise InputError(f"{option} {path}: {error.strerror}, expected a place that can be written") from None

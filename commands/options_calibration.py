@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..convert.errors import UsageError
+from mmquant.errors import InputError
 
 if TYPE_CHECKING:
     from ..calibration.statistics.provider import Provider
@@ -48,7 +48,7 @@ def make_provider(
     """A live pass over the calibration text, or the stored statistics of --statistics.
 
     folder keeps the stream of a quantized pass between layers, so that a killed run continues.
-    hidden: the quantizer needs the tokens themselves, which stored statistics cannot give (UsageError).
+    hidden: the quantizer needs the tokens themselves, which stored statistics cannot give (InputError).
     full: it needs second moments; otherwise diagonals are collected, and stored ones will do.
     """
     from ..calibration.statistics.collector import Collect
@@ -68,12 +68,12 @@ def make_provider(
         )
     if hidden or propagate == "quantized":
         what = "--effort high" if hidden else "--propagate quantized"
-        raise UsageError(f"{what} needs the calibration tokens, --statistics holds only sums")
+        raise InputError(f"{what} needs the calibration tokens, --statistics holds only sums")
     from ..calibration.statistics.store import open_statistics
 
     stored = open_statistics(options["statistics"])
     if full and not stored.full:
-        raise UsageError(
+        raise InputError(
             f"{options['statistics']}: holds diagonals, expected second moments (calibrate --moments full)"
         )
     return StoredPass(source, stored, chosen)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..convert.errors import PartialError
+from mmquant.errors import PartialError
+
 from .options import DEFAULT_MODEL, dry_run_option, json_option
 
 if TYPE_CHECKING:

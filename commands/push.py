@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..convert.errors import PartialError
+from mmquant.errors import InputError, PartialError
+
 from .options import dry_run_option, json_option
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _licence(folder: Path, manifest: dict[str, Any], base_card: Path | None) -> 
 
     found = next((folder / n for n in LICENSE_FILES if (folder / n).is_file()), None)
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"{folder}: no licence file, expected the base model's LICENSE; without it nothing is published"
         )
     if manifest["license"]["commercial_use"] == "prohibited-without-authorization":
@@ -165,10 +166,10 @@ def _check_complete(folder: Path, manifest: dict[str, Any], moved: dict[str, str
         for file in artifact["files"]:
             path = folder / file["path"]
             if not path.is_file() and moved[file["path"]] not in gone:
-                raise ValueError(f"{folder}: {file['path']} is missing, the manifest lists it")
+                raise InputError(f"{folder}: {file['path']} is missing, the manifest lists it")
             if path.is_file() and path.stat().st_size != file["size"]:
                 found = path.stat().st_size
-                raise ValueError(f"{path}: {found:,} bytes, the manifest says {file['size']:,}")
+                raise InputError(f"{path}: {found:,} bytes, the manifest says {file['size']:,}")
 
 
 def _check_sums(folder: Path, manifest: dict[str, Any], moved: dict[str, str], known: dict[str, Upload]) -> None:
@@ -177,7 +178,7 @@ def _check_sums(folder: Path, manifest: dict[str, Any], moved: dict[str, str], k
         for file in artifact["files"]:
             found = known[moved[file["path"]]].sha256
             if found != file["sha256"]:
-                raise ValueError(f"{folder / file['path']}: SHA-256 {found}, the manifest says {file['sha256']}")
+                raise InputError(f"{folder / file['path']}: SHA-256 {found}, the manifest says {file['sha256']}")
 
 
 def _stage(

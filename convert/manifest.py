@@ -12,6 +12,8 @@ from typing import Any
 
 import jsonschema
 
+from mmquant.errors import InputError
+
 from . import fit
 from .checkpoints.store import parse_json
 from .files.atomic import write_whole
@@ -147,7 +149,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         jsonschema.validate(manifest, schema())
     except jsonschema.ValidationError as error:
-        raise ValueError(f"{path}: {error.json_path}: {error.message}") from None
+        raise InputError(f"{path}: {error.json_path}: {error.message}") from None
     return manifest
 
 
@@ -155,7 +157,7 @@ def set_quality(folder: Path, quality: dict[str, Any]) -> None:
     """Put a measured quality block into a folder's manifest."""
     manifest = read(folder)
     if manifest is None:
-        raise ValueError(f"{folder}: {MANIFEST} is missing, expected a finished artifact")
+        raise InputError(f"{folder}: {MANIFEST} is missing, expected a finished artifact")
     for artifact in manifest["artifacts"]:
         artifact["quality"] = quality
     write(folder, manifest)

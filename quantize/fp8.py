@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 E4M3_MAX = 448.0
 CACHE_HEADROOM = 2.0
 
@@ -83,4 +85,4 @@ def _codes(scaled: Tensor) -> Tensor:
 
 def _finite(weight: Tensor) -> None:
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+        raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")

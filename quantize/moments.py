@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -50,16 +52,16 @@ class Moments:
 def check_moments(moments: Moments, matrices: int, inputs: int, where: str) -> None:
     """ValueError when the moments are of another shape, hold NaN or infinity, or saw no row at all."""
     if (moments.matrices, moments.inputs) != (matrices, inputs):
-        raise ValueError(
+        raise InputError(
             f"{where}: moments of {moments.matrices} matrices with {moments.inputs} inputs, "
             f"expected {matrices} with {inputs} (statistics of another checkpoint?)"
         )
     for name in ("count", "weight", "second", "diagonal"):
         values = getattr(moments, name)
         if values is not None and not bool(torch.isfinite(values).all()):
-            raise ValueError(f"{where}: {name} of the moments holds NaN or infinity, expected finite sums")
+            raise InputError(f"{where}: {name} of the moments holds NaN or infinity, expected finite sums")
     if not bool((moments.weight > 0).any()):
-        raise ValueError(f"{where}: no calibration row reached any of the {matrices} matrices")
+        raise InputError(f"{where}: no calibration row reached any of the {matrices} matrices")
 
 
 def shrinkage(moments: Moments, strength: float) -> Tensor:
@@ -87,7 +89,7 @@ def shrunk(moments: Moments, strength: float, experts: slice | None = None, pool
     the others. `experts` limits the result, not the pool. ValueError when only diagonals were collected.
     """
     if moments.second is None:
-        raise ValueError("moments: only diagonals were collected, expected full second moments")
+        raise InputError("moments: only diagonals were collected, expected full second moments")
     pool = pool if pool is not None else _pool(moments, moments.second)
     return _blend(moments.second, pool, moments, strength, experts if experts is not None else slice(None))
 

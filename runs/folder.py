@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from mmquant import __version__
+from mmquant.errors import FitError, InputError
 
 from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.errors import FitError, UsageError
 from ..convert.files.atomic import write_whole
 from ..convert.files.lock import hold
 from ..convert.fit import Weights
@@ -68,7 +68,7 @@ def write_folder(
 
     `provider` hands a calibrated variant its statistics; None for one that needs none.
 
-    Raises UsageError when `out` holds something else, FitError when the disk is too small.
+    Raises InputError when `out` holds something else, FitError when the disk is too small.
     """
     prepared = prepare(source, variant)
     run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
@@ -125,28 +125,28 @@ def finish_folder(
 
 
 def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
-    """Whether `out` holds this very run, whole. UsageError when it holds another finished one or is not a folder."""
+    """Whether `out` holds this very run, whole. InputError when it holds another finished one or is not a folder."""
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: a file, expected a folder or nothing")
+        raise InputError(f"{out}: a file, expected a folder or nothing")
     done = manifest.read(out) if out.exists() else None
     if done is None:
         return False
     found = done["artifacts"][0].get("provenance", {}).get("run")
     if found != dict(run):
-        raise UsageError(f"{out}: holds a finished {difference(found or {}, run)}; choose another folder")
+        raise InputError(f"{out}: holds a finished {difference(found or {}, run)}; choose another folder")
     return True
 
 
 def claim(out: Path, run: Mapping[str, Any]) -> None:
-    """Make `out` ours: new, empty, or an unfinished run of the same sort. UsageError otherwise."""
+    """Make `out` ours: new, empty, or an unfinished run of the same sort. InputError otherwise."""
     out.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_run(out)
     if unfinished is None:
         strange = sorted(p.name for p in out.iterdir() if not p.name.startswith(".mmquant") and p.suffix != ".tmp")
         if strange:
-            raise UsageError(f"{out}: holds {strange[0]}, expected an empty folder or an unfinished mmquant run")
+            raise InputError(f"{out}: holds {strange[0]}, expected an empty folder or an unfinished mmquant run")
     elif unfinished != dict(run):
-        raise UsageError(f"{out}: holds an unfinished {difference(unfinished, run)}; choose another folder")
+        raise InputError(f"{out}: holds an unfinished {difference(unfinished, run)}; choose another folder")
 
 
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def write_gguf(
     With `calibration` its text (gguf_paired) or stored statistics (gguf_stored) steer the codes; without, every weight
     goes to the nearest point.
 
-    A finished folder of the same run is left alone, an unfinished one continued at its layer. UsageError when `out`
+    A finished folder of the same run is left alone, an unfinished one continued at its layer. InputError when `out`
     holds something else, FitError when the disk is too small.
     """
     source.validate()

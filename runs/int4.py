@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
+from mmquant.errors import InputError
+
 from ..calibration.int4.high import ReferenceStream
 from ..calibration.int4.layer import Int4Options
 from ..calibration.int4.variant import CalibratedInt4
 from ..commands.options_calibration import NAMES, make_provider
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.store import LocalFolder
-from ..convert.errors import UsageError
 from ..convert.folder.check import check_folder
 from ..convert.folder.int4 import Int4Variant, check_groups
 from ..quantize.integer.gptq import Grid
@@ -42,20 +43,20 @@ class Int4Request:
 
     @classmethod
     def from_options(cls, options: dict[str, Any], device: str) -> Int4Request:
-        """Check what contradicts itself (UsageError)."""
+        """Check what contradicts itself (InputError)."""
         layout, asymmetric = options["layout"], options["asymmetric"] or options["layout"] == "awq"
         if layout == "gptq" and options["asymmetric"]:
-            raise UsageError("--format gptq --asymmetric: engines read symmetric GPTQ only; use --format awq")
+            raise InputError("--format gptq --asymmetric: engines read symmetric GPTQ only; use --format awq")
         if layout != "compressed-tensors" and options["attention"].startswith("fp8"):
-            raise UsageError(
+            raise InputError(
                 f"--format {layout} --attention {options['attention']}: only compressed-tensors holds FP8 beside INT4"
             )
         if options["effort"] == "high" and options["method"] == "rtn":
-            raise UsageError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
+            raise InputError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
         if options["effort"] == "high" and options["method"] == "gptq" and asymmetric:
-            raise UsageError("--effort high: learned rounding is for symmetric grids, leave --asymmetric out")
+            raise InputError("--effort high: learned rounding is for symmetric grids, leave --asymmetric out")
         if options["method"] == "rtn" and options["statistics"] is not None:
-            raise UsageError("--method rtn --statistics: round to nearest uses no statistics")
+            raise InputError("--method rtn --statistics: round to nearest uses no statistics")
         check_cache(options)
         return cls(
             options["method"],
@@ -91,20 +92,20 @@ class Int4Request:
 
 
 def check_cache(options: dict[str, Any]) -> None:
-    """UsageError for cache scales that nothing calibrates, or that no engine reads from the format."""
+    """InputError for cache scales that nothing calibrates, or that no engine reads from the format."""
     if options["kv_cache"] == "fp8" and options["method"] == "rtn":
-        raise UsageError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
+        raise InputError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
     if options["kv_cache"] == "fp8" and options["layout"] != "compressed-tensors":
-        raise UsageError(f"--kv-cache fp8 --format {options['layout']}: expected compressed-tensors")
+        raise InputError(f"--kv-cache fp8 --format {options['layout']}: expected compressed-tensors")
 
 
 def layers_of(text: str | None) -> tuple[int, ...]:
-    """0,60-61 -> (0, 60, 61). UsageError for anything else."""
+    """0,60-61 -> (0, 60, 61). InputError for anything else."""
     found: set[int] = set()
     for part in (text or "").split(",") if text else []:
         first, _, last = part.partition("-")
         if not first.isdigit() or not (last or first).isdigit():
-            raise UsageError(f"--eight-bit {text!r}, expected layers such as 0,60-61")
+            raise InputError(f"--eight-bit {text!r}, expected layers such as 0,60-61")
         found |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(found))
 

@@ -15,11 +15,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mmquant.errors import InputError, MmquantError
+
 from ..commands.options_backend import PYTHON
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import LocalFolder
-from ..convert.errors import MmquantError, UsageError
 from ..convert.files.atomic import sha256_file
 from ..convert.fit import Weights
 from ..convert.folder.check import check_folder
@@ -34,22 +35,22 @@ FP8 = {"block": "FP8_BLOCK", "channel": "FP8_DYNAMIC"}
 
 
 def fp8_job(scheme: str) -> dict[str, Any]:
-    """What the worker is told for `mmquant fp8`. UsageError for the copy, which quantizes nothing."""
+    """What the worker is told for `mmquant fp8`. InputError for the copy, which quantizes nothing."""
     if scheme not in FP8:
-        raise UsageError(f"--backend llmcompressor --scheme {scheme}: expected {' or '.join(FP8)}")
+        raise InputError(f"--backend llmcompressor --scheme {scheme}: expected {' or '.join(FP8)}")
     return {"scheme": FP8[scheme], "group_size": None, "ignore": list(IGNORE)}
 
 
 def int4_job(options: dict[str, Any]) -> dict[str, Any]:
-    """What the worker is told for `mmquant int4`. UsageError for what llm-compressor does only with calibration."""
+    """What the worker is told for `mmquant int4`. InputError for what llm-compressor does only with calibration."""
     wanted = {"method": ("rtn",), "layout": ("compressed-tensors",), "attention": ("bf16", "int4")}
     names = {"layout": "format"}
     for key, allowed in wanted.items():
         if options[key] not in allowed:
             said = f"--{names.get(key, key)} {options[key]}"
-            raise UsageError(f"--backend llmcompressor {said}: expected {' or '.join(allowed)}")
+            raise InputError(f"--backend llmcompressor {said}: expected {' or '.join(allowed)}")
     if options["eight_bit"] is not None or options["kv_cache"] != "bf16":
-        raise UsageError("--backend llmcompressor: expected no --eight-bit and no --kv-cache fp8")
+        raise InputError("--backend llmcompressor: expected no --eight-bit and no --kv-cache fp8")
     ignore = [*IGNORE, ATTENTION] if options["attention"] == "bf16" else list(IGNORE)
     scheme = "W4A16_ASYM" if options["asymmetric"] else "W4A16"
     return {"scheme": scheme, "group_size": int(options["group_size"]), "ignore": ignore}
@@ -60,16 +61,16 @@ def write_with_llmcompressor(
 ) -> Path | str:
     """The folder `out`, written by llm-compressor and read again by the self-check; a line of words for a dry run.
 
-    Raises UsageError when it is not installed, the model lies on a hub, or `out` holds something else.
+    Raises InputError when it is not installed, the model lies on a hub, or `out` holds something else.
     """
     if type(source.store) is not LocalFolder:
-        raise UsageError(f"--backend llmcompressor: {source.label} lies on a hub, expected a local folder")
+        raise InputError(f"--backend llmcompressor: {source.label} lies on a hub, expected a local folder")
     source.validate()
     run = {"command": "llmcompressor", **job, "source": source.fingerprint}
     if is_finished(out, run):
         return out
     if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out}: holds {sorted(p.name for p in out.iterdir())[0]}, expected an empty folder")
+        raise InputError(f"{out}: holds {sorted(p.name for p in out.iterdir())[0]}, expected an empty folder")
     python = find_python()
     if dry_run:
         return describe(out, f"{job['scheme']} by llm-compressor, at most", source.bytes)
@@ -99,15 +100,15 @@ def write_with_llmcompressor(
 
 
 def find_python() -> str:
-    """The Python that can import llmcompressor. UsageError, one line, when there is none."""
+    """The Python that can import llmcompressor. InputError, one line, when there is none."""
     python = os.environ.get(PYTHON, sys.executable)
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
     try:
         missing = subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode
     except OSError as error:
-        raise UsageError(f"{PYTHON}={python}: {error.strerror}, expected a Python that has llmcompressor") from None
+        raise InputError(f"{PYTHON}={python}: {error.strerror}, expected a Python that has llmcompressor") from None
     if missing:
-        raise UsageError(
+        raise InputError(
             f"--backend llmcompressor: {python} has no llmcompressor; install it in an environment of its own "
             f"(pip install llmcompressor) and set {PYTHON} to that environment's python"
         )

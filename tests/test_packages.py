@@ -84,7 +84,7 @@ def test_imports_go_one_way(path: Path) -> None:
     allowed = set(ROOMS) if climbs else set(ROOMS[ROOMS.index(room) :])
     for name in imported(path):
         if name.split(".")[0] == "mmquant":
-            assert name == "mmquant" or own_room(name) in allowed, f"{room} imports {name}"
+            assert name in ("mmquant", "mmquant.errors") or own_room(name) in allowed, f"{room} imports {name}"
         assert name.split(".")[0] not in ROOMS, f"import mmquant.{name} (or relatively), not the bare folder"
 
 
@@ -104,7 +104,7 @@ def test_rooms_import_each_other_relatively(path: Path) -> None:
     """Absolute names would be invisible to editors, which follow files (package-dir maps them only at run time)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level and n.module]
-    assert not [name for name in absolute if name.startswith("mmquant.")]
+    assert not [name for name in absolute if name.startswith("mmquant.") and name != "mmquant.errors"]
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 # Bytes of one float64 block of log-probabilities; rows of the vocabulary are taken in blocks of this size.
 BLOCK_BYTES = 256 << 20
 RESAMPLES = 2000
@@ -54,7 +56,7 @@ def compare(reference: Tensor, logits: Tensor, target: Tensor) -> Scores:
     Raises ValueError for shapes that differ and for a reference that is not finite.
     """
     if reference.shape != logits.shape:
-        raise ValueError(f"vocabularies differ: reference {reference.shape[-1]}, candidate {logits.shape[-1]}")
+        raise InputError(f"vocabularies differ: reference {reference.shape[-1]}, candidate {logits.shape[-1]}")
     rows = max(1, BLOCK_BYTES // (8 * logits.shape[-1]))
     parts = [
         _compare(reference[i : i + rows], logits[i : i + rows], target[i : i + rows])
@@ -67,7 +69,7 @@ def _compare(reference: Tensor, logits: Tensor, target: Tensor) -> Scores:
     base = log_softmax(reference)
     if not bool(torch.isfinite(base).all()):
         bad = int((~torch.isfinite(base).all(-1)).sum())
-        raise ValueError(f"reference: logits of {bad} of {len(base)} positions are not finite, nothing to compare with")
+        raise InputError(f"reference: logits of {bad} of {len(base)} positions are not finite, nothing to compare with")
     finite = torch.isfinite(logits).all(-1)
     mine = log_softmax(torch.where(finite[:, None], logits, torch.zeros_like(logits)))
     kld = (base.exp() * (base - mine)).sum(-1).clamp_(min=0)

@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.files.atomic import replace_whole
 from ...convert.source import Source
 from ..model.ranks import Ranks
@@ -197,7 +199,7 @@ class StoredReference:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file, expected reference logits of --save-reference")
+            raise InputError(f"{path}: no such file, expected reference logits of --save-reference")
         self.path = path
         self._data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         self.made_of, self.blocks = self._header()
@@ -206,24 +208,24 @@ class StoredReference:
         self._at = len(MAGIC) + np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._row = np.concatenate([[0], np.cumsum([n for n, _ in self.blocks])]).astype(np.int64)
         if self._at[-1] != self._offset:
-            raise ValueError(f"{path}: blocks of {self._at[-1]} bytes, expected {self._offset}: the file is damaged")
+            raise InputError(f"{path}: blocks of {self._at[-1]} bytes, expected {self._offset}: the file is damaged")
 
     def _header(self) -> tuple[dict[str, Any], list[list[int]]]:
         size = len(self._data)
         whole = bytes(self._data[:8]) == MAGIC and bytes(self._data[-8:]) == MAGIC and size >= FOOTER + 8
         if not whole:
-            raise ValueError(f"{self.path}: not a file of reference logits, or cut off")
+            raise InputError(f"{self.path}: not a file of reference logits, or cut off")
         self._offset, length = struct.unpack("<QQ", bytes(self._data[-FOOTER:-8]))
         if self._offset + length + FOOTER != size:
-            raise ValueError(f"{self.path}: header of {length} bytes at {self._offset} in {size}: the file is damaged")
+            raise InputError(f"{self.path}: header of {length} bytes at {self._offset} in {size}: the file is damaged")
         try:
             header = json.loads(bytes(self._data[self._offset : self._offset + length]))
             blocks = [[int(n), int(m)] for n, m in header["blocks"]]
             made_of = dict(header["made_of"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{self.path}: its description is not readable: the file is damaged") from None
+            raise InputError(f"{self.path}: its description is not readable: the file is damaged") from None
         if any(n < 0 or m < 0 or 12 * n + 6 * m > size for n, m in blocks):
-            raise ValueError(f"{self.path}: a block larger than the file: the file is damaged")
+            raise InputError(f"{self.path}: a block larger than the file: the file is damaged")
         return made_of, blocks
 
     def check(self, sample: Sample, source: Source | None, tokenizer: str | None, activations: str = "exact") -> None:
@@ -234,9 +236,9 @@ class StoredReference:
         for name, value in wanted.items():
             if self.made_of.get(name) != value:
                 found = self.made_of.get(name)
-                raise ValueError(f"{self.path}: made with another {name} ({_short(found)}), expected {_short(value)}")
+                raise InputError(f"{self.path}: made with another {name} ({_short(found)}), expected {_short(value)}")
         if self._row[-1] != int(sample.scored.sum()):
-            raise ValueError(f"{self.path}: {self._row[-1]} positions, expected {int(sample.scored.sum())}")
+            raise InputError(f"{self.path}: {self._row[-1]} positions, expected {int(sample.scored.sum())}")
 
     def rows(self, start: int, stop: int) -> Rows:
         """Positions start..stop-1 of the whole sample."""
@@ -254,7 +256,7 @@ class StoredReference:
         data = self._data[self._at[number] : self._at[number + 1]].tobytes()
         count = np.frombuffer(data, "<u4", n).astype(np.int64)
         if count.sum() != m or (n and count.min() < 1):
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: block {number} keeps {count.sum()} tokens, expected {m}: the file is damaged"
             )
         nll, tail = np.frombuffer(data, "<f4", n, 4 * n), np.frombuffer(data, "<f4", n, 8 * n)

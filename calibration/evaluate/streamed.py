@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, LayerWeights
 from ...convert.source import Source
 from ..model.distributed import read_layer_shared
@@ -112,7 +114,7 @@ def evaluate(
     for candidate in candidates:
         check_same_model(geometry, candidate)
     if int(sample.tokens.max()) >= geometry.vocab:
-        raise ValueError(f"tokens: id {int(sample.tokens.max())}, the model's vocabulary has {geometry.vocab}")
+        raise InputError(f"tokens: id {int(sample.tokens.max())}, the model's vocabulary has {geometry.vocab}")
     share = ranks.share(sample.windows)
     mine, origin = sample.part(share), int(sample.scored[: share.start].sum())
     subjects = _subjects(source, candidates, mine, settings)

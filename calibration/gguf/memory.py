@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mmquant.errors import InputError
+
 from ...convert.models.minimax_m2 import Geometry
 from ..int4.layer import working_memory
 from ..model.forward import rows_at_once
@@ -103,7 +105,7 @@ def moment_memory(
     left, least = int((free - held) * USABLE) - other - pair_bytes(g.hidden), pair_bytes(g.hidden)
     if left < least:
         needed = (other + 2 * least) / USABLE + held
-        raise ValueError(f"{device}: {free / 1e9:.1f} GB of memory are free, a layer needs {needed / 1e9:.1f} GB")
+        raise InputError(f"{device}: {free / 1e9:.1f} GB of memory are free, a layer needs {needed / 1e9:.1f} GB")
     return left
 
 
@@ -122,7 +124,7 @@ def learning_memory(
     left, least = int(total * USABLE) - other, LEARNING_BYTES["cuda"] * 3 * g.hidden * g.expert_width
     if left < least:
         needed = (other + least) / USABLE
-        raise ValueError(
+        raise InputError(
             f"{device}: --effort high needs a card of {needed / 1e9:.1f} GB, this has {total / 1e9:.1f} GB"
         )
     return min(left, LARGEST_WORK)

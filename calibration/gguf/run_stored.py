@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.files.atomic import sha256_file
 from ...convert.gguf.imatrix import Imatrix, read_imatrix
@@ -80,7 +82,7 @@ class Stored:
             found = self.known.layer(layer)
             missing = [name for name in INPUT_OF if name not in found]
             if missing:
-                raise ValueError(f"{self.path}: blk.{layer}.{missing[0]}.weight is missing")
+                raise InputError(f"{self.path}: blk.{layer}.{missing[0]}.weight is missing")
             out = {name: moments_of(found[name]) for name in INPUT_OF}
         else:
             statistics = self.known.layer(layer, second=self.method.feedback)
@@ -96,16 +98,16 @@ def open_stored(path: Path, source: Checkpoint, effort: str) -> Stored:
     """A folder that `mmquant calibrate` wrote, or an imatrix in GGUF. ValueError when it does not serve."""
     if path.suffix == ".gguf":
         if effort != "fast":
-            raise ValueError(f"{path}: an imatrix holds diagonals, which serve --effort fast only")
+            raise InputError(f"{path}: an imatrix holds diagonals, which serve --effort fast only")
         return Stored(path, read_imatrix(path), effort)
     if effort == "high":
-        raise ValueError(
+        raise InputError(
             f"{path}: holds sums; --effort high learns on the calibration tokens, expected default or fast"
         )
     known = open_statistics(path)
     known.check(source.fingerprint, source.geometry.layers)
     if not known.full and effort != "fast":
-        raise ValueError(
+        raise InputError(
             f"{path}: holds diagonals, expected second moments (calibrate --moments full) or --effort fast"
         )
     return Stored(path, known, effort)

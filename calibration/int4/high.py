@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.files.atomic import replace_whole
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...convert.source import Source, read_layer
@@ -58,7 +60,7 @@ class ReferenceStream:
             place = place_of(like.device, quantized.bytes)
             self.hidden = HiddenStates(*quantized.shape, folder=self.folder, device=place)
             if layer and not self._load(layer):
-                raise ValueError(f"layer {layer}: the reference stream of the interrupted run is gone; start anew")
+                raise InputError(f"layer {layer}: the reference stream of the interrupted run is gone; start anew")
             if not layer:
                 self.hidden.all().copy_(quantized.all())
             self.layer = layer

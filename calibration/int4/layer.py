@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.integer.gptq import DAMPING, Grid, Solved, quantize
 from ...quantize.integer.grid import IntWeight, dequantize, join, rows_of, select
@@ -229,7 +231,7 @@ def quantize_attention(
 def check_statistics(layer: int, weights: LayerWeights, statistics: LayerStatistics) -> None:
     """ValueError unless the statistics fit the layer's matrices."""
     if statistics.layer != layer:
-        raise ValueError(f"statistics of layer {statistics.layer}, expected layer {layer}")
+        raise InputError(f"statistics of layer {statistics.layer}, expected layer {layer}")
     experts, width, hidden = weights.w1.shape
     check_moments(statistics.expert_in, experts, hidden, f"layer {layer} w1, w3")
     check_moments(statistics.expert_mid, experts, width, f"layer {layer} w2")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.folder.int4 import Int4Variant
 from ...convert.folder.int4_layouts import batch_tensors, matrix_tensors
@@ -108,7 +110,7 @@ class CalibratedInt4(Int4Variant):
     def _learned(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
         """The layer after learned rounding, on the streams that enter it."""
         if inputs.hidden is None:
-            raise ValueError("effort high works on the calibration tokens; stored statistics hold only sums")
+            raise InputError("effort high works on the calibration tokens; stored statistics hold only sums")
         device = inputs.weights.w1.device
         reference = self.reference.enter(source, inputs.layer, inputs.hidden, inputs.weights.w1)
         both = streams(reference, inputs.hidden, self.learning, device)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.files.atomic import replace_whole
 from ...convert.models.minimax_m2 import EMBED, LayerWeights
 from ...convert.source import Source
@@ -57,7 +59,7 @@ class Stream:
         """
         self.layer = self._restore(layer)
         if self.layer < layer and not replay:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder}: no hidden states of layer {layer} to continue from; start in a new folder"
             )
         while self.layer < layer:

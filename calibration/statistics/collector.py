@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ..model.forward import Observer, Routing
 from .layer import MARGIN_BINS, LayerStatistics, RoutingStatistics
@@ -36,9 +38,9 @@ class Collect:
 
     def __post_init__(self) -> None:
         if self.weighting not in ("router", "uniform"):
-            raise ValueError(f"weighting {self.weighting!r}, expected router or uniform")
+            raise InputError(f"weighting {self.weighting!r}, expected router or uniform")
         if self.experts not in ("routed", "all"):
-            raise ValueError(f"experts {self.experts!r}, expected routed or all")
+            raise InputError(f"experts {self.experts!r}, expected routed or all")
 
 
 class Collector(Observer):
@@ -134,7 +136,7 @@ class Collector(Observer):
             row = int(torch.nonzero(~good)[0])
             index = row if token is None else int(token[row])
             place = f"layer {self.layer}" + ("" if expert is None else f", expert {int(expert[row])}")
-            raise ValueError(
+            raise InputError(
                 f"{place}, token {index % self.length} of window {self.window + index // self.length}: the {what} "
                 f"holds NaN or infinity, in {int((~good).sum())} of {len(good)} rows; expected finite activations "
                 "(--skip-nonfinite leaves such rows out)"

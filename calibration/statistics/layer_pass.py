@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.moments import Moments
 from ..model.distributed import max_everywhere, share, sum_everywhere, sum_to, world
@@ -61,7 +63,7 @@ def plan_moments(geometry: Geometry, collect: Collect, memory: int, host: int | 
         return MomentPlan(geometry.experts, 1, "device", fixed + total, total)
     chunk = (memory - fixed) // each
     if chunk < 1:
-        raise ValueError(f"memory limit: {memory} bytes, one expert's moments and attention's need {fixed + each}")
+        raise InputError(f"memory limit: {memory} bytes, one expert's moments and attention's need {fixed + each}")
     passes = -(-geometry.experts // chunk)
     chunk = -(-geometry.experts // passes)
     results = "host" if host is not None and total <= host else "file"

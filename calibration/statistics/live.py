@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from mmquant.errors import InputError
+
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.models.minimax_m2 import LayerWeights
 from ...convert.source import read_layer
@@ -38,7 +40,7 @@ class PassOptions:
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
-            raise ValueError(f"propagate {self.propagate!r}, expected reference or quantized")
+            raise InputError(f"propagate {self.propagate!r}, expected reference or quantized")
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -133,7 +135,7 @@ class LivePass:
         while self.stream.layer < layer:
             self.stream.advance(self.stream.read_layer(self.stream.layer))
         if self.stream.layer != layer:
-            raise ValueError(
+            raise InputError(
                 f"layer {layer} asked for after layer {self.stream.layer - 1}: a live pass goes forward only"
             )
 

@@ -16,6 +16,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.checkpoints.store import parse_json
 from ...convert.files.atomic import replace_whole, write_whole
 from ...convert.models.minimax_m2 import Geometry
@@ -42,22 +44,22 @@ class StatisticsWriter:
     def __init__(self, folder: Path, identity: Mapping[str, Any], label: str, dtype: str = "float32") -> None:
         """label: the model. Raises ValueError when the folder holds another run's statistics or other files."""
         if dtype not in STORED:
-            raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(STORED)}")
+            raise InputError(f"dtype {dtype!r}, expected one of {', '.join(STORED)}")
         self.folder, self.label, self.dtype = folder, label, dtype
         self.identity = {**json.loads(json.dumps(identity)), "stored": dtype}
         self.layers: list[dict[str, Any]] = []
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder}: a file, expected a folder or nothing")
+            raise InputError(f"{folder}: a file, expected a folder or nothing")
         if (folder / MANIFEST).exists():
             found = read_manifest(folder)
             if found["identity"] != self.identity:
-                raise ValueError(f"{folder}: holds statistics of {first_difference(found['identity'], self.identity)}")
+                raise InputError(f"{folder}: holds statistics of {first_difference(found['identity'], self.identity)}")
             self.layers = found["layers"]
             return
         strange = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
         strange = sorted(name for name in strange if not name.endswith(".tmp"))
         if strange:
-            raise ValueError(f"{folder}: holds {strange[0]}, expected an empty folder or unfinished statistics")
+            raise InputError(f"{folder}: holds {strange[0]}, expected an empty folder or unfinished statistics")
 
     @property
     def done(self) -> int:
@@ -94,10 +96,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """statistics.json, checked. Raises ValueError when it is missing or of another format."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder}: no {MANIFEST}, expected a folder written by mmquant calibrate")
+        raise InputError(f"{folder}: no {MANIFEST}, expected a folder written by mmquant calibrate")
     data = parse_json(path.read_bytes(), str(path))
     if data.get("format") != FORMAT or not isinstance(data.get("layers"), list):
-        raise ValueError(f"{path}: format {data.get('format')!r}, expected {FORMAT}")
+        raise InputError(f"{path}: format {data.get('format')!r}, expected {FORMAT}")
     return data
 
 
@@ -139,15 +141,15 @@ class StoredStatistics:
         """Raise ValueError unless they are of this checkpoint (and corpus), and whole."""
         model = self.identity["model"]
         if model != fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder}: statistics of another checkpoint ({self.label}, fingerprint {model[:12]}), "
                 f"expected fingerprint {fingerprint[:12]}"
             )
         found = self.identity["corpus"]["fingerprint"]
         if corpus is not None and found != corpus:
-            raise ValueError(f"{self.folder}: statistics of another corpus ({found[:12]}), expected {corpus[:12]}")
+            raise InputError(f"{self.folder}: statistics of another corpus ({found[:12]}), expected {corpus[:12]}")
         if layers is not None and self.layers < layers:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder}: {self.layers} of {layers} layers; run mmquant calibrate again to finish them"
             )
 
@@ -162,12 +164,12 @@ class StoredStatistics:
     def layer(self, layer: int, second: bool = True) -> LayerStatistics:
         """One layer's statistics on the CPU; `second` False leaves full moments on disk."""
         if layer >= self.layers:
-            raise ValueError(f"{self.folder}: {self.layers} layers, no layer {layer}")
+            raise InputError(f"{self.folder}: {self.layers} layers, no layer {layer}")
         entry = self.entries[layer]
         path = self.folder / entry["file"]
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             size = path.stat().st_size if path.is_file() else "no file"
-            raise ValueError(
+            raise InputError(
                 f"{path}: {size}, expected {entry['bytes']} bytes: damaged, delete the folder and calibrate"
             )
         with safe_open(path, framework="pt") as file:

@@ -13,6 +13,8 @@ from jinja2 import TemplateError, Undefined
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mmquant.errors import InputError
+
 from ...convert.source import Source
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -53,7 +55,7 @@ class ChatTemplate:
         try:
             return self._compiled.render(messages=messages, tools=tools, add_generation_prompt=False, **self.tokens)
         except (TemplateError, TypeError) as error:
-            raise ValueError(f"{self.label}: {error}") from None
+            raise InputError(f"{self.label}: {error}") from None
 
     def _with_tools(self, chat: Chat) -> tuple[dict[str, Any], ...]:
         """Describe the tools in the system message, as M2's template does, when the template does not name them."""
@@ -118,17 +120,17 @@ def parse_line(line: str) -> Chat | str:
     try:
         data = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+        raise InputError(f"not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(data, dict):
-        raise ValueError(f"a JSON {type(data).__name__}, expected an object")
+        raise InputError(f"a JSON {type(data).__name__}, expected an object")
     if isinstance(data.get("text"), str):
         return data["text"]
     messages = data.get("messages", data.get("conversations"))
     if not isinstance(messages, list) or not messages:
-        raise ValueError('no "messages" list and no "text"')
+        raise InputError('no "messages" list and no "text"')
     tools = data.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError('"tools" is not a list of objects')
+        raise InputError('"tools" is not a list of objects')
     checked = (_message(number, message) for number, message in enumerate(messages, 1))
     return Chat(tuple(checked), tuple(tools))
 
@@ -136,17 +138,17 @@ def parse_line(line: str) -> Chat | str:
 def _message(number: int, message: Any) -> dict[str, Any]:
     where = f"message {number}"
     if not isinstance(message, dict):
-        raise ValueError(f"{where} is a {type(message).__name__}, expected an object")
+        raise InputError(f"{where} is a {type(message).__name__}, expected an object")
     if message.get("role") not in ROLES:
-        raise ValueError(f"{where} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
+        raise InputError(f"{where} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
     out = dict(message)
     content = out.get("content")
     if isinstance(content, list):  # [{"type": "text", "text": ...}, ...]
         out["content"] = content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"{where} has content of type {type(content).__name__}, expected a string")
+        raise InputError(f"{where} has content of type {type(content).__name__}, expected a string")
     if content is None and not out.get("tool_calls"):
-        raise ValueError(f"{where} has neither content nor tool_calls")
+        raise InputError(f"{where} has neither content nor tool_calls")
     if "tool_calls" in out:
         out["tool_calls"] = [_call(where, call) for call in out["tool_calls"] or []]
     return out
@@ -155,15 +157,15 @@ def _message(number: int, message: Any) -> dict[str, Any]:
 def _call(where: str, call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{where} has a tool call without a function name")
+        raise InputError(f"{where} has a tool call without a function name")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError:
-            raise ValueError(f"{where} calls {function['name']} with arguments that are not JSON") from None
+            raise InputError(f"{where} calls {function['name']} with arguments that are not JSON") from None
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where} calls {function['name']} with arguments that are not an object")
+        raise InputError(f"{where} calls {function['name']} with arguments that are not an object")
     return {"type": "function", "function": {**function, "arguments": arguments}}
 
 
@@ -177,9 +179,9 @@ def read_chats(path: Path, template: ChatTemplate | None) -> list[str]:
             parsed = parse_line(line)
             if isinstance(parsed, Chat):
                 if template is None:
-                    raise ValueError("a chat, but the checkpoint has no chat template")
+                    raise InputError("a chat, but the checkpoint has no chat template")
                 parsed = template.render(parsed)
         except ValueError as error:
-            raise ValueError(f"{path}: line {number}: {error}") from None
+            raise InputError(f"{path}: line {number}: {error}") from None
         texts.append(parsed)
     return texts

@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from .chat import ChatTemplate, read_chats
 
 DEFAULT = "default"
@@ -109,18 +111,18 @@ def _parse(spec: str) -> tuple[Path, float | None]:
     try:
         weight = float(number)
     except ValueError:
-        raise ValueError(f"{spec}: weight {number!r}, expected a positive number") from None
+        raise InputError(f"{spec}: weight {number!r}, expected a positive number") from None
     if not 0 < weight < float("inf"):
-        raise ValueError(f"{spec}: weight {number}, expected a positive number")
+        raise InputError(f"{spec}: weight {number}, expected a positive number")
     return bundled("calibration") if name == DEFAULT else Path(name), weight
 
 
 def _documents(path: Path, template: ChatTemplate | None) -> list[Document]:
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
     if not files:
-        raise ValueError(f"{path}: no text in this folder, expected files ending in {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: no text in this folder, expected files ending in {', '.join(SUFFIXES)}")
     out: list[Document] = []
     for file in files:
         inner = file.relative_to(path).parts if path.is_dir() else ()
@@ -129,7 +131,7 @@ def _documents(path: Path, template: ChatTemplate | None) -> list[Document]:
         origins = [file.name] if len(texts) == 1 else [f"{file.name}:{n}" for n in range(1, len(texts) + 1)]
         out += [Document(text, domain, origin) for text, origin in zip(texts, origins, strict=True)]
     if not any(document.text.strip() for document in out):
-        raise ValueError(f"{path}: empty, expected text")
+        raise InputError(f"{path}: empty, expected text")
     return [document for document in out if document.text.strip()]
 
 
@@ -137,7 +139,7 @@ def _texts(file: Path, template: ChatTemplate | None) -> list[str]:
     try:
         return read_chats(file, template) if file.suffix == ".jsonl" else [file.read_text("utf-8")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: byte {error.start} is not UTF-8, expected text") from None
+        raise InputError(f"{file}: byte {error.start} is not UTF-8, expected text") from None
 
 
 def pack(sets: list[TextSet], tokenizer: Tokenizer, context: int, windows: int | None = None, seed: int = 0) -> Corpus:
@@ -150,7 +152,7 @@ def pack(sets: list[TextSet], tokenizer: Tokenizer, context: int, windows: int |
     Raises ValueError when the text is shorter than one window.
     """
     if context < 2 or (windows is not None and windows < 1):
-        raise ValueError(f"context {context}, {windows} windows: expected at least 2 tokens and 1 window")
+        raise InputError(f"context {context}, {windows} windows: expected at least 2 tokens and 1 window")
     order = np.random.default_rng(seed)
     streams = []
     for part in sets:
@@ -160,7 +162,7 @@ def pack(sets: list[TextSet], tokenizer: Tokenizer, context: int, windows: int |
     available = [len(stream) // context for stream in streams]
     if not sum(available):
         longest = max((len(stream) for stream in streams), default=0)
-        raise ValueError(f"calibration text: {longest} tokens in the longest set, expected one window of {context}")
+        raise InputError(f"calibration text: {longest} tokens in the longest set, expected one window of {context}")
     counts = shares(available, [part.weight for part in sets], windows)
     domains = tuple(dict.fromkeys(part.name for part in sets))
     placed = []

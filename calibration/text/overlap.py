@@ -14,6 +14,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from mmquant.errors import InputError
+
 SHINGLE = 13  # words; the length of the n-grams by which GPT-3's authors looked for contamination
 PASSAGE = 50
 SHARE = 0.01
@@ -72,7 +74,7 @@ def check_disjoint(evaluation: dict[str, str], known: NDArray[np.uint64]) -> Non
         found = overlap(text, known)
         if found.refused:
             start = found.passage[:60]
-            raise ValueError(
+            raise InputError(
                 f"{name}: overlaps the calibration text in {found.shared} of {found.total} {SHINGLE}-word shingles, "
                 f"longest passage {found.longest} words ({start!r}...); expected other documents than the calibration's"
             )

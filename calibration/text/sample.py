@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from .chat import ChatTemplate, read_chats
 
 CONVENTIONS = ("all", "llama.cpp")
@@ -90,12 +92,12 @@ class Sample:
 def read_text(path: Path, domain: str | None = None, template: ChatTemplate | None = None) -> Text:
     """A text file, or a .jsonl file of documents and chats (chat.py); the domain is its stem by default."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such text file")
+        raise InputError(f"{path}: no such text file")
     data = path.read_bytes()
     try:
         whole = data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
     documents = tuple(read_chats(path, template)) if path.suffix == ".jsonl" else (whole,)
     return Text(path.name, domain or path.stem, hashlib.sha256(data).hexdigest(), documents)
 
@@ -111,7 +113,7 @@ def read_texts(paths: Sequence[str | Path], template: ChatTemplate | None = None
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
             if not files:
-                raise ValueError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+                raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
             found += [read_text(file, domain, template) for file in files]
         else:
             found.append(read_text(path, domain, template))
@@ -131,14 +133,14 @@ def make_sample(
     Raises ValueError for a text shorter than one window, and for a context or stride that makes no sense.
     """
     if convention not in CONVENTIONS:
-        raise ValueError(f"convention {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+        raise InputError(f"convention {convention!r}, expected one of {', '.join(CONVENTIONS)}")
     stride = context if stride is None else stride
     if context < 2 or not 1 <= stride <= context:
-        raise ValueError(
+        raise InputError(
             f"context {context}, stride {stride}: expected a context of 2 or more and 1 <= stride <= context"
         )
     if convention != "all" and stride != context:
-        raise ValueError(f"stride {stride}: the convention of llama.cpp has none, expected the context {context}")
+        raise InputError(f"stride {stride}: the convention of llama.cpp has none, expected the context {context}")
     cut = [_cut(text, tokenizer, context, stride, convention) for text in texts]
     chosen = _shares([len(tokens) for tokens, _, _ in cut], count)
     names = tuple(dict.fromkeys(text.domain for text in texts))
@@ -167,7 +169,7 @@ def _cut(
     owner = np.repeat(np.arange(len(ids)), [len(part) for part in ids])
     flat = torch.tensor([token for part in ids for token in part], dtype=torch.int64)
     if len(flat) < context:
-        raise ValueError(f"{text.name}: {len(flat)} tokens, shorter than one window of {context}")
+        raise InputError(f"{text.name}: {len(flat)} tokens, shorter than one window of {context}")
     tokens = flat.unfold(0, context, stride).contiguous()
     first = np.full(len(tokens), context // 2 if convention == "llama.cpp" else 0, dtype=np.int64)
     if stride < context:

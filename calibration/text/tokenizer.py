@@ -6,6 +6,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.source import Source
 
 
@@ -13,7 +15,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
     """The tokenizer of tokenizer.json; ValueError when the source carries none."""
     data = source.small_file("tokenizer.json")
     if data is None:
-        raise ValueError(f"{source.label}: tokenizer.json is missing")
+        raise InputError(f"{source.label}: tokenizer.json is missing")
     return Tokenizer.from_str(data.decode())
 
 
@@ -25,6 +27,6 @@ def windows(text: str, tokenizer: Tokenizer, context: int, count: int | None = N
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
     whole = len(ids) // context
     if whole == 0:
-        raise ValueError(f"text: {len(ids)} tokens, expected at least one window of {context}")
+        raise InputError(f"text: {len(ids)} tokens, expected at least one window of {context}")
     whole = whole if count is None else min(whole, count)
     return ids[: whole * context].view(whole, context)

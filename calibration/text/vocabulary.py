@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mmquant.errors import InputError
+
 from ...convert.models.minimax_m2 import Geometry
 from ...convert.source import Source
 
@@ -36,7 +38,7 @@ def read_vocabulary(source: Source) -> Vocabulary | None:
         tokens |= {int(added["id"]): str(added["content"]) for added in whole.get("added_tokens") or []}
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"].get("merges") or []]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{source.label}: tokenizer.json is damaged, expected a BPE vocabulary") from None
+        raise InputError(f"{source.label}: tokenizer.json is damaged, expected a BPE vocabulary") from None
     return Vocabulary(tokens, merges, json.dumps(whole.get("pre_tokenizer"), sort_keys=True))
 
 
@@ -53,20 +55,20 @@ def check_same_tokenizer(reference: Source, candidate: Source) -> None:
         return
     if len(mine.tokens) != len(theirs.tokens):
         counts = f"{len(mine.tokens)} tokens, the reference has {len(theirs.tokens)}"
-        raise ValueError(f"{candidate.label}: a tokenizer of {counts}: another tokenizer")
+        raise InputError(f"{candidate.label}: a tokenizer of {counts}: another tokenizer")
     for number in sorted(mine.tokens.keys() | theirs.tokens.keys()):
         found, wanted = mine.tokens.get(number), theirs.tokens.get(number)
         if found != wanted:
-            raise ValueError(
+            raise InputError(
                 f"{candidate.label}: token {number} is {found!r}, the reference's tokenizer has {wanted!r}"
             )
     for number, (found, wanted) in enumerate(zip(mine.merges, theirs.merges, strict=False)):
         if found != wanted:
-            raise ValueError(
+            raise InputError(
                 f"{candidate.label}: merge {number} is {found!r}, the reference's tokenizer has {wanted!r}"
             )
     if len(mine.merges) != len(theirs.merges) or mine.splitting != theirs.splitting:
-        raise ValueError(f"{candidate.label}: its tokenizer splits text in another way than the reference's")
+        raise InputError(f"{candidate.label}: its tokenizer splits text in another way than the reference's")
 
 
 def check_same_model(reference: Geometry, candidate: Source) -> None:
@@ -77,4 +79,4 @@ def check_same_model(reference: Geometry, candidate: Source) -> None:
         mine, theirs = getattr(candidate.geometry, name), getattr(reference, name)
         same = abs(mine - theirs) <= 1e-6 * abs(theirs) if isinstance(theirs, float) else mine == theirs
         if not same:
-            raise ValueError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")
+            raise InputError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")

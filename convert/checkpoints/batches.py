@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from .store import ShardStore, TensorInfo
 
 READERS = 8
@@ -34,7 +36,7 @@ def read_batch(store: ShardStore, infos: list[TensorInfo], dtype: torch.dtype, d
     for info in infos:
         if info.shape != first.shape or info.dtype != first.dtype:
             found = f"{info.dtype} {list(info.shape)}, {first.name} is {first.dtype} {list(first.shape)}"
-            raise ValueError(f"{info.shard}: {info.name} is {found}: expected experts stored alike")
+            raise InputError(f"{info.shard}: {info.name} is {found}: expected experts stored alike")
     pinned = torch.device(device).type == "cuda"
     staging = torch.empty((len(infos), first.size), dtype=torch.uint8, pin_memory=pinned)
     paths = [store.path(info.shard) for info in infos]
@@ -47,7 +49,7 @@ def read_batch(store: ShardStore, infos: list[TensorInfo], dtype: torch.dtype, d
             while got < info.size:
                 step = file.readinto(view[got:])
                 if not step:
-                    raise ValueError(
+                    raise InputError(
                         f"{info.shard}: {info.name} has {got} of {info.size} bytes, the shard is truncated"
                     )
                 got += step

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...quantize.fp8 import dequantize_tiles
 from ..models.minimax_m2 import (
     FINAL_NORM,
@@ -67,7 +69,7 @@ def read_tensor(store: ShardStore, info: TensorInfo) -> Tensor:
         file.seek(info.offset)
         got = file.readinto(buffer.data) if info.size else 0
     if got != info.size:
-        raise ValueError(f"{info.shard}: {info.name} has {got} of {info.size} bytes, the shard is truncated")
+        raise InputError(f"{info.shard}: {info.name} has {got} of {info.size} bytes, the shard is truncated")
     return torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
@@ -75,7 +77,7 @@ def read_config(store: ShardStore) -> dict[str, Any]:
     """config.json of a store; ValueError when it is missing or broken."""
     data = store.small("config.json")
     if data is None:
-        raise ValueError(f"{store.label}: config.json is missing")
+        raise InputError(f"{store.label}: config.json is missing")
     return parse_json(data, f"{store.label}/config.json")
 
 
@@ -85,7 +87,7 @@ def collect_tensors(store: ShardStore) -> dict[str, TensorInfo]:
     for shard in shard_names(store):
         for info in store.header(shard):
             if info.name in tensors:
-                raise ValueError(f"{shard}: {info.name} stands in {tensors[info.name].shard} as well")
+                raise InputError(f"{shard}: {info.name} stands in {tensors[info.name].shard} as well")
             tensors[info.name] = info
     return tensors
 
@@ -94,7 +96,7 @@ def check_count(geometry: Geometry, tensors: int, label: str) -> None:
     """Refuse sizes that no shard could hold before anything is listed by them (a hostile config.json)."""
     matrices = geometry.layers * (4 + 3 * geometry.experts)
     if matrices > tensors:
-        raise ValueError(f"{label}: config.json calls for {matrices} matrices, the shards hold {tensors} tensors")
+        raise InputError(f"{label}: config.json calls for {matrices} matrices, the shards hold {tensors} tensors")
 
 
 class Checkpoint:
@@ -146,15 +148,15 @@ class Checkpoint:
         wanted = self.expected()
         have = {n: t for n, t in self.tensors.items() if n not in self.skipped}
         if missing := [n for n in wanted if n not in have]:
-            raise ValueError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
+            raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
         if extra := [n for n in have if n not in wanted]:
-            raise ValueError(f"{self.label}: {len(extra)} tensors are not part of this model, first {extra[0]}")
+            raise InputError(f"{self.label}: {len(extra)} tensors are not part of this model, first {extra[0]}")
         for name, (shape, dtypes) in wanted.items():
             info = have[name]
             if info.shape != shape:
-                raise ValueError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)}")
+                raise InputError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)}")
             if info.dtype not in dtypes:
-                raise ValueError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
+                raise InputError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
         if isinstance(self.store, LocalFolder) if scales is None else scales:
             for name in wanted:
                 if name.endswith("weight_scale_inv"):
@@ -165,7 +167,7 @@ class Checkpoint:
     def raw(self, name: str) -> Tensor:
         """A tensor as stored; ValueError when there is none of that name."""
         if name not in self.tensors:
-            raise ValueError(f"{self.label}: {name} is missing")
+            raise InputError(f"{self.label}: {name} is missing")
         self.schedule.reading(name)
         return read_tensor(self.store, self.tensors[name])
 
@@ -174,7 +176,7 @@ class Checkpoint:
         scales = self.raw(name).float()
         if not bool((torch.isfinite(scales) & (scales > 0)).all()):
             bad = scales[~(torch.isfinite(scales) & (scales > 0))][0].item()
-            raise ValueError(f"{self.tensors[name].shard}: {name} holds {bad}, expected finite and positive scales")
+            raise InputError(f"{self.tensors[name].shard}: {name} holds {bad}, expected finite and positive scales")
         return scales
 
     def scale_dtype(self, name: str) -> torch.dtype:
@@ -223,7 +225,7 @@ class Checkpoint:
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise ValueError(f"{self.label}: {name} is missing")
+            raise InputError(f"{self.label}: {name} is missing")
         return self.tensors[name]
 
     def small_file(self, name: str) -> bytes | None:
@@ -277,9 +279,9 @@ def _quantization(config: dict[str, Any]) -> tuple[tuple[int, int] | None, set[s
         return None, set()
     method, tile = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method != "fp8":
-        raise ValueError(f"config.json: quant_method is {method!r}, expected fp8 or no quantization_config")
+        raise InputError(f"config.json: quant_method is {method!r}, expected fp8 or no quantization_config")
     if not isinstance(tile, list) or len(tile) != 2 or not all(isinstance(t, int) and t > 0 for t in tile):
-        raise ValueError(f"config.json: weight_block_size is {tile!r}, expected two positive integers")
+        raise InputError(f"config.json: weight_block_size is {tile!r}, expected two positive integers")
     skipped = quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or []
     return (tile[0], tile[1]), set(skipped)
 

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from mmquant.errors import InputError
+
 SGLANG = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])")
 
@@ -48,7 +50,7 @@ def matches(target: str, names: list[str]) -> bool:
     try:
         return any(re.match(target[3:], name) for name in names)
     except re.error as error:
-        raise ValueError(f"config.json: target {target!r} is not a regular expression ({error})") from None
+        raise InputError(f"config.json: target {target!r} is not a regular expression ({error})") from None
 
 
 def scheme_of(quantization: dict[str, Any], name: str) -> Scheme | None:
@@ -63,7 +65,7 @@ def scheme_of(quantization: dict[str, Any], name: str) -> Scheme | None:
         return _awq(quantization, name)
     if method in ("gptq", "gptq_marlin"):
         return _gptq(quantization, name)
-    raise ValueError(f"config.json: quant_method is {method!r}, expected compressed-tensors, awq, gptq or fp8")
+    raise InputError(f"config.json: quant_method is {method!r}, expected compressed-tensors, awq, gptq or fp8")
 
 
 def _compressed_tensors(quantization: dict[str, Any], name: str) -> Scheme | None:
@@ -72,11 +74,11 @@ def _compressed_tensors(quantization: dict[str, Any], name: str) -> Scheme | Non
         return None
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise ValueError("config.json: config_groups is missing or empty")
+        raise InputError("config.json: config_groups is missing or empty")
     by_class = None
     for label, group in groups.items():
         if not isinstance(group, dict):
-            raise ValueError(f"config.json: config_groups.{label} is not an object")
+            raise InputError(f"config.json: config_groups.{label} is not an object")
         targets = _strings(group.get("targets") or [], f"config_groups.{label}.targets")
         if any(matches(target, names) for target in targets):
             return _ct_scheme(group, quantization, label)
@@ -87,26 +89,26 @@ def _compressed_tensors(quantization: dict[str, Any], name: str) -> Scheme | Non
 
 def _strings(value: object, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"config.json: {where} is {value!r}, expected a list of names")
+        raise InputError(f"config.json: {where} is {value!r}, expected a list of names")
     return value
 
 
 def _ct_scheme(group: dict[str, Any], quantization: dict[str, Any], label: str) -> Scheme:
     weights = group.get("weights")
     if not isinstance(weights, dict):
-        raise ValueError(f"config.json: config_groups.{label}.weights is missing")
+        raise InputError(f"config.json: config_groups.{label}.weights is missing")
     kind = group.get("format") or quantization.get("format")
     bits, strategy = weights.get("num_bits", 0), weights.get("strategy")
     known = {"float-quantized": (8,), "pack-quantized": (4, 8), "int-quantized": (8,)}
     if kind not in known or bits not in known[kind]:
-        raise ValueError(f"config.json: {kind} of {bits} bits in {label}, expected {_list(known)}")
+        raise InputError(f"config.json: {kind} of {bits} bits in {label}, expected {_list(known)}")
     if strategy not in ("tensor", "channel", "group", "block"):
-        raise ValueError(f"config.json: strategy {strategy!r} in {label}, expected tensor, channel, group or block")
+        raise InputError(f"config.json: strategy {strategy!r} in {label}, expected tensor, channel, group or block")
     size = weights.get("group_size") if strategy == "group" else -1
     if not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1:
-        raise ValueError(f"config.json: group_size {size!r} in {label}, expected a positive integer")
+        raise InputError(f"config.json: group_size {size!r} in {label}, expected a positive integer")
     if weights.get("actorder") in ("group", "dynamic"):
-        raise ValueError(
+        raise InputError(
             f"config.json: actorder {weights['actorder']!r} in {label}: engines refuse it, expected static"
         )
     block = _block(weights.get("block_structure"), label) if strategy == "block" else None
@@ -115,7 +117,7 @@ def _ct_scheme(group: dict[str, Any], quantization: dict[str, Any], label: str) 
 
 def _block(value: object, label: str) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int and v > 0 for v in value):
-        raise ValueError(f"config.json: block_structure {value!r} in {label}, expected two positive integers")
+        raise InputError(f"config.json: block_structure {value!r} in {label}, expected two positive integers")
     return value[0], value[1]
 
 
@@ -127,7 +129,7 @@ def _awq(quantization: dict[str, Any], name: str) -> Scheme | None:
     version = str(quantization.get("version", "gemm")).lower()
     bits, size = quantization.get("bits", 4), quantization.get("group_size", 128)
     if version != "gemm" or bits != 4 or not _group(size):
-        raise ValueError(f"config.json: AWQ {version} of {bits} bits, group {size}, expected gemm of 4 bits")
+        raise InputError(f"config.json: AWQ {version} of {bits} bits, group {size}, expected gemm of 4 bits")
     skipped = quantization.get("modules_to_not_convert") or []
     if any(part in found for part in _strings(skipped, "modules_to_not_convert") for found in engine_names(name)):
         return None
@@ -142,13 +144,13 @@ def _gptq(quantization: dict[str, Any], name: str) -> Scheme | None:
     settings = {key: quantization.get(key) for key in ("bits", "group_size", "desc_act", "sym")}
     rules = quantization.get("dynamic") or {}
     if not isinstance(rules, dict):
-        raise ValueError(f"config.json: dynamic is a {type(rules).__name__}, expected an object of rules")
+        raise InputError(f"config.json: dynamic is a {type(rules).__name__}, expected an object of rules")
     for pattern, override in rules.items():
         left = pattern.startswith("-:")
         try:
             found = any(re.match(pattern.removeprefix("-:").removeprefix("+:"), n) for n in engine_names(name))
         except re.error as error:
-            raise ValueError(f"config.json: dynamic rule {pattern!r} is not a regular expression ({error})") from None
+            raise InputError(f"config.json: dynamic rule {pattern!r} is not a regular expression ({error})") from None
         if found and left:
             return None
         if found:
@@ -156,6 +158,6 @@ def _gptq(quantization: dict[str, Any], name: str) -> Scheme | None:
             break
     bits, size = settings["bits"], settings["group_size"]
     if bits not in (4, 8) or not isinstance(size, int) or not _group(size):
-        raise ValueError(f"config.json: GPTQ of {bits} bits, group {size}, expected 4 or 8 bits and -1 or more")
+        raise InputError(f"config.json: GPTQ of {bits} bits, group {size}, expected 4 or 8 bits and -1 or more")
     first = quantization.get("checkpoint_format", "gptq") != "gptq_v2"
     return Scheme("gptq", bits, size, settings["sym"] is not False, None, bool(settings["desc_act"]), first)

@@ -16,6 +16,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...quantize.fp8 import expand_tiles
 from ...quantize.integer.pack import unpack_awq, unpack_gptq, unpack_gptq_zeros, unpack_rows, unpack_zeros_ct
 from ..models.minimax_m2 import EMBED, HEAD, Geometry, expert_name, global_shapes, is_mtp, matrix_shapes, plain_shapes
@@ -101,13 +103,13 @@ class QuantizedFolder:
         if scheme is None:
             if "weight" not in parts or parts["weight"].dtype not in PLAIN:
                 found = ", ".join(sorted(parts)) or "nothing"
-                raise ValueError(f"{self.label}: {name} is stored as {found}, config.json leaves it unquantized")
+                raise InputError(f"{self.label}: {name} is stored as {found}, config.json leaves it unquantized")
             self._check(name, parts["weight"], shape, PLAIN)
             return Stored(name, shape, None, parts)
         for suffix, expected, dtypes in parts_of(scheme, shape):
             if suffix not in parts:
                 found = ", ".join(sorted(parts)) or "nothing"
-                raise ValueError(
+                raise InputError(
                     f"{self.label}: {name}.{suffix} is missing ({found} is there, {scheme.format} wants it)"
                 )
             single = scheme.group == -1 and scheme.block is None and parts[suffix].shape in ((), (1,), (1, 1))
@@ -117,9 +119,9 @@ class QuantizedFolder:
 
     def _check(self, name: str, info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
         if info.shape != shape:
-            raise ValueError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)}")
+            raise InputError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)}")
         if info.dtype not in dtypes:
-            raise ValueError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
+            raise InputError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
 
     def validate(self) -> None:
         """What is not a quantized matrix: present, with its shape and a plain dtype. ValueError with the first
@@ -132,14 +134,14 @@ class QuantizedFolder:
             wanted |= dict(plain_shapes(self.geometry, layer))
         missing = [name for name in wanted if name not in self.tensors]
         if missing:
-            raise ValueError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
+            raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
         for name, shape in wanted.items():
             self._check(name, self.tensors[name], shape, PLAIN)
 
     def _scales(self, stored: Stored, suffix: str, fetch: Fetch) -> Tensor:
         scales = fetch(suffix).float()
         if not bool(torch.isfinite(scales).all()):
-            raise ValueError(f"{stored.parts[suffix].shard}: {stored.name}.{suffix} is not finite")
+            raise InputError(f"{stored.parts[suffix].shard}: {stored.name}.{suffix} is not finite")
         return scales
 
     def dequantize(self, name: str, device: torch.device | str = "cpu") -> Tensor:
@@ -201,7 +203,7 @@ class QuantizedFolder:
         index = fetch("g_idx").long()
         if not bool(((index >= 0) & (index < scales.shape[1])).all()):
             shard = stored.parts["g_idx"].shard
-            raise ValueError(f"{shard}: {stored.name}.g_idx names groups beyond {scales.shape[1]}")
+            raise InputError(f"{shard}: {stored.name}.g_idx names groups beyond {scales.shape[1]}")
         moved = codes.float() if zeros is None else codes.float() - zeros.float()[:, index]
         return moved * scales[:, index]
 
@@ -213,7 +215,7 @@ class QuantizedFolder:
         if name == HEAD and name not in self.tensors and self.config.get("tie_word_embeddings"):
             name = EMBED
         if name not in self.tensors:
-            raise ValueError(f"{self.label}: {name} is missing")
+            raise InputError(f"{self.label}: {name} is missing")
         self.schedule.reading(name)
         return read_tensor(self.store, self.tensors[name]).float()
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeGuard
 
+from mmquant.errors import InputError
+
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -66,7 +68,7 @@ class LocalFolder:
 
     def __init__(self, folder: Path, label: str | None = None) -> None:
         if not folder.is_dir():
-            raise ValueError(f"{folder}: not a folder, expected a checkpoint with config.json and safetensors shards")
+            raise InputError(f"{folder}: not a folder, expected a checkpoint with config.json and safetensors shards")
         self.folder = folder
         self.label = label or str(folder)
 
@@ -89,13 +91,13 @@ class LocalFolder:
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise ValueError(f"{shard}: {len(data)} bytes at {offset}, expected {size}")
+            raise InputError(f"{shard}: {len(data)} bytes at {offset}, expected {size}")
         return data
 
     def path(self, shard: str) -> Path:
         path = self.folder / shard
         if not path.is_file():
-            raise ValueError(f"{self.folder}: shard {shard} is missing")
+            raise InputError(f"{self.folder}: shard {shard} is missing")
         return path
 
     def plan(self, shards: list[str]) -> None:
@@ -115,12 +117,12 @@ def shard_names(store: ShardStore) -> list[str]:
     if index is None:
         found = sorted(name for name in files if name.endswith(".safetensors"))
         if not found:
-            raise ValueError(f"{store.label}: no safetensors file, expected {INDEX} or model.safetensors")
+            raise InputError(f"{store.label}: no safetensors file, expected {INDEX} or model.safetensors")
         return found
     named = sorted(set(weight_map(index).values()))
     missing = [name for name in named if name not in files]
     if missing:
-        raise ValueError(f"{store.label}: {len(missing)} shards of the index are missing, first {missing[0]}")
+        raise InputError(f"{store.label}: {len(missing)} shards of the index are missing, first {missing[0]}")
     return named
 
 
@@ -129,10 +131,10 @@ def weight_map(index: bytes) -> dict[str, str]:
     data = parse_json(index, INDEX)
     table = data.get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise ValueError(f"{INDEX}: weight_map is missing or empty")
+        raise InputError(f"{INDEX}: weight_map is missing or empty")
     for name, shard in table.items():
         if not isinstance(shard, str) or "/" in shard or "\\" in shard or shard.startswith("."):
-            raise ValueError(f"{INDEX}: {name} is in {shard!r}, expected a file name")
+            raise InputError(f"{INDEX}: {name} is in {shard!r}, expected a file name")
     return table
 
 
@@ -141,19 +143,19 @@ def parse_json(data: bytes, where: str) -> dict:
     try:
         value = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: a JSON {type(value).__name__}, expected an object")
+        raise InputError(f"{where}: a JSON {type(value).__name__}, expected an object")
     return value
 
 
 def header_length(first: bytes, shard: str, file_size: int) -> int:
     """Length of the JSON header from a shard's first 8 bytes, checked against the file before anything is allocated."""
     if len(first) < 8:
-        raise ValueError(f"{shard}: {len(first)} bytes, too short for a safetensors file")
+        raise InputError(f"{shard}: {len(first)} bytes, too short for a safetensors file")
     (length,) = struct.unpack("<Q", first)
     if length > min(HEADER_LIMIT, file_size - 8) or length < 2:
-        raise ValueError(f"{shard}: header of {length} bytes in a file of {file_size}, the shard is damaged or cut off")
+        raise InputError(f"{shard}: header of {length} bytes in a file of {file_size}, the shard is damaged or cut off")
     return length
 
 
@@ -168,25 +170,25 @@ def parse_header(header: bytes, shard: str, file_size: int) -> list[TensorInfo]:
     position = start
     for tensor in tensors:
         if tensor.offset != position:
-            raise ValueError(f"{shard}: {tensor.name} starts at {tensor.offset}, expected {position}")
+            raise InputError(f"{shard}: {tensor.name} starts at {tensor.offset}, expected {position}")
         position += tensor.size
     if position != file_size:
         state = "truncated" if file_size < position else "followed by other bytes"
-        raise ValueError(f"{shard}: {file_size} bytes, the header describes {position}: the shard is {state}")
+        raise InputError(f"{shard}: {file_size} bytes, the header describes {position}: the shard is {state}")
     return tensors
 
 
 def _tensor(name: str, entry: object, shard: str, start: int) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise ValueError(f"{shard}: entry {name!r} of the header is not an object")
+        raise InputError(f"{shard}: entry {name!r} of the header is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise ValueError(f"{shard}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
+        raise InputError(f"{shard}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise ValueError(f"{shard}: {name} has shape {shape!r} and offsets {offsets!r}, expected lists of integers")
+        raise InputError(f"{shard}: {name} has shape {shape!r} and offsets {offsets!r}, expected lists of integers")
     size = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != size:
-        raise ValueError(f"{shard}: {name} {dtype}{shape} lies in {offsets[1] - offsets[0]} bytes, expected {size}")
+        raise InputError(f"{shard}: {name} {dtype}{shape} lies in {offsets[1] - offsets[0]} bytes, expected {size}")
     return TensorInfo(name, shard, dtype, tuple(shape), start + offsets[0], size)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmquant.errors import InputError
+
 LOCK = ".mmquant.lock"
 
 
@@ -25,9 +27,9 @@ def hold(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-            raise ValueError(f"{folder}: in use by {holder}, expected no other mmquant in this folder") from None
+            raise InputError(f"{folder}: in use by {holder}, expected no other mmquant in this folder") from None
         if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:
-            raise ValueError(f"{folder}: another process has just left this folder, run the command again")
+            raise InputError(f"{folder}: another process has just left this folder, run the command again")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         try:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ..checkpoints.quantization_config import SGLANG, Scheme, scheme_of
 from ..checkpoints.quantized_folder import QuantizedFolder
 from ..checkpoints.store import LocalFolder
@@ -29,7 +31,7 @@ def check_folder(folder: Path, source: Source | None = None, samples: int = 4) -
     found = QuantizedFolder(LocalFolder(folder))
     found.validate()
     if found.notes:
-        raise ValueError(found.notes[0])
+        raise InputError(found.notes[0])
     _check_places(found)
     for layer in range(found.geometry.layers):
         _check_engines(found, layer)
@@ -37,7 +39,7 @@ def check_folder(folder: Path, source: Source | None = None, samples: int = 4) -
     count = sum(_check_values(found, name) for name in found.matrices)
     for name, tensor in _plain(found):
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{folder}: {name} holds NaN or infinity")
+            raise InputError(f"{folder}: {name} holds NaN or infinity")
     if source is not None:
         _compare(found, source, samples)
     return count
@@ -53,7 +55,7 @@ def _check_places(found: QuantizedFolder) -> None:
         known |= {f"{stored.name}.{suffix}" for suffix in stored.parts}
     strange = sorted(n for n in found.tensors if n not in known and not is_mtp(n, found.geometry))
     if strange:
-        raise ValueError(f"{found.label}: {strange[0]} has no place in the model")
+        raise InputError(f"{found.label}: {strange[0]} has no place in the model")
 
 
 def _cache_names(layer: int) -> list[str]:
@@ -66,12 +68,12 @@ def _check_cache_scales(found: QuantizedFolder) -> None:
     for name in (name for layer in range(found.geometry.layers) for name in _cache_names(layer)):
         if (name in found.tensors) != wanted:
             state = "is there without" if not wanted else "is missing beside"
-            raise ValueError(f"{found.label}: {name} {state} a kv_cache_scheme in config.json")
+            raise InputError(f"{found.label}: {name} {state} a kv_cache_scheme in config.json")
         if not wanted:
             continue
         scale = found.read(name)
         if scale.numel() != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ValueError(f"{found.label}: {name} is {scale.flatten()[:4].tolist()}, expected one positive number")
+            raise InputError(f"{found.label}: {name} is {scale.flatten()[:4].tolist()}, expected one positive number")
 
 
 def _check_engines(found: QuantizedFolder, layer: int) -> None:
@@ -80,7 +82,7 @@ def _check_engines(found: QuantizedFolder, layer: int) -> None:
     for name in _lookups(layer, found.quantization.get("quant_method")):
         scheme = scheme_of(found.quantization, name)
         if scheme != wanted:
-            raise ValueError(
+            raise InputError(
                 f"{found.label}: {name} is {_words(scheme)} by config.json, its tensors are {_words(wanted)}"
             )
     for expert in range(found.geometry.experts):
@@ -88,7 +90,7 @@ def _check_engines(found: QuantizedFolder, layer: int) -> None:
             scheme = found.matrices[expert_name(layer, expert, projection)].scheme
             if scheme != wanted:
                 name = expert_name(layer, expert, projection)
-                raise ValueError(f"{found.label}: {name} is {_words(scheme)}, expert 0 of its layer {_words(wanted)}")
+                raise InputError(f"{found.label}: {name} is {_words(scheme)}, expert 0 of its layer {_words(wanted)}")
 
 
 def _lookups(layer: int, method: object) -> list[str]:
@@ -105,9 +107,9 @@ def _words(scheme: Scheme | None) -> str:
 def _check_values(found: QuantizedFolder, name: str) -> int:
     values = found.dequantize(name)
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{found.label}: {name} holds NaN or infinity")
+        raise InputError(f"{found.label}: {name} holds NaN or infinity")
     if not bool(values.any()):
-        raise ValueError(f"{found.label}: {name} is zero throughout")
+        raise InputError(f"{found.label}: {name} is zero throughout")
     return 1
 
 
@@ -128,7 +130,7 @@ def _compare(found: QuantizedFolder, source: Source, samples: int) -> None:
                 name = expert_name(layer, expert, projection)
                 error = difference(found.dequantize(name), source.read(name + ".weight"))
                 if error > LARGEST_ERROR:
-                    raise ValueError(f"{found.label}: {name} is {error:.2f} away from the original, expected below 0.5")
+                    raise InputError(f"{found.label}: {name} is {error:.2f} away from the original, expected below 0.5")
 
 
 def difference(values: Tensor, original: Tensor) -> float:

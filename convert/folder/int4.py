@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...quantize.fp8 import quantize_channels, quantize_tiles, round_up_bfloat16
 from ...quantize.integer.rtn import rtn_int
 from ..checkpoints.checkpoint import Checkpoint
@@ -36,18 +38,18 @@ def check_groups(g: Geometry, group_size: int, parallel: int = 1) -> None:
     """
     width = g.expert_width // parallel
     if g.expert_width % parallel:
-        raise ValueError(f"expert width {g.expert_width} is not a multiple of {parallel} devices")
+        raise InputError(f"expert width {g.expert_width} is not a multiple of {parallel} devices")
     if group_size == -1:
         return
     works = ", ".join(str(s) for s in (32, 64, 128) if not g.hidden % s and not width % s) or "none"
     if g.hidden % group_size or g.expert_width % group_size:
-        raise ValueError(
+        raise InputError(
             f"group size {group_size} does not divide hidden {g.hidden} and expert width {g.expert_width}; "
             f"sizes that do: {works}"
         )
     if width % group_size:
         most = max(p for p in range(1, parallel) if not g.expert_width % (p * group_size))
-        raise ValueError(
+        raise InputError(
             f"group size {group_size}: {g.expert_width}/{parallel} = {width} is not a multiple of it; what works: "
             f"group sizes {works}, at most {most} devices, or expert parallelism (--enable-expert-parallel)"
         )
@@ -160,11 +162,11 @@ def check_widths(variant: Int4Variant, g: Geometry) -> None:
     """ValueError for 8-bit layers that do not exist, or that the format or its kernels cannot hold."""
     outside = [layer for layer in variant.eight_bit if not 0 <= layer < g.layers]
     if outside:
-        raise ValueError(f"8-bit layer {outside[0]}: the model has layers 0 to {g.layers - 1}")
+        raise InputError(f"8-bit layer {outside[0]}: the model has layers 0 to {g.layers - 1}")
     if variant.eight_bit and (variant.layout != "compressed-tensors" or not variant.symmetric):
-        raise ValueError("8-bit layers: expected format compressed-tensors, symmetric (no engine reads others)")
+        raise InputError("8-bit layers: expected format compressed-tensors, symmetric (no engine reads others)")
     if variant.kv_cache == "fp8" and variant.layout != "compressed-tensors":
-        raise ValueError(f"format {variant.layout}: scales of an FP8 KV cache, expected format compressed-tensors")
+        raise InputError(f"format {variant.layout}: scales of an FP8 KV cache, expected format compressed-tensors")
 
 
 def int4_config(variant: Int4Variant, source: Checkpoint) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...quantize.integer.grid import IntWeight, map_parts
 from ...quantize.integer.pack import pack_awq, pack_gptq, pack_gptq_zeros, pack_rows, pack_zeros_ct
 from ..checkpoints.batches import to_host
@@ -29,13 +31,13 @@ def check_format(format: str, bits: int, attention: str, symmetric: bool) -> Non
     if format == "compressed-tensors":
         return
     if attention.startswith("fp8"):
-        raise ValueError(
+        raise InputError(
             f"format {format}: attention {attention}, expected bf16 or int4 (compressed-tensors holds FP8 too)"
         )
     if format == "awq" and bits != 4:
-        raise ValueError(f"format awq: {bits} bits, expected 4")
+        raise InputError(f"format awq: {bits} bits, expected 4")
     if format == "gptq" and not symmetric:
-        raise ValueError("format gptq: asymmetric, expected symmetric (vLLM reads no other)")
+        raise InputError("format gptq: asymmetric, expected symmetric (vLLM reads no other)")
 
 
 def matrix_specs(
@@ -49,7 +51,7 @@ def matrix_specs(
         yield from ct.int_specs(name, shape, bits, group_size, symmetric)
         return
     if rows % per_word or cols % per_word:
-        raise ValueError(f"{name}: {rows} x {cols}, expected multiples of {per_word} for format {format}")
+        raise InputError(f"{name}: {rows} x {cols}, expected multiples of {per_word} for format {format}")
     packed = (cols, rows // per_word) if format == "awq" else (cols // per_word, rows)
     yield TensorSpec(name + ".qweight", "I32", packed)
     yield TensorSpec(name + ".qzeros", "I32", (groups, rows // per_word))
@@ -113,7 +115,7 @@ def half_scales(name: str, scales: Tensor) -> Tensor:
     off = (half.float() - scales).abs() > torch.maximum(size, size.median() / 1024) * 2.0**-9
     if bool(off.any()) or not bool(torch.isfinite(half).all()):
         worst = float(scales[off | ~torch.isfinite(half)].abs().min())
-        raise ValueError(f"{name}: scale {worst:.3g} does not fit float16; use format compressed-tensors")
+        raise InputError(f"{name}: scale {worst:.3g} does not fit float16; use format compressed-tensors")
     return half
 
 

@@ -22,6 +22,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ..checkpoints.checkpoint import TORCH_DTYPES
 from ..checkpoints.store import DTYPE_BYTES, INDEX, parse_json
 from ..files.atomic import replace_whole, sha256_file, sync_folder, write_whole
@@ -236,7 +238,7 @@ class FolderWriter:
         while left:
             block = file.read(min(left, 8 << 20))
             if not block:
-                raise ValueError(f"{path}: {length - left} bytes, expected at least {length}; remove {self.folder}")
+                raise InputError(f"{path}: {length - left} bytes, expected at least {length}; remove {self.folder}")
             self._digest.update(block)
             left -= len(block)
         file.truncate(length)

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
 from ..files.atomic import replace_whole
@@ -163,11 +165,11 @@ def scaled_blocks(data: NDArray[np.uint8], kind: GGMLType, exponent: int, where:
     if kind is GGMLType.MXFP4:
         moved = blocks[:, 0].astype(np.int32) + exponent
         if moved.min() < 1 or moved.max() > 254:
-            raise ValueError(f"{where}: an exponent of {kind.name} would leave its range at 2^{exponent}")
+            raise InputError(f"{where}: an exponent of {kind.name} would leave its range at 2^{exponent}")
         blocks[:, 0] = moved.astype(np.uint8)
         return out
     if kind.name not in SCALES:
-        raise ValueError(f"{where}: {kind.name} cannot be rescaled in place, quantize this tensor again")
+        raise InputError(f"{where}: {kind.name} cannot be rescaled in place, quantize this tensor again")
     for offset in SCALES[kind.name]:
         scales = np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16)
         blocks[:, offset : offset + 2] = _exact(scales, factor, where).view(np.uint8)
@@ -182,7 +184,7 @@ def _exact(scales: NDArray[np.float16], factor: np.float32, where: str) -> NDArr
     bad = leaves | (stored.astype(np.float32) != wanted)
     if bad.any():
         worst = float(np.abs(wanted[bad]).max())
-        raise ValueError(
+        raise InputError(
             f"{where}: {int(bad.sum())} block scales would leave float16's normal range, such as {worst:.3g}"
         )
     return stored
@@ -227,7 +229,7 @@ def _cured_expert(source: GgufSource, layer: int, expert: int, exponent: int) ->
         new = scaled_blocks(old, tensor.kind, power, where)
         before, after = (decode(torch.from_numpy(part.copy()), tensor.kind, tensor.shape[-1]) for part in (old, new))
         if not torch.equal(before * 2.0**power, after):
-            raise ValueError(f"{where}: 2^{power} does not decode to the same weights, nothing was changed")
+            raise InputError(f"{where}: 2^{power} does not decode to the same weights, nothing was changed")
         patches.append(Patch(file.path, tensor.offset + expert * old.nbytes, new))
     return patches
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmquant.errors import InputError
+
 from ...quantize.ggml.types import GGMLType
 
 MAGIC = b"GGUF"
@@ -109,17 +111,17 @@ class _Cursor:
 def read_header(path: Path) -> GgufFile:
     """Open a GGUF file by its header alone. Raises ValueError with what is wrong and where."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, expected a GGUF model")
+        raise InputError(f"{path}: no such file, expected a GGUF model")
     size = path.stat().st_size
     data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
     cursor = _Cursor(path, data)
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
-        raise ValueError(f"{path}: begins with {magic!r}, expected {MAGIC!r}: not a GGUF file")
+        raise InputError(f"{path}: begins with {magic!r}, expected {MAGIC!r}: not a GGUF file")
     version = cursor.number("<I", "version")
     if version not in VERSIONS:
         order = "big-endian GGUF is not read" if version == 3 << 24 else "expected 2 or 3"
-        raise ValueError(f"{path}: GGUF version {version}, {order}")
+        raise InputError(f"{path}: GGUF version {version}, {order}")
     tensors = cursor.count("tensors", 24)
     pairs = cursor.count("metadata pairs", 13)
     metadata: dict[str, Any] = {}
@@ -169,7 +171,7 @@ def _info(cursor: _Cursor) -> tuple[str, GGMLType, tuple[int, ...], int]:
         kind = GGMLType(number)
     except ValueError:
         known = " ".join(t.name for t in GGMLType)
-        raise ValueError(f"{cursor.path}: {name} has ggml type {number}, expected one of {known}") from None
+        raise InputError(f"{cursor.path}: {name} has ggml type {number}, expected one of {known}") from None
     return name, kind, tuple(reversed(extents)), cursor.number("<Q", f"offset of {name}")
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mmquant.errors import InputError
+
 from ..files.atomic import write_whole
 
 ALIGNMENT = 32
@@ -106,10 +108,10 @@ def encode(imatrix: Imatrix) -> bytes:
 def check(name: str, value: Importance) -> None:
     """Raise ValueError unless shapes agree and every value is finite and not negative."""
     if value.sums.ndim != 2 or value.counts.shape != value.sums.shape[:1]:
-        raise ValueError(f"{name}: sums {value.sums.shape} and counts {value.counts.shape}, expected [m, n] and [m]")
+        raise InputError(f"{name}: sums {value.sums.shape} and counts {value.counts.shape}, expected [m, n] and [m]")
     for label, values in (("sums", value.sums), ("counts", value.counts)):
         if not np.isfinite(values).all() or (values < 0).any():
-            raise ValueError(f"{name}: {label} hold NaN, infinity or negative numbers, expected finite sums of squares")
+            raise InputError(f"{name}: {label} hold NaN, infinity or negative numbers, expected finite sums of squares")
 
 
 def _string(text: str) -> bytes:
@@ -131,23 +133,23 @@ def read_imatrix(path: Path) -> Imatrix:
     from gguf import GGUFReader
 
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, expected an imatrix in GGUF")
+        raise InputError(f"{path}: no such file, expected an imatrix in GGUF")
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ValueError(
+        raise InputError(
             f"{path}: starts with {magic!r}, expected GGUF (a .dat imatrix: convert it with llama-imatrix)"
         )
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(f"{path}: damaged GGUF ({error})") from None
+        raise InputError(f"{path}: damaged GGUF ({error})") from None
     keys = {
         name: reader.fields[name].contents() for name in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if name in reader.fields
     }
     missing = [name for name in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if name not in keys]
     if missing:
-        raise ValueError(f"{path}: key {missing[0]} is missing, expected an imatrix")
+        raise InputError(f"{path}: key {missing[0]} is missing, expected an imatrix")
     arrays = {tensor.name: np.array(tensor.data, dtype=np.float32) for tensor in reader.tensors}
     weights = {}
     for name, sums in arrays.items():
@@ -156,11 +158,11 @@ def read_imatrix(path: Path) -> Imatrix:
         stem = name.removesuffix(IN_SUM2)
         counts = arrays.get(stem + COUNTS)
         if counts is None:
-            raise ValueError(f"{path}: {stem}{COUNTS} is missing")
+            raise InputError(f"{path}: {stem}{COUNTS} is missing")
         value = Importance(sums.reshape(counts.size, -1), counts.reshape(-1))
         check(f"{path}: {stem}", value)
         weights[stem] = value
     if not weights:
-        raise ValueError(f"{path}: no {IN_SUM2} tensor, expected an imatrix")
+        raise InputError(f"{path}: no {IN_SUM2} tensor, expected an imatrix")
     datasets = keys[DATASETS] if isinstance(keys[DATASETS], list) else [keys[DATASETS]]
     return Imatrix(weights, tuple(datasets), int(keys[CHUNK_COUNT]), int(keys[CHUNK_SIZE]))

@@ -16,6 +16,8 @@ from typing import Any
 
 import gguf
 
+from mmquant.errors import InputError
+
 from ..models.minimax_m2 import Geometry
 from ..source import Source
 
@@ -191,9 +193,9 @@ def _json_file(source: Source, name: str) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except ValueError as error:
-        raise ValueError(f"{source.label}: {name} is not JSON ({error})") from None
+        raise InputError(f"{source.label}: {name} is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{source.label}: {name} holds {type(value).__name__}, expected an object")
+        raise InputError(f"{source.label}: {name} holds {type(value).__name__}, expected an object")
     return value
 
 
@@ -203,7 +205,7 @@ def tokenizer_keys(source: Source) -> Metadata:
     settings = _json_file(source, "tokenizer_config.json")
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise ValueError(f"{source.label}: tokenizer.json has no BPE vocabulary")
+        raise InputError(f"{source.label}: tokenizer.json has no BPE vocabulary")
     tokens, types = _tokens(source, model["vocab"], tokenizer.get("added_tokens") or [])
     keys = {
         "tokenizer.ggml.model": Value("str", "gpt2"),
@@ -238,7 +240,7 @@ def _tokens(source: Source, vocab: dict[str, int], added: list[dict[str, Any]]) 
         entries.append((token["id"], token["content"], CONTROL if special else USER_DEFINED))
     for index, text, kind in entries:
         if not 0 <= index < size:
-            raise ValueError(f"{source.label}: tokenizer.json names id {index}, config.json has a vocabulary of {size}")
+            raise InputError(f"{source.label}: tokenizer.json names id {index}, config.json has a vocabulary of {size}")
         tokens[index], types[index] = text, kind
     return tokens, types
 

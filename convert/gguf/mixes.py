@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mmquant.errors import InputError
+
 from ...quantize.ggml.types import GGMLType, storable
 from ..models.minimax_m2 import Geometry
 from .names import OUTPUT, TOKEN_EMBD, all_shapes, is_quantizable, split_block
@@ -71,7 +73,7 @@ def find_mix(name: str) -> Mix:
     key = name.upper()
     key = ALIASES.get(key, key)
     if key not in MIXES:
-        raise ValueError(f"--type {name}: unknown, expected one of {' '.join(MIXES)}")
+        raise InputError(f"--type {name}: unknown, expected one of {' '.join(MIXES)}")
     return MIXES[key]
 
 
@@ -190,11 +192,11 @@ def parse_overrides(items: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], str]
     for item in items:
         pattern, separator, kind = item.rpartition("=")
         if not separator or not pattern or kind.upper() not in GGMLType.__members__:
-            raise ValueError(f"--tensor-type {item}: expected REGEX=TYPE, TYPE one of {' '.join(GGMLType.__members__)}")
+            raise InputError(f"--tensor-type {item}: expected REGEX=TYPE, TYPE one of {' '.join(GGMLType.__members__)}")
         try:
             found.append((re.compile(pattern.lower()), kind.upper()))
         except re.error as error:
-            raise ValueError(f"--tensor-type {item}: not a regular expression ({error})") from None
+            raise InputError(f"--tensor-type {item}: not a regular expression ({error})") from None
     return tuple(found)
 
 
@@ -214,7 +216,7 @@ def tensor_types(
     shapes = all_shapes(geometry)
     for name, kind in (plan or {}).items():
         if name not in shapes or not is_quantizable(name, shapes[name]) or kind not in GGMLType.__members__:
-            raise ValueError(
+            raise InputError(
                 f"plan: {name} = {kind}, expected a quantizable tensor of this model and a type of llama.cpp"
             )
     types = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from mmquant.errors import InputError
+
 from ..models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, attention_name, expert_name
 
 TOKEN_EMBD, OUTPUT_NORM, OUTPUT = "token_embd.weight", "output_norm.weight", "output.weight"
@@ -48,7 +50,7 @@ def release_name(name: str, expert: int | None = None) -> str:
             return attention_name(layer, ATTENTION_TENSORS[stem]) + ".weight"
         if stem in EXPERT_TENSORS and rest != stem and expert is not None:
             return expert_name(layer, expert, EXPERT_TENSORS[stem]) + ".weight"
-    raise ValueError(f"{name}: not a tensor of minimax-m2")
+    raise InputError(f"{name}: not a tensor of minimax-m2")
 
 
 def layer_shapes(geometry: Geometry, layer: int) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...quantize.ggml.codec import decode
 from ..checkpoints.read_ahead import Range, ReadAhead
 from ..models.minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry
@@ -54,7 +56,7 @@ def gguf_name(name: str) -> tuple[str, int | None]:
         for theirs, ours in ATTENTION_TENSORS.items():
             if f"self_attn.{ours}.weight" == layer[2]:
                 return f"blk.{layer[1]}.{theirs}.weight", None
-    raise ValueError(f"{name}: not a weight of MiniMax-M2")
+    raise InputError(f"{name}: not a weight of MiniMax-M2")
 
 
 def find_parts(path: Path) -> list[Path]:
@@ -67,7 +69,7 @@ def find_parts(path: Path) -> list[Path]:
         models = [f for f in files if (m := _SPLIT.fullmatch(f.name)) is None or int(m[2]) == 1]
         if len(models) != 1:
             found = ", ".join(f.name for f in models[:4]) or "none"
-            raise ValueError(f"{path}: {len(models)} GGUF models ({found}), expected one: name the file")
+            raise InputError(f"{path}: {len(models)} GGUF models ({found}), expected one: name the file")
         path = models[0]
     match = _SPLIT.fullmatch(path.name)
     if match is None:
@@ -76,7 +78,7 @@ def find_parts(path: Path) -> list[Path]:
     parts = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, total + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing or not parts:
-        raise ValueError(f"{path}: {len(missing)} of {total} parts are missing, first {missing[:1] or path.name}")
+        raise InputError(f"{path}: {len(missing)} of {total} parts are missing, first {missing[:1] or path.name}")
     return parts
 
 
@@ -93,52 +95,52 @@ class GgufSource:
         for file in self.files:
             for name, tensor in file.tensors.items():
                 if name in self._where:
-                    raise ValueError(f"{file.path}: {name} stands in {self._where[name][0].path.name} as well")
+                    raise InputError(f"{file.path}: {name} stands in {self._where[name][0].path.name} as well")
                 self._where[name] = (file, tensor)
         self.config = self._config()
         self.geometry = Geometry.from_config(self.config)
         # A hostile header must not make us list layers that no file could hold.
         if self.geometry.layers > len(self._where):
-            raise ValueError(f"{self.label}: {self.geometry.layers} layers, but only {len(self._where)} tensors")
+            raise InputError(f"{self.label}: {self.geometry.layers} layers, but only {len(self._where)} tensors")
 
     def _check_split(self) -> None:
         count = self._number("split.count", len(self.files))
         if count not in (0, len(self.files)):
-            raise ValueError(f"{self.label}: split.count is {count}, the name says {len(self.files)} files")
+            raise InputError(f"{self.label}: split.count is {count}, the name says {len(self.files)} files")
         for number, file in enumerate(self.files):
             found = file.metadata.get("split.no", number)
             if found != number:
-                raise ValueError(f"{file.path}: split.no is {reprlib.repr(found)}, expected {number}")
+                raise InputError(f"{file.path}: split.no is {reprlib.repr(found)}, expected {number}")
         total = sum(len(file.tensors) for file in self.files)
         wanted = self._number("split.tensors.count", total)
         if wanted != total:
-            raise ValueError(f"{self.label}: {total} tensors in all parts, split.tensors.count is {wanted}")
+            raise InputError(f"{self.label}: {total} tensors in all parts, split.tensors.count is {wanted}")
 
     def _number(self, key: str, default: int | None = None) -> int:
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{self.label}: {key} is {reprlib.repr(value)}, expected an integer")
+            raise InputError(f"{self.label}: {key} is {reprlib.repr(value)}, expected an integer")
         return value
 
     def _real(self, key: str) -> float:
         value = self.metadata.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{self.label}: {key} is {reprlib.repr(value)}, expected a number")
+            raise InputError(f"{self.label}: {key} is {reprlib.repr(value)}, expected a number")
         return float(value)
 
     def _config(self) -> dict[str, Any]:
         """config.json's keys as the metadata has them."""
         arch = self.metadata.get("general.architecture")
         if arch != ARCH:
-            raise ValueError(f"{self.label}: general.architecture is {reprlib.repr(arch)}, expected {ARCH!r}")
+            raise InputError(f"{self.label}: general.architecture is {reprlib.repr(arch)}, expected {ARCH!r}")
         gating = self._number(f"{ARCH}.expert_gating_func", SIGMOID)
         if gating != SIGMOID:
-            raise ValueError(f"{self.label}: expert_gating_func is {gating}, expected {SIGMOID} (sigmoid)")
+            raise InputError(f"{self.label}: expert_gating_func is {gating}, expected {SIGMOID} (sigmoid)")
         head_dim = self._number(f"{ARCH}.attention.key_length")
         if self._number(f"{ARCH}.attention.value_length", head_dim) != head_dim:
-            raise ValueError(f"{self.label}: attention.value_length is not key_length {head_dim}")
+            raise InputError(f"{self.label}: attention.value_length is not key_length {head_dim}")
         if TOKEN_EMBD not in self._where:
-            raise ValueError(f"{self.label}: {TOKEN_EMBD} is missing")
+            raise InputError(f"{self.label}: {TOKEN_EMBD} is missing")
         width = self._number(f"{ARCH}.expert_feed_forward_length", self._number(f"{ARCH}.feed_forward_length", 0))
         return {
             "architectures": [ARCHITECTURE],
@@ -167,14 +169,14 @@ class GgufSource:
             wanted.pop(OUTPUT)
         missing = [name for name in wanted if name not in self._where]
         if missing:
-            raise ValueError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
+            raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
         for name, shape in wanted.items():
             file, tensor = self._where[name]
             if tensor.shape != shape:
-                raise ValueError(f"{file.path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+                raise InputError(f"{file.path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         extra = [name for name in self._where if name not in wanted and not self._beyond(name)]
         if extra:
-            raise ValueError(f"{self.label}: {len(extra)} tensors are not part of this model, first {extra[0]}")
+            raise InputError(f"{self.label}: {len(extra)} tensors are not part of this model, first {extra[0]}")
 
     def _beyond(self, name: str) -> bool:
         """A multi-token-prediction layer after the model's own: known, skipped."""
@@ -184,7 +186,7 @@ class GgufSource:
     def locate(self, name: str) -> tuple[GgufFile, GgufTensor]:
         """The file that holds a tensor, and the tensor, by its GGUF name. ValueError when it is missing."""
         if name not in self._where:
-            raise ValueError(f"{self.label}: {name} is missing")
+            raise InputError(f"{self.label}: {name} is missing")
         return self._where[name]
 
     def tensor_type(self, name: str) -> str:
@@ -228,7 +230,7 @@ class GgufSource:
         file, tensor = self._entered(name)
         count, rows, columns = tensor.shape
         if experts.stop > count:
-            raise ValueError(f"{self.label}: {name} has {count} experts, asked for {experts.stop - 1}")
+            raise InputError(f"{self.label}: {name} has {count} experts, asked for {experts.stop - 1}")
         out = torch.empty((len(experts), rows, columns), device=device, dtype=dtype)
         data = file.raw(tensor).reshape(count, rows, -1)
         for position, expert in enumerate(experts):

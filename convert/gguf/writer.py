@@ -20,6 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from mmquant.errors import InputError
+
 from ...quantize.ggml.types import GGMLType
 from ..files.atomic import CHUNK, replace_whole, write_whole
 from ..folder.writer import PROGRESS
@@ -88,7 +90,7 @@ def plan_parts(stem: str, metadata: Metadata, tensors: tuple[TensorInfo, ...], l
             groups.append([])
             room = limit - rest
         if need > room:
-            raise ValueError(f"{tensor.name}: {tensor.bytes} bytes do not fit a part of {limit} bytes")
+            raise InputError(f"{tensor.name}: {tensor.bytes} bytes do not fit a part of {limit} bytes")
         groups[-1].append(tensor)
         room -= need
     count = len(groups)

@@ -14,6 +14,8 @@ from typing import Any
 import jsonschema
 import yaml
 
+from mmquant.errors import InputError
+
 from ..checkpoints.store import parse_json
 from .http import HF, MANIFEST_NAMES
 from .layout import quant_label, split_of
@@ -38,7 +40,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A finished artifact's manifest, checked; as convert.manifest.read, without its torch."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder}: {MANIFEST} is missing, expected a finished artifact of mmquant")
+        raise InputError(f"{folder}: {MANIFEST} is missing, expected a finished artifact of mmquant")
     manifest = parse_json(path.read_bytes(), str(path))
     check_manifest(manifest, str(path))
     return manifest
@@ -50,7 +52,7 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
     try:
         jsonschema.validate(manifest, json.loads(schema))
     except jsonschema.ValidationError as error:
-        raise ValueError(f"{where}: {error.json_path}: {error.message}") from None
+        raise InputError(f"{where}: {error.json_path}: {error.message}") from None
 
 
 def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str]:
@@ -61,9 +63,9 @@ def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str
     try:
         data = yaml.safe_load(match[1]) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{where}: the front matter is not YAML ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{where}: the front matter is not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{where}: the front matter is a {type(data).__name__}, expected keys and values")
+        raise InputError(f"{where}: the front matter is a {type(data).__name__}, expected keys and values")
     return data, text[match.end() :]
 
 
@@ -89,7 +91,7 @@ def license_fields(base_card: str | None, license_text: str) -> dict[str, Any]:
 
 def check_license(fields: Mapping[str, Any], where: str) -> None:
     if str(fields.get("license", "")).strip().lower() == "mit":
-        raise ValueError(f"{where}: license: mit, expected the base model's licence (MiniMax-M2.7 is not under MIT)")
+        raise InputError(f"{where}: license: mit, expected the base model's licence (MiniMax-M2.7 is not under MIT)")
 
 
 def published(manifest: dict[str, Any], place: Place, moved: Mapping[str, str]) -> dict[str, Any]:
@@ -132,11 +134,11 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, Any]
     for key in ("base_model", "base_revision"):
         if theirs["model"].get(key) != ours["model"].get(key):
             found, expected = theirs["model"].get(key), ours["model"].get(key)
-            raise ValueError(f"the repository's {MANIFEST}: {key} {found}, expected {expected}; use another repository")
+            raise InputError(f"the repository's {MANIFEST}: {key} {found}, expected {expected}; use another repository")
     own = {a["id"] for a in ours["artifacts"]}
     others = [a for a in theirs["artifacts"] if a["id"] not in own]
     if clash := [a["id"] for a in [*others, *ours["artifacts"]] if a["entry"] == "." and others]:
-        raise ValueError(f"the repository holds {others[0]['id']}: {clash[0]} fills a repository of its own")
+        raise InputError(f"the repository holds {others[0]['id']}: {clash[0]} fills a repository of its own")
     targets = [t for t in theirs["targets"] if t["artifact"] not in own]
     return {**ours, "artifacts": [*others, *ours["artifacts"]], "targets": [*targets, *ours["targets"]]}
 
@@ -157,7 +159,7 @@ def card(manifest: dict[str, Any], place: Place, fields: Mapping[str, Any], old:
     head, mark, rest = body.partition(BEGIN)
     if mark:
         if END not in rest:
-            raise ValueError(f"README.md: the mark {END!r} is missing after the generated part")
+            raise InputError(f"README.md: the mark {END!r} is missing after the generated part")
         body = head + part + rest.partition(END)[2]
     else:
         body = (body.rstrip() + "\n\n" if body.strip() else "") + part + "\n"

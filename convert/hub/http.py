@@ -19,6 +19,8 @@ from urllib.parse import urljoin, urlsplit
 import requests
 import urllib3
 
+from mmquant.errors import InputError
+
 HF, MS = "hf", "ms"
 MANIFEST_NAMES = {HF: "huggingface", MS: "modelscope"}  # as the manifest calls them
 DEFAULT_ENDPOINTS = {HF: "https://huggingface.co", MS: "https://modelscope.cn"}
@@ -30,7 +32,7 @@ LONGEST_WAIT = 1800.0  # seconds; ModelScope's own client waits as long
 AGENT = {"User-Agent": "mmquant; python-requests", "Accept-Encoding": "identity"}
 
 
-class HubError(ValueError):
+class HubError(InputError):
     """What the user can put right: a name, a revision, access, an offline switch."""
 
 

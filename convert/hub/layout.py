@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
+from mmquant.errors import InputError
+
 PART_LIMIT = 48 * 10**9  # bytes: below what plain HTTP downloads of huggingface_hub accept (50e9)
 LISTED = 1000  # entries of one page of a file list; llama.cpp reads no second one
 IMATRIX = "imatrix.gguf"
@@ -29,7 +31,7 @@ def quant_label(path: str, known: Iterable[str] = ()) -> str:
             return label
     match = LABEL.search(stem)
     if not match:
-        raise ValueError(f"{path}: the name ends with no quantization, expected one such as NAME-Q4_K_M.gguf")
+        raise InputError(f"{path}: the name ends with no quantization, expected one such as NAME-Q4_K_M.gguf")
     return match[1]
 
 
@@ -55,31 +57,31 @@ def find_by_tag(paths: Iterable[str], tag: str) -> str | None:
 def check_layout(files: Mapping[str, int], known: Iterable[str] = ()) -> None:
     """Refuse names, in the repository's paths, that some client would not find or find wrongly. Raises ValueError."""
     if "preset.ini" in files:
-        raise ValueError("preset.ini: in a repository's root llama.cpp fetches nothing but it; keep presets elsewhere")
+        raise InputError("preset.ini: in a repository's root llama.cpp fetches nothing but it; keep presets elsewhere")
     for path, size in files.items():
         if size > PART_LIMIT:
-            raise ValueError(f"{path}: {size:,} bytes, expected parts of at most {PART_LIMIT:,} (--max-part-size)")
+            raise InputError(f"{path}: {size:,} bytes, expected parts of at most {PART_LIMIT:,} (--max-part-size)")
     models = [p for p in files if is_model(p)]
     if models and len(files) >= LISTED:
-        raise ValueError(f"{len(files)} files: llama.cpp reads a list of {LISTED} entries at most")
+        raise InputError(f"{len(files)} files: llama.cpp reads a list of {LISTED} entries at most")
     for path in models:
         _check_model(path, files, known)
     for path in models:
         label, part = quant_label(path, known), split_of(path)[1]
         found = find_by_tag(models, label)
         if part == 1 and found != path:
-            raise ValueError(f"{path}: `-hf REPO:{label}` finds {found} instead, expected one file set a quantization")
+            raise InputError(f"{path}: `-hf REPO:{label}` finds {found} instead, expected one file set a quantization")
 
 
 def _check_model(path: str, files: Mapping[str, int], known: Iterable[str]) -> None:
     name, folder = PurePosixPath(path).name, str(PurePosixPath(path).parent)
     if word := next((w for w in NOT_MODELS if w in name), None):
-        raise ValueError(f"{path}: llama.cpp ignores model files with {word!r} in their names")
+        raise InputError(f"{path}: llama.cpp ignores model files with {word!r} in their names")
     label = quant_label(path, known)
     if folder.rsplit("/", 1)[-1] != label:
-        raise ValueError(f"{path}: in folder {folder}, expected a folder {label} named like the file's quantization")
+        raise InputError(f"{path}: in folder {folder}, expected a folder {label} named like the file's quantization")
     stem, _, parts = split_of(path)
     if parts > 1:
         wanted = [f"{folder}/{stem}-{i:05d}-of-{parts:05d}.gguf" for i in range(1, parts + 1)]
         if missing := [w for w in wanted if w not in files]:
-            raise ValueError(f"{path}: part {missing[0]} is missing, expected {parts}")
+            raise InputError(f"{path}: part {missing[0]} is missing, expected {parts}")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode, urljoin
 
+from mmquant.errors import InputError
+
 from .http import HF, MS, Client, HubError
 
 DEFAULT_REVISION = {HF: "main", MS: "master"}
@@ -56,7 +58,7 @@ def parse_spec(text: str) -> RepoSpec:
     """A source such as hf:ORG/NAME@REV; ValueError when it is malformed."""
     match = SPEC.fullmatch(text)
     if not match or ".." in match[2]:
-        raise ValueError(f"{text}: expected hf:ORG/NAME[@REV] or ms:ORG/NAME[@REV]")
+        raise InputError(f"{text}: expected hf:ORG/NAME[@REV] or ms:ORG/NAME[@REV]")
     return RepoSpec(match[1], match[2], match[3] or DEFAULT_REVISION[match[1]])
 
 

@@ -9,6 +9,8 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
+from mmquant.errors import InputError
+
 FETCHERS = 3  # shards in flight at once: the next one's ranges fill the gap at the end of the current one
 SPARED = 3  # readers outside the plan open what they ask for at once: so many files are never deleted under them
 
@@ -171,7 +173,7 @@ class Prefetcher:
         needed = sum(self._sizes[n] for n in held) + self._sizes[name]
         limits = [("--max-shards", self._max_shards, len(held) + 1), ("--max-disk", self._max_disk, needed)]
         found = [f"{option} {limit:,}, expected at least {least:,}" for option, limit, least in limits if limit]
-        raise ValueError(f"{name}: needed beside {len(held)} shards in use: {'; '.join(found)}")
+        raise InputError(f"{name}: needed beside {len(held)} shards in use: {'; '.join(found)}")
 
     def _run(self, name: str) -> None:
         result: tuple[Path, bool] | None = None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmquant.errors import InputError
+
 from ..files.atomic import sha256_file, write_whole
 from .http import TransferError
 from .listing import Listing, RepoFile, digest_matches
@@ -37,7 +39,7 @@ class Ledger:
                 data = json.loads(self.path.read_bytes())
                 self.request, self.files = data["request"], dict(data["files"])
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.path}: not a ledger, delete it to hash and compare everything anew") from None
+                raise InputError(f"{self.path}: not a ledger, delete it to hash and compare everything anew") from None
 
     def save(self) -> None:
         data = {"request": self.request, "files": self.files}

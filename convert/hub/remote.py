@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from mmquant.errors import InputError
+
 from .http import (
     HF,
     MS,
@@ -193,7 +195,7 @@ class ModelScope:
             raise HubError(f"{self.spec}: the repository cannot be made ({text}), check MODELSCOPE_API_TOKEN") from None
 
     def open_request(self, title: str) -> str:
-        raise ValueError("--pr: ModelScope's API has no pull requests, expected --hub hf or no --pr")
+        raise InputError("--pr: ModelScope's API has no pull requests, expected --hub hf or no --pr")
 
     def listing(self) -> Listing:
         return list_repo(self.client, self.spec)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mmquant.errors import InputError
+
 from ..checkpoints.store import TensorInfo, header_length, parse_header, shard_names
 from ..files.atomic import write_whole
 from ..files.lock import hold
@@ -69,7 +71,7 @@ class HubFolder:
         if file is None:
             return None
         if file.size > SMALL_LIMIT:
-            raise ValueError(f"{self.label}: {name} has {file.size:,} bytes, expected a small file")
+            raise InputError(f"{self.label}: {name} has {file.size:,} bytes, expected a small file")
         return self._kept("small", file, lambda: self._get(file))
 
     def header(self, shard: str) -> list[TensorInfo]:
@@ -77,13 +79,13 @@ class HubFolder:
             if self._headers is None:
                 self._headers = self._all_headers()
         if shard not in self._headers:
-            raise ValueError(f"{self.label}: {shard} is not among the shards of the index")
+            raise InputError(f"{self.label}: {shard} is not among the shards of the index")
         return self._headers[shard]
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         file = self._file(shard)
         if offset + size > file.size:
-            raise ValueError(f"{shard}: {file.size:,} bytes, {size:,} at {offset:,} were asked for")
+            raise InputError(f"{shard}: {file.size:,} bytes, {size:,} at {offset:,} were asked for")
         local = self._local(file)
         if local is None and self._client.endpoint.offline:
             local = self._unverified(file)
@@ -103,7 +105,7 @@ class HubFolder:
         largest = max(sizes, key=lambda s: sizes[s], default=None)
         limit = self.options.max_disk
         if largest and limit is not None and sizes[largest] > limit and not self.options.keep_shards:
-            raise ValueError(f"--max-disk {limit:,}: shard {largest} alone has {sizes[largest]:,} bytes")
+            raise InputError(f"--max-disk {limit:,}: shard {largest} alone has {sizes[largest]:,} bytes")
         self._hold()
         if self.options.keep_shards:
             missing = sum(s for n, s in sizes.items() if self._local(self.listing.files[n]) is None)
@@ -141,7 +143,7 @@ class HubFolder:
 
     def _file(self, name: str) -> RepoFile:
         if name not in self.listing.files:
-            raise ValueError(f"{self.label}: {name} is not in the repository")
+            raise InputError(f"{self.label}: {name} is not in the repository")
         return self.listing.files[name]
 
     def _url(self, name: str) -> str:

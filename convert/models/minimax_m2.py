@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 MODEL_TYPE = "minimax_m2"
 PROJECTIONS = ("w1", "w2", "w3")  # gate, down, up
@@ -50,7 +52,7 @@ class Geometry:
             rotary = int(head_dim * rope.get("partial_rotary_factor", 1.0))
         theta = config.get("rope_theta", rope.get("rope_theta"))
         if theta is None:
-            raise ValueError("config.json: rope_theta is missing")
+            raise InputError("config.json: rope_theta is missing")
         geometry = cls(
             layers=_positive(config, "num_hidden_layers"),
             hidden=_positive(config, "hidden_size"),
@@ -72,11 +74,11 @@ class Geometry:
     def check(self) -> None:
         """Refuse sizes that contradict each other (ValueError)."""
         if self.heads % self.kv_heads:
-            raise ValueError(f"config.json: {self.heads} heads are not a multiple of {self.kv_heads} key-value heads")
+            raise InputError(f"config.json: {self.heads} heads are not a multiple of {self.kv_heads} key-value heads")
         if self.experts_per_token > self.experts:
-            raise ValueError(f"config.json: {self.experts_per_token} experts per token of {self.experts} experts")
+            raise InputError(f"config.json: {self.experts_per_token} experts per token of {self.experts} experts")
         if self.rotary_dim > self.head_dim or self.rotary_dim % 2 or self.rotary_dim <= 0:
-            raise ValueError(f"config.json: rotary_dim {self.rotary_dim}, expected even and at most {self.head_dim}")
+            raise InputError(f"config.json: rotary_dim {self.rotary_dim}, expected even and at most {self.head_dim}")
 
     @property
     def expert_weights(self) -> int:
@@ -115,16 +117,16 @@ def check_architecture(config: dict[str, Any]) -> None:
     names = config.get("architectures") or []
     if config.get("model_type") != MODEL_TYPE and ARCHITECTURE not in names:
         found = ", ".join(names) or config.get("model_type") or "nothing"
-        raise ValueError(f"config.json: architecture is {found}, expected {ARCHITECTURE} (model_type {MODEL_TYPE})")
+        raise InputError(f"config.json: architecture is {found}, expected {ARCHITECTURE} (model_type {MODEL_TYPE})")
     scoring = config.get("scoring_func", "sigmoid")
     if scoring != "sigmoid":
-        raise ValueError(f"config.json: scoring_func is {scoring}, expected sigmoid")
+        raise InputError(f"config.json: scoring_func is {scoring}, expected sigmoid")
 
 
 def _positive(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"config.json: {key} is {value!r}, expected a positive integer")
+        raise InputError(f"config.json: {key} is {value!r}, expected a positive integer")
     return value
 
 

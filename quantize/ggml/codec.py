@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from .scalar import iq4, kquants, legacy
 from .scalar.bits import Blocks
 from .scalar.effort import EFFORTS
@@ -140,16 +142,16 @@ def concatenate(grids: Sequence[Grid]) -> Grid:
 
 def _check_rows(rows: Tensor, kind: GGMLType) -> None:
     if rows.dim() != 2 or rows.dtype != torch.float32:
-        raise ValueError(f"{kind.name}: {rows.dtype} of shape {tuple(rows.shape)}, expected float32 rows [R, n]")
+        raise InputError(f"{kind.name}: {rows.dtype} of shape {tuple(rows.shape)}, expected float32 rows [R, n]")
     kind.row_bytes(rows.shape[1])
     if rows.numel() == 0:
-        raise ValueError(f"{kind.name}: rows of shape {tuple(rows.shape)}, expected at least one weight")
+        raise InputError(f"{kind.name}: rows of shape {tuple(rows.shape)}, expected at least one weight")
     low, high = (float(v) for v in torch.aminmax(rows))
     if not (low > -float("inf") and high < float("inf")):
-        raise ValueError(f"{kind.name}: the weights hold NaN or infinity, expected finite values")
+        raise InputError(f"{kind.name}: the weights hold NaN or infinity, expected finite values")
     limit = largest(kind)
     if max(-low, high) > limit:
-        raise ValueError(f"{kind.name}: a weight of magnitude {max(-low, high):.4g}, expected at most {limit:.4g}")
+        raise InputError(f"{kind.name}: a weight of magnitude {max(-low, high):.4g}, expected at most {limit:.4g}")
 
 
 def largest(kind: GGMLType) -> float:
@@ -174,10 +176,10 @@ def _check_importance(importance: Tensor | None, rows: Tensor, kind: GGMLType) -
             tuple(importance.shape),
             f"[{rows.shape[1]}] or [G, {rows.shape[1]}], G a divisor of {len(rows)}",
         )
-        raise ValueError(f"{kind.name}: importance of shape {found}, expected {expected}")
+        raise InputError(f"{kind.name}: importance of shape {found}, expected {expected}")
     low, high = (float(v) for v in torch.aminmax(table))
     if not (low >= 0 and high < float("inf")):
-        raise ValueError(f"{kind.name}: an importance of {low if not low >= 0 else high}, expected finite values >= 0")
+        raise InputError(f"{kind.name}: an importance of {low if not low >= 0 else high}, expected finite values >= 0")
     return table.to(rows.device, torch.float32)
 
 
@@ -185,4 +187,4 @@ def _check_data(data: Tensor, kind: GGMLType, columns: int) -> None:
     expected = kind.row_bytes(columns)
     if data.dim() != 2 or data.dtype != torch.uint8 or data.shape[1] != expected:
         found = f"{data.dtype} of shape {tuple(data.shape)}"
-        raise ValueError(f"{kind.name}: {found}, expected uint8 rows of {expected} bytes for {columns} columns")
+        raise InputError(f"{kind.name}: {found}, expected uint8 rows of {expected} bytes for {columns} columns")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from mmquant.errors import InputError
+
 
 class GGMLType(IntEnum):
     """A tensor type; the value is the number stored in a GGUF file."""
@@ -57,7 +59,7 @@ class GGMLType(IntEnum):
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row; ValueError when the row is not a whole number of blocks."""
         if not self.fits(columns):
-            raise ValueError(f"{self.name}: rows of {columns} columns, expected a multiple of {self.block_columns}")
+            raise InputError(f"{self.name}: rows of {columns} columns, expected a multiple of {self.block_columns}")
         return columns // self.block_columns * self.block_bytes
 
 

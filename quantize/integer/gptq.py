@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ..linear_algebra import cholesky, full_float32
 from .grid import IntWeight, code_range, groups_of, search, search_weights
 
@@ -127,7 +129,7 @@ def quantize(
     Raises ValueError for a weight with NaN or infinity and for a group size that does not divide the row.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+        raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
     group = groups_of(weight.shape[-1], grid.group_size)
     known = feedback if feedback is not None else factor(second, group, damping)
     with full_float32():

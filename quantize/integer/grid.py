@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 SEARCH_WEIGHTS = 1 << 27  # searched at once on CUDA: bounds the temporaries at a few times this many weights
 RATIOS, RATIO_LEAST, RATIO_SPAN = 24, 0.5, 0.7  # scales tried, as shares of the one that reaches the extreme
 RANGE_LEAST, RANGE_SPAN = 0.5, 0.55  # and of the range, where there is a zero point
@@ -43,7 +45,7 @@ def groups_of(inputs: int, group_size: int, where: str = "weight") -> int:
     """Weights in a group: `group_size`, or the whole row for -1. ValueError when it does not divide the row."""
     size = inputs if group_size == -1 else group_size
     if size <= 0 or inputs % size:
-        raise ValueError(f"{where}: group size {group_size} does not divide {inputs} inputs")
+        raise InputError(f"{where}: group size {group_size} does not divide {inputs} inputs")
     return size
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -44,7 +46,7 @@ def pack_awq(codes: Tensor) -> Tensor:
     """4-bit codes [..., O, I] (or zeros, I = G) -> int32 [..., I, O/8]: transposed, packed along O in AWQ's order."""
     outputs = codes.shape[-2]
     if outputs % 8:
-        raise ValueError(f"AWQ packing: {outputs} outputs, expected a multiple of 8")
+        raise InputError(f"AWQ packing: {outputs} outputs, expected a multiple of 8")
     stored = (codes.to(torch.int32) + 8).transpose(-1, -2).unflatten(-1, (-1, 8))
     return _join(stored[..., list(AWQ_ORDER)], 4)
 
@@ -60,7 +62,7 @@ def unpack_awq(words: Tensor) -> Tensor:
 def pack_gptq(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., O, I] -> GPTQ qweight int32 [..., I*bits/32, O], packed along I."""
     if codes.shape[-1] % _per_word(bits):
-        raise ValueError(f"GPTQ packing: {codes.shape[-1]} inputs, expected a multiple of {_per_word(bits)}")
+        raise InputError(f"GPTQ packing: {codes.shape[-1]} inputs, expected a multiple of {_per_word(bits)}")
     return pack_rows(codes, bits).transpose(-1, -2).contiguous()
 
 
@@ -74,7 +76,7 @@ def pack_gptq_zeros(zeros: Tensor, bits: int) -> Tensor:
     """Zero points [..., O, G] -> GPTQ v1 qzeros int32 [..., G, O*bits/32], packed along O, stored minus one."""
     per_word = _per_word(bits)
     if zeros.shape[-2] % per_word:
-        raise ValueError(f"GPTQ packing: {zeros.shape[-2]} outputs, expected a multiple of {per_word}")
+        raise InputError(f"GPTQ packing: {zeros.shape[-2]} outputs, expected a multiple of {per_word}")
     stored = (zeros.to(torch.int32) + (1 << (bits - 1)) - 1) & ((1 << bits) - 1)
     return _join(stored.transpose(-1, -2).unflatten(-1, (-1, per_word)), bits)
 
@@ -87,7 +89,7 @@ def unpack_gptq_zeros(words: Tensor, bits: int) -> Tensor:
 
 def _per_word(bits: int) -> int:
     if bits not in (2, 4, 8):
-        raise ValueError(f"packing: {bits} bits, expected 2, 4 or 8")
+        raise InputError(f"packing: {bits} bits, expected 2, 4 or 8")
     return 32 // bits
 
 

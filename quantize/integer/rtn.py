@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from .grid import RATIOS, IntWeight, dequantize, encode, search
 
 __all__ = ["IntWeight", "dequantize", "rtn_int"]
@@ -29,6 +31,6 @@ def rtn_int(
     Raises ValueError for NaN or infinity, and for a group size that does not divide the row.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+        raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
     scales, zeros = search(weight, importance, bits, group_size, symmetric, signed, tries)
     return encode(weight, scales, zeros, bits)

@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...calibration.evaluate.metrics import Scores, compare, join, summarise
 from ...calibration.evaluate.reference_store import Rows, StoredReference, compare_stored
 from ...calibration.text.sample import Sample
-from ...convert.errors import UsageError
 from ...convert.gguf.reader import find_parts
 
 COMPARED = ("ppl", "ppl_ratio", "top1")
@@ -30,15 +31,15 @@ VLLM_TOP = 1024  # log-probabilities of each position that vLLM is asked for
 
 
 def check_engine(engine: str, artifacts: tuple[str, ...]) -> None:
-    """Refuse an engine that is not installed or cannot open the artifacts: UsageError, before any work."""
+    """Refuse an engine that is not installed or cannot open the artifacts: InputError, before any work."""
     package, extra = ("xllamacpp", "mmquant[llamacpp]") if engine == "llama.cpp" else ("vllm", "vllm")
     if importlib.util.find_spec(package) is None:
-        raise UsageError(f"--engine {engine}: {package} is not installed, expected pip install '{extra}'")
+        raise InputError(f"--engine {engine}: {package} is not installed, expected pip install '{extra}'")
     for artifact in artifacts:
         gguf = Path(artifact).suffix == ".gguf" or (Path(artifact).is_dir() and any(Path(artifact).glob("*.gguf")))
         if gguf != (engine == "llama.cpp"):
             kind = "a GGUF file" if engine == "llama.cpp" else "a folder of safetensors"
-            raise UsageError(f"--engine {engine}: {artifact} is not {kind}")
+            raise InputError(f"--engine {engine}: {artifact} is not {kind}")
 
 
 def cross_check(
@@ -165,7 +166,7 @@ def _positions(
     for i, top in enumerate(tops):
         ids, logp = base.ids[ends[i] : ends[i + 1]], base.logp[ends[i] : ends[i + 1]]
         if target[i] not in top:
-            raise ValueError(f"engine: no log-probability of token {target[i]}, expected the prompt's own tokens")
+            raise InputError(f"engine: no log-probability of token {target[i]}, expected the prompt's own tokens")
         known = np.array([token in top for token in ids.tolist()])
         theirs = np.array([top[token] for token in ids[known].tolist()])
         finite = bool(np.isfinite(list(top.values())).all())

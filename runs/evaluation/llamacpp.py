@@ -18,6 +18,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from mmquant.errors import InputError
+
 _SPARE = 256  # bytes behind the named fields; the library's structs are 80 and 168 bytes
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _silence = _LOG(lambda level, text, user: None)
@@ -135,16 +137,16 @@ def load_library() -> ctypes.CDLL:
     """
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or spec.origin is None:
-        raise ValueError("llama.cpp: the package xllamacpp is not installed; pip install 'mmquant[llamacpp]'")
+        raise InputError("llama.cpp: the package xllamacpp is not installed; pip install 'mmquant[llamacpp]'")
     files = sorted(p for p in Path(spec.origin).parent.glob("xllamacpp*") if p.suffix in (".so", ".dylib", ".pyd"))
     if not files:
-        raise ValueError(f"llama.cpp: {Path(spec.origin).parent} holds no shared library, expected xllamacpp.abi3.so")
+        raise InputError(f"llama.cpp: {Path(spec.origin).parent} holds no shared library, expected xllamacpp.abi3.so")
     loaded = ctypes.CDLL(str(files[0]))
     for name, (result, arguments) in _SIGNATURES.items():
         try:
             function = getattr(loaded, name)
         except AttributeError:
-            raise ValueError(
+            raise InputError(
                 f"llama.cpp: {files[0].name} has no function {name}; another version of xllamacpp"
             ) from None
         function.restype, function.argtypes = result, arguments
@@ -161,7 +163,7 @@ def _checked(loaded: ctypes.CDLL) -> None:
     found += (context.yarn[0], context.defrag_thold, context.type_k, context.type_v)
     expected = (-1, 1, 0, True, False, 512, 2048, 512, 1, -1, -1.0, -1.0, 1, 1)
     if found != expected:
-        raise ValueError(f"llama.cpp: default parameters {found}, expected {expected}: another version of xllamacpp")
+        raise InputError(f"llama.cpp: default parameters {found}, expected {expected}: another version of xllamacpp")
 
 
 def version() -> str:
@@ -185,7 +187,7 @@ class LlamaModel:
         self._context = self._batch = None
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
         if not self._model:
-            raise ValueError(f"{path}: llama.cpp {version()} does not load this file, expected a GGUF model it knows")
+            raise InputError(f"{path}: llama.cpp {version()} does not load this file, expected a GGUF model it knows")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
         params = self._lib.llama_context_default_params()
@@ -197,7 +199,7 @@ class LlamaModel:
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()
-            raise ValueError(f"{path}: llama.cpp has no memory for a context of {context} tokens")
+            raise InputError(f"{path}: llama.cpp has no memory for a context of {context} tokens")
         self._batch = self._lib.llama_batch_init(self.block, 0, 1)
 
     def __enter__(self) -> LlamaModel:
@@ -225,7 +227,7 @@ class LlamaModel:
         ids = (ctypes.c_int32 * room)()
         count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, True, special)
         if count < 0:
-            raise ValueError(f"{self.path}: llama.cpp asks for {-count} tokens for {len(raw)} bytes of text")
+            raise InputError(f"{self.path}: llama.cpp asks for {-count} tokens for {len(raw)} bytes of text")
         return list(ids[:count])
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
@@ -242,9 +244,9 @@ class LlamaModel:
         Raises ValueError for a window longer than the context or a token outside the vocabulary.
         """
         if len(tokens) > self.context:
-            raise ValueError(f"{self.path}: a window of {len(tokens)} tokens, expected at most {self.context}")
+            raise InputError(f"{self.path}: a window of {len(tokens)} tokens, expected at most {self.context}")
         if any(not 0 <= token < self.vocab for token in tokens):
-            raise ValueError(f"{self.path}: a token outside 0..{self.vocab - 1}, the vocabulary of this file")
+            raise InputError(f"{self.path}: a token outside 0..{self.vocab - 1}, the vocabulary of this file")
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         for start in range(0, len(tokens), self.block):
             rows = self._decode(tokens[start : start + self.block], start, first)
@@ -263,7 +265,7 @@ class LlamaModel:
             wanted += start + i >= first
         code = self._lib.llama_decode(self._context, batch)
         if code != 0:
-            raise ValueError(f"{self.path}: llama_decode returned {code} at position {start}, expected 0")
+            raise InputError(f"{self.path}: llama_decode returned {code} at position {start}, expected 0")
         if not wanted:
             return np.empty((0, self.vocab), np.float32)
         view = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (wanted, self.vocab))
@@ -294,7 +296,7 @@ def quantize(kind: int, rows: NDArray[np.float32], imatrix: NDArray[np.float32] 
     source = np.ascontiguousarray(rows, np.float32)
     weights = None if imatrix is None else np.ascontiguousarray(imatrix, np.float32)
     if weights is not None and weights.shape != (source.shape[1],):
-        raise ValueError(f"ggml quantizer: {weights.shape} importances for {source.shape[1]} columns")
+        raise InputError(f"ggml quantizer: {weights.shape} importances for {source.shape[1]} columns")
     lib.ggml_quantize_init(kind)
     out = np.zeros((len(source), lib.ggml_row_size(kind, source.shape[1])), np.uint8)
     pointer = None if weights is None else weights.ctypes.data

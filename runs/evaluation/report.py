@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...convert.errors import UsageError
+from mmquant.errors import InputError
+
 from ...convert.files.atomic import write_whole
 from .result import table
 
@@ -40,16 +41,16 @@ padding:.7rem}h2{margin-top:2.5rem}"""
 
 
 def check_plots() -> None:
-    """UsageError where matplotlib is not installed."""
+    """InputError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        raise UsageError("eval --html: matplotlib is not installed, expected pip install 'mmquant[report]'") from None
+        raise InputError("eval --html: matplotlib is not installed, expected pip install 'mmquant[report]'") from None
     matplotlib.use("Agg")
 
 
 def write_report(path: Path, result: dict[str, Any]) -> None:
-    """Write the report of an eval result; the file appears whole. UsageError where matplotlib is not installed."""
+    """Write the report of an eval result; the file appears whole. InputError where matplotlib is not installed."""
     check_plots()
     parts = [f"<h1>Distance to {html.escape(result['reference']['label'])}</h1>", _summary(result), _numbers(result)]
     if result["candidates"]:

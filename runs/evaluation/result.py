@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmquant import __version__
+from mmquant.errors import InputError
 
 from ...calibration.evaluate.metrics import summarise
 from ...calibration.evaluate.streamed import ENERGY, ERROR, NONFINITE, OVERLAP, TOKENS, Outcome
@@ -116,14 +117,14 @@ def read_gate(path: Path) -> dict[str, float]:
     import yaml
 
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, expected thresholds such as max_kld: 0.02")
+        raise InputError(f"{path}: no such file, expected thresholds such as max_kld: 0.02")
     try:
         data = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     data = data.get("gate", data) if isinstance(data, dict) else data
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: a {type(data).__name__}, expected thresholds such as max_kld: 0.02")
+        raise InputError(f"{path}: a {type(data).__name__}, expected thresholds such as max_kld: 0.02")
     return check_gate(data, str(path))
 
 
@@ -131,9 +132,9 @@ def check_gate(data: dict[str, Any], where: str) -> dict[str, float]:
     """Thresholds by name, all numbers; ValueError for anything else."""
     for name, value in data.items():
         if name not in GATES:
-            raise ValueError(f"{where}: unknown threshold {name}, expected one of {', '.join(GATES)}")
+            raise InputError(f"{where}: unknown threshold {name}, expected one of {', '.join(GATES)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-            raise ValueError(f"{where}: {name} is {value!r}, expected a number")
+            raise InputError(f"{where}: {name} is {value!r}, expected a number")
     return {name: float(value) for name, value in data.items()}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmquant.errors import InputError
+
 from ...convert import manifest
-from ...convert.errors import UsageError
 
 if TYPE_CHECKING:
     from ...calibration.text.sample import Sample, Text
@@ -31,7 +32,7 @@ def make_eval_sample(
 ) -> Sample:
     """Windows of the named texts, or of the bundled held-out ones.
 
-    UsageError for a context beyond the model's, ValueError for text that an artifact was calibrated on.
+    InputError for a context beyond the model's, ValueError for text that an artifact was calibrated on.
     """
     from ...calibration.text.chat import load_template
     from ...calibration.text.corpus import bundled
@@ -41,7 +42,7 @@ def make_eval_sample(
     small = basis.geometry.max_context < 8192
     context = context or (512 if small else 2048)
     if context > basis.geometry.max_context:
-        raise UsageError(f"eval: a context of {context}, the model has at most {basis.geometry.max_context}")
+        raise InputError(f"eval: a context of {context}, the model has at most {basis.geometry.max_context}")
     template = load_template(basis)
     read = read_texts(list(texts) or [bundled("evaluation")], template)
     if texts:
@@ -65,7 +66,7 @@ def check_unseen(texts: list[Text], artifact: str, template: Any) -> None:
     used = calibration_sets(artifact)
     for text in texts:
         if digest(text.documents) in used:
-            raise ValueError(f"{text.name}: {artifact} was calibrated on it, expected text that it has not seen")
+            raise InputError(f"{text.name}: {artifact} was calibrated on it, expected text that it has not seen")
     ours = [part for part in read_sets([], template) if part.sha256 in used]
     if ours:
         known = np.concatenate([shingles(document.text) for part in ours for document in part.documents])

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import mmquant.commands.cli as cli
 from helpers.tiny import write_tiny
-from mmquant.convert.errors import FitError
 from mmquant.convert.open import demo_folder
+from mmquant.errors import FitError
 from mmquant.runs.folder import check_disk
 
 COMMANDS = {

@@ -27,10 +27,10 @@ from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.calibration.text.corpus import bundled, digest, read_sets
 from mmquant.commands.cli import cli
 from mmquant.commands.eval import run
-from mmquant.convert.errors import GateError, MmquantError
 from mmquant.convert.manifest import read as read_manifest
 from mmquant.convert.open import demo_folder, open_source
 from mmquant.convert.source import read_globals, read_layer
+from mmquant.errors import GateError, MmquantError
 from mmquant.runs.evaluation import engines
 from mmquant.runs.evaluation.engines import compare_tops, difference
 from mmquant.runs.evaluation.result import GATES, failures, quality_block, read_gate, validate

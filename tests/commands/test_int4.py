@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mmquant.commands.cli import cli
-from mmquant.convert.errors import UsageError
+from mmquant.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from mmquant.convert.errors import UsageError
 )
 def test_one_line_for_bad_input(tmp_path: Path, arguments: list[str], words: str) -> None:
     result = CliRunner().invoke(cli, ["int4", "--model", "demo", "--out", str(tmp_path / "o"), *arguments])
-    assert isinstance(result.exception, (UsageError, ValueError)), result.output
+    assert isinstance(result.exception, (InputError, ValueError)), result.output
     assert words in str(result.exception)
     assert "\n" not in str(result.exception)
 

@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from helpers.hub_server import TOKEN, Bucket, HubServer
 from helpers.tiny import write_tiny
 from mmquant.commands.cli import cli
-from mmquant.convert.errors import PartialError
 from mmquant.convert.hub.store import HubFolder
 from mmquant.convert.open import demo_folder
+from mmquant.errors import PartialError
 
 SHARDS = 12
 

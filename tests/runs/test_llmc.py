@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mmquant.commands.options_backend import PYTHON
-from mmquant.convert.errors import MmquantError, UsageError
 from mmquant.convert.open import open_native
+from mmquant.errors import InputError, MmquantError
 from mmquant.runs.llmc import FP8, find_python, fp8_job, write_with_llmcompressor
 
 
@@ -62,5 +62,5 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert set(FP8) == {"block", "channel"}
     out.mkdir()
     (out / "x").write_text("")
-    with pytest.raises(UsageError, match="holds x, expected an empty folder"):
+    with pytest.raises(InputError, match="holds x, expected an empty folder"):
         write_with_llmcompressor(open_native("demo"), fp8_job("block"), out, "cpu")

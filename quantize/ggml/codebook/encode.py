@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ..types import GGMLType
 from .halves import book
 from .layout import DELTA, LAYOUTS, SUPER, Fields, Layout, Signs, pack, unpack, values
@@ -81,16 +83,16 @@ def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
     """Weights of uint8 [R, bytes] in the type `kind`: float32 [R, columns]."""
     layout = layout_of(kind, (data.shape[0], columns))
     if data.shape[1] * SUPER != columns * layout.bytes:
-        raise ValueError(f"{kind.name}: {data.shape[1]} bytes a row do not hold {columns} columns")
+        raise InputError(f"{kind.name}: {data.shape[1]} bytes a row do not hold {columns} columns")
     return values(unpack(data.reshape(-1, layout.bytes), layout), layout).reshape(data.shape[0], columns)
 
 
 def layout_of(kind: GGMLType, shape: tuple[int, ...] | torch.Size) -> Layout:
     """The layout of `kind`, once the shape is known to suit it."""
     if kind.name not in LAYOUTS:
-        raise ValueError(f"{kind.name} is no vector-codebook type, expected one of {', '.join(LAYOUTS)}")
+        raise InputError(f"{kind.name} is no vector-codebook type, expected one of {', '.join(LAYOUTS)}")
     if len(shape) < 2 or shape[-1] % SUPER or not shape[-1]:
-        raise ValueError(f"{kind.name}: shape {tuple(shape)}, expected rows of a multiple of {SUPER} columns")
+        raise InputError(f"{kind.name}: shape {tuple(shape)}, expected rows of a multiple of {SUPER} columns")
     return LAYOUTS[kind.name]
 
 
@@ -100,10 +102,10 @@ def check_rows(rows: Tensor, layout: Layout) -> None:
         return
     low, high = (float(v) for v in torch.aminmax(rows))
     if not (low > -math.inf and high < math.inf):
-        raise ValueError(f"{layout.name}: the weights hold NaN or infinity, expected finite values")
+        raise InputError(f"{layout.name}: the weights hold NaN or infinity, expected finite values")
     reach = LARGEST * (layout.offset + layout.step * (layout.levels - 1)) * float(points(layout.name).max())
     if max(-low, high) > reach:
-        raise ValueError(f"{layout.name}: a weight of {max(-low, high):.3g}, the float16 scale reaches {reach:.3g}")
+        raise InputError(f"{layout.name}: a weight of {max(-low, high):.3g}, the float16 scale reaches {reach:.3g}")
 
 
 def checked_importance(rows: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
@@ -112,10 +114,10 @@ def checked_importance(rows: Tensor, importance: Tensor | None, layout: Layout) 
         return torch.ones(1, device=rows.device).expand(rows.shape)
     if importance.shape not in (rows.shape, rows.shape[-1:], (1, *rows.shape[1:])):
         expected = f"{tuple(rows.shape[-1:])} or {tuple(rows.shape)}"
-        raise ValueError(f"{layout.name}: importance {tuple(importance.shape)}, expected {expected}")
+        raise InputError(f"{layout.name}: importance {tuple(importance.shape)}, expected {expected}")
     low, high = (float(v) for v in torch.aminmax(importance))
     if not (low >= 0 and high < math.inf):
-        raise ValueError(
+        raise InputError(
             f"{layout.name}: an importance of {low if not low >= 0 else high}, expected finite values >= 0"
         )
     return importance.to(rows.device, torch.float32).expand(rows.shape)

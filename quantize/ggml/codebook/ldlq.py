@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...linear_algebra import cholesky, full_float32
 from ..types import GGMLType
 from .columns import descend_columns, new_block, sweep_columns, unit_of
@@ -122,11 +124,11 @@ def encode_with_feedback(
     layout = layout_of(kind, rows.shape)
     check_rows(rows, layout)
     if known.order.shape != (rows.shape[0], rows.shape[2] // SUPER):
-        raise ValueError(
+        raise InputError(
             f"{kind.name}: rows {tuple(rows.shape)}, the factor is of moments {tuple(known.moments.shape)}"
         )
     if known.metric.shape[-1] != unit_of(layout):
-        raise ValueError(
+        raise InputError(
             f"{kind.name}: the factor is for groups of {known.metric.shape[-1]}, expected {unit_of(layout)}"
         )
     state = _started(rows, known)

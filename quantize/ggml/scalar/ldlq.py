@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...linear_algebra import cholesky, full_float32
 from ..codec import pack, search
 from ..types import GGMLType
@@ -103,7 +105,7 @@ def encode_with_feedback(rows: Tensor, kind: GGMLType, known: Factor, passes: in
     """
     experts, _, n = rows.shape
     if known.lower.shape[:2] != (experts, n):
-        raise ValueError(f"{kind.name}: {experts} matrices of {n} columns, the moments are {tuple(known.lower.shape)}")
+        raise InputError(f"{kind.name}: {experts} matrices of {n} columns, the moments are {tuple(known.lower.shape)}")
     weight = rows.gather(2, known.columns.unsqueeze(1).expand_as(rows)).permute(2, 0, 1).contiguous()
     state = State(weight, torch.zeros_like(weight), [None] * known.order.shape[1])
     with full_float32():

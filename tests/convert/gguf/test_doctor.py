@@ -18,10 +18,10 @@ from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.commands.calibrate import command as calibrate_command
 from mmquant.commands.doctor import command
 from mmquant.commands.gguf import command as gguf_command
-from mmquant.convert.errors import GateError
 from mmquant.convert.gguf.doctor import AT_RISK, FP16_MAX, SCALES, exponents, plan_fix, scaled_blocks, summed
 from mmquant.convert.gguf.reader import GgufSource
 from mmquant.convert.open import open_source
+from mmquant.errors import GateError
 from mmquant.quantize.ggml.codec import decode, encode
 from mmquant.quantize.ggml.types import GGMLType
 

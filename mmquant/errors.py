@@ -9,8 +9,8 @@ class MmquantError(Exception):
     exit_code = 1
 
 
-class UsageError(MmquantError):
-    """Usage or bad input."""
+class InputError(MmquantError, ValueError):
+    """Usage or bad input: something that the user can mend. A plain ValueError is a fault of mmquant itself."""
 
     exit_code = 2
 
