@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...convert.models.minimax_m2 import Geometry, Globals, LayerWeights
+from ...convert.models.rope import frequencies
 from .combine import combine
 
 # Routed rows that an expert batch may hold at once; bounds the activations, not the result.
@@ -74,11 +75,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary_tables(geometry: Geometry, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin [T, rotary_dim] float32 of positions 0..T-1 (halves repeated, NeoX pairing)."""
-    exponent = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float32, device=device) / geometry.rotary_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), geometry.rope_theta**-exponent)
+    """cos, sin [T, rotary_dim] float32 of positions 0..T-1 (halves repeated, NeoX pairing), scaled as asked."""
+    scaling = geometry.rope_scaling
+    if scaling is None:
+        exponent = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float32, device=device) / geometry.rotary_dim
+        turns = geometry.rope_theta**-exponent
+    else:
+        turns = torch.tensor(frequencies(geometry.rope_theta, geometry.rotary_dim, scaling), device=device)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), turns)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    size = 1.0 if scaling is None else scaling.attention_factor
+    return angles.cos() * size, angles.sin() * size
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

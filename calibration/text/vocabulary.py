@@ -10,6 +10,7 @@ from typing import Any
 from mmquant.errors import InputError
 
 from ...convert.models.minimax_m2 import Geometry
+from ...convert.models.rope import same_scaling
 from ...convert.source import Source
 
 
@@ -78,5 +79,6 @@ def check_same_model(reference: Geometry, candidate: Source) -> None:
             continue
         mine, theirs = getattr(candidate.geometry, name), getattr(reference, name)
         same = abs(mine - theirs) <= 1e-6 * abs(theirs) if isinstance(theirs, float) else mine == theirs
+        same = same_scaling(mine, theirs) if name == "rope_scaling" else same
         if not same:
             raise InputError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")

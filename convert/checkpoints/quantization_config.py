@@ -15,6 +15,7 @@ from typing import Any
 
 from mmquant.errors import InputError
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before 2025
 SGLANG = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])")
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.quantization_config import QUANTIZATION_KEYS
 from ..models.minimax_m2 import EMBED, HEAD, global_shapes
+from ..models.rope import DEFAULT
 from ..source import CARRIED_FILES
 from .writer import TensorSpec
 
@@ -71,11 +73,21 @@ def quantized_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[s
     """The source's config.json with another quantization_config, and RoPE spelled out.
 
     transformers before 5.23 ignores `rotary_dim` and would rotate every dimension; `rope_parameters` is read by all.
+    Where there is a `rope_scaling`, transformers 5 lets it win: it says the same.
     """
     g = source.geometry
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    rope = {"rope_type": "default", "rope_theta": g.rope_theta, "partial_rotary_factor": g.rotary_dim / g.head_dim}
-    config.setdefault("rope_parameters", rope)
+    config = {key: value for key, value in source.config.items() if key not in QUANTIZATION_KEYS}
+    scaling = {"rope_type": DEFAULT} if g.rope_scaling is None else g.rope_scaling.parameters()
+    rope = {**scaling, "rope_theta": g.rope_theta, "partial_rotary_factor": g.rotary_dim / g.head_dim}
+    config["rope_parameters"] = rope
+    if g.rope_scaling is not None:
+        config["rope_scaling"] = {"type": g.rope_scaling.kind, **rope}
+    else:
+        config.pop("rope_scaling", None)
+    config.setdefault("rope_theta", g.rope_theta)
+    config.setdefault("rotary_dim", g.rotary_dim)
+    if config.get("tie_word_embeddings") and HEAD in source.tensors:
+        config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
     return config
 

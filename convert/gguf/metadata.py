@@ -20,6 +20,7 @@ from mmquant.errors import InputError
 
 from ..models.minimax_m2 import Geometry
 from ..source import Source
+from .rope_keys import scaling_values
 
 ARCH = "minimax-m2"
 SIGMOID = int(gguf.ExpertGatingFuncType.SIGMOID)
@@ -124,6 +125,7 @@ def architecture_keys(geometry: Geometry) -> Metadata:
         "attention.value_length": Value("u32", g.head_dim),
         "expert_feed_forward_length": Value("u32", g.expert_width),
         "rope.dimension_count": Value("u32", g.rotary_dim),
+        **{key: Value(*value) for key, value in scaling_values(g.rope_scaling).items()},
     }
     return {f"{ARCH}.{key}": value for key, value in values.items()}
 

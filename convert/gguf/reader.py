@@ -29,6 +29,7 @@ from .names import (
     all_shapes,
     split_block,
 )
+from .rope_keys import rope_parameters
 from .tokenizer import tokenizer_json
 
 ARCH = "minimax-m2"
@@ -142,6 +143,7 @@ class GgufSource:
         if TOKEN_EMBD not in self._where:
             raise InputError(f"{self.label}: {TOKEN_EMBD} is missing")
         width = self._number(f"{ARCH}.expert_feed_forward_length", self._number(f"{ARCH}.feed_forward_length", 0))
+        scaling = rope_parameters(self.metadata, ARCH, self.label)
         return {
             "architectures": [ARCHITECTURE],
             "model_type": MODEL_TYPE,
@@ -159,6 +161,7 @@ class GgufSource:
             "rope_theta": self._real(f"{ARCH}.rope.freq_base"),
             "rms_norm_eps": self._real(f"{ARCH}.attention.layer_norm_rms_epsilon"),
             "max_position_embeddings": self._number(f"{ARCH}.context_length"),
+            **({} if scaling is None else {"rope_parameters": scaling}),
             "tie_word_embeddings": OUTPUT not in self._where,
         }
 

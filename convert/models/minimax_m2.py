@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
+from .rope import RopeScaling, read_rope, stretched
+
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 MODEL_TYPE = "minimax_m2"
 PROJECTIONS = ("w1", "w2", "w3")  # gate, down, up
@@ -37,6 +39,7 @@ class Geometry:
     rope_theta: float
     norm_eps: float
     max_context: int
+    rope_scaling: RopeScaling | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Geometry:
@@ -45,14 +48,8 @@ class Geometry:
         Raises ValueError naming the key that is missing or not of this architecture.
         """
         check_architecture(config)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        head_dim = _positive(config, "head_dim")
-        rotary = config.get("rotary_dim")
-        if rotary is None:
-            rotary = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        theta = config.get("rope_theta", rope.get("rope_theta"))
-        if theta is None:
-            raise InputError("config.json: rope_theta is missing")
+        head_dim, context = _positive(config, "head_dim"), _positive(config, "max_position_embeddings")
+        rope = read_rope(config, head_dim, context)
         geometry = cls(
             layers=_positive(config, "num_hidden_layers"),
             hidden=_positive(config, "hidden_size"),
@@ -63,10 +60,11 @@ class Geometry:
             experts_per_token=_positive(config, "num_experts_per_tok"),
             expert_width=_positive(config, "intermediate_size"),
             vocab=_positive(config, "vocab_size"),
-            rotary_dim=int(rotary),
-            rope_theta=float(theta),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_context=_positive(config, "max_position_embeddings"),
+            rotary_dim=rope.rotary_dim,
+            rope_theta=rope.theta,
+            norm_eps=_epsilon(config),
+            max_context=max(context, stretched(rope.scaling)),
+            rope_scaling=rope.scaling,
         )
         geometry.check()
         return geometry
@@ -77,8 +75,6 @@ class Geometry:
             raise InputError(f"config.json: {self.heads} heads are not a multiple of {self.kv_heads} key-value heads")
         if self.experts_per_token > self.experts:
             raise InputError(f"config.json: {self.experts_per_token} experts per token of {self.experts} experts")
-        if self.rotary_dim > self.head_dim or self.rotary_dim % 2 or self.rotary_dim <= 0:
-            raise InputError(f"config.json: rotary_dim {self.rotary_dim}, expected even and at most {self.head_dim}")
 
     @property
     def expert_weights(self) -> int:
@@ -121,6 +117,13 @@ def check_architecture(config: dict[str, Any]) -> None:
     scoring = config.get("scoring_func", "sigmoid")
     if scoring != "sigmoid":
         raise InputError(f"config.json: scoring_func is {scoring}, expected sigmoid")
+
+
+def _epsilon(config: dict[str, Any]) -> float:
+    value = config.get("rms_norm_eps", 1e-6)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InputError(f"config.json: rms_norm_eps is {value!r}, expected a number from 0 to 1")
+    return float(value)
 
 
 def _positive(config: dict[str, Any], key: str) -> int:
