@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mmquant.errors import GateError, InputError
+from mmquant.errors import GateError
 
-from .options import check_output, device_option, json_option
-from .options_fetch import close_model, fetch_options, open_any
-
-if TYPE_CHECKING:
-    from ..calibration.text.sample import Sample
-    from ..convert.hub.store import FetchOptions
-    from ..convert.source import Source
+from ..runs.sizes import check_output
+from .options import device_option, json_option
+from .options_fetch import fetch_options
 
 FILE = click.Path(path_type=Path)
 
@@ -60,6 +56,7 @@ def command(
     import json
 
     from ..runs.evaluation.result import apply_gate, check_gate, read_gate, table, validate
+    from ..runs.evaluation.run import record, run
 
     if html is not None:
         from ..runs.evaluation.report import check_plots
@@ -83,185 +80,3 @@ def command(
     click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else table(result))
     if failed is not None:
         raise GateError(f"quality gate: {failed}")
-
-
-def run(
-    artifacts: tuple[str, ...],
-    *,
-    reference: str | None,
-    texts: tuple[str, ...] = (),
-    context: int | None = None,
-    stride: int | None = None,
-    windows: int | None = None,
-    convention: str = "all",
-    activations: str | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    floor: bool = False,
-    save: Path | None = None,
-    logits: Path | None = None,
-    engine: str = "mmquant",
-    state: Path | None = None,
-    batch_tokens: int | None = None,
-    device: str = "cpu",
-    fetch: FetchOptions | None = None,
-) -> dict[str, Any] | None:
-    """The result document of `mmquant eval`; None on every rank but the first, and where there was only to save."""
-    from ..calibration.model.distributed import rank_device
-    from ..calibration.model.ranks import current_ranks
-    from ..calibration.text.vocabulary import check_same_model, check_same_tokenizer
-    from ..runs.evaluation.text import make_eval_sample
-
-    if reference is None and logits is None:
-        raise InputError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
-    if not artifacts and save is None:
-        raise InputError("eval: no artifact, expected at least one folder or GGUF file (or --save-reference FILE)")
-    if engine != "mmquant":
-        from ..runs.evaluation.engines import check_engine
-
-        check_engine(engine, artifacts)
-    candidates = [_opened(artifact, fetch) for artifact in artifacts]
-    truth = _opened(reference, fetch) if reference is not None else None
-    basis = truth if truth is not None else candidates[0]
-    for candidate in candidates:
-        check_same_model(basis.geometry, candidate)
-        check_same_tokenizer(basis, candidate)
-    sample = make_eval_sample(
-        basis, artifacts, texts, context=context, stride=stride, windows=windows, convention=convention
-    )
-    activations = activations or ("llama.cpp" if convention == "llama.cpp" else "exact")
-    settings = _settings(str(rank_device(device)), dtype, batch_tokens, state, floor, activations)
-    ranks = current_ranks()
-    if engine != "mmquant":
-        if ranks.world > 1:
-            raise InputError(f"--engine {engine}: runs in one process, expected no torchrun")
-        return _with_engine(engine, artifacts, reference, truth, candidates, sample, settings, logits, save, seed)
-    result = measure(truth, candidates, sample, settings, logits, save, seed)
-    for source in (*candidates, *filter(None, [truth])):
-        close_model(source, finished=True)
-    return result if ranks.first and candidates else None
-
-
-def _opened(model: str, fetch: FetchOptions | None) -> Source:
-    """A model to score, complete as far as its headers tell."""
-    source = open_any(model, fetch)
-    check = getattr(source, "validate", None)
-    if check is not None:
-        check()
-    for note in getattr(source, "notes", []):
-        click.echo(f"mmquant: {note}", err=True)
-    return source
-
-
-def _with_engine(
-    engine: str,
-    artifacts: tuple[str, ...],
-    reference: str | None,
-    truth: Source | None,
-    candidates: list[Source],
-    sample: Sample,
-    settings: Any,
-    logits: Path | None,
-    save: Path | None,
-    seed: int,
-) -> dict[str, Any]:
-    """The streamed result with the engine's beside it."""
-    import tempfile
-
-    import torch
-
-    from ..runs.evaluation.engines import cross_check
-
-    with tempfile.TemporaryDirectory(prefix="mmquant-eval-") as folder:
-        stored = logits or save or Path(folder) / "reference"
-        result = measure(truth, candidates, sample, settings, logits, None if logits else stored, seed)
-        # torch's own number of threads, so that OMP_NUM_THREADS rules both.
-        threads = torch.get_num_threads()
-        result["engine_check"] = cross_check(engine, artifacts, reference, stored, sample, result, threads)
-    return result
-
-
-def measure(
-    truth: Source | None,
-    candidates: list[Source],
-    sample: Sample,
-    settings: Any,
-    logits: Path | None = None,
-    save: Path | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """The streamed pass and its result document; every rank gets the same."""
-    from ..calibration.evaluate.reference_store import StoredReference
-    from ..calibration.evaluate.streamed import evaluate
-    from ..calibration.model.ranks import current_ranks
-    from ..calibration.text.vocabulary import tokenizer_digest
-    from ..runs.evaluation.result import document
-
-    ranks = current_ranks()
-    against: Source | StoredReference
-    if logits is not None:
-        stored = StoredReference(logits)
-        tokenizer = tokenizer_digest(truth if truth is not None else candidates[0])
-        stored.check(sample, truth, tokenizer, settings.activations)
-        against, made_of = stored, {"label": stored.label, "stored": stored.made_of}
-        made_of["fingerprint"] = stored.made_of["model"]
-    else:
-        assert truth is not None
-        against, made_of = truth, {"label": truth.label, "fingerprint": truth.fingerprint, "stored": None}
-    with Progress(ranks.first) as progress:
-        outcomes = evaluate(against, candidates, sample, settings, ranks=ranks, save=save, progress=progress)
-    dtype = str(settings.dtype).removeprefix("torch.")
-    return document(outcomes, sample, candidates, made_of, seed=seed, dtype=dtype, activations=settings.activations)
-
-
-class Progress:
-    """A bar on stderr that moves with the layers; silent on other ranks and where stderr is no terminal."""
-
-    def __init__(self, shown: bool) -> None:
-        import sys
-
-        self._shown, self._bar = shown and sys.stderr.isatty(), None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *rest: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        if not self._shown:
-            return
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc="eval", unit="layer")
-        self._bar.update(done - self._bar.n)
-
-
-def _settings(
-    device: str, dtype: str | None, batch_tokens: int | None, state: Path | None, floor: bool, activations: str
-) -> Any:
-    import torch
-
-    from ..calibration.evaluate.streamed import Settings
-
-    cuda, rounded = device.startswith("cuda"), activations != "exact"
-    chosen = dtype or ("bfloat16" if cuda and not rounded else "float32")
-    if rounded and (chosen != "float32" or floor):
-        what = "--floor" if floor else f"--dtype {chosen}"
-        raise InputError(f"eval: {what} with activations rounded as llama.cpp does, expected --activations exact")
-    tokens = batch_tokens or (16384 if cuda else 8192)
-    return Settings(device, getattr(torch, chosen), tokens, state=state, floor=floor, activations=activations)
-
-
-def record(artifacts: tuple[str, ...], result: dict[str, Any]) -> None:
-    """Put each candidate's quality into the manifest of its folder, where there is one."""
-    from ..convert.manifest import MANIFEST, set_quality
-    from ..runs.evaluation.result import quality_block
-    from ..runs.evaluation.text import manifest_folder
-
-    for artifact, candidate in zip(artifacts, result["candidates"], strict=True):
-        folder = manifest_folder(artifact)
-        if (folder / MANIFEST).is_file():
-            set_quality(folder, quality_block(result, candidate))

@@ -6,8 +6,6 @@ from typing import Any
 
 import click
 
-PYTHON = "MMQUANT_LLMCOMPRESSOR"
-
 
 def backend_option() -> Any:
     """--backend, of the commands that llm-compressor can do as well."""
@@ -16,5 +14,5 @@ def backend_option() -> Any:
         type=click.Choice(["mmquant", "llmcompressor"]),
         default="mmquant",
         show_default=True,
-        help=f"llmcompressor: its model_free_ptq on a local folder, in the Python that {PYTHON} names.",
+        help="llmcompressor: its model_free_ptq on a local folder, in the Python that MMQUANT_LLMCOMPRESSOR names.",
     )

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Decorator, parse_size
+from .options import Decorator, size
 
 if TYPE_CHECKING:
     from ..convert.checkpoints.checkpoint import Checkpoint
     from ..convert.hub.store import FetchOptions
-    from ..convert.source import Source
-
-WORK = ".mmquant.source"  # inside the folder that is written: shards in use, headers, small files
 
 
 def fetch_options() -> Decorator:
@@ -47,7 +41,7 @@ def _options() -> list[Decorator]:
     keep = "Keep the fetched shards instead of deleting each after its last use."
     transport = "http: resumable ranges; xet: the hub's accelerated path, watched, with http as the way out."
     return [
-        click.option("--max-disk", default=None, callback=_bytes, metavar="SIZE", help=disk),
+        click.option("--max-disk", default=None, callback=size, metavar="SIZE", help=disk),
         click.option("--max-shards", default=8, show_default=True, type=click.IntRange(min=1), help=shards),
         click.option("--keep-shards", is_flag=True, help=keep),
         click.option(
@@ -56,52 +50,11 @@ def _options() -> list[Decorator]:
     ]
 
 
-def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    return None if value is None else parse_size(value)
-
-
 def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Checkpoint:
-    """Open --model. Shards of a hub's model lie inside `out` while they are needed, and the commit is pinned there;
-    without `out` (dry runs, inspection) small files and headers go to the user's cache.
-    """
-    from ..convert.open import open_native
+    """Open --model (runs/models.py) until the command ends."""
+    from ..runs.models import close_model
+    from ..runs.models import open_model as opened
 
-    if not model.startswith(("hf:", "ms:")):
-        return open_native(model)
-    if out is not None and (out.is_dir() or not out.exists()):
-        rank = os.environ.get("RANK", "0")  # under torchrun every process has a folder of its own
-        fetch = replace(fetch, work=out / (WORK if rank == "0" else f"{WORK}-{rank}"))
-    source = open_native(model, fetch)
-    _close_with_command(source)
+    source = opened(model, fetch, out)
+    click.get_current_context().call_on_close(lambda: close_model(source))
     return source
-
-
-def open_any(model: str, fetch: FetchOptions | None) -> Source:
-    """Open a model or artifact that is only read (`eval`); shards of a hub's pass through the user's cache."""
-    from ..convert.open import open_source
-
-    source = open_source(model, fetch)
-    _close_with_command(source)
-    return source
-
-
-def _close_with_command(source: Source) -> None:
-    context = click.get_current_context(silent=True)
-    if context is not None:
-        context.call_on_close(lambda: close_model(source))
-
-
-def close_model(source: Source, finished: bool = False) -> None:
-    """Stop fetching; when the output is finished, the work folder in it goes (unless the shards are to be kept)."""
-    from ..convert.hub.store import HubFolder
-    from ..convert.manifest import MANIFEST
-
-    store = getattr(source, "store", None)
-    if not isinstance(store, HubFolder):
-        return
-    store.close(finished)
-    options = store.options
-    if options.work is None or options.keep_shards:
-        return
-    if finished or (options.work.parent / MANIFEST).exists():
-        shutil.rmtree(options.work, ignore_errors=True)

@@ -16,6 +16,7 @@ from ..convert.folder.int4 import Int4Variant
 from ..convert.gguf.mixes import find_mix
 from ..convert.gguf.variant import GgufVariant
 from ..convert.open import DEMO, open_native
+from .evaluation.run import record, run
 from .folder import write_folder, write_native
 from .gguf import write_gguf
 
@@ -43,7 +44,6 @@ def run_demo(out: Path, device: str = "cpu", windows: int = WINDOWS) -> list[dic
 
     A second run writes nothing anew and scores again.
     """
-    from ..commands.eval import record, run
     from .evaluation.report import write_report
 
     source = open_native(DEMO)

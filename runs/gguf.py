@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from mmquant.errors import InputError
+
 from ..calibration.gguf.encode import encode_tensors
 from ..calibration.gguf.run import CalibratedRun, Calibration
 from ..calibration.gguf.run_fast import FastRun
-from ..calibration.gguf.run_stored import Stored, stored_tensors
+from ..calibration.gguf.run_stored import Stored, open_stored, stored_tensors
 from ..calibration.gguf.solve import Report
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
@@ -23,6 +27,7 @@ from ..convert.gguf.variant import GgufVariant
 from ..convert.gguf.writer import GgufWriter, TensorInfo
 from ..convert.manifest import FileEntry
 from ..convert.source import CARRIED_FILES
+from .calibrate import make_corpus
 from .folder import check_disk, claim, finish_folder, is_finished, written_bytes
 
 
@@ -115,3 +120,34 @@ def maker(
     if calibration is None:
         return lambda missing: encode_tensors(source, missing, device), report
     return lambda missing: stored_tensors(source, calibration, missing, device, report), report
+
+
+def make_calibration(
+    source: Checkpoint, effort: str, statistics: Path | None, text: dict[str, Any]
+) -> Calibration | Stored:
+    """Open the statistics, or read, check and pack the calibration text."""
+    if statistics is not None:
+        return open_stored(statistics, source, effort)
+    corpus = make_corpus(source, {"evaluation": (), **text})
+    names = ", ".join(Path(spec.split("=")[0]).name for spec in text["texts"]) or "default"
+    return Calibration(corpus.tokens, {"corpus": corpus.describe()}, names, effort)
+
+
+def read_plan(path: Path | None) -> dict[str, str] | None:
+    """Types by tensor name of a plan file; ValueError when it is not one."""
+    if path is None:
+        return None
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    types = document.get("tensors", document) if isinstance(document, dict) else None
+    if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
+        raise InputError(f"{path}: expected an object of tensor names and types")
+    return types
+
+
+def model_stem(model: str) -> str:
+    """The model's name in a file name: the last part of a hub name or path."""
+    bare = model.removeprefix("hf:").removeprefix("ms:").split("@")[0]
+    return Path(bare).resolve().name if bare in (".", "..") else bare.rstrip("/").rsplit("/", 1)[-1]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import click
 
 from mmquant.errors import InputError
 
 from ..calibration.int4.high import ReferenceStream
 from ..calibration.int4.layer import Int4Options
 from ..calibration.int4.variant import CalibratedInt4
-from ..commands.options_calibration import NAMES, make_provider
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.store import LocalFolder
 from ..convert.folder.check import check_folder
 from ..convert.folder.int4 import Int4Variant, check_groups
 from ..quantize.integer.gptq import Grid
+from .calibrate import NAMES, make_provider
 from .folder import write_folder
 
 STREAMS = ".mmquant-streams"  # what a killed run of high effort continues from
@@ -111,7 +110,7 @@ def layers_of(text: str | None) -> tuple[int, ...]:
 
 
 def _say(line: str) -> None:
-    click.echo(line, err=True)
+    print(line, file=sys.stderr)
 
 
 def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, limit: int) -> Path:

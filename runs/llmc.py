@@ -17,7 +17,6 @@ from typing import Any
 
 from mmquant.errors import InputError, MmquantError
 
-from ..commands.options_backend import PYTHON
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import LocalFolder
@@ -28,6 +27,7 @@ from ..convert.manifest import FileEntry
 from ..convert.models.minimax_m2 import layer_of
 from .folder import check_disk, describe, finish_folder, is_finished
 
+PYTHON = "MMQUANT_LLMCOMPRESSOR"  # the environment variable that names its Python
 WORKER = Path(str(resources.files("mmquant").joinpath("data", "llmc_worker.py")))
 IGNORE = ("lm_head", "re:.*block_sparse_moe.gate$", "re:.*embed_tokens$")
 ATTENTION = "re:.*self_attn.*"

@@ -30,8 +30,8 @@ LIBRARIES = {
         "jsonschema",
     },
     "calibration": {"triton", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "tqdm", "gguf"},
-    "runs": {"torch", "numpy", "tqdm", "yaml", "jinja2", "jsonschema", "tokenizers", "safetensors", "gguf", "click"},
-    "commands": {"torch", "numpy", "click", "yaml", "tqdm"},
+    "runs": {"torch", "numpy", "tqdm", "yaml", "jinja2", "jsonschema", "tokenizers", "safetensors", "gguf"},
+    "commands": {"click"},
 }
 # Libraries that single modules may import besides: optional ones, and tables that upstream publishes.
 MODULES = {
@@ -41,8 +41,6 @@ MODULES = {
     "runs/evaluation/engines.py": {"vllm"},  # the user's own installation
     "runs/evaluation/report.py": {"matplotlib"},  # extra: report
 }
-# Not yet split: what these runs need still stands in a command's module.
-CLIMBS = {"runs/demo.py", "runs/int4.py", "runs/llmc.py"}
 NEVER = {"llmcompressor", "auto_gptq", "compressed_tensors", "transformers", "accelerate"}  # tests and peers only
 
 
@@ -80,8 +78,7 @@ def own_room(name: str) -> str:
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
     room = room_of(path)
-    climbs = path.relative_to(ROOT).as_posix() in CLIMBS
-    allowed = set(ROOMS) if climbs else set(ROOMS[ROOMS.index(room) :])
+    allowed = set(ROOMS[ROOMS.index(room) :])
     for name in imported(path):
         if name.split(".")[0] == "mmquant":
             assert name in ("mmquant", "mmquant.errors") or own_room(name) in allowed, f"{room} imports {name}"

@@ -30,6 +30,7 @@ FP16_MAX = 65504.0
 NORMAL = 2.0**-14  # smallest normal float16
 MARGIN = 4.0  # the largest sum is brought below 65504 / MARGIN, for text that was not seen
 ABSURD = 1e4  # a weight beyond this is no weight of this model
+OVERFLOW = "overflow"
 BROKEN, DEAD = "holds NaN or infinity", "is all zero"
 SCALES = {  # type -> byte offsets of the float16 scales of a block; source: ggml-common.h
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
@@ -47,6 +48,7 @@ class Finding:
     where: str
     text: str
     experts: tuple[int, ...] = ()
+    code: str = ""  # OVERFLOW: a sum beyond float16, which a cure mends
 
 
 def check_metadata(source: GgufSource) -> list[Finding]:
@@ -136,7 +138,7 @@ def check_overflow(source: GgufSource, sums: Tensor | None) -> list[Finding]:
             level, effect = ("error", "NaN on CUDA") if kind in AT_RISK else ("warning", f"harmless for {kind}")
             reach = f"sums of {summed(source, layer)} inputs reach {float(sums[layer].amax()):.4g}"
             text = f"{reach}, float16 ends at 65504: {effect}"
-            found.append(Finding(level, name, text, tuple(over)))
+            found.append(Finding(level, name, text, tuple(over), OVERFLOW))
     return found
 
 

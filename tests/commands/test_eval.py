@@ -26,7 +26,6 @@ from mmquant.calibration.evaluate.reference_store import StoredReference, compar
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.calibration.text.corpus import bundled, digest, read_sets
 from mmquant.commands.cli import cli
-from mmquant.commands.eval import run
 from mmquant.convert.manifest import read as read_manifest
 from mmquant.convert.open import demo_folder, open_source
 from mmquant.convert.source import read_globals, read_layer
@@ -34,6 +33,7 @@ from mmquant.errors import GateError, MmquantError
 from mmquant.runs.evaluation import engines
 from mmquant.runs.evaluation.engines import compare_tops, difference
 from mmquant.runs.evaluation.result import GATES, failures, quality_block, read_gate, validate
+from mmquant.runs.evaluation.run import run
 
 FEW = ("--windows", "3", "--context", "64")
 

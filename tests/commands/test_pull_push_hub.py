@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from helpers.hub_server import TOKEN, HubServer
-from mmquant.commands.push import push
 from mmquant.convert.hub.card import BEGIN, END
 from mmquant.convert.hub.http import Client, HubError, Retry, endpoint_of
 from mmquant.convert.hub.layout import check_layout, find_by_tag
 from mmquant.convert.hub.remote import remote_of, same_site
+from mmquant.runs.push import push
 
 LICENSE = "NON-COMMERCIAL LICENSE\n\nCopyright (c) 2026 MiniMax\n\nCommercial use requires authorization.\n"
 BASE_CARD = "---\nlicense: other\nlicense_name: modified-mit\nlicense_link: https://example.org/LICENSE\n---\n# M2.7\n"

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mmquant.commands.options_backend import PYTHON
 from mmquant.convert.open import open_native
 from mmquant.errors import InputError, MmquantError
-from mmquant.runs.llmc import FP8, find_python, fp8_job, write_with_llmcompressor
+from mmquant.runs.llmc import FP8, PYTHON, find_python, fp8_job, write_with_llmcompressor
 
 
 def mmquant(*arguments: str, python: str) -> tuple[int, str]:

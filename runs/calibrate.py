@@ -1,0 +1,160 @@
+"""Calibration text through the model into stored statistics, or into a live pass that a quantizer reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmquant.errors import FitError, InputError
+
+if TYPE_CHECKING:
+    from ..calibration.statistics.live import PassOptions
+    from ..calibration.statistics.provider import Provider
+    from ..calibration.statistics.run import Needs
+    from ..calibration.text.corpus import Corpus
+    from ..convert.checkpoints.checkpoint import Checkpoint
+    from ..convert.source import Source
+
+NAMES = ("texts", "evaluation", "context", "windows", "seed", "statistics", "propagate")
+FULL_BY_DEFAULT = 16 << 30  # full moments are kept by default while they take no more than this on disk
+
+
+def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
+    """Read, check and pack the calibration text."""
+    import numpy as np
+
+    from ..calibration.text.chat import load_template
+    from ..calibration.text.corpus import bundled, pack, read_sets
+    from ..calibration.text.overlap import check_disjoint, shingles
+    from ..calibration.text.tokenizer import load_tokenizer
+
+    longest = source.geometry.max_context
+    context = options["context"] or (512 if longest < 8192 else 2048)
+    if context > longest:
+        raise InputError(f"--context {context}: the model has at most {longest}")
+    template = load_template(source)
+    sets = read_sets(list(options["texts"]), template)
+    known = np.concatenate([shingles(document.text) for part in sets for document in part.documents])
+    held = read_sets(list(options["evaluation"]) or [str(bundled("evaluation"))], template)
+    check_disjoint({d.origin: d.text for part in held for d in part.documents}, known)
+    return pack(sets, load_tokenizer(source), context, options["windows"], options["seed"])
+
+
+def pass_options(source: Checkpoint, options: dict[str, Any]) -> PassOptions:
+    """The pass's options, with the defaults that depend on the model."""
+    import torch
+
+    from ..calibration.statistics.collector import Collect
+    from ..calibration.statistics.live import PassOptions, default_dtype
+    from ..calibration.statistics.triangles import stored_bytes
+
+    g = source.geometry
+    kept = options["moments"]
+    if kept is None:
+        whole = g.layers * stored_bytes(g, True, options["store"], options["experts"])
+        kept = "full" if whole <= FULL_BY_DEFAULT else "diagonal"
+    dtype = getattr(torch, options["dtype"]) if options["dtype"] else default_dtype(options["device"])
+    return PassOptions(
+        collect=Collect(kept == "full", options["weighting"], options["experts"], options["skip_nonfinite"]),
+        propagate="reference" if options["propagate"] == "reference" else "quantized",
+        device=options["device"],
+        dtype=dtype,
+        memory=options["memory"],
+        disk_limit=options["disk"],
+    )
+
+
+def describe(out: Path, corpus: Corpus, chosen: PassOptions, store: str, need: Needs) -> str:
+    """What --dry-run prints."""
+    shape = corpus.describe()
+    kept = f"full moments in {store}" if chosen.collect.full else "diagonals"
+    where = {"device": "in one pass", "host": f"in {need.passes} passes, finished ones in host memory"}
+    how = where.get(need.results, f"in {need.passes} passes, finished ones in a temporary file")
+    lines = (
+        f"{out}: {need.layers} layers, {kept}: {need.statistics:,} bytes",
+        f"text: {shape['windows']} windows of {shape['context']} tokens, {shape['windows_by_domain']}",
+        f"memory: {need.accumulators:,} bytes of accumulators, {how}; hidden states {need.hidden:,} bytes",
+        f"disk while running: {need.hidden_on_disk:,} bytes of hidden states besides the statistics",
+    )
+    return "\n".join(lines)
+
+
+def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path, options: dict[str, Any]) -> list[Any]:
+    """Run the pass into `out` with its report; summaries of all layers."""
+    import shutil
+
+    from tqdm import tqdm
+
+    from ..calibration.model.distributed import world
+    from ..calibration.statistics.report import summarise
+    from ..calibration.statistics.report_html import report
+    from ..calibration.statistics.run import calibrate_into, needs
+    from ..calibration.statistics.store import open_statistics
+    from ..convert.files.atomic import write_whole
+    from ..convert.open import open_source
+
+    store, layers = options["store"], options["layers"]
+    through = None if chosen.propagate == "reference" else open_source(options["propagate"])
+    need = needs(source, corpus, chosen, store)
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    have = sum(p.stat().st_size for p in out.iterdir() if p.is_file()) if out.is_dir() else 0
+    free = shutil.disk_usage(there).free + have
+    if need.statistics + need.hidden_on_disk > free:
+        raise FitError(f"{out}: needs {need.statistics + need.hidden_on_disk} bytes, {free} are free")
+    steps = calibrate_into(source, corpus, out, chosen, dtype=store, through=through, layers=layers)
+    rank, _ = world()
+    total = source.geometry.layers if layers is None else layers.stop
+    with tqdm(total=total, desc="calibrate", unit="layer", delay=1, disable=rank != 0) as bar:
+        for found in steps:
+            bar.update(found.layer + 1 - bar.n)
+    if rank != 0:
+        return []
+    stored = open_statistics(out)
+    summaries = [summarise(stored.layer(n, second=False), stored.squares(n)) for n in range(stored.layers)]
+    page = report(summaries, corpus.domains, corpus.describe(), f"Calibration of {source.label}")
+    write_whole(out / "report.html", page.encode())
+    return summaries
+
+
+def export_imatrix(folder: Path, path: Path) -> None:
+    """Write stored statistics as llama.cpp's importance matrix."""
+    from ..calibration.statistics.imatrix_export import imatrix_of
+    from ..calibration.statistics.store import open_statistics
+    from ..convert.gguf.imatrix import write_imatrix
+
+    write_imatrix(path, imatrix_of(open_statistics(folder)))
+
+
+def make_provider(
+    source: Checkpoint, options: dict[str, Any], device: str, folder: Path, hidden: bool, full: bool = True
+) -> Provider:
+    """A live pass over the calibration text, or the stored statistics of --statistics.
+
+    folder keeps the stream of a quantized pass between layers, so that a killed run continues.
+    hidden: the quantizer needs the tokens themselves, which stored statistics cannot give (InputError).
+    full: it needs second moments; otherwise diagonals are collected, and stored ones will do.
+    """
+    from ..calibration.statistics.collector import Collect
+    from ..calibration.statistics.live import LivePass, PassOptions, StoredPass, default_dtype
+
+    propagate = options["propagate"] or ("quantized" if hidden else "reference")
+    chosen = PassOptions(Collect(full), propagate, device, default_dtype(device))
+    if options["statistics"] is None:
+        return LivePass(
+            source,
+            make_corpus(source, options),
+            chosen,
+            hidden=hidden,
+            folder=folder if propagate == "quantized" else None,
+        )
+    if hidden or propagate == "quantized":
+        what = "--effort high" if hidden else "--propagate quantized"
+        raise InputError(f"{what} needs the calibration tokens, --statistics holds only sums")
+    from ..calibration.statistics.store import open_statistics
+
+    stored = open_statistics(options["statistics"])
+    if full and not stored.full:
+        raise InputError(
+            f"{options['statistics']}: holds diagonals, expected second moments (calibrate --moments full)"
+        )
+    return StoredPass(source, stored, chosen)

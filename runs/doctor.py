@@ -1,0 +1,134 @@
+"""What is wrong with a GGUF file, and its cure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmquant.errors import InputError
+
+from .calibrate import make_corpus
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..convert.gguf.doctor import Finding
+    from ..convert.gguf.reader import GgufSource
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found in a GGUF file, and what was done about it."""
+
+    file: str
+    findings: list[Finding]
+    cured: dict[tuple[int, int], int]  # (layer, expert) -> k: up / 2^k, down * 2^k
+    written: list[Path]
+    sums: Tensor | None  # [L, E]: the largest sum of inputs of each expert's down projection
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Findings that give wrong results."""
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `mmquant doctor --json`."""
+        return {
+            "file": self.file,
+            "findings": [asdict(finding) for finding in self.findings],
+            "cured": [{"layer": layer, "expert": expert, "power": k} for (layer, expert), k in self.cured.items()],
+            "written": [str(path) for path in self.written],
+            "largest_sum32": None if self.sums is None else float(self.sums.max()),
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        found = []
+        for finding in self.findings:
+            experts = f" (experts {', '.join(map(str, finding.experts))})" if finding.experts else ""
+            found.append(f"{finding.level}: {finding.where}: {finding.text}{experts}")
+        found += [self._cure_line(*where, power) for where, power in self.cured.items()]
+        found += [str(path) for path in self.written]
+        return found or [f"{self.file}: nothing found"]
+
+    def _cure_line(self, layer: int, expert: int, power: int) -> str:
+        from ..convert.gguf.doctor import FP16_MAX
+
+        line = f"cured: layer {layer} expert {expert}: up / 2^{power}, down * 2^{power}"
+        if self.sums is None:
+            return line
+        sum_ = float(self.sums[layer, expert])
+        below = f"{FP16_MAX * 2**power / sum_:.1f} times below {FP16_MAX:.0f}"
+        return f"{line}, largest sum {sum_:.4g} -> {sum_ / 2**power:.4g}, {below}"
+
+
+def examine(
+    file: Path,
+    *,
+    statistics: Path | None = None,
+    text: dict[str, Any],
+    fix: bool = False,
+    out: Path | None = None,
+    in_place: bool = False,
+    device: str = "cpu",
+) -> Diagnosis:
+    """Look for what gives wrong results in a GGUF file; with `fix` rescale the experts that overflow, exactly."""
+    from ..convert.gguf.doctor import OVERFLOW, check_metadata, check_overflow, check_tensors, exponents
+    from ..convert.gguf.reader import GgufSource
+
+    source = GgufSource(file)
+    source.validate()
+    if fix and statistics is None and not text["texts"]:
+        raise InputError("--fix: needs --statistics or --text to know which experts overflow")
+    sums = measure(source, statistics, text, device)
+    faults = check_metadata(source) + check_tensors(source) + check_overflow(source, sums)
+    cures = exponents(sums) if fix and sums is not None else {}
+    written: list[Path] = []
+    if cures:
+        written, cures, left = cure(source, cures, out, in_place)
+        faults = [fault for fault in faults if fault.code != OVERFLOW] + left
+    return Diagnosis(source.label, faults, cures, written, sums)
+
+
+def measure(source: GgufSource, statistics: Path | None, text: dict[str, Any], device: str) -> Tensor | None:
+    """[L, E] largest sums of inputs of w2, from statistics (always of 32) or from text; None without either."""
+    import torch
+
+    if statistics is not None:
+        from ..calibration.statistics.store import open_statistics
+
+        stored = open_statistics(statistics)
+        if stored.layers < source.geometry.layers:
+            raise InputError(f"{statistics}: {stored.layers} layers, the file has {source.geometry.layers}")
+        layers = (stored.layer(layer, second=False) for layer in range(source.geometry.layers))
+        sums = torch.stack([layer.expert_mid.sum32 for layer in layers])
+        if sums.shape[1] != source.geometry.experts:
+            raise InputError(f"{statistics}: {sums.shape[1]} experts, the file has {source.geometry.experts}")
+        return sums
+    if not text["texts"]:
+        return None
+    from ..calibration.gguf.maxima import largest_sums
+    from ..convert.gguf.doctor import summed
+
+    corpus = make_corpus(source, {"evaluation": (), "seed": 0, **text})
+    return largest_sums(
+        source, corpus.tokens, device, [summed(source, layer) for layer in range(source.geometry.layers)]
+    )
+
+
+def cure(
+    source: GgufSource, cures: dict[tuple[int, int], int], out: Path | None, in_place: bool
+) -> tuple[list[Path], dict[tuple[int, int], int], list[Finding]]:
+    """Write the fixed model: its files, what was cured, what was left alone. Refuses to write over something else."""
+    from ..convert.gguf.doctor import apply_fix, plan_fix
+
+    first = source.files[0].path
+    if in_place and out is not None:
+        raise InputError("--in-place and --out: choose one")
+    target = None if in_place else out or first.parent.with_name(first.resolve().parent.name + "-fixed")
+    for file in source.files:
+        if target is not None and (target / file.path.name).exists():
+            raise InputError(f"{target / file.path.name}: exists, expected a new place")
+    patches, done, left = plan_fix(source, cures)
+    return apply_fix(source, patches, target) if patches else [], done, left

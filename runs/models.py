@@ -1,0 +1,75 @@
+"""Open and close the model of a run: a folder, a hub's repository or the demo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmquant.errors import InputError
+
+if TYPE_CHECKING:
+    from ..convert.checkpoints.checkpoint import Checkpoint
+    from ..convert.hub.store import FetchOptions
+    from ..convert.source import Source
+
+WORK = ".mmquant.source"  # inside the folder that is written: shards in use, headers, small files
+
+
+def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Checkpoint:
+    """Open --model. Shards of a hub's model lie inside `out` while they are needed, and the commit is pinned there;
+    without `out` (dry runs, inspection) small files and headers go to the user's cache.
+    """
+    from ..convert.open import open_native
+
+    if not model.startswith(("hf:", "ms:")):
+        return open_native(model)
+    if out is not None and (out.is_dir() or not out.exists()):
+        rank = os.environ.get("RANK", "0")  # under torchrun every process has a folder of its own
+        fetch = replace(fetch, work=out / (WORK if rank == "0" else f"{WORK}-{rank}"))
+    return open_native(model, fetch)
+
+
+def open_any(model: str, fetch: FetchOptions | None) -> Source:
+    """Open a model or artifact that is only read (`eval`); shards of a hub's pass through the user's cache."""
+    from ..convert.open import open_source
+
+    return open_source(model, fetch)
+
+
+def close_model(source: Source, finished: bool = False) -> None:
+    """Stop fetching; when the output is finished, the work folder in it goes (unless the shards are to be kept)."""
+    from ..convert.hub.store import HubFolder
+    from ..convert.manifest import MANIFEST
+
+    store = getattr(source, "store", None)
+    if not isinstance(store, HubFolder):
+        return
+    store.close(finished)
+    options = store.options
+    if options.work is None or options.keep_shards:
+        return
+    if finished or (options.work.parent / MANIFEST).exists():
+        shutil.rmtree(options.work, ignore_errors=True)
+
+
+def choose_device(name: str | None) -> str:
+    """The device to compute on: `cpu`, `cuda` or `cuda:N`; by default a GPU when there is one.
+
+    Raises InputError for anything else, and for a GPU that this machine does not have.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{name!r}, expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"{name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"{name!r}, expected cpu, cuda or cuda:N")
+    return name
