@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.killed import BYTES, command_killed_at
 from helpers.tiny import write_tiny
 from mmquant.convert.checkpoints.checkpoint import open_checkpoint
 from mmquant.convert.open import open_native
@@ -74,22 +72,20 @@ def test_a_second_run_changes_nothing(tmp_path: Path, arguments: list[str]) -> N
     assert max(size for name, (_, size) in before.items() if name.endswith(".safetensors")) < 3.2e6
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, seed: int) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Killed between two layers, before a shard gets its name, before the manifest, and in the middle of a shard."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 12, "num_hidden_layers": 4}
     source = write_tiny(tmp_path / "source", **sizes)
     arguments = ["int4", "--method", "rtn", "--model", source, "--group-size", "32", "--max-shard-size", "1MB"]
     assert mmquant(*arguments, "--out", tmp_path / "whole").returncode == 0
-    command = [sys.executable, "-m", "mmquant", *map(str, arguments), "--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
-    wait, steps = random.Random(seed).uniform(0, 0.6), tmp_path / "cut" / ".mmquant-progress.json"
-    while process.poll() is None and not steps.exists():
-        time.sleep(0.005)
-    time.sleep(wait)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert mmquant(*arguments, "--out", tmp_path / "cut").returncode == 0
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    points = {"rename .*progress": 4, "rename .*safetensors": 2, "open .*fit": 1, BYTES: 900_000}
+    for number, (pattern, count) in enumerate(points.items()):
+        cut = tmp_path / f"cut-{number}"
+        command_killed_at(cut, pattern, count, *arguments, "--out", cut)
+        assert cut.is_dir()
+        assert not (cut / "mmquant.fit.json").exists()
+        assert mmquant(*arguments, "--out", cut).returncode == 0
+        assert contents(cut) == contents(tmp_path / "whole"), pattern
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

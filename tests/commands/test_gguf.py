@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gguf
@@ -16,12 +13,15 @@ import torch
 from click.testing import CliRunner, Result
 
 from helpers import llamacpp
+from helpers.killed import command_killed_at
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.calibration.text.tokenizer import windows
 from mmquant.commands.gguf import command
 from mmquant.convert import manifest
 from mmquant.convert.open import demo_folder, open_source
 from mmquant.convert.source import read_globals, read_layer
+
+JOURNAL = r"rename \.mmquant-progress"  # how far the run is: after the start, the embeddings and each layer
 
 
 def convert(out: Path, *options: str) -> Result:
@@ -114,25 +114,9 @@ def test_calibrated_file_is_continued_and_closer(tmp_path: Path, tokens: torch.T
     text = ["--text", str(write_text(tmp_path)), "--windows", "6", "--context", "256"]
     convert(tmp_path / "plain", *options, "--no-calibration")
     convert(tmp_path / "whole", *options, *text)
-    command = [
-        sys.executable,
-        "-m",
-        "mmquant",
-        "gguf",
-        "--model",
-        "demo",
-        "--out",
-        str(tmp_path / "cut"),
-        *options,
-        *text,
-    ]
-    journal = tmp_path / "cut" / ".mmquant-progress.json"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            if journal.exists() and '"done": 14' in journal.read_text():
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.01)
+    command_killed_at(
+        tmp_path / "cut", JOURNAL, 5, "gguf", "--model", "demo", "--out", tmp_path / "cut", *options, *text
+    )
     assert not (tmp_path / "cut" / "mmquant.fit.json").exists()
     convert(tmp_path / "cut", *options, *text)
     assert (tmp_path / "cut" / "m.gguf").read_bytes() == (tmp_path / "whole" / "m.gguf").read_bytes()
@@ -163,15 +147,7 @@ def test_parts_load_and_are_listed(tmp_path: Path, tokens: torch.Tensor) -> None
 def test_a_killed_run_continues_at_its_layer_with_the_same_bytes(tmp_path: Path) -> None:
     options = ["--type", "Q8_0", "--name", "m"]
     convert(tmp_path / "whole", *options)
-    command = [sys.executable, "-m", "mmquant", "gguf", "--model", "demo", "--out", str(tmp_path / "cut"), *options]
-    journal = tmp_path / "cut" / ".mmquant-progress.json"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 100
-        while process.poll() is None and time.monotonic() < deadline:
-            if journal.exists() and '"done": 14' in journal.read_text():
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.002)
+    command_killed_at(tmp_path / "cut", JOURNAL, 5, "gguf", "--model", "demo", "--out", tmp_path / "cut", *options)
     assert not (tmp_path / "cut" / "mmquant.fit.json").exists()
     convert(tmp_path / "cut", *options)
     assert (tmp_path / "cut" / "m.gguf").read_bytes() == (tmp_path / "whole" / "m.gguf").read_bytes()

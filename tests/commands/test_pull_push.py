@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from helpers.hub_server import TOKEN, Bucket, HubServer
+from helpers.hub_server import TOKEN, HubServer
+from helpers.killed import kill, until
 from helpers.tiny import write_tiny
 from mmquant.commands.cli import cli
 from mmquant.convert.hub.store import HubFolder
@@ -46,9 +44,15 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
 
 def run(hub: HubServer, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "mmquant", *arguments]
-    done = subprocess.run(line, env=environment(hub, home) | more, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, env=environment(hub, home) | more, capture_output=True, text=True)
     assert TOKEN not in done.stdout + done.stderr
     return done
+
+
+def shard_request(hub: HubServer, number: int) -> str:
+    """What matches the requests for a shard's bytes."""
+    data = hub.read("org/tiny", f"model-{number:05}-of-{SHARDS:05}.safetensors")
+    return f"GET /cdn/{hashlib.sha256(data).hexdigest()}"
 
 
 def shards_begun(out: Path) -> int:
@@ -65,34 +69,26 @@ def digests(folder: Path) -> dict[str, str]:
 def test_fp8_from_a_hub_is_fp8_from_the_folder_after_kills(hub: HubServer, model: Path, tmp_path: Path) -> None:
     local, out = tmp_path / "local", tmp_path / "out"
     assert run(hub, tmp_path, "fp8", "--model", str(model), "--out", str(local)).returncode == 0
-    hub.bucket = Bucket(1_500_000)
     line = ["fp8", "--model", "hf:org/tiny", "--out", str(out), "--max-shards", "6"]
-    peak, over = 0, threading.Event()
+    peak = 0
 
-    def sample() -> None:
+    def look(_: str) -> None:
         nonlocal peak
-        while not over.is_set():
-            shards = [p for p in out.rglob("shards/*") if ".json" not in p.name]
-            peak = max(peak, len({p.name.removesuffix(".part") for p in shards}))
-            time.sleep(0.002)
+        shards = [p for p in out.rglob("shards/*") if ".json" not in p.name]
+        peak = max(peak, len({p.name.removesuffix(".part") for p in shards}))
 
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    for shard in (7, 10):
+    hub.watch = look
+    for shard, headers in ((7, 1), (10, 0)):  # headers are kept with the work
+        hub.hold(shard_request(hub, shard), after=headers)
         process = subprocess.Popen(
             [sys.executable, "-m", "mmquant", *line], env=environment(hub, tmp_path), stderr=subprocess.DEVNULL
         )
-        while shards_begun(out) < shard:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        until(process, lambda n=shard: hub.held > 0 and shards_begun(out) >= n)
+        kill(process)
+        hub.let_go()
     commit = hub.repos["org/tiny"].branches["main"]
     hub.seed("org/tiny", {"README.md": b"a later commit"})
-    hub.bucket = None
     done = run(hub, tmp_path, *line)
-    over.set()
-    sampler.join()
     assert done.returncode == 0, done.stderr
     assert digests(out) == digests(local)
     assert 3 <= peak <= 6
@@ -119,16 +115,13 @@ def test_a_dry_run_and_inspect_need_headers_only(hub: HubServer, tmp_path: Path)
 
 @pytest.mark.parametrize("source", ["hf", "ms"])
 def test_pull_is_continued_after_a_kill(hub: HubServer, model: Path, tmp_path: Path, source: str) -> None:
-    hub.bucket = Bucket(1_000_000)
+    hub.hold(shard_request(hub, 5))
     out = tmp_path / "out"
     line = ["pull", "--hub", source, "--repo", "org/tiny", "--out", str(out), "--json"]
     process = subprocess.Popen([sys.executable, "-m", "mmquant", *line], env=environment(hub, tmp_path))
-    while not list(out.glob("model-00003*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    hub.bucket = None
+    until(process, lambda: hub.held > 0 and any(out.glob("model-00003*")))
+    kill(process)
+    hub.let_go()
     hub.log.clear()
     done = run(hub, tmp_path, *line)
     assert done.returncode == 0, done.stderr
@@ -139,16 +132,13 @@ def test_pull_is_continued_after_a_kill(hub: HubServer, model: Path, tmp_path: P
 
 
 def test_a_second_process_in_the_same_folder_is_refused(hub: HubServer, tmp_path: Path) -> None:
-    hub.bucket = Bucket(200_000)
+    hub.hold(shard_request(hub, 5))
     line = ["pull", "--model", "hf:org/tiny", "--out", str(tmp_path / "out")]
     first = subprocess.Popen([sys.executable, "-m", "mmquant", *line], env=environment(hub, tmp_path))
-    while not list((tmp_path / "out").rglob("*.part")):
-        assert first.poll() is None
-        time.sleep(0.01)
+    until(first, lambda: hub.held > 0)
     second = run(hub, tmp_path, *line)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    hub.bucket = None
+    kill(first)
+    hub.let_go()
     assert second.returncode == 2
     assert f"in use by process {first.pid} on " in second.stderr
     assert len(second.stderr.splitlines()) == 1
@@ -260,6 +250,7 @@ mkdir -p $DISK/out/.mmquant.source/x
 $MMQUANT 2> $LOG & run=$!
 until ls $DISK/out/.mmquant.source/*/shards/model-00003* > /dev/null 2>&1; do kill -0 $run || exit 9; sleep 0.01; done
 cat /dev/zero > $FULL/other 2> /dev/null
+touch $RESULT.full
 wait $run; echo $? >> $LOG
 rm $FULL/other
 $MMQUANT 2>> $LOG; echo $? >> $LOG
@@ -279,14 +270,17 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_run_ends_it(
         pytest.skip("no user namespaces here")
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
-    hub.bucket = Bucket(3_000_000)
+    hub.hold(shard_request(hub, 4), after=1)  # the first brings its header
     line = f"{sys.executable} -m mmquant fp8 --model hf:org/tiny --out {disk}/out --max-shards 6"
     more = {"DISK": str(disk), "LOG": str(log), "MMQUANT": line, "RESULT": str(tmp_path / "result")}
     more["FULL"] = str(disk if full == "writing" else f"{disk}.more")
     script = FILLED.format(mount=SHARDS_ELSEWHERE)
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], env=environment(hub, tmp_path) | more, timeout=120)
+    process = subprocess.Popen(["unshare", "-rm", "sh", "-c", script], env=environment(hub, tmp_path) | more)
+    until(process, (tmp_path / "result.full").exists)
+    hub.let_go()
+    process.wait()
     lines = log.read_text().splitlines()
-    assert done.returncode == 0, lines
+    assert process.returncode == 0, lines
     assert lines[1] == "5"
     assert lines[-1] == "0"
     assert "full" in lines[0] or "No space left" in lines[0] or "free" in lines[0]

@@ -6,10 +6,8 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import yaml
 
 from helpers.hub_server import TOKEN, HubServer
+from helpers.killed import kill, until
 from mmquant.convert.hub.card import BEGIN, END
 from mmquant.convert.hub.http import Client, HubError, Retry, endpoint_of
 from mmquant.convert.hub.layout import check_layout, find_by_tag
@@ -471,20 +470,14 @@ def command(folder: Path, hub: str, *more: str) -> list[str]:
 @pytest.mark.parametrize("source", ["hf", "ms"])
 def test_killed_pushes_end_with_the_same_content_and_no_double_commit(tmp_path: Path, source: str) -> None:
     folder = safetensors_folder(tmp_path / "o", shards=6)
-    with HubServer(rate=1_500_000) as hub:
+    with HubServer() as hub:
         environment = {**os.environ, **hub.environment(), "HOME": str(tmp_path)}
-        for wanted in ("PUT /s3/", "POST .*/commit/"):
-            hub.log.clear()
-            stop = hub.fault("POST .*/commit/", delay=0.3)
-            process = subprocess.Popen(command(folder, source), env=environment, stderr=subprocess.PIPE, text=True)
-            while len(hub.calls(wanted)) < (3 if "PUT" in wanted else 1):
-                assert process.poll() is None, process.stderr and process.stderr.read()
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            stop.times = 0
-        time.sleep(0.5)  # the commit that was under way may still be made
-        hub.bucket = None
+        for held, after in (("PUT /s3/", 2), ("POST .*/commit/", 0)):
+            hub.hold(held, after)
+            process = subprocess.Popen(command(folder, source), env=environment, stderr=subprocess.PIPE)
+            until(process, lambda: hub.held > 0)
+            kill(process)
+            hub.let_go()  # what was under way is still made
         done = subprocess.run(command(folder, source, "--json"), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["commits"] <= 1

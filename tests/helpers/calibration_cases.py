@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import socket
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.killed import FORK
 from helpers.tiny import write_tiny
 from mmquant.calibration.statistics.collector import Collect
 from mmquant.calibration.statistics.layer import LayerStatistics
@@ -21,8 +20,6 @@ from mmquant.calibration.statistics.live import PassOptions
 from mmquant.calibration.statistics.run import calibrate_into
 from mmquant.calibration.text.corpus import Corpus
 from mmquant.convert.open import open_native
-
-FORK = multiprocessing.get_context("fork")
 
 
 def model(folder: Path, layers: int = 3) -> Path:
@@ -66,43 +63,6 @@ def ranks(size: int, work: Callable[[], object]) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * size
-
-
-def killed_at(renames: int, work: Callable[[], object], before: bool) -> bool:
-    """Run `work` in a process that gets SIGKILL before or after its n-th rename. Whether it was killed."""
-
-    def child() -> None:
-        real, left = os.replace, renames
-
-        def replace(source: Any, target: Any) -> None:
-            nonlocal left
-            left -= 1
-            if before and left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(source, target)
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        os.replace = replace  # type: ignore[assignment]
-        work()
-
-    process = FORK.Process(target=child)
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
-
-
-def killed_after(seconds: float, work: Callable[[], object]) -> bool:
-    """Run `work` in a process that gets SIGKILL after some seconds. Whether it was killed."""
-    process = FORK.Process(target=work)
-    process.start()
-    process.join(seconds)
-    if process.exitcode is None:
-        os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
 
 
 def tensors(value: Any, name: str = "") -> dict[str, Tensor]:

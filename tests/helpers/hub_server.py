@@ -82,12 +82,12 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None  # drop the connection after so many bytes of the body
     flip: int | None = None  # invert the byte at this offset of the body
-    hang: float | None = None  # sleep in the middle of the body
+    hang: bool = False  # no more after the body's first piece, until the hub lets go
     trickle: float | None = None  # seconds between single bytes
     ignore_range: bool = False
     total: int | None = None  # claim this size in Content-Range
     lost: bool = False  # do the work, then drop the connection
-    delay: float = 0.0
+    hold: bool = False  # no answer until the hub lets go
 
 
 class Failure(Exception):
@@ -96,32 +96,18 @@ class Failure(Exception):
         self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
 
-class Bucket:
-    """A shared limit in bytes per second."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate, self.lock, self.free_at = rate, threading.Lock(), time.monotonic()
-
-    def take(self, count: int) -> None:
-        with self.lock:
-            self.free_at = max(self.free_at, time.monotonic()) + count / self.rate
-            wait = self.free_at - time.monotonic()
-        if wait > 0:
-            time.sleep(wait)
-
-
 class HubServer:
-    def __init__(
-        self, *, token: str = TOKEN, rate: float | None = None, page: int = 1000, redirect: bool = True
-    ) -> None:
+    def __init__(self, *, token: str = TOKEN, page: int = 1000, redirect: bool = True) -> None:
         self.token, self.page, self.redirect = token, page, redirect
-        self.bucket = Bucket(rate) if rate else None
         self.objects: dict[str, bytes] = {}
         self.repos: dict[str, Repo] = {}
         self.faults: list[Fault] = []
         self.log: list[dict[str, Any]] = []
         self.lock = threading.RLock()
         self.sent = 0
+        self.watch: Callable[[str], None] = lambda line: None  # called with each request before it is answered
+        self.free = threading.Event()  # set: nothing is held
+        self.held = self.busy = 0  # requests that wait for `let_go`; requests in work, those among them
         self.active = 0
         self.peak = 0
         self.servers = [self._server("127.0.0.1"), self._server("localhost")]
@@ -148,6 +134,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.free.set()
         for server in self.servers:
             server.shutdown()
             server.server_close()
@@ -171,6 +158,28 @@ class HubServer:
         with self.lock:
             self.faults.append(fault)
         return fault
+
+    def hold(self, pattern: str, after: int = 0) -> None:
+        """Answer no request that matches, but the first `after` of them, until `let_go`."""
+        self.free.clear()
+        if after:
+            self.fault(pattern, times=after)
+        self.fault(pattern, times=1 << 30, hold=True)
+
+    def let_go(self) -> None:
+        """Answer what was held, and hold nothing any more; returns when all of it is answered."""
+        self.faults.clear()
+        self.free.set()
+        while self.busy:
+            time.sleep(0.001)
+
+    def wait(self) -> None:
+        """Called by a request that is held."""
+        with self.lock:
+            self.held += 1
+        self.free.wait()
+        with self.lock:
+            self.held -= 1
 
     def calls(self, pattern: str) -> list[dict[str, Any]]:
         with self.lock:
@@ -293,16 +302,26 @@ class Handler(BaseHTTPRequestHandler):
             self.fault = next((f for f in self.hub.faults if f.times > 0 and f.pattern.search(line)), None)
             if self.fault:
                 self.fault.times -= 1
+        with self.hub.lock:
+            self.hub.busy += 1
+            self.hub.watch(line)
+        try:
+            self.answer(url.path)
+        finally:
+            with self.hub.lock:
+                self.hub.busy -= 1
+
+    def answer(self, path: str) -> None:
         fault = self.fault
         self._lost = bool(fault and fault.lost)
-        if fault and fault.delay:
-            time.sleep(fault.delay)
+        if fault and fault.hold:
+            self.hub.wait()
         try:
             if fault and fault.status:
                 self.body()
                 self.reply(fault.status, b"{}", fault.headers)
                 return
-            self.route(url.path)
+            self.route(path)
             if self._lost:
                 self.drop()
         except Failure as failure:
@@ -393,13 +412,11 @@ class Handler(BaseHTTPRequestHandler):
         stop = len(data) if fault.cut is None else min(fault.cut, len(data))
         for at in range(0, stop, PIECE):
             piece = data[at : min(at + PIECE, stop)]
-            if self.hub.bucket:
-                self.hub.bucket.take(len(piece))
             self.wfile.write(piece)
             self.hub.sent += len(piece)
-            if fault.hang is not None:
+            if fault.hang:
                 self.wfile.flush()
-                time.sleep(fault.hang)
+                self.hub.wait()
         if fault.cut is not None:
             self.drop()
 
@@ -575,8 +592,6 @@ def put(h: Handler, sha: str) -> None:
     data = h.body()
     if hashlib.sha256(data).hexdigest() != sha:
         raise Failure(400, "sha256 mismatch")
-    if h.hub.bucket:
-        h.hub.bucket.take(len(data))
     h.hub.objects[sha] = data
     h.reply(200, b"", {"ETag": f'"{sha[:32]}"'})
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.calibration_cases import corpus, files, killed_after, killed_at, model, options, ranks, run, tensors
+from helpers.calibration_cases import corpus, files, model, options, ranks, run, tensors
+from helpers.killed import BYTES, killed_at
 from mmquant.calibration.model.distributed import read_layer_shared, share
 from mmquant.calibration.model.stream import Stream
 from mmquant.calibration.statistics.collector import Collect
@@ -138,31 +140,31 @@ def test_needs_are_what_a_run_takes(tmp_path: Path) -> None:
     assert need.hidden == 4 * text.tokens.numel() * source.geometry.hidden
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_a_run_killed_at_any_rename_goes_on_to_the_same_bytes(tmp_path: Path, before: bool) -> None:
+def test_a_run_killed_at_any_change_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """Before each file is opened, renamed or removed: so also between every two renames."""
     source = model(tmp_path)
     run(source, tmp_path / "whole")
     wanted = files(tmp_path / "whole")
-    kills = 0
-    for renames in range(1, 11):
-        out = tmp_path / f"killed-{renames}"
-        kills += killed_at(renames, lambda out=out: run(source, out), before)
+    count, out = 1, tmp_path / "killed-1"
+    while killed_at(out, count, partial(run, source, out)):
         run(source, out)
-        assert files(out) == wanted, renames
-    assert kills >= 8  # each layer renames its file, the hidden states and the manifest
+        assert files(out) == wanted, count
+        count, out = count + 1, tmp_path / f"killed-{count + 1}"
+    assert count > 16  # each layer opens and renames its file, the hidden states and the manifest
 
 
 @pytest.mark.parametrize("disk_limit", [1 << 30, 0])
-def test_a_run_killed_again_and_again_at_random_ends_with_the_same_bytes(tmp_path: Path, disk_limit: int) -> None:
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path, disk_limit: int) -> None:
+    """Each new process dies somewhere else: before its n-th change, or inside a file that it writes."""
     source = model(tmp_path, layers=4)
     run(source, tmp_path / "whole", windows=60)
-    rng, kills, out = random.Random(disk_limit), 0, tmp_path / "out"
-    for _ in range(12):
-        if not killed_after(rng.uniform(0.02, 0.25), lambda: run(source, out, windows=60, disk_limit=disk_limit)):
-            break
-        kills += 1
+    rng, out = random.Random(disk_limit), tmp_path / "out"
+    least = min(len(data) for name, data in files(tmp_path / "whole").items() if name.startswith("layer"))
+    for pattern in ["", BYTES, "", "", BYTES, ""]:
+        count = rng.randrange(least) if pattern == BYTES else rng.randint(3, 9)
+        work = partial(run, source, out, windows=60, disk_limit=disk_limit)
+        assert killed_at(out, count, work, pattern), "it ended before its point"
     run(source, out, windows=60, disk_limit=disk_limit)
-    assert kills > 0
     assert files(out) == files(tmp_path / "whole")
 
 

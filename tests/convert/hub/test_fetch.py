@@ -8,13 +8,11 @@ import json
 import logging
 import os
 import random
-import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from helpers.hub_server import TOKEN, HubServer, git_sha1
+from helpers.killed import kill, until
 from helpers.paths import ROOT
 from mmquant.convert.hub.body import body, fetch_range
 from mmquant.convert.hub.fetch import Job, fetch
@@ -182,11 +181,11 @@ def test_server_errors_that_last_end_in_one_line(hub: HubServer, tmp_path: Path)
         get("hf", tmp_path)
 
 
-@pytest.mark.parametrize("how", [{"hang": 1.5}, {"trickle": 0.005, "times": 1}])
+@pytest.mark.parametrize("how", [{"hang": True}, {"trickle": 0.005, "times": 1}])
 def test_a_stall_is_given_up_and_tried_again(hub: HubServer, tmp_path: Path, how: dict[str, float]) -> None:
     hub.fault("GET /cdn/", **how)
     assert get("hf", tmp_path, block=len(DATA)).read_bytes() == DATA
-    assert len(hub.calls("GET /cdn/")) == 2
+    assert len(hub.calls("GET /cdn/")) >= 2  # more only where this machine itself stalls
 
 
 def test_an_expired_address_is_asked_for_again(hub: HubServer, tmp_path: Path) -> None:
@@ -339,21 +338,19 @@ def child(folder: Path, block: int = BLOCK) -> list[str]:
 
 
 def test_killed_fetches_are_continued_to_identical_bytes(tmp_path: Path) -> None:
-    with HubServer(rate=400_000) as hub:
+    with HubServer() as hub:
         hub.seed("org/m", {NAME: DATA})
         environment = {**os.environ, **hub.environment()}
         record = tmp_path / (NAME + ".part.json")
-        for blocks in (2, 4):
+        for more, blocks in ((2, 2), (4, 6)):
+            hub.hold("GET /cdn/", after=more)
             process = subprocess.Popen(child(tmp_path), env=environment)
-            while not record.exists() or len(json.loads(record.read_bytes())["done"]) < blocks:
-                assert process.poll() is None
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            until(process, lambda n=blocks: record.exists() and len(json.loads(record.read_bytes())["done"]) == n)
+            kill(process)
+            hub.let_go()
         assert not (tmp_path / NAME).exists()
         done = json.loads(record.read_bytes())["done"]
         before = hub.sent
-        hub.bucket = None
         subprocess.run(child(tmp_path), env=environment, check=True)
         assert (tmp_path / NAME).read_bytes() == DATA
         assert leftovers(tmp_path) == []
