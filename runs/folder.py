@@ -18,12 +18,13 @@ from mmquant.errors import FitError, InputError
 
 from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.files.atomic import write_whole
+from ..convert.files.atomic import is_temporary
 from ..convert.files.lock import hold
+from ..convert.files.progress import Progress, unfinished_run
 from ..convert.fit import Weights
 from ..convert.folder.native_copy import copy_native
 from ..convert.folder.variant import FolderVariant, carried_files, global_specs, global_tensors, quantized_config
-from ..convert.folder.writer import PROGRESS, SHARD_LIMIT, FolderWriter, TensorSpec, unfinished_run
+from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, TensorSpec
 from ..convert.hub.store import HubFolder
 from ..convert.manifest import Artifact, FileEntry
 from ..convert.models.minimax_m2 import EMBED, layer_of
@@ -142,7 +143,9 @@ def claim(out: Path, run: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_run(out)
     if unfinished is None:
-        strange = sorted(p.name for p in out.iterdir() if not p.name.startswith(".mmquant") and p.suffix != ".tmp")
+        strange = sorted(
+            p.name for p in out.iterdir() if not p.name.startswith(".mmquant") and not is_temporary(p.name)
+        )
         if strange:
             raise InputError(f"{out}: holds {strange[0]}, expected an empty folder or an unfinished mmquant run")
     elif unfinished != dict(run):
@@ -189,7 +192,7 @@ def write_native(source: Checkpoint, out: Path) -> Path:
         return out
     claim(out, run)
     with hold(out):
-        write_whole(out / PROGRESS, json.dumps({"run": run}).encode())
+        progress = Progress(out, run, "", 0)
         check_disk(out, source.bytes - written_bytes(out), source)
         with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:
             files = copy_native(source, out, lambda _: bar.update())
@@ -202,5 +205,5 @@ def write_native(source: Checkpoint, out: Path) -> Path:
                 sizes[layer] += tensor.size
         experts = tuple(sizes[layer] for layer in layers)
         finish_folder(out, source, "fp8-block", "FP8-native", files, Weights(source.bytes - sum(experts), experts), run)
-        (out / PROGRESS).unlink(missing_ok=True)
+        progress.clear()
     return out

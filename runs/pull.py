@@ -22,12 +22,13 @@ def pull(store: HubFolder, names: list[str], out: Path) -> None:
 
     Raises PartialError when the network gives up in between.
     """
-    from ..convert.hub.fetch import need_disk, part_digest
+    from ..convert.files.atomic import copy_whole, replace_whole
+    from ..convert.hub.fetch import need_disk, on_disk, part_digest
     from ..convert.hub.http import TransferError
 
     todo = [n for n in names if not _is_whole(store, out / n, n, part_digest)]
     out.mkdir(parents=True, exist_ok=True)
-    arrived = sum(p.stat().st_blocks * 512 for p in (out / WORK).rglob("shards/*") if p.is_file())
+    arrived = sum(on_disk(path) for path in (out / WORK).rglob("shards/*"))
     need_disk(out, max(0, sum(store.files()[n] for n in todo) - arrived), store.label)
 
     def one(name: str) -> None:
@@ -35,11 +36,9 @@ def pull(store: HubFolder, names: list[str], out: Path) -> None:
         final = out / name
         final.parent.mkdir(parents=True, exist_ok=True)
         if path.is_relative_to(store.folder):
-            path.replace(final)
+            replace_whole(path, final)
         else:  # a hub's own cache
-            temporary = final.with_name(final.name + ".tmp")
-            shutil.copyfile(path, temporary)
-            temporary.replace(final)
+            copy_whole(path, final)
 
     try:
         with ThreadPoolExecutor(TOGETHER) as pool:

@@ -68,7 +68,7 @@ def _local_files(folder: Path) -> list[str]:
     made = {SUMS, CARD, MANIFEST}
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     shown = [n for n in names if not any(part.startswith(".") for part in n.parts)]
-    return sorted(n.as_posix() for n in shown if n.suffix not in (".tmp", ".part") and n.as_posix() not in made)
+    return sorted(n.as_posix() for n in shown if n.suffix not in (TEMPORARY, ".part") and n.as_posix() not in made)
 
 
 def _licence(folder: Path, manifest: dict[str, Any], base_card: Path | None) -> dict[str, Any]:

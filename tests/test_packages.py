@@ -20,6 +20,7 @@ LIBRARIES = {
     "convert": {
         "torch",
         "numpy",
+        "filelock",
         "safetensors",
         "gguf",
         "huggingface_hub",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.files.atomic import replace_whole
+from ...convert.files.atomic import TEMPORARY, whole_file
 from ...convert.source import Source
 from ..model.ranks import Ranks
 from ..text.sample import Sample
@@ -113,7 +113,7 @@ class StoreWriter:
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
         self.path, self.ranks = path, ranks
-        self.part = path.with_name(f"{path.name}.part{ranks.rank}.tmp")
+        self.part = self._part(ranks.rank)
         self.file = open(self.part, "wb")
         self.blocks: list[list[int]] = []  # positions, entries
         self.error, self.worst, self.probe, self.tail = 0.0, 0.0, 0.0, TAIL
@@ -157,17 +157,18 @@ class StoreWriter:
             "kld_error_max": max(part[2] for part in found),
             "probe_kld": sum(part[3] for part in found) / max(1, positions),
         }
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with whole_file(self.path) as file:
             file.write(MAGIC)
             for rank in range(self.ranks.world):
-                with open(self.path.with_name(f"{self.path.name}.part{rank}.tmp"), "rb") as part:
+                with open(self._part(rank), "rb") as part:
                     while data := part.read(8 << 20):
                         file.write(data)
             offset = file.tell()
             header = json.dumps({"made_of": made_of, "blocks": blocks}).encode()
             file.write(header + struct.pack("<QQ", offset, len(header)) + MAGIC)
-        replace_whole(temporary, self.path)
+
+    def _part(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.part{rank}{TEMPORARY}")
 
 
 def _packed(rows: Rows) -> list[NDArray[Any]]:

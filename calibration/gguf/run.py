@@ -1,7 +1,7 @@
 """A calibrated GGUF file in one pass: both residual streams go through the layers while the writer follows.
 
 Interrupted, it continues at its layer with the same bytes: the streams are kept on disk (raw float32) as they enter the
-layer that is next; without them the file is begun again.
+layer that is next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...convert.checkpoints.checkpoint import Checkpoint
-from ...convert.files.atomic import replace_whole
+from ...convert.files.atomic import whole_file
+from ...convert.files.progress import damaged
 from ...convert.gguf.metadata import Importance
 from ...convert.gguf.names import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from ...convert.gguf.variant import GgufVariant
@@ -128,25 +129,24 @@ class CalibratedRun:
         if step == len(self.steps):
             return
         for path, hidden in zip(self._paths(step), (self.streams.reference, self.streams.written), strict=True):
-            temporary = path.with_name(path.name + ".tmp")
-            with open(temporary, "wb") as file:
+            with whole_file(path) as file:
                 for _, values in hidden.batches(self.streams.batch):
                     file.write(values.numpy().data)
-            replace_whole(temporary, path)
 
     def _drop(self, step: int) -> None:
         for path in self._paths(step):
             path.unlink(missing_ok=True)
 
     def _restore(self) -> int:
-        """The first missing step, with the streams that enter it; from the start when they are not there."""
+        """The first missing step, with the streams that enter it. InputError when they are not there."""
         step = first_step(self.steps, self.writer.done)
         if step == 0 or step == len(self.steps):
             return step
         paths = self._paths(step)
-        if any(not p.exists() or p.stat().st_size != self.streams.reference.bytes for p in paths):
-            self.writer.restart()
-            return 0
+        for path in paths:
+            size = path.stat().st_size if path.is_file() else "no file"
+            if size != self.streams.reference.bytes:
+                raise damaged(path, str(size), f"{self.streams.reference.bytes} bytes that the run left")
         for path, hidden in zip(paths, (self.streams.reference, self.streams.written), strict=True):
             values = np.memmap(path, dtype=np.float32, mode="r", shape=hidden.shape)
             for start in range(0, hidden.shape[0], self.streams.batch):

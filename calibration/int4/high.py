@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.files.atomic import replace_whole
+from ...convert.files.atomic import whole_file
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...convert.source import Source, read_layer
 from ...quantize.integer.grid import IntWeight, dequantize, join
@@ -87,9 +87,9 @@ class ReferenceStream:
         if path is None or self.hidden is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        self.hidden.all().cpu().numpy().tofile(temporary)
-        replace_whole(temporary, path)
+        with whole_file(path) as file:
+            for _, values in self.hidden.batches(8):
+                file.write(values.numpy().data)
         old = self._path(self.layer - 2)
         if old is not None:
             old.unlink(missing_ok=True)

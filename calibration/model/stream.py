@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.files.atomic import replace_whole
+from ...convert.files.atomic import is_temporary, whole_file
 from ...convert.models.minimax_m2 import EMBED, LayerWeights
 from ...convert.source import Source
 from .distributed import rank_device, read_layer_shared, world
@@ -95,18 +95,16 @@ class Stream:
         if path is None or self.layer == 0 or path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with whole_file(path) as file:
             for _, values in self.hidden.batches(self.batch):
-                file.write(values.numpy().tobytes())
-        replace_whole(temporary, path)
+                file.write(values.numpy().data)
 
     def keep_from(self, layer: int) -> None:
         """Delete this rank's checkpoints of layers before `layer`, and unfinished ones."""
         if self.folder is None:
             return
         for path in self.folder.glob(f".hidden-*{self._suffix}*"):
-            if path.suffix == ".tmp" or int(path.name.split(".")[1].removeprefix("hidden-")) < layer:
+            if is_temporary(path.name) or int(path.name.split(".")[1].removeprefix("hidden-")) < layer:
                 os.unlink(path)
 
     @property

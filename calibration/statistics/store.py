@@ -19,7 +19,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.checkpoints.store import parse_json
-from ...convert.files.atomic import replace_whole, write_whole
+from ...convert.files.atomic import is_temporary, whole_file, write_whole
 from ...convert.models.minimax_m2 import Geometry
 from ...quantize.moments import Moments
 from ..model.distributed import world
@@ -57,7 +57,7 @@ class StatisticsWriter:
             self.layers = found["layers"]
             return
         strange = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
-        strange = sorted(name for name in strange if not name.endswith(".tmp"))
+        strange = sorted(name for name in strange if not is_temporary(name))
         if strange:
             raise InputError(f"{folder}: holds {strange[0]}, expected an empty folder or unfinished statistics")
 
@@ -70,14 +70,12 @@ class StatisticsWriter:
         """Write the next layer and only then its file."""
         rank, _ = world()
         path = self.folder / layer_file(found.layer)
-        temporary = path.with_name(path.name + ".tmp")
         parts = list(entries(found, self.dtype))
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            with whole_file(path) as file:
                 digest = write_tensors(file, parts)
-            size = temporary.stat().st_size
-            replace_whole(temporary, path)
+            size = path.stat().st_size
             self.layers.append({"layer": found.layer, "file": path.name, "bytes": size, "sha256": digest})
         else:
             for entry in parts:

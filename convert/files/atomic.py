@@ -1,41 +1,140 @@
-"""Files that appear whole: a temporary name in the same folder, fsync, rename."""
+"""Files that appear whole: a temporary name in the same folder, fsync, rename, fsync of the folder.
+
+Every file that mmquant leaves behind is written by one of these functions, or grown by `growing.py`;
+tests/convert/files holds the tree to that. A file under its own name is complete and survives a power failure.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 CHUNK = 8 << 20
+TEMPORARY = ".tmp"
+# What file systems answer that do not have the call at all (CIFS, FUSE, exFAT, Lustre, NFS without locks).
+MISSING = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
+MISSING |= {errno.ENOTSUP, errno.EOPNOTSUPP}
+log = logging.getLogger("mmquant.files")
+_warned: set[int] = set()  # devices: one warning a file system and process
+
+
+def warn_once(folder: Path, what: str) -> None:
+    """Say once for each file system that it lacks something on which safety rests, naming the folder."""
+    device = folder.stat().st_dev
+    if device not in _warned:
+        _warned.add(device)
+        log.warning("mmquant: %s: this file system has no %s; going on without", folder, what)
+
+
+def folder_sync_error(folder: Path) -> OSError | None:
+    """Make renames inside `folder` durable; the error of a file system that cannot. Raises when the disk fails."""
+    if os.name == "nt":  # folders cannot be opened there; NTFS journals its renames
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
+        return error
+    return None
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make renames inside `folder` durable, where its file system can; else one warning."""
+    error = folder_sync_error(folder)
+    if error is not None:
+        warn_once(folder, f"fsync of folders ({error.strerror}): a power failure may take finished files with it")
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Bring a file's bytes to the disk. A file system that has no fsync is one warning."""
+    file.flush()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in MISSING - {errno.EBADF}:
+            raise
+        warn_once(Path(file.name).parent, f"fsync ({error.strerror}): a power failure may take finished files with it")
+
+
+def temporary_of(path: Path) -> Path:
+    """The name under which a file grows until it is whole; one process at a time writes it (`lock.hold`)."""
+    return path.with_name(path.name + TEMPORARY)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is that of an unfinished file."""
+    return name.endswith(TEMPORARY)
 
 
 def replace_whole(temporary: Path, final: Path) -> None:
     """Give a finished temporary file its final name; after this call it survives a crash."""
     with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
+        sync_file(file)
     os.replace(temporary, final)
     sync_folder(final.parent)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, which holds either all of it or what it held before."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file for writing that gets its name when the block ends, and leaves nothing when it raises."""
+    temporary = temporary_of(path)
+    try:
+        with open(temporary, "wb+") as file:
+            yield file
+        replace_whole(temporary, path)
+    except BaseException:
+        if temporary.is_file():
+            temporary.unlink()
+        raise
+
+
+def write_whole(path: Path, data: bytes, *, durable: bool = True, shared: bool = False) -> None:
+    """Write `data` to `path`, which holds either all of it or what it held before.
+
+    durable False saves the fsync of notes that may be lost in a power failure; shared gives the temporary file a name
+    that no other thread or process has, for folders that nobody holds.
+    """
+    temporary = temporary_of(path.with_name(f"{path.name}.{secrets.token_hex(4)}") if shared else path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-        replace_whole(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        if durable:
+            replace_whole(temporary, path)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        if temporary.is_file():
+            temporary.unlink()
         raise
+
+
+def copy_whole(source: Path, final: Path) -> str:
+    """Copy a file and read the copy back before it gets its name; the SHA-256 of both.
+
+    Raises OSError when the copy reads back differently.
+    """
+    digest = hashlib.sha256()
+    with whole_file(final) as target:
+        with open(source, "rb") as file:
+            while block := file.read(CHUNK):
+                digest.update(block)
+                target.write(block)
+        target.flush()
+        if sha256_file(Path(target.name)) != digest.hexdigest():
+            raise OSError(errno.EIO, f"{final}: the copy reads back differently from {source}, the disk may be failing")
+    return digest.hexdigest()
 
 
 def sha256_file(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.store import INDEX, shard_names
-from ..files.atomic import CHUNK, replace_whole, sha256_file, write_whole
+from ..files.atomic import copy_whole, sha256_file, write_whole
 from ..manifest import FileEntry
 from ..source import CARRIED_FILES
 
@@ -34,14 +34,8 @@ def copy_native(source: Checkpoint, out: Path, done: Callable[[str], object]) ->
 
 
 def _copy(path: Path, final: Path) -> str:
-    digest = sha256_file(path)
-    if final.exists() and final.stat().st_size == path.stat().st_size and sha256_file(final) == digest:
-        return digest
-    temporary = final.with_name(final.name + ".tmp")
-    with open(path, "rb") as source, open(temporary, "wb") as target:
-        while block := source.read(CHUNK):
-            target.write(block)
-    if sha256_file(temporary) != digest:
-        raise OSError(f"{final}: the copy reads back differently from {path}, the disk may be failing")
-    replace_whole(temporary, final)
-    return digest
+    if final.exists() and final.stat().st_size == path.stat().st_size:
+        digest = sha256_file(path)
+        if sha256_file(final) == digest:
+            return digest
+    return copy_whole(path, final)

@@ -11,24 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
-
 from ..checkpoints.checkpoint import TORCH_DTYPES
-from ..checkpoints.store import DTYPE_BYTES, INDEX, parse_json
-from ..files.atomic import replace_whole, sha256_file, sync_folder, write_whole
+from ..checkpoints.store import DTYPE_BYTES, INDEX
+from ..files.atomic import replace_whole, sync_file, temporary_of, write_whole
+from ..files.growing import begin, go_on
+from ..files.progress import Progress
 
-PROGRESS = ".mmquant-progress.json"
 SHARD_LIMIT = 5_000_000_000
 ALIGNMENT = 8
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -101,14 +99,25 @@ class FolderWriter:
     def __init__(
         self, folder: Path, steps: list[list[TensorSpec]], run: Mapping[str, Any], limit: int = SHARD_LIMIT
     ) -> None:
-        self.folder, self.run = folder, dict(run)
+        self.folder = folder
         self.shards = plan_shards(steps, limit)
         self._step_ends = _cumulative(steps)
-        self.sha256: dict[str, str] = {}
         self._shard, self._tensor, self._file = 0, 0, None
         self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
         self._hashing: list[Future[None]] = []
-        self.done = self._resume()
+        plan = hashlib.sha256(b"".join(shard.name.encode() + shard.header for shard in self.shards)).hexdigest()
+        self.progress = Progress(folder, run, plan, len(steps))
+        self._resume()
+
+    @property
+    def done(self) -> int:
+        """Steps that are on disk."""
+        return self.progress.done
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of the files that are whole, by name."""
+        return self.progress.sha256
 
     @property
     def bytes(self) -> int:
@@ -128,14 +137,15 @@ class FolderWriter:
         except OSError as error:
             self.close()
             raise OSError(error.errno, f"{self.folder}: {error.strerror} while writing step {step}") from None
-        self.done = step + 1
-        self._record()
+        self.progress.done = step + 1
+        self.progress.save()
 
     def finish(self, files: Mapping[str, bytes]) -> list[str]:
         """Write the index and the small files; returns all names, shards first. The caller writes the manifest last."""
         assert self.done == len(self._step_ends)
         assert self._file is None
         self._wait_for_hash()
+        self.progress.checked()
         table = {spec.name: shard.name for shard in self.shards for spec in shard.tensors}
         total = sum(spec.bytes for shard in self.shards for spec in shard.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
@@ -147,7 +157,7 @@ class FolderWriter:
 
     def clear_progress(self) -> None:
         """Forget how far the run was; called once the manifest is there."""
-        (self.folder / PROGRESS).unlink(missing_ok=True)
+        self.progress.clear()
 
     def close(self) -> None:
         """Leave the open shard as it is (its durable part is recorded)."""
@@ -164,13 +174,13 @@ class FolderWriter:
         found = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
         assert found == (spec.dtype, spec.shape), (spec, found)
         if self._file is None:
-            self._file = open(self._temporary(shard), "wb")
+            self._file = begin(self.folder / shard.name)
             self._put(shard.header)
         self._put(tensor_bytes(tensor))
         self._tensor += 1
         if self._tensor == len(shard.tensors):
             self.close()
-            replace_whole(self._temporary(shard), self.folder / shard.name)
+            replace_whole(temporary_of(self.folder / shard.name), self.folder / shard.name)
             self._hashing.append(self._hasher.submit(self._keep_digest, shard.name, self._digest))
             self._shard, self._tensor, self._digest = self._shard + 1, 0, hashlib.sha256()
 
@@ -189,60 +199,22 @@ class FolderWriter:
 
     def _flush(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            sync_file(self._file)
 
-    def _temporary(self, shard: Shard) -> Path:
-        return self.folder / (shard.name + ".tmp")
-
-    # -- resume ----------------------------------------------------------------------------------------------------
-
-    def _record(self) -> None:
-        state = {"run": self.run, "steps": self.done, "sha256": dict(self.sha256)}
-        write_whole(self.folder / PROGRESS, json.dumps(state).encode())
-
-    def _resume(self) -> int:
-        path = self.folder / PROGRESS
-        if not path.exists():
-            self._record_start()
-            return 0
-        state = parse_json(path.read_bytes(), str(path))
-        steps = state["steps"]
-        tensors = self._step_ends[steps - 1] if steps else 0
+    def _resume(self) -> None:
+        """Take up an unfinished run behind its last whole step."""
+        tensors = self._step_ends[self.done - 1] if self.done else 0
         for shard in self.shards:
             if tensors < len(shard.tensors):
                 break
             tensors -= len(shard.tensors)
             self._shard += 1
-            known = state["sha256"].get(shard.name)  # not yet when the run died while it was hashed
-            self.sha256[shard.name] = known or sha256_file(self.folder / shard.name)
+        self.progress.check({shard.name: shard.bytes for shard in self.shards[: self._shard]})
         self._tensor = tensors
         if tensors:
-            self._file = self._reopen(self.shards[self._shard])
-        return steps
-
-    def _record_start(self) -> None:
-        self.done = 0
-        self._record()
-        sync_folder(self.folder)
-
-    def _reopen(self, shard: Shard) -> BinaryIO:
-        """Open a half-written shard, drop what was not recorded, and hash what was."""
-        length = len(shard.header) + sum(t.bytes for t in shard.tensors[: self._tensor])
-        path = self._temporary(shard)
-        # A crash between a shard's rename and its record leaves the whole file under its final name.
-        if not path.exists() and (self.folder / shard.name).exists():
-            os.replace(self.folder / shard.name, path)
-        file = open(path, "rb+")
-        left = length
-        while left:
-            block = file.read(min(left, 8 << 20))
-            if not block:
-                raise InputError(f"{path}: {length - left} bytes, expected at least {length}; remove {self.folder}")
-            self._digest.update(block)
-            left -= len(block)
-        file.truncate(length)
-        return file
+            shard = self.shards[self._shard]
+            length = len(shard.header) + sum(t.bytes for t in shard.tensors[:tensors])
+            self._file = go_on(self.folder / shard.name, length, self._digest.update)
 
 
 def _cumulative(steps: list[list[TensorSpec]]) -> list[int]:
@@ -251,9 +223,3 @@ def _cumulative(steps: list[list[TensorSpec]]) -> list[int]:
         total += len(step)
         ends.append(total)
     return ends
-
-
-def unfinished_run(folder: Path) -> dict[str, Any] | None:
-    """What an unfinished run in this folder was doing, None when there is none."""
-    path = folder / PROGRESS
-    return parse_json(path.read_bytes(), str(path)).get("run") if path.exists() else None

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mmquant.errors import InputError
 
 from ...quantize.ggml.types import GGMLType
-from ..files.atomic import CHUNK, replace_whole, write_whole
-from ..folder.writer import PROGRESS
+from ..files.atomic import replace_whole, sync_file, temporary_of
+from ..files.growing import begin, go_on
+from ..files.progress import Progress
 from .metadata import Metadata, pack_string, split_keys
 from .mixes import tensor_bytes
 
@@ -113,21 +113,27 @@ class GgufWriter:
     """
 
     def __init__(self, folder: Path, parts: list[Part], run: Mapping[str, Any] | None = None) -> None:
-        """`run` names whatever else decides the bytes (settings, statistics); another run or header starts anew."""
-        self.folder, self.parts, self.run = folder, parts, dict(run or {})
-        digest = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode())
+        """`run` names whatever else decides the bytes (settings, statistics).
+
+        InputError when the folder holds an unfinished run of another one, or a damaged one.
+        """
+        self.folder, self.parts = folder, parts
+        digest = hashlib.sha256(json.dumps(run or {}, sort_keys=True).encode())
         for part in parts:
             digest.update(part.name.encode() + part.header)
-        self.fingerprint = digest.hexdigest()
         self.tensors = [(index, tensor) for index, part in enumerate(parts) for tensor in part.tensors]
-        self.journal = folder / PROGRESS
-        self.sha256: dict[str, str] = {}
-        self._file: IO[bytes] | None = None
+        self._file: BinaryIO | None = None
         self._part = -1
         self._digest = hashlib.sha256()
         folder.mkdir(parents=True, exist_ok=True)
-        self.done = self._resume()
-        self.checkpoint()
+        self.progress = Progress(folder, run or {}, digest.hexdigest(), len(self.tensors))
+        self.done = self.progress.done
+        self._resume()
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of the parts that are whole, by name."""
+        return self.progress.sha256
 
     @property
     def names(self) -> list[str]:
@@ -152,26 +158,19 @@ class GgufWriter:
     def checkpoint(self) -> None:
         """Make what is written durable and remember it: call after each layer."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        state = {"run": self.run, "fingerprint": self.fingerprint, "done": self.done, "sha256": self.sha256}
-        write_whole(self.journal, json.dumps(state).encode())
+            sync_file(self._file)
+        self.progress.done = self.done
+        self.progress.save()
 
     def finish(self) -> list[Path]:
         """Paths of the finished parts."""
         assert self.done == len(self.tensors), f"{len(self.tensors) - self.done} tensors are missing"
+        self.progress.checked()
         return [self.folder / part.name for part in self.parts]
-
-    def restart(self) -> None:
-        """Forget what is written and begin again."""
-        self.close()
-        self.journal.unlink(missing_ok=True)
-        self.done = self._resume()
-        self.checkpoint()
 
     def clear_progress(self) -> None:
         """Forget how far the run was; called once the manifest is there."""
-        self.journal.unlink(missing_ok=True)
+        self.progress.clear()
 
     def close(self) -> None:
         """Leave the files as they are (after an error); what was checkpointed is found again."""
@@ -179,23 +178,13 @@ class GgufWriter:
             self._file.close()
             self._file = None
 
-    def _temporary(self, part: int) -> Path:
-        return self.folder / (self.parts[part].name + ".tmp")
-
     def _open(self, part: int) -> None:
-        """Begin a part with its header, or go on behind what `_resume` left of it."""
+        """Begin a part with its header, unless it is open or `_resume` left it half written."""
         if self._file is not None:
             return
-        path = self._temporary(part)
-        self._digest = hashlib.sha256()
-        self._part = part
-        if not path.exists():
-            self._file = open(path, "wb")
-            self._put(self.parts[part].header)
-            return
-        self._file = open(path, "rb+")
-        while block := self._file.read(CHUNK):
-            self._digest.update(block)
+        self._part, self._digest = part, hashlib.sha256()
+        self._file = begin(self.folder / self.parts[part].name)
+        self._put(self.parts[part].header)
 
     def _put(self, data: bytes | memoryview) -> None:
         assert self._file is not None
@@ -205,37 +194,16 @@ class GgufWriter:
     def _finish_part(self) -> None:
         assert self._file is not None
         self.close()
-        name = self.parts[self._part].name
-        replace_whole(self._temporary(self._part), self.folder / name)
-        self.sha256[name] = self._digest.hexdigest()
+        path = self.folder / self.parts[self._part].name
+        replace_whole(temporary_of(path), path)
+        self.sha256[path.name] = self._digest.hexdigest()
 
-    def _resume(self) -> int:
-        """Tensors already safe on disk; anything of another run, or behind the last checkpoint, is cut off."""
-        done, self.sha256 = self._journal()
-        part = self.tensors[done][0] if done < len(self.tensors) else len(self.parts)
-        inside = [tensor for index, tensor in self.tensors[:done] if index == part]
-        size = len(self.parts[part].header) + sum(padded(tensor.bytes) for tensor in inside) if inside else 0
-        if inside and not self._temporary(part).exists() and (self.folder / self.parts[part].name).exists():
-            os.replace(self.folder / self.parts[part].name, self._temporary(part))  # killed between rename and journal
-        whole = all(_size(self.folder / item.name) == item.bytes for item in self.parts[:part])
-        if not whole or (inside and _size(self._temporary(part)) < size):
-            done, part, size, self.sha256 = 0, 0, 0, {}
-        for index in range(part, len(self.parts)):
-            if index > part or size == 0:
-                self._temporary(index).unlink(missing_ok=True)
-        if size:
-            os.truncate(self._temporary(part), size)
-        return done
-
-    def _journal(self) -> tuple[int, dict[str, str]]:
-        try:
-            state = json.loads(self.journal.read_bytes())
-            if state["fingerprint"] == self.fingerprint and 0 <= state["done"] <= len(self.tensors):
-                return int(state["done"]), dict(state["sha256"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass
-        return 0, {}
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+    def _resume(self) -> None:
+        """Take up an unfinished run behind its last checkpoint; what lies behind that is cut off."""
+        part = self.tensors[self.done][0] if self.done < len(self.tensors) else len(self.parts)
+        self.progress.check({item.name: item.bytes for item in self.parts[:part]})
+        inside = [tensor for index, tensor in self.tensors[: self.done] if index == part]
+        if inside:
+            size = len(self.parts[part].header) + sum(padded(tensor.bytes) for tensor in inside)
+            self._part = part
+            self._file = go_on(self.folder / self.parts[part].name, size, self._digest.update)

@@ -11,22 +11,25 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from concurrent.futures import wait as wait_all
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import requests
 
-from ..files.atomic import replace_whole, sha256_file, sync_folder
+from ..files.atomic import replace_whole, sha256_file, sync_file, sync_folder, write_whole
 from .body import BrokenBodyError, body
 from .http import NETWORK_ERRORS, TRANSIENT, Client, TransferError, explain, origin, reason, retry_after
 from .listing import RepoFile
 
 BLOCK = 32 << 20
 CORRUPT_TRIES = 2
+_SEEKING = threading.Lock()
 
 
 class RangeIgnoredError(Exception):
@@ -98,11 +101,15 @@ def part_digest(path: Path, file: RepoFile) -> str:
 
 def need_disk(folder: Path, needed: int, what: str) -> None:
     """OSError (ENOSPC) unless `folder`'s disk has `needed` bytes free."""
-    stats = os.statvfs(folder)
-    free = stats.f_bavail * stats.f_frsize
+    free = shutil.disk_usage(folder).free
     if free < needed:
         text = f"{what}: {needed:,} bytes are needed in {folder}, the disk has {free:,} free"
         raise OSError(errno.ENOSPC, text)
+
+
+def on_disk(path: Path) -> int:
+    """Bytes that a file with holes takes on the disk; where the system does not say (Windows), none are counted."""
+    return getattr(path.stat(), "st_blocks", 0) * 512 if path.is_file() else 0
 
 
 def _begin(job: Job) -> set[int]:
@@ -115,7 +122,7 @@ def _begin(job: Job) -> set[int]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         done = set()
     left = sum(b - a + 1 for i, (a, b) in enumerate(job.blocks()) if i not in done)
-    used = job.part.stat().st_blocks * 512 if job.part.exists() else 0
+    used = on_disk(job.part)
     need_disk(job.part.parent, max(0, min(left, job.file.size - used)), job.what)
     if not done:
         job.record.unlink(missing_ok=True)
@@ -131,16 +138,16 @@ def _fetch_blocks(client: Client, job: Job, done: set[int], pool: Executor) -> N
     located = Located(client, job)
     lock = threading.Lock()
     stop = threading.Event()
-    handle = os.open(job.part, os.O_WRONLY)
+    part = open(job.part, "rb+", buffering=0)
 
     def one(index: int) -> None:
         if stop.is_set():
             return
         try:
-            _fetch_block(client, located, job, handle, *job.blocks()[index], stop)
+            _fetch_block(client, located, job, part, *job.blocks()[index], stop)
             if stop.is_set():
                 return
-            os.fdatasync(handle)
+            sync_file(part)
             with lock:
                 done.add(index)
                 _record(job, done)
@@ -156,14 +163,12 @@ def _fetch_blocks(client: Client, job: Job, done: set[int], pool: Executor) -> N
     except OSError as error:
         raise _disk_error(error, job) from None
     finally:
-        os.close(handle)
+        part.close()
 
 
 def _record(job: Job, done: set[int]) -> None:
     """Note the blocks that are safely on disk. No fsync: a lost or torn note costs blocks, never truth."""
-    temporary = job.record.with_name(job.record.name + ".tmp")
-    temporary.write_bytes(json.dumps({**job.identity, "done": sorted(done)}).encode())
-    os.replace(temporary, job.record)
+    write_whole(job.record, json.dumps({**job.identity, "done": sorted(done)}).encode(), durable=False)
 
 
 def _disk_error(error: OSError, job: Job) -> OSError:
@@ -202,7 +207,7 @@ class Located:
 
 
 def _fetch_block(
-    client: Client, located: Located, job: Job, handle: int, first: int, last: int, stop: threading.Event
+    client: Client, located: Located, job: Job, part: FileIO, first: int, last: int, stop: threading.Event
 ) -> None:
     """One block into place. A broken connection goes on where it broke; attempts count only without progress."""
     at, attempt = first, 0
@@ -216,7 +221,7 @@ def _fetch_block(
             else:
                 _check_range(client, job, response, at, last)
                 for piece in body(client, response, last - at + 1):
-                    _write_at(handle, piece, at)
+                    _write_at(part, piece, at)
                     at += len(piece)
                     job.progress(len(piece))
         except (*NETWORK_ERRORS, BrokenBodyError) as error:
@@ -228,10 +233,17 @@ def _fetch_block(
             client.pause(max(attempt - 1, 0), asked)
 
 
-def _write_at(handle: int, piece: bytes, at: int) -> None:
-    while piece:
-        written = os.pwrite(handle, piece, at)
-        piece, at = piece[written:], at + written
+def _write_at(part: FileIO, piece: bytes, at: int) -> None:
+    """Write into an unbuffered file; several threads do so, each at its own place."""
+    if hasattr(os, "pwrite"):
+        while piece:
+            written = os.pwrite(part.fileno(), piece, at)
+            piece, at = piece[written:], at + written
+        return
+    with _SEEKING:  # Windows: a file has one position
+        part.seek(at)
+        while piece:
+            piece = piece[part.write(piece) :]
 
 
 def _check_range(client: Client, job: Job, response: requests.Response, first: int, last: int) -> None:
@@ -266,8 +278,7 @@ def _fetch_stream(client: Client, job: Job) -> None:
             with open(job.part, "rb+") as target:
                 for piece in body(client, response, length):
                     target.write(piece)
-                target.flush()
-                os.fsync(target.fileno())
+                sync_file(target)
             return
         except (*NETWORK_ERRORS, BrokenBodyError) as error:
             trouble = reason(error)

@@ -60,7 +60,7 @@ def pinned_listing(client: Client, spec: RepoSpec, options: FetchOptions) -> Lis
         return known
     work.mkdir(parents=True, exist_ok=True)
     data = {"commit": listing.commit, "files": [asdict(f) for f in listing.files.values()]}
-    write_whole(record, json.dumps(data).encode())
+    write_whole(record, json.dumps(data).encode(), shared=True)
     return listing
 
 

@@ -178,7 +178,7 @@ class HubFolder:
             return kept.read_bytes()
         data = make()
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, data)
+        write_whole(kept, data, shared=True)
         return data
 
     def _all_headers(self) -> dict[str, list[TensorInfo]]:

@@ -53,7 +53,10 @@ def fetch_xet(client: Client, spec: RepoSpec, file: RepoFile, target: Path, stal
         return False
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
             process.wait()
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -76,7 +79,8 @@ def _blocks(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
-            total += path.lstat().st_blocks
+            found = path.lstat()
+            total += getattr(found, "st_blocks", found.st_size)
     return total
 
 

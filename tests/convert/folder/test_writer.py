@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mmquant.convert.files.atomic import sha256_file, write_whole
+from mmquant.convert.files.atomic import sha256_file, whole_file, write_whole
 from mmquant.convert.files.lock import hold
-from mmquant.convert.folder.writer import PROGRESS, FolderWriter, TensorSpec, plan_shards, unfinished_run
+from mmquant.convert.files.progress import PROGRESS, unfinished_run
+from mmquant.convert.folder.writer import FolderWriter, TensorSpec, plan_shards
 
 RUN = {"command": "test"}
 STEPS = [
@@ -92,10 +93,13 @@ def test_limits_are_kept_and_one_large_tensor_stands_alone() -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_whole(path, b"old")
-    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "y").mkdir()
     with pytest.raises(OSError):
-        write_whole(path, b"new")
+        write_whole(tmp_path / "y", b"new")  # a folder in its place
+    with pytest.raises(ZeroDivisionError), whole_file(path) as file:
+        file.write(b"half" * (1 // 0))
     assert path.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
 
 
 def test_the_second_process_is_refused_by_name(tmp_path: Path) -> None:

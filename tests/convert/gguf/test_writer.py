@@ -14,6 +14,7 @@ import pytest
 from helpers.killed import FORK
 from mmquant.convert.gguf.metadata import Value
 from mmquant.convert.gguf.writer import GgufWriter, TensorInfo, plan_parts
+from mmquant.errors import InputError
 
 METADATA = {
     "general.architecture": Value("str", "minimax-m2"),
@@ -119,10 +120,12 @@ def test_killed_between_rename_and_journal(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in write(tmp_path / "cut")] == whole
 
 
-def test_another_run_starts_anew(tmp_path: Path) -> None:
+def test_another_run_is_refused_and_touches_nothing(tmp_path: Path) -> None:
     write(tmp_path, stop=3)
-    assert GgufWriter(tmp_path, plan_parts("m", METADATA, TENSORS), {"seed": 1}).done == 0
-    assert not list(tmp_path.glob("*.tmp"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"progress\.json: an unfinished run of another layout .*--fresh"):
+        GgufWriter(tmp_path, plan_parts("m", METADATA, TENSORS), {"seed": 1})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_sigkill(tmp_path: Path) -> None:
