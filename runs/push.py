@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError, PartialError
 
+from ..convert.files.atomic import TEMPORARY
+
 if TYPE_CHECKING:
     from ..convert.hub.card import Place
     from ..convert.hub.push import Ledger
