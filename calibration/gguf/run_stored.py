@@ -19,7 +19,7 @@ from mmquant.errors import InputError
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.files.atomic import sha256_file
-from ...convert.gguf.imatrix import Imatrix, read_imatrix
+from ...convert.gguf.imatrix import Imatrix, read_imatrix, split_matrices
 from ...convert.gguf.metadata import Importance
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, split_block
 from ...convert.gguf.writer import TensorInfo
@@ -80,10 +80,10 @@ class Stored:
         """What each matrix of a layer saw, by GGUF name. ValueError for statistics of another model."""
         if isinstance(self.known, Imatrix):
             found = self.known.layer(layer)
-            missing = [name for name in INPUT_OF if name not in found]
-            if missing:
-                raise InputError(f"{self.path}: blk.{layer}.{missing[0]}.weight is missing")
-            out = {name: moments_of(found[name]) for name in INPUT_OF}
+            out = {
+                name: moments_of(split_matrices(found[name], g.experts if name in EXPERT_TENSORS else 1))
+                for name in INPUT_OF
+            }
         else:
             statistics = self.known.layer(layer, second=self.method.feedback)
             out = {name: getattr(statistics, field) for name, field in INPUT_OF.items()}
@@ -95,11 +95,19 @@ class Stored:
 
 
 def open_stored(path: Path, source: Checkpoint, effort: str) -> Stored:
-    """A folder that `mmquant calibrate` wrote, or an imatrix in GGUF. ValueError when it does not serve."""
-    if path.suffix == ".gguf":
+    """A folder that `mmquant calibrate` wrote, or anybody's imatrix. InputError when it does not serve.
+
+    An imatrix is held against the model here, before anything is written.
+    """
+    if path.is_file():
+        imatrix = read_imatrix(path)
         if effort != "fast":
             raise InputError(f"{path}: an imatrix holds diagonals, which serve --effort fast only")
-        return Stored(path, read_imatrix(path), effort)
+        stored = Stored(path, imatrix, effort)
+        check_imatrix(path, imatrix, source.geometry)
+        for layer in range(source.geometry.layers):
+            stored.moments(layer, source.geometry)
+        return stored
     if effort == "high":
         raise InputError(
             f"{path}: holds sums; --effort high learns on the calibration tokens, expected default or fast"
@@ -111,6 +119,19 @@ def open_stored(path: Path, source: Checkpoint, effort: str) -> Stored:
             f"{path}: holds diagonals, expected second moments (calibrate --moments full) or --effort fast"
         )
     return Stored(path, known, effort)
+
+
+def check_imatrix(path: Path, imatrix: Imatrix, geometry: Geometry) -> None:
+    """InputError naming the first weight of the model that an imatrix says nothing of, and how many there are."""
+    layers = range(geometry.layers)
+    wanted = [(layer, name) for layer in layers for name in INPUT_OF]
+    known = [imatrix.layer(layer) for layer in layers]
+    missing = [f"blk.{layer}.{name}.weight" for layer, name in wanted if name not in known[layer]]
+    if missing:
+        raise InputError(
+            f"{path}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weights), expected an imatrix of this "
+            "whole model (llama-imatrix leaves out what saw too little text: run it over more)"
+        )
 
 
 def stored_tensors(

@@ -190,7 +190,11 @@ def _read_moments(file: Any, names: set[str], name: str, second: bool) -> Moment
 
 
 def open_statistics(folder: Path) -> StoredStatistics:
-    """Open what `mmquant calibrate --out` wrote. Raises ValueError when it is not such a folder."""
+    """Open what `mmquant calibrate --out` wrote. Raises InputError when it is not such a folder."""
+    if folder.is_file():
+        raise InputError(
+            f"{folder}: a file, expected the folder of `mmquant calibrate --out` (an imatrix serves gguf --effort fast)"
+        )
     data = read_manifest(folder)
     return StoredStatistics(folder, str(data.get("model")), data["identity"], tuple(data["layers"]))
 

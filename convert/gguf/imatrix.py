@@ -2,6 +2,7 @@
 
 For every weight W: `W.in_sum2` F32 [matrices, inputs] = sum of x^2, `W.counts` F32 [matrices, 1] = rows. gate and up
 of the experts share their input. Keys: general.type, imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size.
+Others' files are told by their content, not by their name; the older binary form is imatrix_legacy.py's.
 Source: llama.cpp tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 """
 
@@ -19,13 +20,18 @@ from numpy.typing import NDArray
 from mmquant.errors import InputError
 
 from ..files.atomic import write_whole
+from ..files.lfs import refuse_pointer
+from .imatrix_legacy import read_legacy
 
 ALIGNMENT = 32
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 IN_SUM2, COUNTS = ".in_sum2", ".counts"
+LEGACY_CHUNK = 512  # tokens of a chunk by llama-imatrix's default; the older form does not say
 STRING, ARRAY, UINT32, F32 = 8, 9, 4, 0  # GGUF value and tensor types
 ATTENTION_IN = ("attn_q", "attn_k", "attn_v")
 EXPERT_IN = ("ffn_gate_exps", "ffn_up_exps")
+# Weights that see the same input, and what converters call them when they are fused: one entry serves for all.
+SAME_INPUT = ((ATTENTION_IN, ("attn_qkv",)), (EXPERT_IN, ("ffn_gate_up_exps", "ffn_up_gate_exps")))
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
@@ -52,12 +58,19 @@ class Imatrix:
     chunk_size: int
 
     def layer(self, layer: int) -> dict[str, Importance]:
-        """One layer's weights by short name (attn_q, ffn_down_exps, ...)."""
+        """One layer's weights by short name (attn_q, ffn_down_exps, ...); of those that share their input one will do.
+
+        llama-imatrix leaves out what saw too little, and ik_llama.cpp has one entry for gate and up.
+        """
         out = {}
         for name, value in self.weights.items():
             match = _BLOCK.fullmatch(name)
             if match is not None and int(match.group(1)) == layer:
                 out[match.group(2)] = value
+        for weights, fused in SAME_INPUT:
+            found = next((out[name] for name in (*weights, *fused) if name in out), None)
+            if found is not None:
+                out = {**dict.fromkeys(weights, found), **out}
         return out
 
 
@@ -129,17 +142,44 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> None:
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """Read anybody's imatrix.gguf. Raises ValueError when it is not one, or holds values that llama.cpp refuses."""
+    """Read anybody's importance matrix, GGUF or the older binary form, whatever the file is called.
+
+    Raises InputError when it is neither, or holds values that llama.cpp refuses.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected an imatrix")
+    with open(path, "rb") as file:
+        first = refuse_pointer(str(path), file.read(64))
+    return _read_gguf(path) if first.startswith(b"GGUF") else _of_legacy(path)
+
+
+def _of_legacy(path: Path) -> Imatrix:
+    """The older form as this one: rows are not known, so each matrix counts as having seen every token."""
+    found = read_legacy(path)
+    weights = {}
+    for name, (calls, values) in found.entries.items():
+        rows = float(calls * LEGACY_CHUNK)
+        value = Importance(values[None] * np.float32(rows / calls), np.array([rows], np.float32))
+        check(f"{path}: {name}", value)
+        weights[name] = value
+    return Imatrix(weights, (found.dataset,) if found.dataset else (), found.chunks, LEGACY_CHUNK)
+
+
+def split_matrices(value: Importance, matrices: int) -> Importance:
+    """An entry of the older form, which does not say how many experts it holds, as `matrices` of them.
+
+    An expert whose values are all equal saw nothing (llama-imatrix fills it with ones, older ones left zeros).
+    """
+    if len(value.counts) != 1 or matrices == 1 or value.sums.size % matrices:
+        return value
+    sums = value.sums.reshape(matrices, -1)
+    seen = sums.min(axis=1) != sums.max(axis=1)
+    return Importance(np.where(seen[:, None], sums, 0), np.where(seen, value.counts, 0).astype(np.float32))
+
+
+def _read_gguf(path: Path) -> Imatrix:
     from gguf import GGUFReader
 
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, expected an imatrix in GGUF")
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise InputError(
-            f"{path}: starts with {magic!r}, expected GGUF (a .dat imatrix: convert it with llama-imatrix)"
-        )
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:

@@ -22,9 +22,10 @@ from mmquant.calibration.statistics.run import calibrate_into
 from mmquant.calibration.statistics.store import open_statistics
 from mmquant.commands.gguf import command
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
-from mmquant.convert.gguf.imatrix import Importance, write_imatrix
+from mmquant.convert.gguf.imatrix import Importance, read_imatrix, write_imatrix
 from mmquant.convert.open import demo_folder, open_native
 from mmquant.convert.source import read_layer
+from mmquant.errors import InputError
 from mmquant.quantize.ggml.codec import decode, encode
 from mmquant.quantize.ggml.types import GGMLType
 from mmquant.quantize.moments import shrunk, shrunk_diagonal
@@ -118,16 +119,22 @@ def test_the_command_writes_what_it_was_given(source: Checkpoint, folder: Path, 
 def test_statistics_that_do_not_serve_are_refused(
     source: Checkpoint, folder: Path, imatrix: Path, tmp_path: Path
 ) -> None:
-    other = open_native(write_tiny(tmp_path / "other", vocab_size=96))
+    other = open_native(write_tiny(tmp_path / "other", vocab_size=96, num_hidden_layers=2))
     with pytest.raises(ValueError, match="statistics of another checkpoint"):
         open_stored(folder, other, "default")
     with pytest.raises(ValueError, match=r"imatrix\.gguf: an imatrix holds diagonals"):
         open_stored(imatrix, source, "default")
     with pytest.raises(ValueError, match=r"attn_q: moments of 1 matrices with 256 inputs, expected 1 with 192"):
-        open_stored(imatrix, other, "fast").moments(0, other.geometry)
-    stored = open_stored(imatrix, source, "fast")
-    with pytest.raises(ValueError, match=r"imatrix\.gguf: blk\.7\.attn_q\.weight is missing"):
-        stored.moments(7, source.geometry)
+        open_stored(imatrix, other, "fast")
+    whole = read_imatrix(imatrix)
+    partial = tmp_path / "partial.imatrix"
+    lost = ("blk.1.ffn_down_exps.weight", "blk.1.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight")
+    kept = {name: value for name, value in whole.weights.items() if name not in lost}
+    write_imatrix(partial, replace(whole, weights=kept))
+    with pytest.raises(InputError, match=r"partial\.imatrix: blk\.1\.ffn_down_exps\.weight is missing \(1 of 14 "):
+        open_stored(partial, source, "fast")
+    with pytest.raises(InputError, match=r"a file, expected the folder of `mmquant calibrate --out`"):
+        open_statistics(imatrix)
     result = CliRunner().invoke(command, ["--model", "demo", "--out", "x", "--statistics", "y", "--no-calibration"])
     assert result.exit_code != 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.paths import DATA
-from mmquant.convert.gguf.imatrix import Imatrix, Importance, encode, read_imatrix, write_imatrix
+from mmquant.convert.gguf.imatrix import Imatrix, Importance, encode, read_imatrix, split_matrices, write_imatrix
+from mmquant.errors import InputError
 
 # Made by llama-imatrix (llama.cpp 0c1e57098) over 200 chunks of 512 tokens from the demo model.
 THEIRS = DATA / "imatrix.gguf"
@@ -81,8 +83,23 @@ def test_files_that_are_no_imatrix_are_refused_in_one_line(tmp_path: Path) -> No
         read_imatrix(tmp_path / "missing.gguf")
     legacy = tmp_path / "old.dat"
     legacy.write_bytes(b"\x08\0\0\0rest")
-    with pytest.raises(ValueError, match="expected GGUF"):
+    with pytest.raises(InputError, match="expected an imatrix, in GGUF or the older"):
         read_imatrix(legacy)
+    for name, data in (
+        ("none", b""),
+        ("many", struct.pack("<i", 2**31 - 1) + bytes(60)),
+        ("long", struct.pack("<iii", 1, 2**30, 0) + bytes(60)),
+        ("short", struct.pack("<ii1sii", 1, 1, b"a", 3, 2**30) + bytes(60)),
+        ("never", struct.pack("<ii1siif", 1, 1, b"a", 0, 1, 1.0)),
+        ("nan", struct.pack("<ii1siif", 1, 1, b"a", 1, 1, float("nan"))),
+        ("text", b"{}" * 99),
+        ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    ):
+        legacy.write_bytes(data)
+        with pytest.raises(InputError) as caught:
+            read_imatrix(legacy)
+        assert "\n" not in str(caught.value), name
+    assert "git-lfs pointer" in str(caught.value)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(THEIRS.read_bytes()[:5000])
     with pytest.raises(ValueError, match="damaged GGUF"):
@@ -95,3 +112,42 @@ def test_files_that_are_no_imatrix_are_refused_in_one_line(tmp_path: Path) -> No
     lost.write_bytes(THEIRS.read_bytes().replace(b"blk.0.attn_q.weight.counts", b"blk.0.attn_q.weight.countz"))
     with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight\.counts is missing"):
         read_imatrix(lost)
+
+
+def legacy_bytes(found: Imatrix, dataset: str | None) -> bytes:
+    """The older form as llama-imatrix wrote it: means times calls, one flat row for all experts."""
+    out = struct.pack("<i", len(found.weights))
+    for name, value in found.weights.items():
+        values = (value.mean() * found.chunk_count).astype("<f4")
+        raw = name.encode()
+        out += struct.pack("<i", len(raw)) + raw + struct.pack("<ii", found.chunk_count, values.size) + values.tobytes()
+    return out if dataset is None else out + struct.pack("<ii", found.chunk_count, len(dataset)) + dataset.encode()
+
+
+@pytest.mark.parametrize("dataset", [None, "c.txt"])
+def test_the_older_form_gives_the_same_means_by_any_name(tmp_path: Path, dataset: str | None) -> None:
+    theirs = read_imatrix(THEIRS)
+    path = tmp_path / "imatrix.whatever"
+    path.write_bytes(legacy_bytes(theirs, dataset))
+    found = read_imatrix(path)
+    assert found.datasets == (() if dataset is None else (dataset,))
+    assert found.chunk_count == theirs.chunk_count
+    assert found.weights.keys() == theirs.weights.keys()
+    for name, value in theirs.weights.items():
+        mine = split_matrices(found.weights[name], len(value.counts))
+        seen = mine.counts > 0
+        np.testing.assert_allclose(mine.mean()[seen], value.mean()[seen], rtol=1e-5)
+        assert (seen == (value.counts > 0)).all()
+
+
+def test_one_entry_serves_all_weights_that_see_the_same_input() -> None:
+    value = Importance(np.ones((1, 4), np.float32), np.ones(1, np.float32))
+    for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_up_gate_exps"):
+        found = Imatrix({f"blk.2.{name}.weight": value}, (), 1, 1).layer(2)
+        assert found["ffn_gate_exps"] is value
+        assert found["ffn_up_exps"] is value
+        assert "attn_q" not in found
+    assert Imatrix({"blk.2.attn_qkv.weight": value}, (), 1, 1).layer(2)["attn_v"] is value
+    other = Importance(np.zeros((1, 4), np.float32), np.ones(1, np.float32))
+    both = Imatrix({"blk.2.attn_k.weight": value, "blk.2.attn_q.weight": other}, (), 1, 1).layer(2)
+    assert both["attn_k"] is value
