@@ -17,13 +17,14 @@ from mmquant import __version__
 from mmquant.errors import FitError, InputError
 
 from ..convert import manifest
+from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import is_temporary
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
 from ..convert.fit import Weights
 from ..convert.folder.native_copy import copy_native
-from ..convert.folder.variant import FolderVariant, carried_files, global_specs, global_tensors, quantized_config
+from ..convert.folder.variant import FolderVariant, global_specs, global_tensors, quantized_config
 from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, TensorSpec
 from ..convert.hub.store import HubFolder
 from ..convert.manifest import Artifact, FileEntry
@@ -77,6 +78,8 @@ def write_folder(
         run |= provider.run()
     if is_finished(out, run):
         return out
+    config = quantized_config(source, variant.quantization_config(source))
+    files = {**carried_files(source), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
     claim(out, run)
     with hold(out):
         writer = FolderWriter(out, prepared.steps, run, limit)
@@ -85,8 +88,6 @@ def write_folder(
         bar = tqdm(steps, desc=variant.label, unit="step", initial=writer.done, total=len(prepared.steps), delay=1)
         for step in bar:
             writer.write(step, step_tensors(source, variant, step, device, provider))
-        config = quantized_config(source, variant.quantization_config(source))
-        files = {**carried_files(source), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
         names = writer.finish(files)
         entries = tuple(FileEntry(n, (out / n).stat().st_size, writer.sha256[n]) for n in names)
         finish_folder(out, source, variant.format, variant.label, entries, prepared.weights, run)
@@ -190,12 +191,13 @@ def write_native(source: Checkpoint, out: Path) -> Path:
     run = {"command": "fp8", "scheme": "native", "source": source.fingerprint}
     if is_finished(out, run):
         return out
+    small = carried_files(source)
     claim(out, run)
     with hold(out):
         progress = Progress(out, run, "", 0)
         check_disk(out, source.bytes - written_bytes(out), source)
         with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:
-            files = copy_native(source, out, lambda _: bar.update())
+            files = copy_native(source, out, small, lambda _: bar.update())
         tensors = [t for n, t in source.tensors.items() if n not in source.skipped]
         layers = range(source.geometry.layers)
         sizes = {layer: 0 for layer in layers}

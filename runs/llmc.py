@@ -17,6 +17,7 @@ from typing import Any
 
 from mmquant.errors import InputError, MmquantError
 
+from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import LocalFolder
@@ -71,6 +72,7 @@ def write_with_llmcompressor(
         return out
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: holds {sorted(p.name for p in out.iterdir())[0]}, expected an empty folder")
+    carried_files(source)  # llm-compressor copies them unread
     python = find_python()
     if dry_run:
         return describe(out, f"{job['scheme']} by llm-compressor, at most", source.bytes)

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
+
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmquant.errors import InputError
 
+from ...convert.carried import parse_object
 from ...convert.source import Source
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
-    """The tokenizer of tokenizer.json; ValueError when the source carries none."""
+    """The tokenizer of tokenizer.json, as it splits text: without the truncation, padding and dropout that were saved
+    with it, which are settings of whoever trained on it and would cut, fill or scatter documents.
+
+    InputError when the source carries none, or one that the installed tokenizers cannot read.
+    """
     data = source.small_file("tokenizer.json")
     if data is None:
         raise InputError(f"{source.label}: tokenizer.json is missing")
-    return Tokenizer.from_str(data.decode())
+    where = f"{source.label}: tokenizer.json"
+    parse_object(where, data)
+    try:
+        tokenizer = Tokenizer.from_str(data.decode("utf-8-sig"))
+    except Exception as error:  # the library raises no narrower type
+        reason = re.sub(r"\s+", " ", str(error)).strip()
+        raise InputError(
+            f"{where}: tokenizers {version('tokenizers')} cannot read it ({reason}); "
+            "is it damaged, or written by a newer version?"
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def windows(text: str, tokenizer: Tokenizer, context: int, count: int | None = None) -> Tensor:

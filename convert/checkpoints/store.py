@@ -11,6 +11,8 @@ from typing import Protocol, TypeGuard
 
 from mmquant.errors import InputError
 
+from ..files.lfs import refuse_pointer
+
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -73,11 +75,12 @@ class LocalFolder:
         self.label = label or str(folder)
 
     def files(self) -> dict[str, int]:
-        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in self.folder.iterdir() if p.is_file()}
+        found = [*self.folder.iterdir(), *self.folder.glob("additional_chat_templates/*.jinja")]
+        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in found if p.is_file()}
 
     def small(self, name: str) -> bytes | None:
         path = self.folder / name
-        return path.read_bytes() if path.is_file() else None
+        return refuse_pointer(f"{self.label}: {name}", path.read_bytes()) if path.is_file() else None
 
     def header(self, shard: str) -> list[TensorInfo]:
         path = self.path(shard)

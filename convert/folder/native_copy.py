@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.store import INDEX, shard_names
 from ..files.atomic import copy_whole, sha256_file, write_whole
 from ..manifest import FileEntry
-from ..source import CARRIED_FILES
 
 
-def copy_native(source: Checkpoint, out: Path, done: Callable[[str], object]) -> tuple[FileEntry, ...]:
-    """Copy shards and small files into `out`; files that are there already with the same bytes are kept.
+def copy_native(
+    source: Checkpoint, out: Path, carried: Mapping[str, bytes], done: Callable[[str], object]
+) -> tuple[FileEntry, ...]:
+    """Copy shards and small files (`carried`) into `out`; files that are there already with the same bytes are kept.
 
     Raises OSError when a copy reads back differently.
     """
@@ -25,9 +26,10 @@ def copy_native(source: Checkpoint, out: Path, done: Callable[[str], object]) ->
         entries.append(FileEntry(name, (out / name).stat().st_size, digest))
         source.store.release(name)
         done(name)
-    for name in ("config.json", INDEX, *CARRIED_FILES):
-        data = source.small_file(name)
+    described = {name: source.small_file(name) for name in ("config.json", INDEX)}
+    for name, data in {**described, **carried}.items():
         if data is not None:
+            (out / name).parent.mkdir(exist_ok=True)
             write_whole(out / name, data)
             entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
     return tuple(entries)

@@ -12,7 +12,6 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization_config import QUANTIZATION_KEYS
 from ..models.minimax_m2 import EMBED, HEAD, global_shapes
 from ..models.rope import DEFAULT
-from ..source import CARRIED_FILES
 from .writer import TensorSpec
 
 
@@ -90,9 +89,3 @@ def quantized_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[s
         config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
     return config
-
-
-def carried_files(source: Checkpoint) -> dict[str, bytes]:
-    """Tokenizer, chat template, generation config, licence and remote code, byte for byte."""
-    found = {name: source.small_file(name) for name in CARRIED_FILES}
-    return {name: data for name, data in found.items() if data is not None}

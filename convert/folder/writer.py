@@ -151,6 +151,7 @@ class FolderWriter:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
         everything = {**files, INDEX: (json.dumps(index, indent=1) + "\n").encode()}
         for name, data in everything.items():
+            (self.folder / name).parent.mkdir(exist_ok=True)
             write_whole(self.folder / name, data)
             self.sha256[name] = hashlib.sha256(data).hexdigest()
         return [shard.name for shard in self.shards] + list(everything)

@@ -14,6 +14,7 @@ from mmquant.errors import InputError
 
 from ..checkpoints.store import TensorInfo, header_length, parse_header, shard_names
 from ..files.atomic import write_whole
+from ..files.lfs import refuse_pointer
 from ..files.lock import hold
 from .body import fetch_range
 from .cache import cached, candidates
@@ -72,7 +73,7 @@ class HubFolder:
             return None
         if file.size > SMALL_LIMIT:
             raise InputError(f"{self.label}: {name} has {file.size:,} bytes, expected a small file")
-        return self._kept("small", file, lambda: self._get(file))
+        return refuse_pointer(f"{self.label}: {name}", self._kept("small", file, lambda: self._get(file)))
 
     def header(self, shard: str) -> list[TensorInfo]:
         with self._lock:

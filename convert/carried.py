@@ -1,0 +1,66 @@
+"""The small files that an artifact takes over from its source, read and checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from mmquant.errors import InputError
+
+from .source import CARRIED_FILES, Source
+
+TEMPLATES = "additional_chat_templates"  # transformers' folder of named chat templates
+_TEMPLATE = re.compile(rf"{TEMPLATES}/([^/\\\x00]+)\.jinja")
+
+
+def parse_object(where: str, data: bytes) -> dict[str, Any]:
+    """A JSON file's object. InputError, one line, when it is no UTF-8, no JSON or no object."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte {error.start} is not UTF-8, expected JSON") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply, expected JSON") from None
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def read_object(source: Source, name: str) -> dict[str, Any]:
+    """A small JSON file of the source; empty when there is none."""
+    data = source.small_file(name)
+    return {} if data is None else parse_object(f"{source.label}: {name}", data)
+
+
+def named_templates(source: Source) -> dict[str, str]:
+    """File name by template's name, of transformers' folder of further chat templates, sorted."""
+    store = getattr(source, "store", None)
+    matches = [match for file in (store.files() if store is not None else ()) if (match := _TEMPLATE.fullmatch(file))]
+    return {match[1]: match[0] for match in sorted(matches, key=lambda match: match[0])}
+
+
+def carried_files(source: Source) -> dict[str, bytes]:
+    """Tokenizer, chat templates, generation config, licence and remote code, byte for byte.
+
+    InputError for a .json that engines could not parse and a template that is not UTF-8.
+    """
+    names = (*CARRIED_FILES, *named_templates(source).values())
+    found = {name: data for name in names if (data := source.small_file(name)) is not None}
+    for name, data in found.items():
+        where = f"{source.label}: {name}"
+        if name.endswith(".json"):
+            parse_object(where, data)
+        elif name.endswith(".jinja"):
+            decode(where, data)
+    return found
+
+
+def decode(where: str, data: bytes) -> str:
+    """Bytes as text. InputError when they are not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte {error.start} is not UTF-8") from None
