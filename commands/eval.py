@@ -72,11 +72,11 @@ def command(
         return
     failed = apply_gate(result, thresholds)
     validate(result)
-    record(artifacts, result)
     if html is not None:
         from ..runs.evaluation.report import write_report
 
         write_report(html, result)
     click.echo(json.dumps(result, indent=1, allow_nan=False) if as_json else table(result))
+    record(artifacts, result)  # last: another process may hold the folder, and the result must not be lost by that
     if failed is not None:
         raise GateError(f"quality gate: {failed}")

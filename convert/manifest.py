@@ -16,12 +16,14 @@ from mmquant.errors import InputError
 
 from . import fit
 from .checkpoints.store import parse_json
-from .files.atomic import write_whole
+from .files.atomic import sha256_file, write_whole
+from .files.lock import hold
 from .fit import Weights
 from .models.minimax_m2 import Geometry
 from .source import Source
 
 MANIFEST = "mmquant.fit.json"
+QUALITY_WAIT = 60.0  # seconds for another process to put its quality block
 UNKNOWN_REVISION = "0" * 40  # a local folder has no hub revision; provenance carries the weights' fingerprint
 
 
@@ -136,8 +138,13 @@ def build(source: Source, artifact: Artifact, version: str) -> dict[str, Any]:
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Validate and write; an invalid manifest is our bug."""
+    write_whole(folder / MANIFEST, as_bytes(manifest))
+
+
+def as_bytes(manifest: dict[str, Any]) -> bytes:
+    """The file's bytes; an invalid manifest is our bug."""
     jsonschema.validate(manifest, schema())
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -153,11 +160,28 @@ def read(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def check_files(folder: Path) -> None:
+    """Hold a finished artifact's files against the digests of its manifest, where there is one.
+
+    InputError naming the first that is missing, of another size or of other bytes.
+    """
+    found = read(folder)
+    for file in [file for artifact in (found or {}).get("artifacts", []) for file in artifact["files"]]:
+        path = folder / file["path"]
+        size = path.stat().st_size if path.is_file() else "no file"
+        if size != file["size"]:
+            raise InputError(f"{path}: {size}, {MANIFEST} says {file['size']} bytes: not the file that was written")
+        digest = sha256_file(path)
+        if digest != file["sha256"]:
+            raise InputError(f"{path}: SHA-256 {digest}, {MANIFEST} says {file['sha256']}: not the bytes as written")
+
+
 def set_quality(folder: Path, quality: dict[str, Any]) -> None:
-    """Put a measured quality block into a folder's manifest."""
-    manifest = read(folder)
-    if manifest is None:
-        raise InputError(f"{folder}: {MANIFEST} is missing, expected a finished artifact")
-    for artifact in manifest["artifacts"]:
-        artifact["quality"] = quality
-    write(folder, manifest)
+    """Put a measured quality block into a folder's manifest, one process after the other."""
+    with hold(folder, wait=QUALITY_WAIT):
+        manifest = read(folder)
+        if manifest is None:
+            raise InputError(f"{folder}: {MANIFEST} is missing, expected a finished artifact")
+        for artifact in manifest["artifacts"]:
+            artifact["quality"] = quality
+        write(folder, manifest)

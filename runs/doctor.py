@@ -75,8 +75,10 @@ def examine(
 ) -> Diagnosis:
     """Look for what gives wrong results in a GGUF file; with `fix` rescale the experts that overflow, exactly."""
     from ..convert.gguf.doctor import OVERFLOW, check_metadata, check_overflow, check_tensors, exponents
-    from ..convert.gguf.reader import GgufSource
+    from ..convert.gguf.fix import finish_interrupted
+    from ..convert.gguf.reader import GgufSource, folder_of
 
+    completed = finish_interrupted(folder_of(file)) if fix and in_place else []
     source = GgufSource(file)
     source.validate()
     if fix and statistics is None and not text["texts"]:
@@ -84,7 +86,7 @@ def examine(
     sums = measure(source, statistics, text, device)
     faults = check_metadata(source) + check_tensors(source) + check_overflow(source, sums)
     cures = exponents(sums) if fix and sums is not None else {}
-    written: list[Path] = []
+    written: list[Path] = completed
     if cures:
         written, cures, left = cure(source, cures, out, in_place)
         faults = [fault for fault in faults if fault.code != OVERFLOW] + left
@@ -121,14 +123,13 @@ def cure(
     source: GgufSource, cures: dict[tuple[int, int], int], out: Path | None, in_place: bool
 ) -> tuple[list[Path], dict[tuple[int, int], int], list[Finding]]:
     """Write the fixed model: its files, what was cured, what was left alone. Refuses to write over something else."""
-    from ..convert.gguf.doctor import apply_fix, plan_fix
+    from ..convert.gguf.doctor import plan_fix
+    from ..convert.gguf.fix import apply_fix
 
     first = source.files[0].path
     if in_place and out is not None:
         raise InputError("--in-place and --out: choose one")
     target = None if in_place else out or first.parent.with_name(first.resolve().parent.name + "-fixed")
-    for file in source.files:
-        if target is not None and (target / file.path.name).exists():
-            raise InputError(f"{target / file.path.name}: exists, expected a new place")
     patches, done, left = plan_fix(source, cures)
-    return apply_fix(source, patches, target) if patches else [], done, left
+    what = {"model": source.fingerprint, "cures": [[*where, power] for where, power in sorted(done.items())]}
+    return apply_fix(source, patches, target, what) if patches else [], done, left

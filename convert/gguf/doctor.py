@@ -8,7 +8,6 @@ mmq.cuh.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from mmquant.errors import InputError
 
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
-from ..files.atomic import replace_whole
 from .header import GgufFile, GgufTensor
 from .reader import GgufSource
 
@@ -234,23 +232,3 @@ def _cured_expert(source: GgufSource, layer: int, expert: int, exponent: int) ->
             raise InputError(f"{where}: 2^{power} does not decode to the same weights, nothing was changed")
         patches.append(Patch(file.path, tensor.offset + expert * old.nbytes, new))
     return patches
-
-
-def apply_fix(source: GgufSource, patches: list[Patch], out: Path | None) -> list[Path]:
-    """Write the patched model: into folder `out` (same names), or over the files themselves when None.
-
-    Parts appear whole: each is copied, patched and renamed.
-    """
-    written = []
-    for file in source.files:
-        final = file.path if out is None else out / file.path.name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(final.name + ".tmp")
-        shutil.copyfile(file.path, temporary)
-        with open(temporary, "rb+") as handle:
-            for patch in (patch for patch in patches if patch.file == file.path):
-                handle.seek(patch.offset)
-                handle.write(patch.data.tobytes())
-        replace_whole(temporary, final)
-        written.append(final)
-    return written

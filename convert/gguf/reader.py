@@ -17,6 +17,7 @@ from mmquant.errors import InputError
 
 from ...quantize.ggml.codec import decode
 from ..checkpoints.read_ahead import Range, ReadAhead
+from ..files.together import interrupted
 from ..models.minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry
 from .header import GgufFile, GgufTensor, read_header
 from .names import (
@@ -60,11 +61,21 @@ def gguf_name(name: str) -> tuple[str, int | None]:
     raise InputError(f"{name}: not a weight of MiniMax-M2")
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of a GGUF model that is named by a file or by its folder."""
+    return path if path.is_dir() else path.parent
+
+
 def find_parts(path: Path) -> list[Path]:
     """The file itself, all parts of a split of which `path` is one, or the one model of a folder.
 
-    Raises ValueError for parts that are missing and for a folder with several models.
+    Raises InputError for parts that are missing, a folder with several models, and a fix that was killed among parts.
     """
+    if interrupted(folder_of(path)) is not None:
+        raise InputError(
+            f"{folder_of(path)}: a fix of these files was interrupted, only some are cured; run the same "
+            f"mmquant doctor --fix again to complete it"
+        )
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
         models = [f for f in files if (m := _SPLIT.fullmatch(f.name)) is None or int(m[2]) == 1]

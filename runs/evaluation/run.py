@@ -65,6 +65,8 @@ def run(
         activations = activations or ("llama.cpp" if convention == "llama.cpp" else "exact")
         settings = _settings(str(rank_device(device)), dtype, batch_tokens, state, floor, activations)
         ranks = current_ranks()
+        if ranks.first:
+            _check_bytes(artifacts)
         if engine != "mmquant":
             if ranks.world > 1:
                 raise InputError(f"--engine {engine}: runs in one process, expected no torchrun")
@@ -73,6 +75,16 @@ def run(
         for source in (*candidates, *filter(None, [truth])):
             close_model(source, finished=True)
         return result if ranks.first and candidates else None
+
+
+def _check_bytes(artifacts: tuple[str, ...]) -> None:
+    """The quality goes into the manifest: what is scored must be the bytes that it names."""
+    from ...convert.manifest import check_files
+    from .text import manifest_folder
+
+    for artifact in artifacts:
+        if manifest_folder(artifact).is_dir():
+            check_files(manifest_folder(artifact))
 
 
 def _opened(model: str, fetch: FetchOptions | None, stack: ExitStack) -> Source:
