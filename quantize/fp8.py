@@ -27,7 +27,9 @@ def dequantize_tiles(codes: Tensor, scales: Tensor, tile: tuple[int, int] = (128
     rows, cols = codes.shape[-2:]
     if rows % tile[0] or cols % tile[1]:
         return codes.float() * expand_tiles(scales.float(), rows, cols, tile)
-    blocks = codes.float().unflatten(-1, (cols // tile[1], tile[1])).unflatten(-3, (rows // tile[0], tile[0]))
+    blocks = torch.unflatten(
+        torch.unflatten(codes.float(), -1, (cols // tile[1], tile[1])), -3, (rows // tile[0], tile[0])
+    )
     return (blocks * scales.float()[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
 
 
@@ -41,7 +43,7 @@ def quantize_tiles(
     _finite(weight)
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -cols % tile[1], 0, -rows % tile[0]))
-    blocks = padded.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0]))
+    blocks = torch.unflatten(torch.unflatten(padded, 1, (-1, tile[1])), 0, (-1, tile[0]))
     scales = round_scale(_scale(blocks.abs().amax((1, 3))))
     codes = weight.float() / expand_tiles(scales, rows, cols, tile)
     return _codes(codes), scales

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 
 BLOCK = 128
+# torch.linalg carries no types.
+cholesky_ex = cast("Callable[[Tensor], tuple[Tensor, Tensor]]", torch.linalg.cholesky_ex)
+inv = cast("Callable[[Tensor], Tensor]", torch.linalg.inv)
+solve = cast("Callable[[Tensor, Tensor], Tensor]", torch.linalg.solve)
 
 
-@contextlib.contextmanager
-def full_float32(whole: bool = True) -> Iterator[None]:
+def solve_lower(lower: Tensor, right: Tensor) -> Tensor:
+    """X of lower @ X = right for lower triangles [..., n, n] and right [..., n, k]."""
+    return cast("Tensor", torch.linalg.solve_triangular(lower, right, upper=False))
+
+
+@contextmanager
+def full_float32(whole: bool = True) -> Generator[None]:
     """Matrix products in whole float32 (no TF32), whatever the caller has set.
 
     With `whole` False the other way: on CUDA factors are rounded to 11 bits (TF32), which leaves bfloat16 values whole.
@@ -31,7 +41,7 @@ def cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
     The input is overwritten on CUDA. The factor of a matrix that was not is meaningless.
     """
     if not matrices.is_cuda or matrices.shape[-1] <= 2 * BLOCK:
-        lower, info = torch.linalg.cholesky_ex(matrices)
+        lower, info = cholesky_ex(matrices)
         # The library may answer in column order; the kernels walk along rows.
         return lower.contiguous(), (info == 0) & torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
     with full_float32():
@@ -50,11 +60,11 @@ def _blocked(a: Tensor) -> tuple[Tensor, Tensor]:
         panel = a[:, start:, start:stop]
         if start:
             torch.baddbmm(panel, a[:, start:, :start], a[:, start:stop, :start].mT, alpha=-1, out=panel)
-        top, info = torch.linalg.cholesky_ex(panel[:, : stop - start])
+        top, info = cholesky_ex(panel[:, : stop - start])
         ok &= info == 0
         if stop < n:
             eye = torch.eye(stop - start, device=a.device).expand_as(top)
-            inverse = torch.linalg.solve_triangular(top, eye, upper=False)
+            inverse = solve_lower(top, eye)
             panel[:, stop - start :] = panel[:, stop - start :] @ inverse.mT
         panel[:, : stop - start] = top
         a[:, start:stop, stop:] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ def _energy(moments: Moments) -> Tensor:
 def _pool(moments: Moments, sums: Tensor) -> Tensor:
     weight, energy = moments.weight, _energy(moments)
     unit = torch.where(energy > 0, 1 / energy.clamp(min=TINY), torch.zeros_like(energy)) / weight.sum().clamp(min=TINY)
-    return torch.tensordot(unit, sums, dims=1)
+    return cast("Tensor", torch.tensordot(unit, sums, dims=1))
 
 
 def _blend(sums: Tensor, pool: Tensor, moments: Moments, strength: float, experts: slice) -> Tensor:

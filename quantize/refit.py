@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .integer.grid import IntWeight, bfloat16_exact, dequantize
-from .linear_algebra import full_float32
+from .linear_algebra import full_float32, solve
 
 RIDGE = 0.01
 PULL = 1e-3  # of a group's own curvature, towards the scale that it has
@@ -24,7 +24,7 @@ def refit_linear(weight: Tensor, reference: Tensor, found: Tensor, ridge: float 
     pull = ridge * gram.diagonal().mean()
     gram.diagonal().add_(pull)
     wanted = found.T @ (reference @ weight.T) + pull * weight.T
-    return torch.linalg.solve(gram, wanted).T.contiguous()
+    return solve(gram, wanted).T.contiguous()
 
 
 def refit_gain(weight: Tensor, reference: Tensor, found: Tensor) -> Tensor:
@@ -72,14 +72,16 @@ def refit_scales(weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
     scales = found.scales
     groups = scales.shape[-1]
     rows = max(1, REFIT_VALUES[weight.device.type] // (weight.shape[-1] * groups))
-    gradients, curvatures = [], []
+    gradients: list[Tensor] = []
+    curvatures: list[Tensor] = []
     with full_float32(False):
         for expert in range(weight.shape[0]):
             zeros = None if found.zeros is None else found.zeros[expert]
             codes = dequantize(IntWeight(found.codes[expert], torch.ones_like(scales[expert]), zeros, found.bits))
-            error = weight[expert] - (codes.unflatten(-1, (groups, -1)) * scales[expert].unsqueeze(-1)).flatten(-2)
-            gradients.append(((error @ second[expert]) * codes).unflatten(-1, (groups, -1)).sum(-1))
-            curvatures += [curvature(part, second[expert], groups) for part in codes.split(rows)]
+            values = (torch.unflatten(codes, -1, (groups, -1)) * scales[expert].unsqueeze(-1)).flatten(-2)
+            error = weight[expert] - values
+            gradients.append(torch.unflatten(((error @ second[expert]) * codes), -1, (groups, -1)).sum(-1))
+            curvatures += [curvature(part, second[expert], groups) for part in torch.split(codes, rows)]
     bend = torch.cat(curvatures).view(*scales.shape, groups)
     fitted = _fitted(scales, torch.stack(gradients), bend)
     return IntWeight(found.codes, fitted, found.zeros, found.bits)
@@ -90,7 +92,7 @@ def _fitted(scales: Tensor, gradient: Tensor, bend: Tensor) -> Tensor:
     diagonal = bend.diagonal(dim1=-2, dim2=-1)
     pull = PULL * diagonal + 1e-30
     diagonal.add_(pull)
-    step = torch.linalg.solve(bend, gradient.unsqueeze(-1)).squeeze(-1)
+    step = solve(bend, gradient.unsqueeze(-1)).squeeze(-1)
     fitted = bfloat16_exact(scales + step)
     fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scales)
     step = fitted - scales
@@ -106,6 +108,6 @@ def curvature(codes: Tensor, second: Tensor, groups: int) -> Tensor:
 
         if repair_triton.takes(codes.shape[-1] // groups):
             return repair_triton.curvature(codes, second, groups)
-    blocks = codes.unflatten(-1, (groups, -1)).transpose(0, 1)
-    spread = torch.bmm(blocks, second.unflatten(0, (groups, -1)))  # [G, O, n]
-    return spread.mul_(codes).unflatten(-1, (groups, -1)).sum(-1).transpose(0, 1).contiguous()
+    blocks = torch.unflatten(codes, -1, (groups, -1)).transpose(0, 1)
+    spread = torch.bmm(blocks, torch.unflatten(second, 0, (groups, -1)))  # [G, O, n]
+    return torch.unflatten(spread.mul_(codes), -1, (groups, -1)).sum(-1).transpose(0, 1).contiguous()

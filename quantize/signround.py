@@ -64,7 +64,7 @@ class Result:
 
 def int_start(rounded: Tensor, scales: Tensor, bits: int) -> Start:
     """Symmetric integer grids: what was rounded [..., O, I] float32 under the scales [..., O, G]."""
-    position = (rounded.unflatten(-1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)).flatten(-2)
+    position = (torch.unflatten(rounded, -1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)).flatten(-2)
     low, high = code_range(bits)
     return Start(position, scales, float(low), float(high), learns_scales=True)
 
@@ -94,7 +94,7 @@ def levels_of(start: Start, position: Tensor) -> Tensor:
 
 def values_of(start: Start, levels: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """What levels [..., O, n] under scales stand for."""
-    values = levels.float().unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)
+    values = torch.unflatten(levels.float(), -1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)
     if start.minimum is not None:
         values = values - start.minimum.unsqueeze(-1)
     return values.flatten(-2).to(dtype)
@@ -123,12 +123,12 @@ def move(start: Start, state: State, grad: Tensor, rate: float, gain_rate: float
         learn_triton.move(start, state, grad, rate, gain_rate)
         return
     groups = start.scales.shape[-1]
-    signs = (grad.unflatten(-1, (groups, -1)) * start.scales.sign().unsqueeze(-1)).flatten(-2)
+    signs = (torch.unflatten(grad, -1, (groups, -1)) * start.scales.sign().unsqueeze(-1)).flatten(-2)
     half = start.width / 2
     position = state.position
     signs *= (position >= start.low - half) & (position <= start.high + half)
     if state.gain is not None:
-        products = (grad * levels_of(start, position)).unflatten(-1, (groups, -1)).sum(-1) * start.scales
+        products = torch.unflatten((grad * levels_of(start, position)), -1, (groups, -1)).sum(-1) * start.scales
         state.gain.sub_(products.sign_(), alpha=gain_rate).clamp_(0.5, 2.0)
     position.sub_(signs.sign_(), alpha=rate * start.width)
 

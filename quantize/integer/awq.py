@@ -38,7 +38,7 @@ def candidates(weight: Tensor, diagonal: Tensor, shared: bool, group: int) -> li
     weight [E, O, n], diagonal [E, n] mean squares of the inputs -> each [n] when shared, else [E, n].
     """
     inputs = diagonal.clamp(min=0).sqrt()
-    grouped = weight.abs().unflatten(-1, (-1, group))
+    grouped = torch.unflatten(weight.abs(), -1, (-1, group))
     size = (grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-30)).flatten(-2).mean(-2)
     if shared:
         inputs, size = inputs.mean(0), size.mean(0)

@@ -61,7 +61,7 @@ class Feedback:
 
 def processing_order(diagonal: Tensor, group: int) -> Tensor:
     """[E, n]: columns by rising energy, groups kept together; the sweep goes from the last to the first."""
-    energy = diagonal.unflatten(-1, (-1, group))
+    energy = torch.unflatten(diagonal, -1, (-1, group))
     groups = energy.mean(-1).argsort(dim=-1, stable=True)
     inside = (
         energy.argsort(dim=-1, stable=True)

@@ -56,7 +56,7 @@ def bfloat16_exact(values: Tensor) -> Tensor:
 
 def dequantize(weight: IntWeight) -> Tensor:
     """Values [..., O, I] float32."""
-    codes = weight.codes.float().unflatten(-1, (weight.scales.shape[-1], -1))
+    codes = torch.unflatten(weight.codes.float(), -1, (weight.scales.shape[-1], -1))
     if weight.zeros is not None:
         codes = codes - weight.zeros.float().unsqueeze(-1)
     return (codes * weight.scales.unsqueeze(-1)).flatten(-2)
@@ -100,7 +100,7 @@ def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int)
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> IntWeight:
     """Nearest codes of weight [..., O, I] under given scales [..., O, G]."""
-    grouped = weight.float().unflatten(-1, (scales.shape[-1], -1))
+    grouped = torch.unflatten(weight.float(), -1, (scales.shape[-1], -1))
     codes = round_codes(grouped, scales, None if zeros is None else zeros.float(), bits)
     return IntWeight(codes.to(torch.int8).flatten(-2), scales, zeros, bits)
 
@@ -119,26 +119,28 @@ def search(
     weight [..., O, I]; importance [..., I] >= 0 weighs the squared errors of a column (None: all alike).
     """
     size = groups_of(weight.shape[-1], group_size)
-    grouped = weight.float().unflatten(-1, (-1, size))
+    grouped = torch.unflatten(weight.float(), -1, (-1, size))
     shape = grouped.shape[:-1]
     flat = grouped.reshape(-1, size)
     weighing = None
     if importance is not None:
-        spread = importance.float().unflatten(-1, (-1, size)).unsqueeze(-3)
+        spread = torch.unflatten(importance.float(), -1, (-1, size)).unsqueeze(-3)
         weighing = search_weights(spread).expand_as(grouped)
     if flat.device.type == "cpu":
         scale, zero = _search_cpu(flat, weighing, bits, symmetric, signed, tries)
         return scale.view(shape), None if zero is None else zero.view(shape)
     step = max(1, SEARCH_WEIGHTS // size)
-    scales, zeros = [], []
+    scales: list[Tensor] = []
+    zeros: list[Tensor] = []
     rows = _rows(weighing, flat)
     for start in range(0, flat.shape[0], step):
         part = flat[start : start + step]
         h = rows(start, start + part.shape[0])
         scale, zero = _symmetric(part, h, bits, signed, tries) if symmetric else _asymmetric(part, h, bits, tries)
         scales.append(scale)
-        zeros.append(zero)
-    joined = None if symmetric else torch.cat([z for z in zeros if z is not None]).view(shape)
+        if zero is not None:
+            zeros.append(zero)
+    joined = None if symmetric else torch.cat(zeros).view(shape)
     return torch.cat(scales).view(shape), joined
 
 

@@ -23,7 +23,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     per_word = _per_word(bits)
     stored = codes.to(torch.int32) + (1 << (bits - 1))
     stored = torch.nn.functional.pad(stored, (0, -stored.shape[-1] % per_word))
-    return _join(stored.unflatten(-1, (-1, per_word)), bits)
+    return _join(torch.unflatten(stored, -1, (-1, per_word)), bits)
 
 
 def unpack_rows(words: Tensor, bits: int, inputs: int) -> Tensor:
@@ -47,7 +47,7 @@ def pack_awq(codes: Tensor) -> Tensor:
     outputs = codes.shape[-2]
     if outputs % 8:
         raise InputError(f"AWQ packing: {outputs} outputs, expected a multiple of 8")
-    stored = (codes.to(torch.int32) + 8).transpose(-1, -2).unflatten(-1, (-1, 8))
+    stored = torch.unflatten((codes.to(torch.int32) + 8).transpose(-1, -2), -1, (-1, 8))
     return _join(stored[..., list(AWQ_ORDER)], 4)
 
 
@@ -78,7 +78,7 @@ def pack_gptq_zeros(zeros: Tensor, bits: int) -> Tensor:
     if zeros.shape[-2] % per_word:
         raise InputError(f"GPTQ packing: {zeros.shape[-2]} outputs, expected a multiple of {per_word}")
     stored = (zeros.to(torch.int32) + (1 << (bits - 1)) - 1) & ((1 << bits) - 1)
-    return _join(stored.transpose(-1, -2).unflatten(-1, (-1, per_word)), bits)
+    return _join(torch.unflatten(stored.transpose(-1, -2), -1, (-1, per_word)), bits)
 
 
 def unpack_gptq_zeros(words: Tensor, bits: int) -> Tensor:

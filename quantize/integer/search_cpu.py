@@ -1,4 +1,3 @@
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """The scale search of `int_grid` on CPU (numba): one group after the other, the same candidates in the same order.
 
 Codes are taken with a multiplication by 1 / scale here, so that a weight halfway between two codes may fall on the
@@ -7,14 +6,18 @@ other one: scales differ from the torch search where two candidates cost the sam
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..simd.tiles import in_threads
 from ..simd.vectors import ceil, floor, larger, nearest_whole, smaller
+
+if TYPE_CHECKING:
+    from ..simd.typed import Floats, Integers, Number
 
 _CHUNK = 1 << 19  # weights of one call
 ZERO, ONE, TWO, TINY, HUGE = (np.float32(v) for v in (0, 1, 2, 1e-38, 3e38))
@@ -31,20 +34,22 @@ def search_groups(
     ratios: shares of the range to try. kind: "signed", "positive" or "asymmetric".
     """
     scales, zeros = torch.empty(len(groups)), torch.empty(len(groups), dtype=torch.int8)
-    low, high = (np.float32(c) for c in codes)
+    low, high = np.float32(codes[0]), np.float32(codes[1])
     inputs = (groups.contiguous().numpy(), table.contiguous().numpy(), span, low, high, ratios.numpy())
-    step = max(1, _CHUNK // groups.shape[1])
-    parts = [(first, min(first + step, len(groups))) for first in range(0, len(groups), step)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    out, signed = (scales.numpy(), zeros.numpy()), kind == "signed"
+
+    def work(first: int, last: int) -> None:
         if kind == "asymmetric":
-            list(pool.map(lambda part: _asymmetric(*part, *inputs, scales.numpy(), zeros.numpy()), parts))
-            return scales, zeros
-        list(pool.map(lambda part: _symmetric(*part, *inputs, kind == "signed", scales.numpy()), parts))
-    return scales, None
+            _asymmetric(first, last, *inputs, *out)
+        else:
+            _symmetric(first, last, *inputs, signed, out[0])
+
+    in_threads(work, len(groups), max(1, _CHUNK // groups.shape[1]))
+    return scales, zeros if kind == "asymmetric" else None
 
 
 @_jit
-def _usable(value):  # type: ignore[no-untyped-def]
+def _usable(value: Number):
     """The nearest bfloat16 (ties to even), as float32; 1 in place of zero."""
     bits = np.float32(value).view(np.uint32)
     bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
@@ -53,7 +58,7 @@ def _usable(value):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _cost(x, h, scale, zero, low, high):  # type: ignore[no-untyped-def]
+def _cost(x: Floats, h: Floats, scale: Number, zero: Number, low: Number, high: Number):
     """The better of `scale` and of the least-squares scale for its codes: (error less the weights' energy, scale)."""
     inverse = ONE / scale
     cross, square = ZERO, ZERO
@@ -72,7 +77,18 @@ def _cost(x, h, scale, zero, low, high):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _symmetric(first, last, groups, table, span, low, high, ratios, signed, scales):  # type: ignore[no-untyped-def]
+def _symmetric(
+    first: int,
+    last: int,
+    groups: Floats,
+    table: Floats,
+    span: int,
+    low: Number,
+    high: Number,
+    ratios: Floats,
+    signed: bool,
+    scales: Floats,
+):
     for i in range(first, last):
         x, h = groups[i], table[i // span, i % table.shape[1]]
         extreme = ZERO
@@ -91,7 +107,18 @@ def _symmetric(first, last, groups, table, span, low, high, ratios, signed, scal
 
 
 @_jit
-def _asymmetric(first, last, groups, table, span, low, high, ratios, scales, zeros):  # type: ignore[no-untyped-def]
+def _asymmetric(
+    first: int,
+    last: int,
+    groups: Floats,
+    table: Floats,
+    span: int,
+    low: Number,
+    high: Number,
+    ratios: Floats,
+    scales: Floats,
+    zeros: Integers,
+):
     for i in range(first, last):
         x, h = groups[i], table[i // span, i % table.shape[1]]
         least, most = ZERO, ZERO

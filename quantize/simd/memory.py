@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .vectors import Lanes
+from .vectors import Lanes, Typed, Values
+
+if TYPE_CHECKING:
+    from numba.extending import Context
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 
 
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, offset: Any, target: Any) -> Any:
+def _pointer(
+    context: Context, builder: ir.IRBuilder, kind: types.Type, array: ir.Value, offset: ir.Value, target: ir.Type
+) -> ir.Value:
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [offset]), target.as_pointer())
 
 
 @intrinsic
-def load(_typing: Any, array: Any, offset: Any, ls: Any) -> Any:
+def load(_typing: object, array: types.Type, offset: types.Type, ls: types.Type) -> Typed:
     """Lanes from a contiguous float32 array, from its element number `offset` on."""
 
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+    def generate(context: Context, builder: ir.IRBuilder, _signature: object, arguments: Values) -> ir.Value:
         kind = ir.VectorType(_FLOAT, ls.count)
         return builder.load(_pointer(context, builder, array, arguments[0], arguments[1], kind), align=4)
 
@@ -30,10 +35,10 @@ def load(_typing: Any, array: Any, offset: Any, ls: Any) -> Any:
 
 
 @intrinsic
-def store(_typing: Any, array: Any, offset: Any, value: Any) -> Any:
+def store(_typing: object, array: types.Type, offset: types.Type, value: types.Type) -> Typed:
     """Lanes into a contiguous array, from `offset` on: float32 as they are, whole numbers as the array's integers."""
 
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+    def generate(context: Context, builder: ir.IRBuilder, _signature: object, arguments: Values) -> object:
         lanes, dtype = arguments[2], array.dtype
         if dtype != types.float32:
             wide, narrow = (ir.VectorType(ir.IntType(bits), value.count) for bits in (32, dtype.bitwidth))
@@ -46,10 +51,10 @@ def store(_typing: Any, array: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
-def store_half(_typing: Any, array: Any, offset: Any, value: Any) -> Any:
+def store_half(_typing: object, array: types.Type, offset: types.Type, value: types.Type) -> Typed:
     """The float16 bits of lanes into a contiguous uint16 array."""
 
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+    def generate(context: Context, builder: ir.IRBuilder, _signature: object, arguments: Values) -> ir.Value:
         kind = ir.VectorType(ir.HalfType(), value.count)
         half = builder.fptrunc(arguments[2], kind)
         builder.store(half, _pointer(context, builder, array, arguments[0], arguments[1], kind), align=2)
@@ -59,14 +64,16 @@ def store_half(_typing: Any, array: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
-def transpose(_typing: Any, source: Any, starts: Any, column: Any, out: Any, ls: Any) -> Any:
+def transpose(
+    _typing: object, source: types.Type, starts: types.Type, column: types.Type, out: types.Type, ls: types.Type
+) -> Typed:
     """L vectors of L float32 of `source`, at starts[i] + column, into the rows column .. column + L of out [K, L]."""
 
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+    def generate(context: Context, builder: ir.IRBuilder, _signature: object, arguments: Values) -> object:
         count = ls.count
         kind = ir.VectorType(_FLOAT, count)
         places = context.make_array(starts)(context, builder, arguments[1]).data
-        rows: list[Any] = []
+        rows: list[ir.Value] = []
         for i in range(count):
             start = builder.load(builder.gep(places, [ir.Constant(ir.IntType(64), i)]))
             pointer = _pointer(context, builder, source, arguments[0], builder.add(start, arguments[2]), kind)

@@ -1,15 +1,18 @@
-# pyright: reportCallIssue=false
 """Tiles of blocks for the CPU kernels: sub-blocks side by side in the lanes of vectors, and parts for threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numba
 import torch
 
 from .memory import transpose
+
+if TYPE_CHECKING:
+    from .typed import Floats, Integers, Lanes
 
 LANES = (0,) * 16  # sub-blocks side by side
 inline = numba.njit(cache=True, fastmath=True, nogil=True, error_model="numpy", forceinline=True)
@@ -17,18 +20,28 @@ inline = numba.njit(cache=True, fastmath=True, nogil=True, error_model="numpy", 
 
 def in_threads(work: Callable[[int, int], None], total: int, count: int) -> None:
     """work(first, stop) over range(total), `count` at a time, in as many threads as torch uses."""
-    parts = [(first, min(first + count, total)) for first in range(0, total, count)]
-    threads = min(torch.get_num_threads(), len(parts))
+    starts = range(0, total, count)
+    stops = [min(first + count, total) for first in starts]
+    threads = min(torch.get_num_threads(), len(stops))
     if threads <= 1:
-        for part in parts:
+        for part in zip(starts, stops, strict=True):
             work(*part)
         return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part: work(*part), parts))
+        list(pool.map(work, starts, stops))
 
 
 @inline
-def places(begin, stop, ks, subs, per_row, share, starts, other):  # type: ignore[no-untyped-def]
+def places(
+    begin: int,
+    stop: int,
+    ks: Lanes,
+    subs: Lanes,
+    per_row: int,
+    share: int,
+    starts: Integers,
+    other: Integers,
+):
     """Where a tile's sub-blocks start in the weights (`starts`) and in the importance; its first block is `begin`.
 
     Behind the last block, stop - 1, stands that block again. per_row, share: see `weighted.Weighted`.
@@ -49,7 +62,7 @@ def places(begin, stop, ks, subs, per_row, share, starts, other):  # type: ignor
 
 
 @inline
-def turned(source, starts, ks, ls, out):  # type: ignore[no-untyped-def]
+def turned(source: Floats, starts: Integers, ks: Lanes, ls: Lanes, out: Floats):
     """The sub-blocks of `source` that begin at `starts`, a column of them in each row of out [K, L]."""
     for k in range(0, len(ks), len(ls)):
         transpose(source, starts, k, out, ls)

@@ -45,7 +45,7 @@ def unit_of(layout: Layout) -> int:
 def new_block(layout: Layout, fields: Fields, diagonal: Tensor) -> Block:
     """The super-block of `fields`; diagonal [E, 256] of the metric, > 0."""
     scale = block_scales(fields.scale.float(), fields.level, layout)
-    parts = diagonal.unflatten(1, (-1, unit_of(layout)))
+    parts = torch.unflatten(diagonal, 1, (-1, unit_of(layout)))
     return Block(layout, fields, scale, (parts / parts.mean(-1, keepdim=True)).flatten(1))
 
 

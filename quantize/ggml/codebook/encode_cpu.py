@@ -1,13 +1,15 @@
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """The whole encoder of the I-quants for one super-block after another on CPU (numba).
 
 It does what `iquants.search_tensors` does, step by step, on as many super-blocks as fill the lanes. It may guess scales
+from typing import TYPE_CHECKING
+
 from the errors that all vectors of the codebook's levels would have; levels and points are still the best ones.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
@@ -17,12 +19,16 @@ from ...simd.vectors import filled, larger, nearest_whole, smaller, where
 from .search_cpu import lay, points_of, scratch, sign_bytes
 from .sweep_cpu import CHAINS, DELTA_EACH, HUGE, LANES, ONE, WIDTH, ZERO, loose, room_for, settle, sweep
 
+if TYPE_CHECKING:
+    from ...simd.typed import Bits, Flags, Floats, Integers, Number, Vector
+    from .halves import Book
+
 LARGEST, TINY = 65504.0, np.float32(1e-30)
 _jit = numba.njit(cache=True, fastmath=True, nogil=True)
 
 
 @numba.njit(cache=True, nogil=True)
-def half(value):  # type: ignore[no-untyped-def]
+def half(value: Number):
     """The nearest fp16 to a value >= 0, ties to even, as float."""
     if value >= LARGEST:
         return LARGEST
@@ -33,14 +39,23 @@ def half(value):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _levels(wanted, unit, offset, step, top):  # type: ignore[no-untyped-def]
+def _levels(wanted: Vector, unit: Vector, offset: Number, step: Number, top: Number):
     """The levels at which `unit` comes nearest to the wanted scales of blocks; lanes."""
     level = nearest_whole((wanted / larger(unit, TINY) - offset) / step)
     return smaller(larger(level, ZERO), top)
 
 
 @_jit
-def _losses(errors, reference, wanted, unit, fan, offset, step, top):  # type: ignore[no-untyped-def]
+def _losses(
+    errors: Floats,
+    reference: Vector,
+    wanted: Vector,
+    unit: Vector,
+    fan: Floats,
+    offset: Number,
+    step: Number,
+    top: Number,
+):
     """Errors of blocks at the levels nearest to the wanted scales, linear between those that were tried; lanes."""
     scale = unit * (offset + step * _levels(wanted, unit, offset, step, top))
     place = (scale / larger(reference, TINY) - fan[0]) / (fan[1] - fan[0])
@@ -51,7 +66,18 @@ def _losses(errors, reference, wanted, unit, fan, offset, step, top):  # type: i
 
 
 @_jit
-def _guess(errors, reference, fan, spread, offset, step, top, blocks, scale, level):  # type: ignore[no-untyped-def]
+def _guess(
+    errors: Floats,
+    reference: Floats,
+    fan: Floats,
+    spread: Floats,
+    offset: Number,
+    step: Number,
+    top: Number,
+    blocks: int,
+    scale: Floats,
+    level: Floats,
+):
     """Scale [supers] and levels [16] from error curves [S, 16]: the super-scales of `spread` that lose least."""
     relative, least = filled(ZERO, LANES), filled(HUGE, LANES)
     for k in range(fan.size):
@@ -76,7 +102,9 @@ def _guess(errors, reference, fan, spread, offset, step, top, blocks, scale, lev
 
 
 @_jit
-def _refit(x, w, points, factor, delta, code, signs, minus):  # type: ignore[no-untyped-def]
+def _refit(
+    x: Floats, w: Floats, points: Floats, factor: Floats, delta: Number, code: Integers, signs: Bits, minus: Flags
+):
     """Least-squares scale of one super-block for its points; x, w [blocks, shared], factor [blocks] of the scale."""
     group, pull, square = points.shape[1], np.float32(0), np.float32(0)
     for b in range(x.shape[0]):
@@ -94,7 +122,7 @@ def _refit(x, w, points, factor, delta, code, signs, minus):  # type: ignore[no-
 
 
 @_jit
-def _fan_out(x, largest, fan, reference, scales):  # type: ignore[no-untyped-def]
+def _fan_out(x: Floats, largest: Number, fan: Floats, reference: Floats, scales: Floats):
     """Scales [S, 16] to try in each block of x, and what they are relative to."""
     for lane in range(x.shape[0]):
         peak = ZERO
@@ -106,7 +134,9 @@ def _fan_out(x, largest, fan, reference, scales):  # type: ignore[no-untyped-def
 
 
 @_jit
-def _step_around(unit, level, near, offset, step, top, tried, scales):  # type: ignore[no-untyped-def]
+def _step_around(
+    unit: Floats, level: Floats, near: int, offset: Number, step: Number, top: Number, tried: Floats, scales: Floats
+):
     """Levels [K, 16] to try, `near` the present ones, and the scales that they make of the super-scales."""
     now, times = load(level, 0, LANES), load(unit, 0, LANES)
     for k in range(tried.shape[0]):
@@ -116,7 +146,7 @@ def _step_around(unit, level, near, offset, step, top, tried, scales):  # type: 
 
 
 @_jit
-def _take_best(errors, tried, scales, best, level, scale):  # type: ignore[no-untyped-def]
+def _take_best(errors: Floats, tried: Floats, scales: Floats, best: Integers, level: Floats, scale: Floats):
     """The tried scale with the least error in each lane: its number, its level, itself."""
     least, number, new, own = filled(HUGE, LANES), filled(ZERO, LANES), filled(ZERO, LANES), filled(ZERO, LANES)
     for k in range(tried.shape[0]):
@@ -130,10 +160,27 @@ def _take_best(errors, tried, scales, best, level, scale):  # type: ignore[no-un
 
 
 @numba.njit(cache=True, nogil=True)
-def encode(  # type: ignore[no-untyped-def]
-    x, w, unit, book, rule, delta, offset, step, levels, fan, spread, near, rounds, guessing,
-    out_scale, out_level, out_code, out_signs, out_minus,
-):  # fmt: skip
+def encode(
+    x: Floats,
+    w: Floats,
+    unit: Floats,
+    book: Book,
+    rule: int,
+    delta: Number,
+    offset: Number,
+    step: Number,
+    levels: int,
+    fan: Floats,
+    spread: Floats,
+    near: int,
+    rounds: int,
+    guessing: bool,
+    out_scale: Floats,
+    out_level: Integers,
+    out_code: Integers,
+    out_signs: Bits,
+    out_minus: Flags,
+):
     """Fields of N super-blocks of B blocks.
 
     x, w [N * B, shared] and unit [N] as in `iquants.Scaled`; fan [S], S a multiple of four; spread [M]
@@ -171,7 +218,7 @@ def encode(  # type: ignore[no-untyped-def]
                         xs[part], ws[part], book.points, factor, delta, code[part], signs[part], minus[part]
                     )
                 at = start // blocks + n
-                out_scale[at] = half(scales[n] * unit[at])
+                out_scale[at] = half(scales[n] * unit[at])  # pyright: ignore[reportArgumentType]
                 stored[part] = out_scale[at] / unit[at]
             _step_around(stored, level, near, offset, step, top, tried, narrow)
             sweep(a, weight, narrow, book, rule, delta, tables, least[:tries], place[:tries])

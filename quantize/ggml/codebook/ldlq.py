@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...linear_algebra import cholesky, full_float32
+from ...linear_algebra import cholesky, full_float32, inv, solve_lower
 from ..types import GGMLType
 from .columns import descend_columns, new_block, sweep_columns, unit_of
 from .encode import EFFORTS, LARGEST, Effort, check_rows, layout_of, scaled, search
@@ -55,22 +55,24 @@ def factor(second: Tensor, kind: GGMLType, damping: float = DAMPING) -> Factor:
     layout = layout_of(kind, second.shape)
     experts, n = second.shape[0], second.shape[-1]
     diagonal = second.diagonal(dim1=-2, dim2=-1).nan_to_num(0.0, 0.0, 0.0)
-    order = diagonal.unflatten(-1, (-1, SUPER)).mean(-1).argsort(dim=-1, stable=True)
+    order = torch.unflatten(diagonal, -1, (-1, SUPER)).mean(-1).argsort(dim=-1, stable=True)
     columns = _columns(order)
     ordered = second.gather(1, columns.unsqueeze(2).expand_as(second)).gather(2, columns.unsqueeze(1).expand_as(second))
     with full_float32():
         lower = _cholesky(ordered, diagonal.mean(-1), damping)
         unit = unit_of(layout)
-        blocks = lower.unflatten(-1, (-1, unit))  # [E, n, groups, unit]
+        blocks = torch.unflatten(lower, -1, (-1, unit))  # [E, n, groups, unit]
         own = _own(lower, unit)
-        inverse = torch.linalg.solve_triangular(own, torch.eye(unit, device=own.device).expand_as(own), upper=False)
+        inverse = solve_lower(own, torch.eye(unit, device=own.device).expand_as(own))
         unit_lower = torch.einsum("enku,ekuv->enkv", blocks, inverse).reshape(experts, n, n)
         return Factor(order, unit_lower, own @ own.mT, lower @ lower.mT)
 
 
 def _own(matrices: Tensor, unit: int) -> Tensor:
     """Blocks on the diagonal of [E, n, n]: [E, n / unit, unit, unit]."""
-    blocks = matrices.unflatten(1, (-1, unit)).unflatten(-1, (-1, unit))  # [E, groups, unit, groups, unit]
+    blocks = torch.unflatten(
+        torch.unflatten(matrices, 1, (-1, unit)), -1, (-1, unit)
+    )  # [E, groups, unit, groups, unit]
     return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()
 
 
@@ -147,7 +149,7 @@ def encode_with_feedback(
 def _started(rows: Tensor, known: Factor) -> State:
     experts, count, n = rows.shape
     weight = torch.empty(experts, n, count, device=rows.device)
-    which, blocks = torch.arange(experts, device=rows.device), rows.unflatten(2, (-1, SUPER))
+    which, blocks = torch.arange(experts, device=rows.device), torch.unflatten(rows, 2, (-1, SUPER))
     for place in range(n // SUPER):
         weight[:, _span(place)] = blocks[which, :, known.order[:, place]].mT
     return State(weight, torch.zeros_like(weight), torch.zeros_like(weight), [None] * (n // SUPER))
@@ -183,7 +185,7 @@ def descend(state: State, known: Factor, layout: Layout) -> None:
     """One round of coordinate descent on tr(E H E^T): every unit of columns again, all others held; the scale of each
     super-block by least squares. A change is kept only where it lowers the objective."""
     unit = unit_of(layout)
-    inverse = torch.linalg.inv(_own(known.moments, unit)).contiguous()
+    inverse = inv(_own(known.moments, unit)).contiguous()
     diagonal = known.moments.diagonal(dim1=-2, dim2=-1)
     for place in range(len(state.fields) - 1, -1, -1):
         span = _span(place)

@@ -133,29 +133,15 @@ def _products(x: Tensor, weight: Tensor, layout: Layout, delta: float) -> tuple[
     return torch.cat((p, p - 2 * least), 1), q.expand(-1, 2, -1)
 
 
-def _combined(least: Tensor, x: Tensor, layout: Layout) -> Tensor:
-    """Which variant each group takes, from errors [B, groups, 2]: bool [B, groups] (turned, or minus delta)."""
-    if layout.name == "IQ1_M":
-        return least[..., 1] < least[..., 0]
-    if layout.signs is Signs.DELTA:
-        total = least.sum(1, keepdim=True)
-        return (total[..., 1] < total[..., 0]).expand(-1, least.shape[1])
-    odd = (x < 0).reshape(x.shape[0], -1, 8).sum(-1) % 2 == 1
-    if layout.group == 8:
-        return odd
-    gain = (least[..., 1] - least[..., 0]).reshape(x.shape[0], -1, 2)
-    second = gain[..., 1] < gain[..., 0]
-    return torch.stack((odd & ~second, odd & second), -1).flatten(1)
-
-
 def _least(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float) -> tuple[Tensor, Tensor]:
     """Least error and its point for each group, variant and scale: [B, groups, variants, S] float32 and int64."""
     per = x.shape[1] // layout.group
     p, q = _products(x.reshape(-1, layout.group), weight.reshape(-1, layout.group), layout, delta)
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for k in range(scales.shape[1]):
         s = scales[:, k].repeat_interleave(per).reshape(-1, 1, 1)
-        found.append((s * (s * q - 2 * p)).min(-1))
+        least, point = (s * (s * q - 2 * p)).min(-1)
+        found.append((least, point))
     shape = (x.shape[0], per, p.shape[1])
     errors, codes = ([f[i].reshape(shape) for f in found] for i in (0, 1))
     return torch.stack(errors, -1), torch.stack(codes, -1)
@@ -164,14 +150,14 @@ def _least(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: flo
 def scan_torch(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
     """`scan` in plain torch: the form that runs everywhere, and that tests compare the kernels with."""
     step = _step(x, layout)
-    pieces = zip(x.split(step), weight.split(step), scales.split(step), strict=True)
+    pieces = zip(torch.split(x, step), torch.split(weight, step), torch.split(scales, step), strict=True)
     return torch.cat([combined(_least(*piece, layout, DELTA)[0], piece[0], layout)[0] for piece in pieces])
 
 
 def choose_torch(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float = DELTA) -> Choice:
     """`choose` in plain torch."""
     step = _step(x, layout)
-    pieces = zip(x.split(step), weight.split(step), scales.split(step), strict=True)
+    pieces = zip(torch.split(x, step), torch.split(weight, step), torch.split(scales, step), strict=True)
     parts = [picked(*_least(*piece, layout, delta), piece[0], piece[1], layout) for piece in pieces]
     return Choice(*(torch.cat([getattr(c, name) for c in parts]) for name in ("index", "code", "signs", "minus")))
 
@@ -198,7 +184,7 @@ def combined(least: Tensor, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         if layout.group == 8:
             second = odd.expand(-1, -1, least.shape[-1])
         else:  # IQ3_XXS: two points share one parity; the turned sign is in one of them
-            cost = (least[:, :, 1] - least[:, :, 0]).unflatten(1, (-1, 2))
+            cost = torch.unflatten((least[:, :, 1] - least[:, :, 0]), 1, (-1, 2))
             later = cost[:, :, 1] < cost[:, :, 0]
             second = torch.stack((odd & ~later, odd & later), 2).flatten(1, 2)
     return torch.where(second, least[:, :, -1], least[:, :, 0]).sum(1), second

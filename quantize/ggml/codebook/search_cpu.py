@@ -1,10 +1,11 @@
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """Search of the codebooks of the I-quants on CPU (numba): blocks into lanes, and the points that a sweep found.
 
 `iquants_search` has the meaning of the arguments.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
@@ -13,12 +14,16 @@ from ...simd.memory import load
 from ...simd.vectors import filled, first_of, least_of, smaller, where
 from .sweep_cpu import DELTA_EACH, FREE, HUGE, LANES, ONE, PARITY, TWO, WIDTH, ZERO, aligned, room_for, settle, sweep
 
+if TYPE_CHECKING:
+    from ...simd.typed import Bits, Flags, Floats, Integers, Number
+    from .halves import Book
+
 NUMBERS = np.arange(WIDTH, dtype=np.float32)
 _jit = numba.njit(cache=True, fastmath=True, nogil=True)
 
 
 @numba.njit(cache=True, nogil=True)
-def lay(x, w, rule, a, weight, odd):  # type: ignore[no-untyped-def]
+def lay(x: Floats, w: Floats, rule: int, a: Floats, weight: Floats, odd: Floats):
     """Up to sixteen blocks x, w [B, shared] into lanes: a (2wx, or 2w|x|) and weight [shared, 16], odd [octets, 16]."""
     a[:], weight[:], odd[:] = ZERO, ZERO, ZERO
     for b in range(x.shape[0]):
@@ -30,7 +35,18 @@ def lay(x, w, rule, a, weight, odd):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _cheapest(a, w, lane, at, s, shift, turn_first, ends, start, stop):  # type: ignore[no-untyped-def]
+def _cheapest(
+    a: Floats,
+    w: Floats,
+    lane: int,
+    at: int,
+    s: Number,
+    shift: Number,
+    turn_first: Number | None,
+    ends: Floats,
+    start: int | np.int64,
+    stop: int | np.int64,
+):
     """The cheapest of the points start .. stop, which share a first half, for the group from row `at` on of one lane.
 
     turn_first: the least price of turning a sign of the first half, where one is to be turned; else None
@@ -54,7 +70,19 @@ def _cheapest(a, w, lane, at, s, shift, turn_first, ends, start, stop):  # type:
 
 
 @_jit
-def points_of(a, w, scale, best, book, rule, delta, place, second, code, taken):  # type: ignore[no-untyped-def]
+def points_of(
+    a: Floats,
+    w: Floats,
+    scale: Floats,
+    best: Integers,
+    book: Book,
+    rule: int,
+    delta: Number,
+    place: Integers,
+    second: Integers,
+    code: Integers,
+    taken: Flags,
+):
     """The nearest points of the blocks in the lanes at the scale [16], number best [16] of those that were swept.
 
     place, second from `sweep` and `settle`; code [B, groups], and whether each takes the second variant: taken
@@ -79,7 +107,7 @@ def points_of(a, w, scale, best, book, rule, delta, place, second, code, taken):
 
 
 @_jit
-def sign_bytes(x, w, points, code, turned, signs):  # type: ignore[no-untyped-def]
+def sign_bytes(x: Floats, w: Floats, points: Floats, code: Integers, turned: Flags, signs: Bits):
     """Signs [B, octets] of blocks: those of x [B, shared], with the cheapest of each turned group turned."""
     group = points.shape[1]
     for b in range(x.shape[0]):
@@ -97,7 +125,7 @@ def sign_bytes(x, w, points, code, turned, signs):  # type: ignore[no-untyped-de
 
 
 @numba.njit(cache=True, nogil=True)
-def scratch(shared, group, rule, steps):  # type: ignore[no-untyped-def]
+def scratch(shared: int, group: int, rule: int, steps: int):
     """Arrays of sixteen blocks: a, w, odd; least, place, errors and second for so many scales."""
     groups, variants = shared // group, 1 if rule == FREE else 2
     a, w = aligned(shared * WIDTH).reshape(shared, WIDTH), aligned(shared * WIDTH).reshape(shared, WIDTH)
@@ -108,7 +136,19 @@ def scratch(shared, group, rule, steps):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def search(x, w, scales, book, rule, delta, out_errors, chosen, code, signs, minus):  # type: ignore[no-untyped-def]
+def search(
+    x: Floats,
+    w: Floats,
+    scales: Floats,
+    book: Book,
+    rule: int,
+    delta: Number,
+    out_errors: Floats,
+    chosen: Integers,
+    code: Integers,
+    signs: Bits,
+    minus: Flags,
+):
     """Errors [B, S] of blocks x, w [B, shared] at scales [B, S], S a multiple of four.
 
     When `chosen` [B] is not empty also the index of the best scale, and its nearest points: code [B, groups], signs and

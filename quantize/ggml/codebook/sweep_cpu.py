@@ -1,4 +1,3 @@
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """Errors of all points of a codebook of the I-quants at many scales on CPU (numba), exhaustively.
 
 Sixteen groups of 4 or 8 weights lie side by side in vectors (`simd/vectors.py`). At one scale s a weight x at
@@ -13,11 +12,17 @@ numba's cache of compiled functions looks at a function's own file only: touch t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numba
 import numpy as np
 
 from ...simd.memory import load, store
 from ...simd.vectors import filled, smaller, where
+
+if TYPE_CHECKING:
+    from ...simd.typed import Floats, Integers, Number, Vector
+    from .halves import Book
 
 HUGE, ZERO, ONE, TWO = np.float32(3e38), np.float32(0), np.float32(1), np.float32(2)
 FREE, PARITY, DELTA_EACH, DELTA_SHARED = range(4)
@@ -29,7 +34,7 @@ _jit = numba.njit(cache=True, fastmath=True, nogil=True)
 
 
 @numba.njit(cache=True, nogil=True)
-def aligned(size):  # type: ignore[no-untyped-def]
+def aligned(size: int):
     """Zeroed float32 [size] on a line of the cache: a vector in two lines takes twice as long to load."""
     room = np.zeros(size + WIDTH, np.float32)
     skip = (-(room.ctypes.data // 4)) % WIDTH
@@ -37,13 +42,15 @@ def aligned(size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def room_for(book):  # type: ignore[no-untyped-def]
+def room_for(book: Book):
     """Tables for `sweep`: of parts, and of second halves."""
     return aligned(4 * book.parts.shape[0] * ROW), aligned(book.inner.shape[0] * ROW)
 
 
 @_jit
-def _price(a, w, g, s, shift, turning, values, chain, parts):  # type: ignore[no-untyped-def]
+def _price(
+    a: Floats, w: Floats, g: int, s: Vector, shift: Number, turning: bool, values: Floats, chain: int, parts: Floats
+):
     """One chain's costs of all parts in each quarter of a group; `turning`: what turning the cheapest sign adds."""
     count, width = values.shape
     for q in range(4):
@@ -59,7 +66,7 @@ def _price(a, w, g, s, shift, turning, values, chain, parts):  # type: ignore[no
 
 
 @_jit
-def _join(parts, first, second, turning):  # type: ignore[no-untyped-def]
+def _join(parts: Floats, first: int, second: int, turning: bool):
     """Costs of the half of two parts, four chains; `turning`: of the odd chains what turning a sign adds."""
     c0 = load(parts, first, LANES) + load(parts, second, LANES)
     c2 = load(parts, first + 2 * WIDTH, LANES) + load(parts, second + 2 * WIDTH, LANES)
@@ -71,7 +78,7 @@ def _join(parts, first, second, turning):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _store_four(out, at, first, second, third, fourth):  # type: ignore[no-untyped-def]
+def _store_four(out: Floats | Integers, at: int, first: Vector, second: Vector, third: Vector, fourth: Vector):
     store(out, at, first)
     store(out, at + WIDTH, second)
     store(out, at + 2 * WIDTH, third)
@@ -79,7 +86,7 @@ def _store_four(out, at, first, second, third, fourth):  # type: ignore[no-untyp
 
 
 @_jit
-def _halve(inner, turning, parts, halves):  # type: ignore[no-untyped-def]
+def _halve(inner: Integers, turning: bool, parts: Floats, halves: Floats):
     """Costs of all second halves; in the odd chains with a sign turned, if that is what they are for."""
     count = parts.size // (4 * ROW)
     for j in range(inner.shape[0]):
@@ -90,7 +97,17 @@ def _halve(inner, turning, parts, halves):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _walk(outer, start, mate, turning, parts, halves, least, place, at):  # type: ignore[no-untyped-def]
+def _walk(
+    outer: Integers,
+    start: Integers,
+    mate: Integers,
+    turning: bool,
+    parts: Floats,
+    halves: Floats,
+    least: Floats,
+    place: Integers,
+    at: int,
+):
     """Least cost of all points and the first half of the cheapest, from the tables; outputs at `at`."""
     count = parts.size // (4 * ROW)
     e0 = e1 = e2 = e3 = filled(HUGE, LANES)
@@ -115,7 +132,17 @@ def _walk(outer, start, mate, turning, parts, halves, least, place, at):  # type
 
 
 @_jit
-def sweep(a, w, scales, book, rule, delta, tables, least, place):  # type: ignore[no-untyped-def]
+def sweep(
+    a: Floats,
+    w: Floats,
+    scales: Floats,
+    book: Book,
+    rule: int,
+    delta: Number,
+    tables: tuple[Floats, Floats],
+    least: Floats,
+    place: Integers,
+):
     """Least error of all points for each scale, group and variant, and the first half of the point that has it.
 
     a, w as laid; scales [S, 16]; least, place [S, groups, variants, 16], of a size that is a multiple of 64
@@ -134,7 +161,7 @@ def sweep(a, w, scales, book, rule, delta, tables, least, place):  # type: ignor
 
 
 @_jit
-def loose(a, w, scales, book, delta, least):  # type: ignore[no-untyped-def]
+def loose(a: Floats, w: Floats, scales: Floats, book: Book, delta: Number, least: Floats):
     """As `sweep` if every vector of the codebook's levels were a point: not exact, and cheap. Not for PARITY."""
     steps, groups, variants, _ = least.shape
     group = book.points.shape[1]
@@ -154,7 +181,7 @@ def loose(a, w, scales, book, delta, least):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def settle(least, odd, rule, errors, second):  # type: ignore[no-untyped-def]
+def settle(least: Floats, odd: Floats, rule: int, errors: Floats, second: Integers):
     """Errors [S, 16] of blocks under the rule, and the groups that take the second variant: second [S, groups, 16]."""
     steps, groups, variants, _ = least.shape
     for k in range(steps):
@@ -183,7 +210,7 @@ def settle(least, odd, rule, errors, second):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _settle_pairs(least, odd, k, second):  # type: ignore[no-untyped-def]
+def _settle_pairs(least: Floats, odd: Floats, k: int, second: Integers):
     """One scale of IQ3_XXS: two points share one parity; the turned sign is in one of them."""
     groups, total, nothing = least.shape[1], filled(ZERO, LANES), filled(ZERO, LANES)
     for g in range(0, groups, 2):

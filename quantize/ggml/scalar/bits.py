@@ -60,4 +60,4 @@ def nibbles(codes: Tensor) -> Tensor:
 
 def from_nibbles(packed: Tensor) -> Tensor:
     """[P, b * 16] -> [P, b * 32], the inverse of `nibbles`."""
-    return split(packed.unflatten(-1, (-1, 16)), 4, 2).flatten(1)
+    return split(torch.unflatten(packed, -1, (-1, 16)), 4, 2).flatten(1)

@@ -1,4 +1,3 @@
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """The columns of one super-block on CPU (numba): error feedback from the last to the first, and coordinate descent.
 
 Same arithmetic as `columns.sweep_inner` and `columns.descend_inner`; sums run in another order. Tensors
@@ -9,7 +8,6 @@ are [c, E, R], columns first: TILE neighbouring rows are held in the cache and g
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -19,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ...simd.memory import load, store
+from ...simd.tiles import in_threads
 from ..types import GGMLType
 from .grid import FORMS
 
 if TYPE_CHECKING:
+    from ...simd.typed import Bits, Floats, Lanes, Number
     from .columns import Block
 
 TILE = 16  # rows that are taken together: one vector
@@ -40,14 +40,14 @@ def levels_of(kind: GGMLType) -> tuple[np.ndarray, np.ndarray | None, np.float32
 
 
 @_jit
-def _add_scaled(held, j, other, factor, lanes):  # type: ignore[no-untyped-def]
+def _add_scaled(held: Floats, j: int, other: Floats, factor: Number, lanes: Lanes):
     """held[j] += factor * other, both of as many columns as there are lanes."""
     at = j * len(lanes)
     store(held, at, load(held, at, lanes) + factor * load(other, 0, lanes))
 
 
 @_jit
-def _round(y, step, levels, middles, lowest):  # type: ignore[no-untyped-def]
+def _round(y: Number, step: Number, levels: Floats, middles: Floats | None, lowest: Number):
     """Code and value of the level nearest to y, both in units of the step given."""
     scaled = y / step if step != ZERO else ZERO
     if middles is None:
@@ -61,8 +61,20 @@ def _round(y, step, levels, middles, lowest):  # type: ignore[no-untyped-def]
 
 @_jit
 def _sweep(
-    first, stop, target, weight, decoded, step, minimum, codes, lower, levels, middles, lowest, lanes
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    first: int,
+    stop: int,
+    target: Floats,
+    weight: Floats,
+    decoded: Floats,
+    step: Floats,
+    minimum: Floats | None,
+    codes: Bits,
+    lower: Floats,
+    levels: Floats,
+    middles: Floats | None,
+    lowest: Number,
+    lanes: Lanes,
+):
     """Tiles first .. stop. target .. minimum [c, E, R]; codes uint8; lower [E, c, c]; TILE lanes."""
     columns, _, rows = target.shape
     tiles = -(-rows // TILE)
@@ -84,8 +96,19 @@ def _sweep(
 
 @_jit
 def _descend(
-    first, stop, pull, decoded, step, minimum, codes, moments, levels, middles, lowest, lanes
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    first: int,
+    stop: int,
+    pull: Floats,
+    decoded: Floats,
+    step: Floats,
+    minimum: Floats | None,
+    codes: Bits,
+    moments: Floats,
+    levels: Floats,
+    middles: Floats | None,
+    lowest: Number,
+    lanes: Lanes,
+):
     """Tiles first .. stop. pull, decoded, step, minimum [c, E, R]; codes uint8; moments [E, c, c]; TILE lanes."""
     columns, _, rows = pull.shape
     tiles = -(-rows // TILE)
@@ -126,9 +149,5 @@ def _numpy(tensor: Tensor | None) -> np.ndarray | None:
 def _in_tiles(kernel: Callable[..., None], shape: Tensor, *arguments: object) -> None:
     """kernel(first, stop, ...) over all tiles, on as many threads as torch uses."""
     _, experts, rows = shape.shape
-    count, threads = experts * -(-rows // TILE), torch.get_num_threads()
-    if threads == 1 or count == 1:
-        return kernel(0, count, *arguments)
-    edges = [count * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda first, stop: kernel(first, stop, *arguments), edges[:-1], edges[1:]))
+    count = experts * -(-rows // TILE)
+    in_threads(lambda first, stop: kernel(first, stop, *arguments), count, -(-count // torch.get_num_threads()))

@@ -128,7 +128,7 @@ class Grid:
 
 def _times(d: Tensor, multiples: Tensor) -> Tensor:
     parts = multiples.shape[1] // d.shape[1]
-    return (d.unsqueeze(2) * multiples.float().unflatten(1, (-1, parts))).flatten(1)
+    return (d.unsqueeze(2) * torch.unflatten(multiples.float(), 1, (-1, parts))).flatten(1)
 
 
 def exponent_value(exponent: Tensor) -> Tensor:

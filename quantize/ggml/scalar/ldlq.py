@@ -61,7 +61,7 @@ def factor(second: Tensor, damping: float = DAMPING) -> Factor:
     """
     experts, n = second.shape[:2]
     energy = second.diagonal(dim1=-2, dim2=-1).nan_to_num(0.0, 0.0, 0.0)
-    order = energy.unflatten(-1, (-1, super_columns(n))).mean(-1).argsort(dim=-1, stable=True)
+    order = torch.unflatten(energy, -1, (-1, super_columns(n))).mean(-1).argsort(dim=-1, stable=True)
     plain = Factor(order, torch.empty(experts, n, n, device="meta"), energy, second)
     columns = plain.columns
     ordered = second.gather(1, columns.unsqueeze(2).expand_as(second)).gather(2, columns.unsqueeze(1).expand_as(second))
@@ -118,7 +118,7 @@ def encode_with_feedback(rows: Tensor, kind: GGMLType, known: Factor, passes: in
 
 
 def _packed(state: State, known: Factor, rows: Tensor) -> Tensor:
-    parts = []
+    parts: list[Tensor] = []
     for block in state.blocks:
         assert block is not None
         parts.append(pack(block.grid, block.codes.flatten(1).T.contiguous()).view(*rows.shape[:2], -1))

@@ -17,7 +17,7 @@ _CHUNK = 1 << 21  # blocks at a time
 def search_blocks(blocks: Weighted) -> tuple[Tensor, Tensor]:
     """The best exponents uint8 [P] and codes uint8 [P, 32] of all blocks."""
     w = blocks.importance()
-    parts = [_search(x, v) for x, v in zip(blocks.x.split(_CHUNK), w.split(_CHUNK), strict=True)]
+    parts = [_search(x, v) for x, v in zip(torch.split(blocks.x, _CHUNK), torch.split(w, _CHUNK), strict=True)]
     exponents, codes = zip(*parts, strict=True)
     return torch.cat(exponents), torch.cat(codes)
 

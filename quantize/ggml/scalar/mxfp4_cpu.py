@@ -1,7 +1,8 @@
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """The exponent of an MXFP4 block on CPU (numba), sixteen blocks side by side: the best of three, as in `mxfp4`."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
@@ -11,6 +12,9 @@ from ...simd.memory import load, store
 from ...simd.tiles import LANES, in_threads, inline, places, turned
 from ...simd.vectors import e2m1, exponent, filled, larger, power, smaller, where
 from .weighted import Weighted
+
+if TYPE_CHECKING:
+    from ...simd.typed import Bits, Floats, Lanes, Number, Vector
 
 _CHUNK = 1 << 13  # blocks of one call
 ZERO, ONE, TWO, FOUR = np.float32(0), np.float32(1), np.float32(2), np.float32(4)
@@ -27,7 +31,7 @@ def search_exponents(blocks: Weighted, exponents: Tensor, codes: Tensor) -> None
 
 
 @inline
-def _largest(x, ks, ls):  # type: ignore[no-untyped-def]
+def _largest(x: Floats, ks: Lanes, ls: Lanes):
     """The largest magnitude of x [K, L] in each lane."""
     out = abs(load(x, 0, ls))
     for k in range(1, len(ks)):
@@ -36,7 +40,7 @@ def _largest(x, ks, ls):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _error(x, w, ks, ls, inv):  # type: ignore[no-untyped-def]
+def _error(x: Floats, w: Floats, ks: Lanes, ls: Lanes, inv: Vector):
     """The error of each lane at the step 1 / inv, in squares of the step."""
     out = filled(ZERO, ls)
     for k in range(len(ks)):
@@ -47,7 +51,7 @@ def _error(x, w, ks, ls, inv):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _write(x, offset, ks, inv, codes):  # type: ignore[no-untyped-def]
+def _write(x: Floats, offset: int, ks: Lanes, inv: Number, codes: Bits):
     """The codes of the block that starts at `offset`: 7 is level 0."""
     q = e2m1(load(x, offset, ks) * inv)
     size = abs(q)
@@ -56,7 +60,18 @@ def _write(x, offset, ks, inv, codes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
-def _search(first, stop, x, w, per_row, share, ks, ls, exponents, codes):  # type: ignore[no-untyped-def]
+def _search(
+    first: int,
+    stop: int,
+    x: Floats,
+    w: Floats,
+    per_row: int,
+    share: int,
+    ks: Lanes,
+    ls: Lanes,
+    exponents: Bits,
+    codes: Bits,
+):
     """The blocks first .. stop."""
     xt, wt = np.empty((len(ks), len(ls)), np.float32), np.empty((len(ks), len(ls)), np.float32)
     starts, other = np.empty(len(ls), np.int64), np.empty(len(ls), np.int64)

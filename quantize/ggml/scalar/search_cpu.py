@@ -1,4 +1,3 @@
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """The search of a ggml block's scales on CPU (numba), many sub-blocks side by side in the lanes of vectors.
 
 1. Each sub-block: the plan's starts, each fitted by least squares to its nearest levels; the best one once more.
@@ -16,6 +15,8 @@ and subs, `minimum` and `uneven` as None or True: what is compiled knows them.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numba
 import numpy as np
 import torch
@@ -26,9 +27,13 @@ from ...simd.vectors import filled, larger, nearest_whole, rounded, smaller, une
 from .effort import Plan
 from .weighted import Found, Weighted
 
+if TYPE_CHECKING:
+    from ...simd.typed import Bits, Floats, Integers, Lanes, Number, Vector
+
 _CHUNK = 1 << 18  # weights of one call
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 HUGE, TINY = np.float32(3e38), np.float32(1e-30)
+Limits = tuple[np.float32, ...]  # lowest, top level; lowest, top step; top minimum; level 0
 SINGULAR = np.float32(1e-6)
 
 
@@ -50,19 +55,21 @@ _jit = numba.njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
 
 
 @inline
-def _whole(value, low, high):  # type: ignore[no-untyped-def]
+def _whole(value: Vector, low: Number, high: Number):
     """The nearest whole number in low .. high."""
     return nearest_whole(smaller(larger(value, low), high))
 
 
 @inline
-def _inverse(s):  # type: ignore[no-untyped-def]
+def _inverse(s: Vector):
     """1 / s, 0 where s is 0."""
     return where(s == ZERO, ZERO, ONE / where(s == ZERO, ONE, s))
 
 
 @inline
-def _sums(x, w, ks, s, m, limits, minimum, uneven):  # type: ignore[no-untyped-def]
+def _sums(
+    x: Floats, w: Floats, ks: Lanes, s: Vector, m: Vector, limits: Limits, minimum: bool | None, uneven: bool | None
+):
     """Sums of w r^2, w r, w r q, w q, w q^2 for the levels q nearest at lanes (s, m); x, w [K, L]."""
     inv = _inverse(s)
     shift = m * inv
@@ -88,7 +95,18 @@ def _sums(x, w, ks, s, m, limits, minimum, uneven):  # type: ignore[no-untyped-d
 
 
 @inline
-def _fit(rr, r1, rq, q1, qq, w1, s, m, signed, minimum):  # type: ignore[no-untyped-def]
+def _fit(
+    rr: Vector,
+    r1: Vector,
+    rq: Vector,
+    q1: Vector,
+    qq: Vector,
+    w1: Vector,
+    s: Vector,
+    m: Vector,
+    signed: bool,
+    minimum: bool | None,
+):
     """The best real (step, minimum) for the levels found at (s, m), and its error."""
     if minimum is None:
         ds = rq * _inverse(qq)
@@ -111,7 +129,7 @@ def _fit(rr, r1, rq, q1, qq, w1, s, m, signed, minimum):  # type: ignore[no-unty
 
 
 @inline
-def _span(x, w, ks, ls):  # type: ignore[no-untyped-def]
+def _span(x: Floats, w: Floats, ks: Lanes, ls: Lanes):
     """The least and the largest of x [K, L] in each lane, and the sum of w."""
     least = most = load(x, 0, ls)
     flat = load(w, 0, ls)
@@ -123,7 +141,17 @@ def _span(x, w, ks, ls):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _real(x, w, ks, ls, tries, refits, limits, minimum, uneven):  # type: ignore[no-untyped-def]
+def _real(
+    x: Floats,
+    w: Floats,
+    ks: Lanes,
+    ls: Lanes,
+    tries: Floats,
+    refits: int,
+    limits: Limits,
+    minimum: bool | None,
+    uneven: bool | None,
+):
     """The best real (step, minimum) of each sub-block, its levels' sums of w q and w q^2, and the sum of w: lanes."""
     signed = limits[4] == ZERO
     least, most, w1 = _span(x, w, ks, ls)
@@ -152,7 +180,7 @@ def _real(x, w, ks, ls, tries, refits, limits, minimum, uneven):  # type: ignore
 
 
 @inline
-def _stored(v, curvature, low, high, ends, subs):  # type: ignore[no-untyped-def]
+def _stored(v: Vector, curvature: Vector, low: Number, high: Number, ends: Floats, subs: Lanes):
     """Each block's d (a float16) and whole t in low .. high so that d * t is near v, errors weighted by curvature."""
     least, most = within(v, subs, "minnum"), within(v, subs, "maxnum")
     big = where(most >= -least, most, least)
@@ -168,7 +196,17 @@ def _stored(v, curvature, low, high, ends, subs):  # type: ignore[no-untyped-def
 
 
 @inline
-def _first(s, m, q1, qq, w1, ends, limits, subs, minimum):  # type: ignore[no-untyped-def]
+def _first(
+    s: Vector,
+    m: Vector,
+    q1: Vector,
+    qq: Vector,
+    w1: Vector,
+    ends: Floats,
+    limits: Limits,
+    subs: Lanes,
+    minimum: bool | None,
+):
     """d, dmin and whole numbers near the real scales."""
     one, dmin = filled(ONE, s), filled(ZERO, s)
     if limits[3] == ZERO:
@@ -183,7 +221,19 @@ def _first(s, m, q1, qq, w1, ends, limits, subs, minimum):  # type: ignore[no-un
 
 
 @inline
-def _refit_whole(d, dmin, steps, minimums, r1, rq, q1, qq, w1, limits, minimum):  # type: ignore[no-untyped-def]
+def _refit_whole(
+    d: Vector,
+    dmin: Vector,
+    steps: Vector,
+    minimums: Vector,
+    r1: Vector,
+    rq: Vector,
+    q1: Vector,
+    qq: Vector,
+    w1: Vector,
+    limits: Limits,
+    minimum: bool | None,
+):
     """Each sub-block's whole numbers by least squares for its levels, and the sums of w r, w r q that follow."""
     new = _whole(steps + rq * _inverse(qq * d), limits[2], limits[3])
     ds = d * (new - steps)
@@ -199,7 +249,19 @@ def _refit_whole(d, dmin, steps, minimums, r1, rq, q1, qq, w1, limits, minimum):
 
 
 @inline
-def _refit_d(d, dmin, steps, minimums, r1, rq, q1, qq, w1, subs, minimum):  # type: ignore[no-untyped-def]
+def _refit_d(
+    d: Vector,
+    dmin: Vector,
+    steps: Vector,
+    minimums: Vector,
+    r1: Vector,
+    rq: Vector,
+    q1: Vector,
+    qq: Vector,
+    w1: Vector,
+    subs: Lanes,
+    minimum: bool | None,
+):
     """Each block's d and dmin by least squares for the levels and whole numbers."""
     a, right = within(steps * steps * qq, subs, "fadd"), within(steps * rq, subs, "fadd")
     alone = d + right * _inverse(a)
@@ -218,7 +280,9 @@ def _refit_d(d, dmin, steps, minimums, r1, rq, q1, qq, w1, subs, minimum):  # ty
 
 
 @inline
-def _write(x, offset, ks, inv, shift, limits, uneven, codes):  # type: ignore[no-untyped-def]
+def _write(
+    x: Floats, offset: int, ks: Lanes, inv: Number, shift: Number, limits: Limits, uneven: bool | None, codes: Bits
+):
     """The codes of the sub-block that starts at `offset`."""
     y = load(x, offset, ks) * inv + shift
     q = _whole(y, limits[0], limits[1]) - limits[5] if uneven is None else uneven_index(y)
@@ -227,9 +291,28 @@ def _write(x, offset, ks, inv, shift, limits, uneven, codes):  # type: ignore[no
 
 @_jit
 def _search(
-    first, stop, x, w, per_row, share, ks, ls, subs, limits, tries, refits, ends, rounds, minimum, uneven,
-    d_out, dmin_out, steps_out, minimums_out, codes,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    first: int,
+    stop: int,
+    x: Floats,
+    w: Floats,
+    per_row: int,
+    share: int,
+    ks: Lanes,
+    ls: Lanes,
+    subs: Lanes,
+    limits: Limits,
+    tries: Floats,
+    refits: int,
+    ends: Floats,
+    rounds: int,
+    minimum: bool | None,
+    uneven: bool | None,
+    d_out: Bits,
+    dmin_out: Bits,
+    steps_out: Integers,
+    minimums_out: Integers,
+    codes: Bits,
+):
     """Search the blocks first .. stop. limits: lowest, top level; lowest, top step; top minimum; level 0."""
     tile = len(ls) // len(subs)
     xt, wt = np.empty((len(ks), len(ls)), np.float32), np.empty((len(ks), len(ls)), np.float32)

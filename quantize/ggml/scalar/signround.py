@@ -20,7 +20,7 @@ def grid_start(data: Tensor, kind: GGMLType, wanted: Tensor) -> Start:
     """
     grid, codes = codec.unpack(data.flatten(0, -2), kind, wanted.shape[-1])
     form, step = grid.form, grid.step.unsqueeze(-1)
-    values = wanted.flatten(0, -2).float().unflatten(-1, (-1, form.sub))
+    values = torch.unflatten(wanted.flatten(0, -2).float(), -1, (-1, form.sub))
     if grid.minimum is not None:
         values = values + grid.minimum.unsqueeze(-1)
     position = torch.where(step == 0, torch.zeros_like(values), values / step).flatten(-2)

@@ -1,0 +1,16 @@
+from typing import Any
+
+class Type:
+    dtype: Type
+    bitwidth: int
+    count: int
+    literal_value: str
+    def __init__(self, name: str) -> None: ...
+    def __call__(self, *arguments: Type) -> Any: ...
+
+class Float(Type): ...
+
+float32: Type
+int64: Type
+intp: Type
+void: Type
