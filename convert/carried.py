@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from mmquant.errors import InputError
 
+from .files.parse import parse_json
 from .source import CARRIED_FILES, Source
 
 TEMPLATES = "additional_chat_templates"  # transformers' folder of named chat templates
@@ -16,17 +16,7 @@ _TEMPLATE = re.compile(rf"{TEMPLATES}/([^/\\\x00]+)\.jinja")
 
 def parse_object(where: str, data: bytes) -> dict[str, Any]:
     """A JSON file's object. InputError, one line, when it is no UTF-8, no JSON or no object."""
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: byte {error.start} is not UTF-8, expected JSON") from None
-    except RecursionError:
-        raise InputError(f"{where}: nested too deeply, expected JSON") from None
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where} holds {type(value).__name__}, expected an object")
-    return value
+    return parse_json(data, where)
 
 
 def read_object(source: Source, name: str) -> dict[str, Any]:

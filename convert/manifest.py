@@ -15,9 +15,9 @@ import jsonschema
 from mmquant.errors import InputError
 
 from . import fit
-from .checkpoints.store import parse_json
 from .files.atomic import sha256_file, write_whole
 from .files.lock import hold
+from .files.parse import parse_json
 from .fit import Weights
 from .models.minimax_m2 import Geometry
 from .source import Source

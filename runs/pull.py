@@ -56,4 +56,4 @@ def _is_whole(store: HubFolder, path: Path, name: str, digest: Any) -> bool:
     file = store.listing.files[name]
     if not path.is_file() or path.stat().st_size != file.size:
         return False
-    return digest(path, file) == (file.sha256 or file.git)
+    return digest(path, file) == file.digest

@@ -134,8 +134,8 @@ def _stage(
     ledger: Ledger,
 ) -> list[Upload]:
     """Manifest, sums and card for this repository, merged with what it holds already."""
-    from ..convert.checkpoints.store import parse_json
     from ..convert.files.atomic import write_whole
+    from ..convert.files.parse import parse_json
     from ..convert.hub.card import card, check_manifest, merge, published
 
     stage = folder / STAGE
@@ -164,8 +164,9 @@ def _remote_small(remote: Remote, name: str) -> bytes | None:
     listing = remote.listing()
     if name not in listing.files:
         return None
+    limit = listing.files[name].size
     url = file_url(remote.client.endpoint.url, listing.pinned, name)
-    return remote.client.get(url, what=f"{remote.spec} {name}")[0]
+    return remote.client.get(url, what=f"{remote.spec} {name}", limit=limit)[0]
 
 
 def _progress(weights: list[Upload]) -> Any:

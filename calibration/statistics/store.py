@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.checkpoints.store import parse_json
 from ...convert.files.atomic import is_temporary, whole_file, write_whole
+from ...convert.files.parse import parse_json
 from ...convert.models.minimax_m2 import Geometry
 from ...quantize.moments import Moments
 from ..model.distributed import world

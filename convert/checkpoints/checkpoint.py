@@ -18,6 +18,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...quantize.fp8 import dequantize_tiles
+from ..files.parse import parse_json
 from ..models.minimax_m2 import (
     FINAL_NORM,
     HEAD,
@@ -33,7 +34,7 @@ from ..models.minimax_m2 import (
 )
 from .batches import batches, read_batch
 from .schedule import Schedule
-from .store import LocalFolder, ShardStore, TensorInfo, parse_json, shard_names
+from .store import LocalFolder, ShardStore, TensorInfo, shard_names
 
 PLAIN = ("BF16", "F32", "F16")
 TORCH_DTYPES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Protocol, TypeGuard
 from mmquant.errors import InputError
 
 from ..files.lfs import refuse_pointer
+from ..files.parse import SMALL_LIMIT, parse_json, path_fault, short, take_map
 
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20
@@ -80,7 +80,11 @@ class LocalFolder:
 
     def small(self, name: str) -> bytes | None:
         path = self.folder / name
-        return refuse_pointer(f"{self.label}: {name}", path.read_bytes()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        if (size := path.stat().st_size) > SMALL_LIMIT:
+            raise InputError(f"{path}: {size:,} bytes, expected a small file of at most {SMALL_LIMIT:,}")
+        return refuse_pointer(f"{self.label}: {name}", path.read_bytes())
 
     def header(self, shard: str) -> list[TensorInfo]:
         path = self.path(shard)
@@ -131,25 +135,13 @@ def shard_names(store: ShardStore) -> list[str]:
 
 def weight_map(index: bytes) -> dict[str, str]:
     """tensor name -> shard of an index file's bytes; ValueError when it is not one."""
-    data = parse_json(index, INDEX)
-    table = data.get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise InputError(f"{INDEX}: weight_map is missing or empty")
+    table = take_map(parse_json(index, INDEX, unique=True), "weight_map", str, INDEX)
+    if not table:
+        raise InputError(f"{INDEX}: weight_map is empty, expected tensors and their shards")
     for name, shard in table.items():
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or shard.startswith("."):
-            raise InputError(f"{INDEX}: {name} is in {shard!r}, expected a file name")
+        if shard.startswith(".") or path_fault(shard) or "/" in shard:
+            raise InputError(f"{INDEX}: {short(name)} is in {short(shard)}, expected a file name")
     return table
-
-
-def parse_json(data: bytes, where: str) -> dict:
-    """A JSON object, or ValueError saying where it is broken."""
-    try:
-        value = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def header_length(first: bytes, shard: str, file_size: int) -> int:
@@ -167,7 +159,7 @@ def parse_header(header: bytes, shard: str, file_size: int) -> list[TensorInfo]:
 
     Raises ValueError when the header is damaged or the file is shorter or longer than the tensors need.
     """
-    start, data = 8 + len(header), parse_json(header, f"{shard} header")
+    start, data = 8 + len(header), parse_json(header, f"{shard} header", unique=True)
     tensors = [_tensor(name, entry, shard, start) for name, entry in data.items() if name != "__metadata__"]
     tensors.sort(key=lambda t: (t.offset, t.size))
     position = start
@@ -183,12 +175,16 @@ def parse_header(header: bytes, shard: str, file_size: int) -> list[TensorInfo]:
 
 def _tensor(name: str, entry: object, shard: str, start: int) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise InputError(f"{shard}: entry {name!r} of the header is not an object")
+        raise InputError(f"{shard}: entry {short(name)} of the header is not an object")
+    if not name.isprintable():
+        raise InputError(f"{shard}: {short(name)}: expected a tensor's name of printable characters")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise InputError(f"{shard}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BYTES)}")
+        raise InputError(f"{shard}: {name} has dtype {short(dtype)}, expected one of {', '.join(DTYPE_BYTES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise InputError(f"{shard}: {name} has shape {shape!r} and offsets {offsets!r}, expected lists of integers")
+        raise InputError(
+            f"{shard}: {name} has shape {short(shape)} and offsets {short(offsets)}, expected lists of integers"
+        )
     size = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != size:
         raise InputError(f"{shard}: {name} {dtype}{shape} lies in {offsets[1] - offsets[0]} bytes, expected {size}")

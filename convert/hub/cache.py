@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..files.parse import path_fault
 from .fetch import part_digest
 from .http import HF
-from .listing import COMMIT, Listing, RepoFile, RepoSpec
+from .listing import COMMIT, SHA256, Listing, RepoFile, RepoSpec
 
 
 def hf_cache() -> Path:
@@ -41,7 +42,7 @@ def cached(spec: RepoSpec, file: RepoFile) -> Path | None:
     """A client's copy with the listed size and digest (it is read whole once), or None."""
     for path in candidates(spec, file):
         if path.is_file() and path.stat().st_size == file.size:
-            if part_digest(path, file) == (file.sha256 or file.git):
+            if part_digest(path, file) == file.digest:
                 return path
     return None
 
@@ -59,13 +60,15 @@ def offline_listing(spec: RepoSpec) -> Listing | None:
     if not COMMIT.fullmatch(commit):
         if not reference.is_file():
             return None
-        commit = reference.read_text().strip()
+        commit = reference.read_text(errors="replace").strip()
+        if not COMMIT.fullmatch(commit):
+            return None
     snapshot = folder / "snapshots" / commit
     files = {}
     for path in sorted(snapshot.rglob("*")) if snapshot.is_dir() else []:
         digest = path.resolve().name
-        if path.is_file() and len(digest) in (40, 64):
-            name = path.relative_to(snapshot).as_posix()
+        name = path.relative_to(snapshot).as_posix()
+        if path.is_file() and (COMMIT.fullmatch(digest) or SHA256.fullmatch(digest)) and not path_fault(name):
             sha256, git = (digest, None) if len(digest) == 64 else (None, digest)
             files[name] = RepoFile(name, path.stat().st_size, sha256, git)
     return Listing(spec, commit, files) if files else None

@@ -16,7 +16,7 @@ import yaml
 
 from mmquant.errors import InputError
 
-from ..checkpoints.store import parse_json
+from ..files.parse import parse_json
 from .http import HF, MANIFEST_NAMES
 from .layout import quant_label, split_of
 

@@ -24,7 +24,7 @@ import requests
 
 from ..files.atomic import replace_whole, sha256_file, sync_file, sync_folder, write_whole
 from .body import BrokenBodyError, body
-from .http import NETWORK_ERRORS, TRANSIENT, Client, TransferError, explain, origin, reason, retry_after
+from .http import NETWORK_ERRORS, TRANSIENT, Client, TransferError, content_length, explain, origin, reason, retry_after
 from .listing import RepoFile
 
 BLOCK = 32 << 20
@@ -57,7 +57,7 @@ class Job:
 
     @property
     def identity(self) -> dict[str, object]:
-        return {"size": self.file.size, "digest": self.file.sha256 or self.file.git, "block": self.block}
+        return {"size": self.file.size, "digest": self.file.digest, "block": self.block}
 
     def blocks(self) -> list[tuple[int, int]]:
         """(first, last) byte of every block."""
@@ -78,7 +78,7 @@ def fetch(client: Client, job: Job, pool: Executor) -> Path:
         except RangeIgnoredError:
             _fetch_stream(client, job)
         found = part_digest(job.part, job.file)
-        if found == (job.file.sha256 or job.file.git or found):
+        if found == job.file.digest:
             replace_whole(job.part, job.target)
             job.record.unlink(missing_ok=True)
             return job.target
@@ -86,14 +86,14 @@ def fetch(client: Client, job: Job, pool: Executor) -> Path:
         job.part.unlink(missing_ok=True)
         job.progress(-job.file.size)
         if attempt + 1 == CORRUPT_TRIES:
-            expected = job.file.sha256 or job.file.git
-            raise TransferError(f"{job.what}: the bytes hash to {found}, the listing says {expected}; nothing is kept")
+            wanted = job.file.digest
+            raise TransferError(f"{job.what}: the bytes hash to {found}, the listing says {wanted}; nothing is kept")
     raise AssertionError("unreachable")
 
 
 def part_digest(path: Path, file: RepoFile) -> str:
     """The digest of a local file in the kind that the listing has: SHA-256, or git's blob SHA-1."""
-    if file.sha256 is not None or file.git is None:
+    if file.sha256 is not None:
         return sha256_file(path)
     with open(path, "rb") as source:
         return hashlib.file_digest(source, lambda: hashlib.sha1(b"blob %d\0" % file.size)).hexdigest()
@@ -269,14 +269,14 @@ def _fetch_stream(client: Client, job: Job) -> None:
             response = client.send("GET", job.url, what=job.what)
             if response.status_code != 200:
                 raise explain(response, client.endpoint, job.what)
-            length = int(response.headers.get("Content-Length", job.file.size))
-            if length != job.file.size:
+            length = content_length(response.headers)
+            if length not in (None, job.file.size):
                 response.close()
                 raise TransferError(
                     f"{job.what}: the server sends {length:,} bytes, the listing says {job.file.size:,}"
                 )
             with open(job.part, "rb+") as target:
-                for piece in body(client, response, length):
+                for piece in body(client, response, job.file.size):
                     target.write(piece)
                 sync_file(target)
             return

@@ -12,7 +12,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urljoin, urlsplit
 
@@ -98,16 +98,51 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds the server asks to wait: Retry-After (seconds or date), or Hugging Face's `ratelimit: "api";r=0;t=N`."""
     value = headers.get("Retry-After", "").strip()
     if value:
-        if value.isdigit():
+        if re.fullmatch("[0-9]+", value):
             return float(value)
         try:
             when = email.utils.parsedate_to_datetime(value).timestamp()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             when = time.time()
         return max(0.0, when - time.time())
-    if match := re.search(r";\s*t=(\d+)", headers.get("ratelimit", "")):
+    if match := re.search(r";\s*t=([0-9]+)", headers.get("ratelimit", "")):
         return float(match[1])
     return None
+
+
+def content_length(headers: Mapping[str, str]) -> int | None:
+    """The body's length as announced, None when it is not announced or not a number."""
+    value = headers.get("Content-Length", "").strip()
+    return int(value) if re.fullmatch("[0-9]{1,18}", value) else None
+
+
+def whole_body(response: requests.Response, limit: int, what: str) -> bytes:
+    """The body as sent (nothing is unpacked); TransferError beyond `limit` bytes, of which no more are ever held."""
+    announced = content_length(response.headers)
+    data = b"" if announced is not None and announced > limit else response.raw.read(limit + 1)
+    response.close()
+    if len(data) > limit or (announced or 0) > limit:
+        raise TransferError(f"{what}: the server sends {announced or 'more'} bytes, expected at most {limit:,}")
+    return data
+
+
+def joined(url: str, location: str) -> str:
+    """Where a server's answer sends us; TransferError unless that is an address of http or https."""
+    try:
+        target = urljoin(url, location)
+        scheme, host, _ = origin(target)
+    except ValueError:
+        scheme, host, target = "", None, ""
+    if scheme not in ("http", "https") or not host or not target.isprintable():
+        raise TransferError(f"{urlsplit(url).hostname} sends us to {location[:80]!r}, expected an address of https")
+    return target
+
+
+class _Session(requests.Session):
+    """Never looks at where a redirect leads, not even to note it: a hostile address raises in there."""
+
+    def resolve_redirects(self, *args: object, **kwargs: object) -> Iterator[requests.Response]:  # type: ignore[override]
+        return iter(())
 
 
 class Client:
@@ -122,13 +157,15 @@ class Client:
     @property
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
+            self._local.session = _Session()
         return self._local.session
 
     def pause(self, attempt: int, asked: float | None = None) -> None:
         """Wait before another attempt; ends at once when the work is cancelled."""
         wait = min(self.retry.cap, self.retry.base * 2.0**attempt) * random.uniform(0.5, 1.0)
         if asked is not None:
+            if asked > LONGEST_WAIT:
+                raise TransferError(f"the hub asks to wait {asked:.0f} s, run the command again later")
             wait = asked + random.uniform(0, self.retry.base)
         if self.cancelled.wait(wait):
             raise TransferError("cancelled")
@@ -156,8 +193,8 @@ class Client:
             self._session.cookies.clear()
             if response.status_code not in (301, 302, 303, 307, 308):
                 return response
-            target = urljoin(url, response.headers.get("Location", ""))
             response.close()
+            target = joined(url, response.headers.get("Location", ""))
             if origin(url)[0] == "https" and origin(target)[0] != "https":
                 raise TransferError(f"{urlsplit(url).hostname} redirects to an address without https, refused")
             url = target
@@ -194,20 +231,20 @@ class Client:
             f"{what}: {trouble} after {self.retry.attempts + 1} attempts; run the command again to continue"
         )
 
-    def get(self, url: str, *, what: str, headers: dict[str, str] | None = None) -> tuple[bytes, requests.Response]:
-        """A whole body in memory (listings, small files); a body that breaks off is asked for again.
+    def get(self, url: str, *, what: str, limit: int) -> tuple[bytes, requests.Response]:
+        """A whole body in memory, at most `limit` bytes (listings, small files); one that breaks off is asked again.
 
-        Raises HubError or TransferError for a status other than 200 and 206.
+        Raises HubError or TransferError for a status other than 200 and 206, TransferError for a longer body.
         """
         for attempt in range(self.retry.attempts + 1):
-            response = self.send("GET", url, headers, what=what)
+            response = self.send("GET", url, what=what)
             if response.status_code not in (200, 206):
                 raise explain(response, self.endpoint, what)
             try:
-                data = response.content
-                if len(data) == int(response.headers.get("Content-Length", len(data))):
+                data = whole_body(response, limit, what)
+                if len(data) == (content_length(response.headers) or len(data)):
                     return data, response
-            except (*NETWORK_ERRORS, requests.exceptions.ChunkedEncodingError):
+            except NETWORK_ERRORS:
                 pass
             if attempt < self.retry.attempts:
                 self.pause(attempt)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlencode, urljoin
+from urllib.parse import quote, urlencode
 
 from mmquant.errors import InputError
 
-from .http import HF, MS, Client, HubError
+from ..files.parse import LARGEST, one_line, parse_any, path_fault, short, take, take_list
+from .http import HF, MS, Client, HubError, joined
 
 DEFAULT_REVISION = {HF: "main", MS: "master"}
 MS_CUT = 3000  # ModelScope lists so many entries at most, without saying so
+MOST_FILES = 1_000_000  # ten times what Hugging Face recommends at most
+LISTING_LIMIT = 64 << 20  # bytes of one page of a listing
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SPEC = re.compile(r"(hf|ms):([\w.-]+/[\w.-]+)(?:@(.+))?")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SPEC = re.compile(r"(hf|ms):([\w.-]+/[\w.-]+)(?:@(.+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,34 @@ class RepoSpec:
 
 @dataclass(frozen=True)
 class RepoFile:
-    """A file of a commit: SHA-256 of its bytes (LFS on Hugging Face, all on ModelScope), else git's blob SHA-1."""
+    """A file of a commit: SHA-256 of its bytes (LFS on Hugging Face, all on ModelScope), else git's blob SHA-1.
+
+    Paths and digests become names of local files, so HubError unless they are plain ones, from wherever they come.
+    """
 
     path: str
     size: int
     sha256: str | None
     git: str | None = None
+
+    def __post_init__(self) -> None:
+        if fault := path_fault(self.path):
+            raise HubError(f"the listing names {short(self.path)}: {fault}")
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or not 0 <= self.size < LARGEST:
+            raise HubError(f"{self.path}: the listing gives the size {short(self.size)}, expected bytes")
+        for digest, form in ((self.sha256, SHA256), (self.git, COMMIT)):
+            if digest is not None and not (isinstance(digest, str) and form.fullmatch(digest)):
+                raise HubError(
+                    f"{self.path}: the listing gives the digest {short(digest)}, expected hexadecimal digits"
+                )
+
+    @property
+    def digest(self) -> str:
+        """The digest that its bytes must have; HubError when the hub names none (seen in theory on ModelScope)."""
+        found = self.sha256 or self.git
+        if found is None:
+            raise HubError(f"{self.path}: the hub names no SHA-256 for it, so its bytes cannot be checked; not fetched")
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,8 @@ class Listing:
 def parse_spec(text: str) -> RepoSpec:
     """A source such as hf:ORG/NAME@REV; ValueError when it is malformed."""
     match = SPEC.fullmatch(text)
-    if not match or ".." in match[2]:
+    revision_fault = path_fault(match[3]) if match and match[3] else None
+    if not match or ".." in match[2] or revision_fault:
         raise InputError(f"{text}: expected hf:ORG/NAME[@REV] or ms:ORG/NAME[@REV]")
     return RepoSpec(match[1], match[2], match[3] or DEFAULT_REVISION[match[1]])
 
@@ -83,61 +109,89 @@ def digest_matches(data: bytes, file: RepoFile) -> bool:
         return False
     if file.sha256 is not None:
         return hashlib.sha256(data).hexdigest() == file.sha256
-    return file.git is None or hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == file.git
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == file.digest
 
 
-def parse(data: bytes, what: str) -> Any:
-    """JSON of a hub's answer; HubError when it is something else, such as a login page."""
+def parse(data: bytes, what: str) -> dict[str, Any]:
+    """A hub's answer, an object of JSON; HubError when it is something else, such as a login page."""
+    value = _parsed(data, what)
+    if not isinstance(value, dict):
+        raise HubError(f"{what}: the hub answers {short(value)}, expected an object")
+    return value
+
+
+def _parsed(data: bytes, what: str) -> Any:
     try:
-        return json.loads(data)
-    except ValueError:
+        return parse_any(data, what)
+    except InputError:
         raise HubError(f"{what}: the answer is not JSON, expected the hub's API at this address") from None
-
-
-def checked(path: object, what: str) -> str:
-    """A path that stays inside the folder it will be written to."""
-    parts = path.split("/") if isinstance(path, str) else []
-    if not parts or any(p in ("", ".", "..") for p in parts) or "\\" in str(path) or "\0" in str(path):
-        raise HubError(f"{what}: the listing names {path!r}, expected a relative path")
-    return str(path)
 
 
 def _list_hf(client: Client, spec: RepoSpec) -> Listing:
     base, what = f"{client.endpoint.url}/api/models/{spec.repo}", str(spec)
-    data, _ = client.get(f"{base}/revision/{quote(spec.revision, safe='')}", what=what)
+    data, _ = client.get(f"{base}/revision/{quote(spec.revision, safe='')}", what=what, limit=LISTING_LIMIT)
     commit = parse(data, what).get("sha")
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
-        raise HubError(f"{what}: the hub names commit {commit!r}, expected 40 hexadecimal digits")
+        raise HubError(f"{what}: the hub names commit {short(commit)}, expected 40 hexadecimal digits")
     files: dict[str, RepoFile] = {}
     url: str | None = f"{base}/tree/{commit}?recursive=true"
+    seen: set[str] = set()
     while url:
-        data, response = client.get(url, what=what)
-        for item in parse(data, what):
-            if item.get("type") == "file":
-                path, lfs = checked(item.get("path"), what), item.get("lfs")
-                digest, size = (lfs["oid"], lfs["size"]) if lfs else (None, item["size"])
-                files[path] = RepoFile(path, int(size), digest, item.get("oid"))
+        if url in seen or len(files) > MOST_FILES:
+            raise HubError(f"{what}: the listing does not end, expected at most {MOST_FILES:,} files")
+        seen.add(url)
+        data, response = client.get(url, what=what, limit=LISTING_LIMIT)
+        files |= {file.path: file for file in hf_files(data, what)}
         more = response.links.get("next", {}).get("url")
-        url = urljoin(url, more) if more else None
+        url = joined(url, more) if more else None
     return Listing(spec, commit, files)
+
+
+def hf_files(data: bytes, what: str) -> list[RepoFile]:
+    """The files of one page of Hugging Face's tree. Raises HubError or InputError for anything that is not one."""
+    items = _parsed(data, what)
+    if not isinstance(items, list):
+        raise HubError(f"{what}: the hub answers {short(items)}, expected a list of files")
+    files = []
+    for item in items:
+        if not isinstance(item, dict):
+            raise HubError(f"{what}: the listing holds {short(item)}, expected an object")
+        if item.get("type") == "file":
+            lfs = take(item, "lfs", dict, what, None)
+            held = item if lfs is None else lfs
+            sha256 = None if lfs is None else take(lfs, "oid", str, what)
+            git = take(item, "oid", str, what)
+            files.append(RepoFile(take(item, "path", str, what), take(held, "size", int, what), sha256, git))
+    return files
 
 
 def _list_ms(client: Client, spec: RepoSpec) -> Listing:
     what = str(spec)
-    entries, short = _ms_entries(client, spec, "")
-    files: dict[str, RepoFile] = {}
-    revisions: dict[str, int] = {}
-    for item in entries:
-        if item.get("Type") == "tree":
-            continue
-        path = checked(item.get("Path"), what)
-        files[path] = RepoFile(path, int(item.get("Size") or 0), item.get("Sha256") or None)
-        if COMMIT.fullmatch(item.get("Revision") or ""):
-            revisions[item["Revision"]] = max(revisions.get(item["Revision"], 0), int(item.get("CommittedDate") or 0))
-    return Listing(spec, _ms_head(spec, short, revisions), files)
+    entries, short_id = _ms_entries(client, spec, "")
+    files = {file.path: file for file in ms_files(entries, what)}
+    return Listing(spec, _ms_head(spec, short_id, _ms_revisions(entries, what)), files)
 
 
-def _ms_head(spec: RepoSpec, short: str, revisions: dict[str, int]) -> str:
+def ms_files(entries: list[dict[str, Any]], what: str) -> list[RepoFile]:
+    """The files among ModelScope's entries. Raises HubError or InputError for anything else."""
+    return [
+        RepoFile(take(e, "Path", str, what), take(e, "Size", int, what, 0), take(e, "Sha256", str, what, None) or None)
+        for e in entries
+        if e.get("Type") != "tree"
+    ]
+
+
+def _ms_revisions(entries: list[dict[str, Any]], what: str) -> dict[str, int]:
+    """The commits that last changed a file, and when."""
+    found: dict[str, int] = {}
+    for entry in entries:
+        revision = take(entry, "Revision", str, what, "")
+        if entry.get("Type") != "tree" and COMMIT.fullmatch(revision):
+            found[revision] = max(found.get(revision, 0), take(entry, "CommittedDate", int, what, 0))
+    return found
+
+
+def _ms_head(spec: RepoSpec, short_id: str, revisions: dict[str, int]) -> str:
     """The commit behind a ModelScope branch.
 
     The API names it only abbreviated (LatestCommitter.ShortId), and in full as the last change of each file: the one
@@ -146,7 +200,7 @@ def _ms_head(spec: RepoSpec, short: str, revisions: dict[str, int]) -> str:
     """
     if COMMIT.fullmatch(spec.revision):
         return spec.revision
-    fitting = [r for r in revisions if short and r.startswith(short)]
+    fitting = [r for r in revisions if short_id and r.startswith(short_id)]
     if not revisions:
         raise HubError(f"{spec}: the hub names no commit, expected one of 40 hexadecimal digits")
     return fitting[0] if fitting else max(revisions, key=lambda r: revisions[r])
@@ -160,16 +214,29 @@ def _ms_entries(client: Client, spec: RepoSpec, root: str) -> tuple[list[dict[st
     direct, _ = _ms_page(client, spec, root, recursive=False)
     if len(direct) >= MS_CUT:
         raise HubError(f"{spec}: {root or 'the root'} holds {MS_CUT} files or more, which ModelScope does not list")
-    folders = [str(e.get("Path")) for e in direct if e.get("Type") == "tree"]
-    return direct + [e for folder in folders for e in _ms_entries(client, spec, folder)[0]], head
+    found = list(direct)
+    for folder in (take(e, "Path", str, str(spec)) for e in direct if e.get("Type") == "tree"):
+        if path_fault(folder) or not folder.startswith(f"{root}/" if root else ""):  # else it might never end
+            raise HubError(f"{spec}: the listing of {root or 'the root'} names the folder {short(folder)}")
+        found += _ms_entries(client, spec, folder)[0]
+        if len(found) > MOST_FILES:
+            raise HubError(f"{spec}: the listing does not end, expected at most {MOST_FILES:,} files")
+    return found, head
 
 
 def _ms_page(client: Client, spec: RepoSpec, root: str, recursive: bool) -> tuple[list[dict[str, Any]], str]:
     query = {"Revision": spec.revision, "Recursive": str(recursive)} | ({"Root": root} if root else {})
     url = f"{client.endpoint.url}/api/v1/models/{spec.repo}/repo/files?" + urlencode(query)
-    data, _ = client.get(url, what=str(spec))
-    answer = parse(data, str(spec))
-    if answer.get("Success") is False or not isinstance(answer.get("Data"), dict):
-        raise HubError(f"{spec}: {answer.get('Message') or 'no file list'}, expected a list of files")
-    latest = answer["Data"].get("LatestCommitter") or {}
-    return answer["Data"].get("Files") or [], latest.get("Id") or latest.get("ShortId") or ""
+    data, _ = client.get(url, what=str(spec), limit=LISTING_LIMIT)
+    return ms_page(data, str(spec))
+
+
+def ms_page(data: bytes, what: str) -> tuple[list[dict[str, Any]], str]:
+    """(entries, the head's id or its abbreviation) of ModelScope's answer. Raises HubError or InputError."""
+    answer = parse(data, what)
+    found = answer.get("Data")
+    if answer.get("Success") is False or not isinstance(found, dict):
+        raise HubError(f"{what}: {one_line(answer.get('Message') or 'no file list')}, expected a list of files")
+    latest = take(found, "LatestCommitter", dict, what, {})
+    head = take(latest, "Id", str, what, "") or take(latest, "ShortId", str, what, "")
+    return take_list(found, "Files", dict, what, []), head

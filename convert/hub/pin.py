@@ -8,11 +8,14 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from mmquant.errors import InputError
+
 from ..files.atomic import write_whole
+from ..files.parse import parse_json, take, take_list
 from .cache import offline_listing
 from .fetch import BLOCK
 from .http import Client, HubError, Retry, TransferError
-from .listing import Listing, RepoFile, RepoSpec, list_repo
+from .listing import COMMIT, Listing, RepoFile, RepoSpec, list_repo
 
 log = logging.getLogger("mmquant.hub")
 
@@ -66,8 +69,9 @@ def pinned_listing(client: Client, spec: RepoSpec, options: FetchOptions) -> Lis
 
 def _saved_listing(record: Path, spec: RepoSpec) -> Listing | None:
     try:
-        data = json.loads(record.read_bytes())
-        files = [RepoFile(**f) for f in data["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        data = parse_json(record.read_bytes(), str(record))
+        files = [RepoFile(**f) for f in take_list(data, "files", dict, str(record))]
+        commit = take(data, "commit", str, str(record))
+    except (OSError, InputError, TypeError):  # an older version's, or damaged: the hub is asked again
         return None
-    return Listing(spec, data["commit"], {f.path: f for f in files})
+    return Listing(spec, commit, {f.path: f for f in files}) if COMMIT.fullmatch(commit) else None

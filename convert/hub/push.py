@@ -149,7 +149,7 @@ def matches(found: RepoFile, file: Upload) -> bool:
         return False
     if found.sha256 is not None:
         return found.sha256 == file.sha256
-    return file.local.is_file() and digest_matches(file.local.read_bytes(), found)
+    return found.git is not None and file.local.is_file() and digest_matches(file.local.read_bytes(), found)
 
 
 def start(remote: Remote, ledger: Ledger, private: bool, request: bool) -> Remote:

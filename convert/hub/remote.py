@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from mmquant.errors import InputError
 
+from ..files.parse import one_line, take, take_list
 from .http import (
     HF,
     MS,
@@ -23,12 +24,14 @@ from .http import (
     HubError,
     TransferError,
     explain,
+    joined,
     origin,
     reason,
     redact,
     retry_after,
+    whole_body,
 )
-from .listing import DEFAULT_REVISION, Listing, RepoSpec, list_repo, parse
+from .listing import DEFAULT_REVISION, LISTING_LIMIT, Listing, RepoSpec, list_repo, parse
 
 INLINE = 64 << 10  # bytes; larger files are LFS objects on ModelScope
 BINARY = (".safetensors", ".gguf", ".bin", ".npz")
@@ -231,7 +234,7 @@ class ModelScope:
         data = json.dumps({"commit_message": message, "actions": actions}).encode()
         try:
             response = self.client.once("POST", url, {"Content-Type": "application/json"}, data)
-            answer = response.content
+            answer = whole_body(response, LISTING_LIMIT, str(self.spec))
         except NETWORK_ERRORS as error:
             self.client.pause(0)
             raise Conflict(reason(error)) from None
@@ -241,7 +244,9 @@ class ModelScope:
         if response.status_code != 200:
             raise explain(response, self.client.endpoint, str(self.spec))
         if parse(answer, str(self.spec)).get("Success") is False:
-            raise HubError(f"{self.spec}: the commit is refused, {parse(answer, str(self.spec)).get('Message')}")
+            raise HubError(
+                f"{self.spec}: the commit is refused, {one_line(parse(answer, str(self.spec)).get('Message'))}"
+            )
 
     @property
     def _base(self) -> str:
@@ -255,8 +260,12 @@ class ModelScope:
         response = self.client.send("POST", url, headers, what=str(self.spec), body=json.dumps(wanted).encode())
         if response.status_code != 200:
             raise explain(response, self.client.endpoint, str(self.spec))
-        objects = parse(response.content, str(self.spec)).get("Data", {}).get("objects") or [{}]
-        return objects[0].get("actions", {}).get("upload", {}).get("href")
+        what = str(self.spec)
+        answer = take(parse(whole_body(response, LISTING_LIMIT, what), what), "Data", dict, what, {})
+        found: list[dict[str, Any]] = take_list(answer, "objects", dict, what, [])
+        actions = take(found[0] if found else {}, "actions", dict, what, {})
+        href = take(take(actions, "upload", dict, what, {}), "href", str, what, None)
+        return None if href is None else joined(url, href)
 
     def _put(self, href: str, source: Any, size: int) -> Any:
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}

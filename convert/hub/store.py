@@ -16,6 +16,7 @@ from ..checkpoints.store import TensorInfo, header_length, parse_header, shard_n
 from ..files.atomic import write_whole
 from ..files.lfs import refuse_pointer
 from ..files.lock import hold
+from ..files.parse import SMALL_LIMIT
 from .body import fetch_range
 from .cache import cached, candidates
 from .fetch import Job, fetch, need_disk
@@ -25,7 +26,6 @@ from .pin import FetchOptions, default_work, pinned_listing
 from .prefetch import DaemonPool, Prefetcher
 from .xet import fetch_xet
 
-SMALL_LIMIT = 64 << 20
 HEADER_GUESS = 128 << 10
 HEADER_READERS = 8
 
@@ -165,7 +165,7 @@ class HubFolder:
         for _ in range(2):
             if digest_matches(data, file):
                 return data
-            data, _ = self._client.get(self._url(file.path), what=f"{self.label} {file.path}")
+            data, _ = self._client.get(self._url(file.path), what=f"{self.label} {file.path}", limit=file.size)
         if not digest_matches(data, file):
             raise TransferError(
                 f"{self.label} {file.path}: {len(data):,} bytes that are not those of the listing, twice"
@@ -174,8 +174,8 @@ class HubFolder:
 
     def _kept(self, kind: str, file: RepoFile, make: Callable[[], bytes]) -> bytes:
         """Bytes kept in the work folder under the file's digest."""
-        kept = self.folder / kind / (file.sha256 or file.git or file.path.replace("/", "--"))
-        if kept.is_file():
+        kept = self.folder / kind / file.digest
+        if kept.is_file() and kept.stat().st_size <= file.size:
             return kept.read_bytes()
         data = make()
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -188,10 +188,16 @@ class HubFolder:
 
         def one(name: str) -> list[TensorInfo]:
             file = self.listing.files[name]
-            return parse_header(self._kept("headers", file, lambda: self._header(file)), name, file.size)
+            return parse_header(self._kept("headers", file, lambda: self._sound_header(file)), name, file.size)
 
         with ThreadPoolExecutor(HEADER_READERS) as pool:
             return dict(zip(names, pool.map(one, names), strict=True))
+
+    def _sound_header(self, file: RepoFile) -> bytes:
+        """The header, parsed before anything of it is stored."""
+        data = self._header(file)
+        parse_header(data, file.path, file.size)
+        return data
 
     def _header(self, file: RepoFile) -> bytes:
         """The JSON of a shard's header, in one request when it is short."""
@@ -262,7 +268,7 @@ class HubFolder:
 
     def _check_header(self, file: RepoFile, path: Path) -> None:
         """The header that the plan was made from must be the verified file's own."""
-        kept = self.folder / "headers" / (file.sha256 or file.git or "")
+        kept = self.folder / "headers" / file.digest
         if not file.path.endswith(".safetensors") or not kept.is_file():
             return
         header = kept.read_bytes()

@@ -44,7 +44,7 @@ def fetch_xet(client: Client, spec: RepoSpec, file: RepoFile, target: Path, stal
     try:
         finished = _watch(client, process, scratch, stall)
         found = scratch / file.path
-        if finished and found.is_file() and part_digest(found, file) == (file.sha256 or file.git):
+        if finished and found.is_file() and part_digest(found, file) == file.digest:
             replace_whole(found, target)
             return True
         tail = (scratch / "log").read_text(errors="replace").strip().splitlines()[-1:]

@@ -103,6 +103,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.faults: list[Fault] = []
         self.log: list[dict[str, Any]] = []
+        self.twist: Callable[[str, Any], Any] = lambda hub, items: items  # ("hf" or "ms", entries) -> what is listed
         self.lock = threading.RLock()
         self.sent = 0
         self.watch: Callable[[str], None] = lambda line: None  # called with each request before it is answered
@@ -494,7 +495,7 @@ def tree(h: Handler, id: str, rev: str) -> None:
     if at + page < len(items):
         more = f"{h.hub.url}/api/models/{id}/tree/{rev}?recursive=true&cursor={at + page}"
         headers["Link"] = f'<{more}>; rel="next"'
-    h.json(items[at : at + page], headers=headers)
+    h.json(h.hub.twist("hf", items[at : at + page]), headers=headers)
 
 
 @route("POST", "/api/models/{id}/paths-info/{rev}")
@@ -689,7 +690,7 @@ def ms_files(h: Handler, id: str) -> None:
             made = {"Path": prefix + name, "Name": name, "Type": "blob", "Size": entry.size, "IsLFS": entry.lfs}
             revision = commit.touched[prefix + name]
             out.append({**made, "Sha256": entry.sha256, "Revision": revision, "CommittedDate": 1767225600})
-    answer(h, {"Files": out[:3000], "LatestCommitter": {"Id": "", "ShortId": commit.oid[:8]}})
+    answer(h, {"Files": h.hub.twist("ms", out[:3000]), "LatestCommitter": {"Id": "", "ShortId": commit.oid[:8]}})
 
 
 @route("GET", MS + "/models/{id}/repo")
