@@ -6,14 +6,15 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...convert.checkpoints.store import DTYPE_BYTES
 from ...quantize.moments import Moments
 from ..model.distributed import share, sum_everywhere, world
 from .layer import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics
@@ -34,7 +35,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * (2 if self.dtype == "BF16" else 4)
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def entries(found: LayerStatistics, dtype: str) -> Iterator[Entry]:
@@ -98,9 +99,10 @@ def _second(set_name: str, moments: Moments, dtype: str) -> Entry:
     return Entry(f"{set_name}.second" + (f".{SHARED}" if one else ""), target[1], (matrices, packed), values)
 
 
-def write_tensors(file: Any, parts: list[Entry]) -> str:
+def write_tensors(file: BinaryIO, parts: list[Entry], metadata: Mapping[str, str] | None = None) -> str:
     """A safetensors file (https://github.com/huggingface/safetensors#format), tensor by tensor; its SHA-256."""
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for entry in parts:
         header[entry.name] = {
             "dtype": entry.dtype,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmquant.errors import InputError
+
 from ...convert.checkpoints.checkpoint import Checkpoint
+from ...convert.files.lock import hold
 from ...convert.source import Source, read_layer
 from ..model.distributed import barrier, share, world
 from ..model.stream import Stream, forget
@@ -60,6 +64,8 @@ def calibrate_into(
 ) -> Iterator[LayerStatistics]:
     """Write the statistics of every layer that is not written yet, yielding each when it is safe on disk.
 
+    One process (of rank 0) holds the folder meanwhile.
+
     through: the next layer sees the output of this model's layers (a quantized artifact of the same model) instead of
     the reference's: `--propagate quantized`. layers: stop early (development).
     """
@@ -74,50 +80,53 @@ def calibrate_into(
         dtype=str(options.dtype).removeprefix("torch."),
         ranks=size,
     )
-    writer = StatisticsWriter(folder, identity, source.label, dtype)
-    last = source.geometry.layers if layers is None else layers.stop
-    barrier()  # every rank has read the manifest before rank 0 changes it
-    if writer.done >= last:
-        if rank == 0 and last == source.geometry.layers:
-            forget(folder)
-        return
-    mine = share(corpus.tokens.shape[0], rank, size)
-    plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file, expected a folder or nothing")
     folder.mkdir(parents=True, exist_ok=True)
-    writer.commit()  # the folder is ours from here on, whatever a kill leaves in it
-    stream = Stream(
-        source,
-        corpus.tokens[mine.start : mine.stop],
-        device=options.device,
-        dtype=options.dtype,
-        batch=options.batch,
-        folder=folder,
-        ram_limit=options.ram_limit,
-        disk_limit=options.disk_limit,
-    )
-    stream.start(writer.done, replay=through is None)
-    for layer in range(writer.done, last):
-        found = sum_over_ranks(
-            calibrate_layer(
-                stream,
-                stream.read_layer(layer),
-                corpus.domain[mine.start : mine.stop],
-                len(corpus.domains),
-                options.collect,
-                plan,
-                first_window=mine.start,
-                advance=through is None,
-                scratch=folder,
-            )
+    with hold(folder) if rank == 0 else nullcontext():
+        writer = StatisticsWriter(folder, identity, source.label, dtype)
+        last = source.geometry.layers if layers is None else layers.stop
+        barrier()  # every rank has read the manifest before rank 0 changes it
+        if writer.done >= last:
+            if rank == 0 and last == source.geometry.layers:
+                forget(folder)
+            return
+        mine = share(corpus.tokens.shape[0], rank, size)
+        plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])
+        writer.commit()  # the folder is ours from here on, whatever a kill leaves in it
+        stream = Stream(
+            source,
+            corpus.tokens[mine.start : mine.stop],
+            device=options.device,
+            dtype=options.dtype,
+            batch=options.batch,
+            folder=folder,
+            ram_limit=options.ram_limit,
+            disk_limit=options.disk_limit,
         )
-        if through is not None:
-            stream.advance(read_layer(through, layer, stream.device, stream.dtype))
-        writer.write(found)
-        stream.save()
-        barrier()  # every rank's checkpoint is safe before the layer counts
-        writer.commit()
-        barrier()
-        stream.keep_from(layer)
-        yield found
-    if last == source.geometry.layers:
-        stream.keep_from(last + 1)
+        stream.start(writer.done, replay=through is None)
+        for layer in range(writer.done, last):
+            found = sum_over_ranks(
+                calibrate_layer(
+                    stream,
+                    stream.read_layer(layer),
+                    corpus.domain[mine.start : mine.stop],
+                    len(corpus.domains),
+                    options.collect,
+                    plan,
+                    first_window=mine.start,
+                    advance=through is None,
+                    scratch=folder,
+                )
+            )
+            if through is not None:
+                stream.advance(read_layer(through, layer, stream.device, stream.dtype))
+            writer.write(found)
+            stream.save()
+            barrier()  # every rank's checkpoint is safe before the layer counts
+            writer.commit()
+            barrier()
+            stream.keep_from(layer)
+            yield found
+        if last == source.geometry.layers:
+            stream.keep_from(last + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.files.atomic import is_temporary, whole_file, write_whole
-from ...convert.files.parse import parse_json
+from ...convert.files.atomic import is_temporary, sha256_file, whole_file, write_whole
+from ...convert.files.progress import damaged
 from ...convert.models.minimax_m2 import Geometry
 from ...quantize.moments import Moments
 from ..model.distributed import world
@@ -29,6 +29,7 @@ from .triangles import STORED, square
 
 MANIFEST = "statistics.json"
 FORMAT = 2  # 2: with the extremes of keys and values
+REMEDY = "delete the folder (or use --fresh) and calibrate again"
 
 
 def layer_file(layer: int) -> str:
@@ -55,6 +56,8 @@ class StatisticsWriter:
             if found["identity"] != self.identity:
                 raise InputError(f"{folder}: holds statistics of {first_difference(found['identity'], self.identity)}")
             self.layers = found["layers"]
+            for entry in self.layers:
+                check_size(folder, entry)
             return
         strange = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
         strange = sorted(name for name in strange if not is_temporary(name))
@@ -95,10 +98,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: no {MANIFEST}, expected a folder written by mmquant calibrate")
-    data = parse_json(path.read_bytes(), str(path))
-    if data.get("format") != FORMAT or not isinstance(data.get("layers"), list):
-        raise InputError(f"{path}: format {data.get('format')!r}, expected {FORMAT}")
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise damaged(path, "not JSON", "statistics of mmquant calibrate", REMEDY) from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{path}: format {found!r}, expected {FORMAT}")
+    layers = data.get("layers")
+    if not isinstance(layers, list) or not all(_is_entry(number, entry) for number, entry in enumerate(layers)):
+        raise damaged(path, f"layers {_short(layers)}", "a file, its bytes and its SHA-256 for each layer", REMEDY)
+    identity = data.get("identity")
+    kinds = {"model": str, "corpus": dict, "collect": dict}
+    if not isinstance(identity, dict) or any(not isinstance(identity.get(key), kinds[key]) for key in kinds):
+        raise damaged(path, f"identity {_short(identity)}", "model, corpus and collect", REMEDY)
+    corpus, collect = identity["corpus"], identity["collect"]
+    if not isinstance(corpus.get("fingerprint"), str) or not isinstance(collect.get("full"), bool):
+        raise damaged(path, "no fingerprint of the corpus, or not what was collected", "both", REMEDY)
     return data
+
+
+def _is_entry(number: int, entry: object) -> bool:
+    """Whether an entry of statistics.json is that of layer `number`."""
+    if not isinstance(entry, dict) or entry.get("layer") != number or entry.get("file") != layer_file(number):
+        return False
+    return type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+
+
+def check_size(folder: Path, entry: Mapping[str, Any]) -> Path:
+    """The file of a layer, whose size is as recorded; InputError otherwise."""
+    path = folder / entry["file"]
+    size = path.stat().st_size if path.is_file() else "no file"
+    if size != entry["bytes"]:
+        raise damaged(path, str(size), f"{entry['bytes']} bytes as they were written", REMEDY)
+    return path
 
 
 def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> str:
@@ -125,6 +158,18 @@ class StoredStatistics:
     label: str
     identity: dict[str, Any]
     entries: tuple[dict[str, Any], ...]
+    _checked: set[int] = field(default_factory=set, compare=False, repr=False)  # layers whose SHA-256 was compared
+
+    def _path(self, layer: int) -> Path:
+        """The file of a layer; its bytes are held against its SHA-256 when it is used for the first time."""
+        entry = self.entries[layer]
+        path = check_size(self.folder, entry)
+        if layer not in self._checked:
+            digest = sha256_file(path)
+            if digest != entry["sha256"]:
+                raise damaged(path, f"SHA-256 {digest[:16]}", f"{entry['sha256'][:16]} as it was written", REMEDY)
+            self._checked.add(layer)
+        return path
 
     @property
     def layers(self) -> int:
@@ -155,7 +200,7 @@ class StoredStatistics:
         """|S|_F^2 [E] of the second moments of the experts' inputs, w1/w3 and w2; None when only diagonals are kept."""
         if not self.full:
             return None
-        with safe_open(self.folder / self.entries[layer]["file"], framework="pt") as file:
+        with safe_open(self._path(layer), framework="pt") as file:
             first, second = (file.get_tensor(f"{name}.{SQUARES}") for name in ("expert_in", "expert_mid"))
         return first, second
 
@@ -163,14 +208,7 @@ class StoredStatistics:
         """One layer's statistics on the CPU; `second` False leaves full moments on disk."""
         if layer >= self.layers:
             raise InputError(f"{self.folder}: {self.layers} layers, no layer {layer}")
-        entry = self.entries[layer]
-        path = self.folder / entry["file"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            size = path.stat().st_size if path.is_file() else "no file"
-            raise InputError(
-                f"{path}: {size}, expected {entry['bytes']} bytes: damaged, delete the folder and calibrate"
-            )
-        with safe_open(path, framework="pt") as file:
+        with safe_open(self._path(layer), framework="pt") as file:
             names = set(file.keys())
             sets = {name: _read_moments(file, names, name, second) for name in MOMENT_SETS}
             routing = RoutingStatistics(*(file.get_tensor(f"routing.{field}") for field in ROUTING_FIELDS))

@@ -26,7 +26,7 @@ def damaged(path: Path, found: str, expected: str, remedy: str | None = None) ->
     remedy: what starts over; by default --fresh, or deleting the folder.
     """
     remedy = remedy or f"--fresh starts over, and so does deleting {path.parent}"
-    return InputError(f"{path}: {found}, expected {expected}; nothing was changed: {remedy}")
+    return InputError(f"{path}: {found}, expected {expected}: damaged; {remedy}")
 
 
 @dataclass(frozen=True)

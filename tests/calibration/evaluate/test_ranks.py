@@ -41,9 +41,9 @@ def test_a_dying_rank_ends_the_run_with_its_message(tmp_path: Path) -> None:
     with pytest.raises(mp.ProcessRaisedException):  # pyright: ignore
         launch(tmp_path, 2, "die")
     assert "noisy: layer 2 cannot be read" in (tmp_path / "died-1").read_text()
-    assert sorted(p.name.split("-", 1)[1] for p in (tmp_path / "state").glob("*.pt")) == [
-        "layer002-rank0.pt",
-        "layer002-rank1.pt",
+    assert sorted(p.name.split("-", 1)[1] for p in (tmp_path / "state").glob("*.safetensors")) == [
+        "layer002-rank0.safetensors",
+        "layer002-rank1.safetensors",
     ]
     launch(tmp_path, 2, "resume")
     found = torch.load(tmp_path / "resume.pt")

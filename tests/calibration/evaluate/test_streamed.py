@@ -18,6 +18,7 @@ from mmquant.calibration.model.forward import Observer, Routing, embed, final_lo
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.open import open_native
 from mmquant.convert.source import Source, read_globals, read_layer
+from mmquant.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_run_that_stops_goes_on_where_it_was(
     sample, state = make_sample(), tmp_path / "state"
     with pytest.raises(ValueError, match="layer 2 cannot be read"):
         evaluate(model, [Noisy(model, stop_at=2)], sample, small(state=state))
-    assert [p.name.split("-", 1)[1] for p in state.iterdir()] == ["layer002-rank0.pt"]
+    assert [p.name.split("-", 1)[1] for p in state.iterdir()] == ["layer002-rank0.safetensors"]
     again = Noisy(model)
     resumed = evaluate(model, [again], sample, small(state=state))[0]
     assert set(again.read_layers) == {2}
@@ -155,3 +156,19 @@ def test_the_state_of_another_run_is_not_taken_up(
     other = Noisy(model, 0.07)
     evaluate(model, [other], make_sample(), small(state=state))
     assert set(other.read_layers) == {0, 1, 2}
+
+
+def test_a_damaged_state_is_one_line_and_stays(
+    model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_state, "EVERY", 0.0)
+    state = tmp_path / "state"
+    with pytest.raises(ValueError, match="layer 2 cannot be read"):
+        evaluate(model, [Noisy(model, stop_at=2)], make_sample(), small(state=state))
+    (kept,) = state.iterdir()
+    data = kept.read_bytes()
+    for damage in (b"", data[:100], data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b"\x80\x02}q\x00." * 9):
+        kept.write_bytes(damage)
+        with pytest.raises(InputError, match=rf"{kept.name}: .*delete it to score from the start"):
+            evaluate(model, [Noisy(model)], make_sample(), small(state=state))
+        assert kept.read_bytes() == damage

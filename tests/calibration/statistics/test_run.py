@@ -22,9 +22,11 @@ from mmquant.calibration.statistics.live import LivePass, StoredPass
 from mmquant.calibration.statistics.run import calibrate_into, needs
 from mmquant.calibration.statistics.store import open_statistics
 from mmquant.calibration.statistics.triangles import square, stored_bytes, triangle
+from mmquant.convert.files.lock import hold
 from mmquant.convert.models.minimax_m2 import LayerWeights
 from mmquant.convert.open import open_native
 from mmquant.convert.source import read_layer
+from mmquant.errors import InputError
 
 
 def equal(a: LayerStatistics, b: LayerStatistics) -> None:
@@ -251,7 +253,7 @@ def test_damaged_statistics_are_named(tmp_path: Path) -> None:
     file = tmp_path / "out" / "layer-002.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     stored = open_statistics(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"layer-002.safetensors: \d+, expected \d+ bytes: damaged"):
+    with pytest.raises(ValueError, match=r"layer-002.safetensors: \d+, expected \d+ bytes .*: damaged"):
         stored.layer(2)
     with pytest.raises(ValueError, match="3 layers, no layer 3"):
         stored.layer(3)
@@ -314,3 +316,38 @@ def test_ranks_continue_where_they_were_killed(tmp_path: Path) -> None:
     assert open_statistics(tmp_path / "out").layers == 2
     ranks(2, lambda: run(source, tmp_path / "out"))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_flipped_bit_is_found_when_a_file_is_first_used(tmp_path: Path) -> None:
+    run(model(tmp_path), tmp_path / "out")
+    file = tmp_path / "out" / "layer-001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    stored = open_statistics(tmp_path / "out")
+    stored.layer(0)
+    for use in (stored.layer, stored.squares):
+        with pytest.raises(InputError, match=r"layer-001\.safetensors: SHA-256 .* as it was written: damaged"):
+            use(1)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"format": 2}', '{"format": 2, "layers": [{"layer": 0}], "identity": {}}']
+)
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, damage: str) -> None:
+    source = model(tmp_path)
+    run(source, tmp_path / "out")
+    (tmp_path / "out" / "statistics.json").write_text(damage)
+    before = files(tmp_path / "out")
+    for use in (lambda: open_statistics(tmp_path / "out"), lambda: run(source, tmp_path / "out")):
+        with pytest.raises(InputError, match=r"statistics\.json: "):
+            use()
+    assert files(tmp_path / "out") == before
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    source = model(tmp_path)
+    (tmp_path / "out").mkdir()
+    with hold(tmp_path / "out"), pytest.raises(InputError, match=r"in use by process \d+ on"):
+        run(source, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
