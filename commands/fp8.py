@@ -38,10 +38,12 @@ def command(
         click.echo(write_with_llmcompressor(open_model(model, fetch, None), fp8_job(scheme), out, device, dry_run))
         return
     from ..convert.folder.fp8 import Fp8Variant
+    from ..convert.folder.native_copy import check_native
     from ..runs.folder import describe, prepare, write_folder, write_native
 
     source = open_model(model, fetch, None if dry_run else out)
     if scheme == "native":
+        check_native(source)
         click.echo(describe(out, "FP8-native", source.bytes) if dry_run else write_native(source, out))
         return
     variant = Fp8Variant(scheme)

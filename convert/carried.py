@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 from mmquant.errors import InputError
 
 from .files.parse import parse_json
+from .remote_code import code_files, with_code
 from .source import CARRIED_FILES, Source
 
+TOKENIZER = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"  # transformers' folder of named chat templates
 _TEMPLATE = re.compile(rf"{TEMPLATES}/([^/\\\x00]+)\.jinja")
 
@@ -33,7 +36,7 @@ def named_templates(source: Source) -> dict[str, str]:
 
 
 def carried_files(source: Source) -> dict[str, bytes]:
-    """Tokenizer, chat templates, generation config, licence and remote code, byte for byte.
+    """Tokenizer, chat templates, generation config and licence, byte for byte; auto_map's code where it is complete.
 
     InputError for a .json that engines could not parse and a template that is not UTF-8.
     """
@@ -45,6 +48,13 @@ def carried_files(source: Source) -> dict[str, bytes]:
             parse_object(where, data)
         elif name.endswith(".jinja"):
             decode(where, data)
+    found |= code_files(source.config, source.small_file)
+    if TOKENIZER in found:
+        tokenizer = parse_object(TOKENIZER, found[TOKENIZER])
+        kept = with_code(tokenizer, source.small_file)
+        found |= code_files(kept, source.small_file)
+        if kept != tokenizer:
+            found[TOKENIZER] = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
     return found
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MmquantError(Exception):
     """One line for the user: where, what was found, what was expected. Exit code 1."""
@@ -31,3 +34,12 @@ class FitError(MmquantError):
     """Does not fit: memory or disk."""
 
     exit_code = 5
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put `where` (a tensor, a layer) before the message of an InputError that is raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

@@ -19,11 +19,13 @@ from mmquant.errors import FitError, InputError
 from ..convert import manifest
 from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.checkpoints.store import LocalFolder
 from ..convert.files.atomic import is_temporary
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
 from ..convert.fit import Weights
-from ..convert.folder.native_copy import copy_native
+from ..convert.folder.check import check_folder
+from ..convert.folder.native_copy import check_native, copy_native
 from ..convert.folder.variant import FolderVariant, global_specs, global_tensors, quantized_config
 from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, TensorSpec
 from ..convert.hub.store import HubFolder
@@ -68,9 +70,10 @@ def write_folder(
 ) -> Path:
     """Write `variant` of `source` into the folder `out` and return it. A finished folder of the same run is left alone.
 
-    `provider` hands a calibrated variant its statistics; None for one that needs none.
+    `provider` hands a calibrated variant its statistics; None for one that needs none. The folder is read again as an
+    engine would before it gets its manifest: one that fails stays unfinished.
 
-    Raises InputError when `out` holds something else, FitError when the disk is too small.
+    Raises InputError when `out` holds something else or fails its check, FitError when the disk is too small.
     """
     prepared = prepare(source, variant)
     run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
@@ -89,10 +92,19 @@ def write_folder(
         for step in bar:
             writer.write(step, step_tensors(source, variant, step, device, provider))
         names = writer.finish(files)
+        check_written(out, source, device)
         entries = tuple(FileEntry(n, (out / n).stat().st_size, writer.sha256[n]) for n in names)
         finish_folder(out, source, variant.format, variant.label, entries, prepared.weights, run)
         writer.clear_progress()
     return out
+
+
+def check_written(out: Path, source: Checkpoint, device: torch.device | str) -> None:
+    """InputError unless an engine reads from the folder what was meant.
+
+    A hub's shards were verified on their way and are gone: fetching them again to compare would double the traffic.
+    """
+    check_folder(out, source if isinstance(source.store, LocalFolder) else None, device=device)
 
 
 def step_tensors(
@@ -188,6 +200,7 @@ def describe(out: Path, label: str, size: int) -> str:
 def write_native(source: Checkpoint, out: Path) -> Path:
     """Copy the release as it is, verified, with a manifest."""
     source.validate()
+    check_native(source)
     run = {"command": "fp8", "scheme": "native", "source": source.fingerprint}
     if is_finished(out, run):
         return out

@@ -23,6 +23,8 @@ from ..calibration.gguf.solve import Report
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
 from ..convert.files.lock import hold
+from ..convert.gguf.doctor import check_metadata
+from ..convert.gguf.reader import GgufSource
 from ..convert.gguf.variant import GgufVariant
 from ..convert.gguf.writer import GgufWriter, TensorInfo
 from ..convert.manifest import FileEntry
@@ -65,12 +67,22 @@ def write_gguf(
         paths = writer.finish()
         entries = [FileEntry(p.name, p.stat().st_size, writer.sha256[p.name]) for p in paths]
         entries += carry_licence(source, out)
+        check_file(first)
         weights = variant.weights(source.geometry)
         finish_folder(out, source, "gguf", variant.label, tuple(entries), weights, run, entry=first.name)
         for leftover in out.glob(".hidden-*"):
             leftover.unlink()
         writer.clear_progress()
     return first
+
+
+def check_file(first: Path) -> None:
+    """InputError unless the set is whole and its metadata makes runtimes work; the writer has seen every scale."""
+    found = GgufSource(first)
+    found.validate()
+    for finding in check_metadata(found):
+        if finding.level == "error":
+            raise InputError(f"{first}: {finding.where} is {finding.text}")
 
 
 def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:

@@ -14,8 +14,6 @@ from ..calibration.int4.high import ReferenceStream
 from ..calibration.int4.layer import Int4Options
 from ..calibration.int4.variant import CalibratedInt4
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.checkpoints.store import LocalFolder
-from ..convert.folder.check import check_folder
 from ..convert.folder.int4 import Int4Variant, check_groups
 from ..quantize.integer.gptq import Grid
 from .calibrate import NAMES, make_provider
@@ -114,7 +112,7 @@ def _say(line: str) -> None:
 
 
 def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, limit: int) -> Path:
-    """Write the folder, then read it again as an engine would."""
+    """Write the folder; what a killed run would have continued from goes with it."""
     provider = None
     if isinstance(variant, CalibratedInt4):
         provider = make_provider(
@@ -129,6 +127,4 @@ def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, o
         source.schedule.behind = 1  # the reference stream reads the layer before once more
     done = write_folder(source, variant, out, device=request.device, limit=limit, provider=provider)
     shutil.rmtree(out / STREAMS, ignore_errors=True)
-    # A hub's shards were verified on their way and are gone; fetching all of them again would double the traffic.
-    check_folder(done, source if isinstance(source.store, LocalFolder) else None)
     return done

@@ -21,11 +21,13 @@ from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import LocalFolder
-from ..convert.files.atomic import sha256_file
+from ..convert.files.atomic import sha256_file, write_whole
+from ..convert.files.parse import parse_json
 from ..convert.fit import Weights
 from ..convert.folder.check import check_folder
 from ..convert.manifest import FileEntry
 from ..convert.models.minimax_m2 import layer_of
+from ..convert.remote_code import with_code
 from .folder import check_disk, describe, finish_folder, is_finished
 
 PYTHON = "MMQUANT_LLMCOMPRESSOR"  # the environment variable that names its Python
@@ -90,6 +92,7 @@ def write_with_llmcompressor(
     }
     try:
         _work(python, told, out.parent)
+        _mend_config(partial)
         check_folder(partial, source)
         files = tuple(FileEntry(p.name, p.stat().st_size, sha256_file(p)) for p in sorted(partial.iterdir()))
         finish_folder(partial, source, "compressed-tensors", job["scheme"], files, _weights(partial), run)
@@ -125,6 +128,15 @@ def _work(python: str, told: dict[str, Any], folder: Path) -> None:
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise MmquantError(f"llm-compressor failed (exit {done.returncode}): {last[-1]}")
+
+
+def _mend_config(folder: Path) -> None:
+    """Entries of auto_map whose code llm-compressor did not bring along are taken out of config.json."""
+    path = folder / "config.json"
+    config = parse_json(path.read_bytes(), str(path))
+    kept = with_code(config, LocalFolder(folder).small)
+    if kept != config:
+        write_whole(path, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _weights(folder: Path) -> Weights:

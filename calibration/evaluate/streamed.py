@@ -21,7 +21,7 @@ from ...convert.models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, Layer
 from ...convert.source import Source
 from ..model.distributed import read_layer_shared
 from ..model.forward import EXACT, Observer, Routing, embed, final_logits, layer_forward
-from ..model.hidden import RAM_LIMIT, HiddenStates, place_of
+from ..model.hidden import RAM_LIMIT, HiddenStates, leaving, place_of
 from ..model.llamacpp_activations import as_converted, head_rounding, layer_rounding
 from ..model.ranks import Ranks
 from ..text.sample import Sample
@@ -187,7 +187,8 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
         step = max(1, settings.tokens // mine.context)
         for index, (start, values) in enumerate(subject.hidden.batches(step, settings.device)):
             after = layer_forward(weights, subject.source.geometry, values, watch, rounding)
-            subject.hidden.put(start, after)
+            # A candidate's are counted, and fail the gate; against a reference that is not finite nothing is measured.
+            subject.hidden.put(start, after, leaving(subject.label, layer) if has_reference and number == 0 else None)
             if has_reference and number == 0:
                 chosen.append(watch.chosen.to(torch.int16))
             elif has_reference:

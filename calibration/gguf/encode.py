@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import naming
+
 from ...convert.gguf.names import EXPERT_TENSORS, release_name, split_block
 from ...convert.gguf.writer import TensorInfo
 from ...convert.source import Source
@@ -66,7 +68,8 @@ def encode_nearest(matrices: Matrices, device: torch.device | str, importance: T
         for start in range(0, len(chosen) * rows, block := row_block(info.shape[-1], device)):
             part = weights.view(-1, info.shape[-1])[start : start + block]
             first = chosen.start * rows + start
-            out[first : first + len(part)] = encode(part, kind, importance).cpu().numpy()
+            with naming(info.name):
+                out[first : first + len(part)] = encode(part, kind, importance).cpu().numpy()
     return out
 
 

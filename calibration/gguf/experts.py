@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import naming
+
 from ...convert.gguf.names import EXPERT_TENSORS
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.ggml.types import GGMLType
@@ -84,7 +86,8 @@ class Experts:
             source = cured(experts_of(self.weights, range(few.start, few.stop)), self.exponents[few])
             part = slice(few.start - kept.start, few.stop - kept.start)
             weight = torch.cat([getattr(source, role) for role in roles], 1)
-            found = solve_part(weight, self.kinds[names[0]], pair, part, self.method)
+            with naming(" and ".join(names)):
+                found = solve_part(weight, self.kinds[names[0]], pair, part, self.method)
             data, values, wanted = np.split(found[0], len(names), 1), *(f.chunk(len(names), 1) for f in found[1:])
             for index, (name, role) in enumerate(zip(names, roles, strict=True)):
                 self.out[name][few], getattr(self.new, role)[few] = data[index], values[index]

@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from mmquant.errors import naming
+
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, PLAIN_TENSORS
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.ggml.types import GGMLType
@@ -59,7 +61,8 @@ def quantize_attention(
         pair = output_pair(streams, weights, new, g) if names == ("attn_output",) else input_pair(streams, weights, g)
         for name in names:
             role = ROLES[ATTENTION_TENSORS[name]]
-            out[name], value = solve(getattr(weights, role).unsqueeze(0), kinds[name], pair, method)
+            with naming(name):
+                out[name], value = solve(getattr(weights, role).unsqueeze(0), kinds[name], pair, method)
             new = replace(new, **{role: value[0]})
     pass_attention(streams, new, g)
     return new

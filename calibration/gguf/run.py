@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmquant.errors import naming
+
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.files.atomic import whole_file
 from ...convert.files.progress import damaged
@@ -28,7 +30,7 @@ from ...convert.models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry
 from ...convert.source import read_layer
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
-from ..model.hidden import RAM_LIMIT, HiddenStates
+from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving
 from ..model.signround_layer import LearnOptions
 from .encode import Matrices, encode_nearest
 from .layer import quantize_head, quantize_layer
@@ -103,10 +105,19 @@ class CalibratedRun:
             return {TOKEN_EMBD: self._embed()}
         if step <= g.layers:
             weights = read_layer(self.source, step - 1, self.device, self.dtype)
-            return quantize_layer(self.streams, weights, step - 1, self.types, g, self.method, self.report)
+            with naming(f"layer {step - 1}"):
+                made = quantize_layer(self.streams, weights, step - 1, self.types, g, self.method, self.report)
+            self._check_streams(step - 1)
+            return made
         norm = self.source.read(FINAL_NORM).to(self.device)
         head = quantize_head(self.streams, self.source.read(HEAD).to(self.device), norm, self.types, g, self.method)
         return {OUTPUT_NORM: norm.float().cpu().numpy(), OUTPUT: head}
+
+    def _check_streams(self, layer: int) -> None:
+        """InputError where the model, or what was made of it, left finite numbers."""
+        for label, hidden in ((self.source.label, self.streams.reference), (self.label, self.streams.written)):
+            for start, values in hidden.batches(self.streams.batch, self.streams.device):
+                check_activations(values, leaving(label, layer), start)
 
     def _embed(self) -> np.ndarray:
         """The embeddings' bytes; both streams begin."""

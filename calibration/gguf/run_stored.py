@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.files.atomic import sha256_file
@@ -188,7 +188,8 @@ def encode_matrices_of(
         role = ROLES[ATTENTION_TENSORS[name]] if name in ATTENTION_TENSORS else EXPERT_TENSORS[name]
         weight = getattr(weights, role)
         weight = weight.unsqueeze(0) if weight.dim() == 2 else weight
-        out[name] = encode_matrices(weight, kind, moments[name], method)
+        with naming(f"blk.{layer}.{name}.weight"):
+            out[name] = encode_matrices(weight, kind, moments[name], method)
     return out
 
 

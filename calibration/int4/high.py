@@ -24,7 +24,7 @@ from ...quantize.integer.grid import IntWeight, dequantize, join
 from ...quantize.refit import agreement, refit_bias, refit_gain, refit_linear
 from ...quantize.signround import Start, int_start, int_weight
 from ..model.forward import Observer, attention, layer_forward, moe, rms_norm, route
-from ..model.hidden import HiddenStates, place_of
+from ..model.hidden import HiddenStates, leaving, place_of
 from ..model.signround_layer import LearnOptions, Routed, learn_attention, learn_chunks
 from .layer import QuantizedLayer
 
@@ -65,7 +65,8 @@ class ReferenceStream:
                 self.hidden.all().copy_(quantized.all())
             self.layer = layer
         while self.layer < layer:
-            advance(read_layer(source, self.layer, like.device, like.dtype), source.geometry, self.hidden)
+            weights = read_layer(source, self.layer, like.device, like.dtype)
+            advance(weights, source.geometry, self.hidden, where=leaving(source.label, self.layer))
             self.layer += 1
         self._save()
         return self.hidden
@@ -95,10 +96,12 @@ class ReferenceStream:
             old.unlink(missing_ok=True)
 
 
-def advance(weights: LayerWeights, geometry: Geometry, hidden: HiddenStates, batch: int = 8) -> None:
-    """Move a stream through one layer."""
+def advance(
+    weights: LayerWeights, geometry: Geometry, hidden: HiddenStates, batch: int = 8, where: str | None = None
+) -> None:
+    """Move a stream through one layer; `where` names it, and has it checked (HiddenStates.put)."""
     for start, values in hidden.batches(batch, weights.w1.device):
-        hidden.put(start, layer_forward(weights, geometry, values))
+        hidden.put(start, layer_forward(weights, geometry, values), where)
 
 
 def learn_layer(

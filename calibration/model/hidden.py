@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 RAM_LIMIT = 8 << 30
 
 
@@ -19,6 +21,20 @@ def place_of(device: torch.device | str, size: int) -> torch.device:
     if device.type == "cuda" and 5 * size <= torch.cuda.mem_get_info(device)[0]:
         return device
     return torch.device("cpu")
+
+
+def leaving(model: str, layer: int) -> str:
+    """What messages call the hidden states that leave a layer."""
+    return f"{model}: hidden states after layer {layer}"
+
+
+def check_activations(values: Tensor, where: str, start: int = 0) -> None:
+    """InputError unless hidden states [n, T, H] are finite; `start`: the number of the first window."""
+    if bool(torch.isfinite(values).all()):
+        return
+    window, position, _ = (~torch.isfinite(values)).nonzero()[0].tolist()
+    place = f"window {start + window}, position {position}"
+    raise InputError(f"{where} hold NaN or infinity, first in {place}; expected finite hidden states")
 
 
 class HiddenStates:
@@ -58,8 +74,13 @@ class HiddenStates:
             moved = part.to(device)
             yield start, moved.clone() if moved is part else moved
 
-    def put(self, start: int, values: Tensor) -> None:
-        """Store `values` [n, T, H] as windows start..start+n-1."""
+    def put(self, start: int, values: Tensor, where: str | None = None) -> None:
+        """Store `values` [n, T, H] as windows start..start+n-1.
+
+        where: whose values these are; with it, NaN or infinity raise InputError.
+        """
+        if where is not None:
+            check_activations(values, where, start)
         self._values[start : start + values.shape[0]].copy_(values)
 
     def all(self) -> Tensor:

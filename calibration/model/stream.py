@@ -16,7 +16,7 @@ from ...convert.models.minimax_m2 import EMBED, LayerWeights
 from ...convert.source import Source
 from .distributed import rank_device, read_layer_shared, world
 from .forward import Observer, layer_forward
-from .hidden import RAM_LIMIT, HiddenStates, place_of
+from .hidden import RAM_LIMIT, HiddenStates, leaving, place_of
 
 DISK_LIMIT = 64 << 30
 
@@ -86,7 +86,8 @@ class Stream:
     def advance(self, weights: LayerWeights, observer: Observer | None = None) -> None:
         """Move through one layer with these weights."""
         for start, values in self.hidden.batches(self.batch, self.device):
-            self.hidden.put(start, layer_forward(weights, self.source.geometry, values, observer))
+            after = layer_forward(weights, self.source.geometry, values, observer)
+            self.hidden.put(start, after, leaving(self.source.label, self.layer))
         self.layer += 1
 
     def save(self) -> None:

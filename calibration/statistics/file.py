@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...convert.checkpoints.finite import check_finite
 from ...convert.checkpoints.store import DTYPE_BYTES
 from ...quantize.moments import Moments
 from ..model.distributed import share, sum_everywhere, world
@@ -100,7 +101,10 @@ def _second(set_name: str, moments: Moments, dtype: str) -> Entry:
 
 
 def write_tensors(file: BinaryIO, parts: list[Entry], metadata: Mapping[str, str] | None = None) -> str:
-    """A safetensors file (https://github.com/huggingface/safetensors#format), tensor by tensor; its SHA-256."""
+    """A safetensors file (https://github.com/huggingface/safetensors#format), tensor by tensor; its SHA-256.
+
+    InputError names an entry that holds NaN or infinity.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for entry in parts:
@@ -123,4 +127,5 @@ def _bytes(head: bytes, parts: list[Entry]) -> Iterator[bytes]:
     yield head
     for entry in parts:
         for value in entry.values():
+            check_finite(value, entry.name)
             yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

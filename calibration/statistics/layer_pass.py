@@ -23,6 +23,7 @@ from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.moments import Moments
 from ..model.distributed import max_everywhere, share, sum_everywhere, sum_to, world
 from ..model.forward import layer_forward
+from ..model.hidden import leaving
 from ..model.stream import Stream
 from .collector import Collect
 from .collector_cuda import make_collector
@@ -114,6 +115,7 @@ def calibrate_layer(
     chunks = [range(a, min(a + plan.chunk, g.experts)) for a in range(0, g.experts, plan.chunk)]
     results = None if len(chunks) == 1 or not collect.full else Results(g, collect, plan, scratch)
     found: LayerStatistics | None = None
+    left = leaving(stream.source.label, layer)
     for number, kept in enumerate(chunks):
         collector = make_collector(layer, weights, g, collect, domains, kept, first=number == 0)
         for start, values in stream.hidden.batches(stream.batch, stream.device):
@@ -121,7 +123,7 @@ def calibrate_layer(
             collector.begin(first_window + start, values.shape[1], domain[start : start + count])
             out = layer_forward(weights, g, values, collector)
             if advance and number == len(chunks) - 1:
-                stream.hidden.put(start, out)
+                stream.hidden.put(start, out, None if collect.skip_nonfinite else left)
         part = collector.statistics()
         found = part if found is None else found
         if results is not None:

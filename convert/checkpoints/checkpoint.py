@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...quantize.fp8 import dequantize_tiles
+from ...quantize.fp8 import E4M3_MAX, dequantize_tiles
 from ..files.parse import parse_json
 from ..models.minimax_m2 import (
     FINAL_NORM,
@@ -33,10 +33,12 @@ from ..models.minimax_m2 import (
     plain_shapes,
 )
 from .batches import batches, read_batch
+from .finite import check_finite, first_bad
 from .schedule import Schedule
 from .store import LocalFolder, ShardStore, TensorInfo, shard_names
 
 PLAIN = ("BF16", "F32", "F16")
+LARGEST_SCALE = torch.finfo(torch.float32).max / E4M3_MAX
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -166,17 +168,17 @@ class Checkpoint:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def raw(self, name: str) -> Tensor:
-        """A tensor as stored; ValueError when there is none of that name."""
-        if name not in self.tensors:
-            raise InputError(f"{self.label}: {name} is missing")
-        self.schedule.reading(name)
-        return read_tensor(self.store, self.tensors[name])
+        """A tensor as stored; InputError when there is none of that name, or when it holds NaN or infinity."""
+        info = self._scheduled(name)
+        values = read_tensor(self.store, info)
+        check_finite(values, f"{info.shard}: {name}")
+        return values
 
     def read_scales(self, name: str) -> Tensor:
-        """A weight_scale_inv in float32, checked to be finite and positive."""
-        scales = self.raw(name).float()
-        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-            bad = scales[~(torch.isfinite(scales) & (scales > 0))][0].item()
+        """A weight_scale_inv in float32, checked to be positive and to keep every code finite."""
+        scales = read_tensor(self.store, self._scheduled(name)).float()
+        if not _usable(scales):
+            bad = scales[~((scales > 0) & (scales < LARGEST_SCALE))][0].item()
             raise InputError(f"{self.tensors[name].shard}: {name} holds {bad}, expected finite and positive scales")
         return scales
 
@@ -213,16 +215,24 @@ class Checkpoint:
         self.schedule.reading(names[0])
         weights = [self._info(name + ".weight") for name in names]
         codes = read_batch(self.store, weights, TORCH_DTYPES[weights[0].dtype], device)
+        if first_bad(codes) is not None:
+            for info, values in zip(weights, codes, strict=True):
+                check_finite(values, f"{info.shard}: {info.name}")
         if not self.is_quantized(names[0]):
             return codes.float()
         suffix = ".weight_scale_inv"
         infos = [self._info(name + suffix) for name in names]
         scales = read_batch(self.store, infos, TORCH_DTYPES[infos[0].dtype], device).float()
-        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        if not _usable(scales):
             for name in names:
                 self.read_scales(name + suffix)
         assert self.tile is not None
         return dequantize_tiles(codes, scales, self.tile)
+
+    def _scheduled(self, name: str) -> TensorInfo:
+        info = self._info(name)
+        self.schedule.reading(name)
+        return info
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -271,6 +281,11 @@ class Checkpoint:
             row = groups.setdefault((kind, info.dtype), Counter())
             row.update(count=1, bytes=info.size, weights=int(np.prod(info.shape, dtype=np.int64)))
         return [Kind(k, d, c["count"], c["bytes"], c["weights"]) for (k, d), c in sorted(groups.items())]
+
+
+def _usable(scales: Tensor) -> bool:
+    """Whether every scale is positive, and none takes a code to infinity."""
+    return bool(((scales > 0) & (scales < LARGEST_SCALE)).all())
 
 
 def _quantization(config: dict[str, Any]) -> tuple[tuple[int, int] | None, set[str]]:

@@ -7,6 +7,7 @@ same scheme for every layer, and no matrix is zero or holds NaN or infinity.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,19 +15,23 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
+from ..checkpoints.batches import batches
+from ..checkpoints.finite import check_finite
 from ..checkpoints.quantization_config import SGLANG, Scheme, scheme_of
 from ..checkpoints.quantized_folder import QuantizedFolder
 from ..checkpoints.store import LocalFolder
-from ..models.minimax_m2 import PROJECTIONS, attention_name, expert_name, global_shapes, is_mtp, plain_shapes
+from ..models.minimax_m2 import ATTENTION, PROJECTIONS, attention_name, expert_name, global_shapes, is_mtp, plain_shapes
 from ..source import Source
 
 LARGEST_ERROR = 0.5  # of a matrix, relative: INT4 of anything is near 0.1, noise is near 1.4
 
 
-def check_folder(folder: Path, source: Source | None = None, samples: int = 4) -> int:
-    """Check all tensors; returns how many matrices were read. ValueError with the first fault.
+def check_folder(
+    folder: Path, source: Source | None = None, samples: int = 4, device: torch.device | str = "cpu"
+) -> int:
+    """Check all tensors; returns how many matrices were read. InputError with the first fault.
 
-    With `source`, `samples` experts of every layer are also compared with the originals.
+    With `source`, `samples` experts of every layer are also compared with the originals. `device` decodes them.
     """
     found = QuantizedFolder(LocalFolder(folder))
     found.validate()
@@ -36,13 +41,13 @@ def check_folder(folder: Path, source: Source | None = None, samples: int = 4) -
     for layer in range(found.geometry.layers):
         _check_engines(found, layer)
     _check_cache_scales(found)
-    count = sum(_check_values(found, name) for name in found.matrices)
-    for name, tensor in _plain(found):
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{folder}: {name} holds NaN or infinity")
+    for layer in range(found.geometry.layers):
+        _check_layer(found, layer, device)
+    for name in _plain(found):
+        check_finite(found.read(name), f"{folder}: {name}")
     if source is not None:
         _compare(found, source, samples)
-    return count
+    return len(found.matrices)
 
 
 def _check_places(found: QuantizedFolder) -> None:
@@ -104,20 +109,32 @@ def _words(scheme: Scheme | None) -> str:
     return "unquantized" if scheme is None else f"{scheme.format} of {scheme.bits} bits, group {scheme.group}"
 
 
-def _check_values(found: QuantizedFolder, name: str) -> int:
-    values = found.dequantize(name)
-    if not bool(torch.isfinite(values).all()):
-        raise InputError(f"{found.label}: {name} holds NaN or infinity")
-    if not bool(values.any()):
-        raise InputError(f"{found.label}: {name} is zero throughout")
-    return 1
+def _check_layer(found: QuantizedFolder, layer: int, device: torch.device | str) -> None:
+    """Attention one by one, experts in stacks."""
+    for projection in ATTENTION:
+        name = attention_name(layer, projection)
+        _check_values(found, [name], found.dequantize(name, device).unsqueeze(0))
+    for projection in PROJECTIONS:
+        for part in batches(found.geometry.experts):
+            names = [expert_name(layer, expert, projection) for expert in part]
+            _check_values(found, names, found.read_experts(layer, projection, part, device, torch.float32))
 
 
-def _plain(found: QuantizedFolder) -> list[tuple[str, Tensor]]:
+def _check_values(found: QuantizedFolder, names: list[str], values: Tensor) -> None:
+    """No matrix [O, I] of the stack [n, O, I] is zero throughout or holds NaN or infinity."""
+    largest = values.abs().amax((1, 2)).tolist()  # NaN stays NaN
+    for index, (name, most) in enumerate(zip(names, largest, strict=True)):
+        if not math.isfinite(most):
+            check_finite(values[index], f"{found.label}: {name}")
+        if most == 0:
+            raise InputError(f"{found.label}: {name} is zero throughout")
+
+
+def _plain(found: QuantizedFolder) -> list[str]:
     names = list(global_shapes(found.geometry))
     for layer in range(found.geometry.layers):
         names += [name for name, _ in plain_shapes(found.geometry, layer)]
-    return [(name, found.read(name)) for name in names if name in found.tensors]
+    return [name for name in names if name in found.tensors]
 
 
 def _compare(found: QuantizedFolder, source: Source, samples: int) -> None:

@@ -12,6 +12,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization_config import QUANTIZATION_KEYS
 from ..models.minimax_m2 import EMBED, HEAD, global_shapes
 from ..models.rope import DEFAULT
+from ..remote_code import with_code
 from .writer import TensorSpec
 
 
@@ -75,7 +76,8 @@ def quantized_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[s
     Where there is a `rope_scaling`, transformers 5 lets it win: it says the same.
     """
     g = source.geometry
-    config = {key: value for key, value in source.config.items() if key not in QUANTIZATION_KEYS}
+    config = with_code(source.config, source.small_file)
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     scaling = {"rope_type": DEFAULT} if g.rope_scaling is None else g.rope_scaling.parameters()
     rope = {**scaling, "rope_theta": g.rope_theta, "partial_rotary_factor": g.rotary_dim / g.head_dim}
     config["rope_parameters"] = rope

@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ..checkpoints.checkpoint import TORCH_DTYPES
+from ..checkpoints.finite import check_finite
 from ..checkpoints.store import DTYPE_BYTES, INDEX
 from ..files.atomic import replace_whole, sync_file, temporary_of, write_whole
 from ..files.growing import begin, go_on
@@ -125,7 +128,10 @@ class FolderWriter:
         return sum(shard.bytes for shard in self.shards)
 
     def write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Append one step's tensors and make them durable. Every planned tensor must be there as planned."""
+        """Append one step's tensors and make them durable. Every planned tensor must be there as planned.
+
+        InputError names a tensor with NaN or infinity; the folder then stays unfinished.
+        """
         assert step == self.done, (step, self.done)
         self._wait_for_hash()  # of the step before: hashing goes on beside the work between two steps
         wanted = self._step_ends[step] - (self._step_ends[step - 1] if step else 0)
@@ -134,6 +140,9 @@ class FolderWriter:
             for _ in range(wanted):
                 self._append(tensors)
             self._flush()
+        except InputError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise OSError(error.errno, f"{self.folder}: {error.strerror} while writing step {step}") from None
@@ -174,6 +183,7 @@ class FolderWriter:
         tensor = tensors[spec.name]
         found = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
         assert found == (spec.dtype, spec.shape), (spec, found)
+        check_finite(tensor, f"{self.folder}: {spec.name}")
         if self._file is None:
             self._file = begin(self.folder / shard.name)
             self._put(shard.header)

@@ -20,6 +20,7 @@ from mmquant.errors import InputError
 
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
+from .finite import SCALES
 from .header import GgufFile, GgufTensor
 from .reader import GgufSource
 
@@ -30,11 +31,6 @@ MARGIN = 4.0  # the largest sum is brought below 65504 / MARGIN, for text that w
 ABSURD = 1e4  # a weight beyond this is no weight of this model
 OVERFLOW = "overflow"
 BROKEN, DEAD = "holds NaN or infinity", "is all zero"
-SCALES = {  # type -> byte offsets of the float16 scales of a block; source: ggml-common.h
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ3_S": (0,), "IQ3_XXS": (0,),
-    "IQ2_S": (0,), "IQ2_XS": (0,), "IQ2_XXS": (0,), "IQ1_S": (0,),
-}  # fmt: skip
 FLOATS = {"F32": np.float32, "F16": np.float16}
 
 

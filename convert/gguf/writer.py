@@ -25,6 +25,7 @@ from ...quantize.ggml.types import GGMLType
 from ..files.atomic import replace_whole, sync_file, temporary_of
 from ..files.growing import begin, go_on
 from ..files.progress import Progress
+from .finite import check_stored
 from .metadata import Metadata, pack_string, split_keys
 from .mixes import tensor_bytes
 
@@ -141,13 +142,17 @@ class GgufWriter:
         return [tensor.name for _, tensor in self.tensors[self.done :]]
 
     def write(self, name: str, data: bytes | np.ndarray) -> None:
-        """Append the next tensor. Name and size must be the planned ones (a slip of ours: AssertionError)."""
+        """Append the next tensor. Name and size must be the planned ones (a slip of ours: AssertionError).
+
+        InputError names a tensor that holds NaN or infinity; the set then stays unfinished.
+        """
         part, tensor = self.tensors[self.done]
         view = (
             memoryview(np.ascontiguousarray(data).data).cast("B") if isinstance(data, np.ndarray) else memoryview(data)
         )
         assert name == tensor.name, f"{name} written, {tensor.name} is next"
         assert len(view) == tensor.bytes, f"{name}: {len(view)} bytes, expected {tensor.bytes}"
+        check_stored(np.frombuffer(view, np.uint8), GGMLType[tensor.type], f"{self.parts[part].name}: {name}")
         self._open(part)
         self._put(view)
         self._put(bytes(-len(view) % ALIGNMENT))
