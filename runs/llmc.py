@@ -22,6 +22,7 @@ from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import LocalFolder
 from ..convert.files.atomic import sha256_file, write_whole
+from ..convert.files.child import SAFE_PATH, environment
 from ..convert.files.parse import parse_json
 from ..convert.fit import Weights
 from ..convert.folder.check import check_folder
@@ -109,7 +110,9 @@ def find_python() -> str:
     python = os.environ.get(PYTHON, sys.executable)
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
     try:
-        missing = subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode
+        missing = subprocess.run(
+            [python, SAFE_PATH, "-c", probe], env=environment({}), capture_output=True, check=False
+        ).returncode
     except OSError as error:
         raise InputError(f"{PYTHON}={python}: {error.strerror}, expected a Python that has llmcompressor") from None
     if missing:
@@ -121,10 +124,10 @@ def find_python() -> str:
 
 
 def _work(python: str, told: dict[str, Any], folder: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     # As text, not as a file: a file's folder would come first among the modules.
-    command = [python, "-W", "ignore", "-c", WORKER.read_text("utf-8"), json.dumps(told)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    command = [python, SAFE_PATH, "-W", "ignore", "-c", WORKER.read_text("utf-8"), json.dumps(told)]
+    given = environment({"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=given, cwd=folder, check=False)
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise MmquantError(f"llm-compressor failed (exit {done.returncode}): {last[-1]}")

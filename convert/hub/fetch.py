@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures import wait as wait_all
 from dataclasses import dataclass
 from io import FileIO
@@ -155,15 +155,28 @@ def _fetch_blocks(client: Client, job: Job, done: set[int], pool: Executor) -> N
             stop.set()
             raise
 
+    futures: list[Future[None]] = []
     try:
-        futures: list[Future[None]] = [pool.submit(one, i) for i in range(len(job.blocks())) if i not in done]
+        for index in [i for i in range(len(job.blocks())) if i not in done]:
+            futures.append(_submit(pool, one, index, job))
         wait_all(futures)
         for future in futures:
             future.result()
+    except CancelledError:
+        raise TransferError(f"{job.what}: cancelled") from None
     except OSError as error:
         raise _disk_error(error, job) from None
     finally:
+        stop.set()
+        wait_all(futures)  # none may write to a file that is closed already
         part.close()
+
+
+def _submit(pool: Executor, work: Callable[[int], None], index: int, job: Job) -> Future[None]:
+    try:
+        return pool.submit(work, index)
+    except RuntimeError:  # the pool was shut down
+        raise TransferError(f"{job.what}: cancelled") from None
 
 
 def _record(job: Job, done: set[int]) -> None:

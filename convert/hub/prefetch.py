@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -20,13 +21,19 @@ class DaemonPool(Executor):
 
     def __init__(self, workers: int) -> None:
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._workers = workers
-        for _ in range(workers):
-            threading.Thread(target=self._work, daemon=True).start()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """RuntimeError after shutdown, as every Executor has it: nobody would ever finish the future."""
         future: Future[Any] = Future()
-        self._queue.put((future, lambda: fn(*args, **kwargs)))
+        with self._closing:
+            if self._closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            self._queue.put((future, lambda: fn(*args, **kwargs)))
         return future
 
     def _work(self) -> None:
@@ -40,8 +47,21 @@ class DaemonPool(Executor):
                 future.set_exception(error)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        for _ in range(self._workers):
-            self._queue.put(None)
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                if cancel_futures:
+                    self._cancel()
+                for _ in self._threads:
+                    self._queue.put(None)
+        for thread in self._threads if wait else []:
+            thread.join()
+
+    def _cancel(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while item := self._queue.get_nowait():
+                item[0].cancel()
+                item[0].set_running_or_notify_cancel()
 
 
 class Prefetcher:

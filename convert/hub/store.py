@@ -135,7 +135,7 @@ class HubFolder:
         if finished:
             self._prefetch.release_all()
         self._client.cancelled.set()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._bar.close()
         if self._held:
             self._held.close()

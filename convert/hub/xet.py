@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from ..files.atomic import replace_whole
+from ..files.child import SAFE_PATH, environment
 from .fetch import part_digest
 from .http import Client, redact
 from .listing import RepoFile, RepoSpec
@@ -30,16 +31,20 @@ def fetch_xet(client: Client, spec: RepoSpec, file: RepoFile, target: Path, stal
     scratch = target.with_name(target.name + ".xet")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    environment = dict(os.environ)
-    environment |= {"HF_ENDPOINT": client.endpoint.url, "HF_HUB_DISABLE_XET": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    environment |= {"HF_XET_CACHE": str(scratch / "xet"), "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
+    given = {"HF_ENDPOINT": client.endpoint.url, "HF_HUB_DISABLE_XET": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    given |= {"HF_XET_CACHE": str(scratch / "xet"), "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0"}
+    given |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
     if client.endpoint.token:
-        environment["HF_TOKEN"] = client.endpoint.token
-    arguments = [sys.executable, "-m", __name__, spec.repo, spec.revision, file.path, str(scratch)]
+        given["HF_TOKEN"] = client.endpoint.token
+    arguments = [sys.executable, SAFE_PATH, "-m", __name__, spec.repo, spec.revision, file.path, str(scratch)]
     with open(scratch / "log", "wb") as output:
         process = subprocess.Popen(
-            arguments, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            arguments,
+            env=environment(given),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         finished = _watch(client, process, scratch, stall)

@@ -52,6 +52,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A Python that has a package of that name, but not the function."""
     (tmp_path / "llmcompressor.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.delenv(PYTHON, raising=False)
     assert find_python() == sys.executable
     out = tmp_path / "out"
