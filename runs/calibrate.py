@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +22,23 @@ FULL_BY_DEFAULT = 16 << 30  # full moments are kept by default while they take n
 
 def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
     """Read, check and pack the calibration text."""
-    import numpy as np
-
     from ..calibration.text.chat import load_template
     from ..calibration.text.corpus import bundled, pack, read_sets
-    from ..calibration.text.overlap import check_disjoint, shingles
+    from ..calibration.text.overlap import check_disjoint
     from ..calibration.text.tokenizer import load_tokenizer
 
     longest = source.geometry.max_context
     context = options["context"] or (512 if longest < 8192 else 2048)
     if context > longest:
         raise InputError(f"--context {context}: the model has at most {longest}")
-    template = load_template(source)
-    sets = read_sets(list(options["texts"]), template)
-    known = np.concatenate([shingles(document.text) for part in sets for document in part.documents])
+    tokenizer, template, notes = load_tokenizer(source), load_template(source), []
+    sets = read_sets(list(options["texts"]), template, notes)
+    for note in notes:
+        print(f"mmquant: {note}", file=sys.stderr)
+    corpus = pack(sets, tokenizer, context, options["windows"], options["seed"])
     held = read_sets(list(options["evaluation"]) or [str(bundled("evaluation"))], template)
-    check_disjoint({d.origin: d.text for part in held for d in part.documents}, known)
-    return pack(sets, load_tokenizer(source), context, options["windows"], options["seed"])
+    check_disjoint(((d.origin, d.parts()) for part in held for d in part.documents), corpus.seen)
+    return corpus
 
 
 def pass_options(source: Checkpoint, options: dict[str, Any]) -> PassOptions:

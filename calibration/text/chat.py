@@ -1,4 +1,4 @@
-"""Chats as the model sees them: JSONL conversations rendered with the checkpoint's own chat template."""
+"""Chats as the model sees them: conversations rendered with the checkpoint's own chat template."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, Undefined
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, Undefined, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmquant.errors import InputError
 
 from ...convert.source import Source
+from .rows import Chat
 
-ROLES = ("system", "user", "assistant", "tool")
 CALL_OPEN, CALL_CLOSE = "<minimax:tool_call>", "</minimax:tool_call>"
 
 
-@dataclass(frozen=True)
-class Chat:
-    """One conversation: messages in the OpenAI form (role, content, reasoning_content, tool_calls) and its tools."""
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %} of training templates: only the body counts here."""
 
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...]
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ChatTemplate:
     def _compiled(self) -> Any:
         # The environment of transformers' apply_chat_template: sandboxed, trimmed blocks, loop controls, strftime_now.
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], undefined=Undefined
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], undefined=Undefined
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
@@ -49,13 +51,15 @@ class ChatTemplate:
         return environment.from_string(self.source)
 
     def render(self, chat: Chat) -> str:
-        """The conversation as one text. Raises ValueError with the template's own complaint."""
+        """The conversation as one text. Raises InputError with the template's own complaint, on one line."""
         messages = [self._plain(message) for message in self._with_tools(chat)]
         tools = list(chat.tools) if chat.tools else None
         try:
             return self._compiled.render(messages=messages, tools=tools, add_generation_prompt=False, **self.tokens)
-        except (TemplateError, TypeError) as error:
-            raise InputError(f"{self.label}: {error}") from None
+        except Exception as error:  # a template is a program of somebody else's: whatever it raises is its fault
+            reason = " ".join(str(error).split()) or type(error).__name__
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            raise InputError(f"{self.label}: {kind}{reason}") from None
 
     def _with_tools(self, chat: Chat) -> tuple[dict[str, Any], ...]:
         """Describe the tools in the system message, as M2's template does, when the template does not name them."""
@@ -92,8 +96,8 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **form: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **form)
 
 
 def load_template(source: Source) -> ChatTemplate | None:
@@ -113,75 +117,3 @@ def load_template(source: Source) -> ChatTemplate | None:
     if isinstance(template, str):
         return ChatTemplate(template, tokens, f"{source.label}/tokenizer_config.json")
     return None
-
-
-def parse_line(line: str) -> Chat | str:
-    """One JSONL line: {"messages": [...], "tools": [...]} or {"text": "..."}. Raises ValueError saying why not."""
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"a JSON {type(data).__name__}, expected an object")
-    if isinstance(data.get("text"), str):
-        return data["text"]
-    messages = data.get("messages", data.get("conversations"))
-    if not isinstance(messages, list) or not messages:
-        raise InputError('no "messages" list and no "text"')
-    tools = data.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError('"tools" is not a list of objects')
-    checked = (_message(number, message) for number, message in enumerate(messages, 1))
-    return Chat(tuple(checked), tuple(tools))
-
-
-def _message(number: int, message: Any) -> dict[str, Any]:
-    where = f"message {number}"
-    if not isinstance(message, dict):
-        raise InputError(f"{where} is a {type(message).__name__}, expected an object")
-    if message.get("role") not in ROLES:
-        raise InputError(f"{where} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}")
-    out = dict(message)
-    content = out.get("content")
-    if isinstance(content, list):  # [{"type": "text", "text": ...}, ...]
-        out["content"] = content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    if content is not None and not isinstance(content, str):
-        raise InputError(f"{where} has content of type {type(content).__name__}, expected a string")
-    if content is None and not out.get("tool_calls"):
-        raise InputError(f"{where} has neither content nor tool_calls")
-    if "tool_calls" in out:
-        out["tool_calls"] = [_call(where, call) for call in out["tool_calls"] or []]
-    return out
-
-
-def _call(where: str, call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InputError(f"{where} has a tool call without a function name")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError:
-            raise InputError(f"{where} calls {function['name']} with arguments that are not JSON") from None
-    if not isinstance(arguments, dict):
-        raise InputError(f"{where} calls {function['name']} with arguments that are not an object")
-    return {"type": "function", "function": {**function, "arguments": arguments}}
-
-
-def read_chats(path: Path, template: ChatTemplate | None) -> list[str]:
-    """Every line of a JSONL file as text. Raises ValueError naming file, line and reason."""
-    texts = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            parsed = parse_line(line)
-            if isinstance(parsed, Chat):
-                if template is None:
-                    raise InputError("a chat, but the checkpoint has no chat template")
-                parsed = template.render(parsed)
-        except ValueError as error:
-            raise InputError(f"{path}: line {number}: {error}") from None
-        texts.append(parsed)
-    return texts

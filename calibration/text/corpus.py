@@ -1,38 +1,35 @@
 """Which text a pass sees: named sets, mixed by weight, seed and budget, packed into windows and identified by hashes.
 
-A set is made of documents: a text file, every text of a folder, a line of a JSONL file ({"text": ...} or a chat,
+A set is made of documents: a text file, every text of a folder, a row of a JSON or JSONL file (rows.py; chats are
 rendered with the checkpoint's template). Its domain is the file's stem, or the subfolder's name.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmquant.errors import InputError
 
-from .chat import ChatTemplate, read_chats
+from .chat import ChatTemplate
+from .documents import Document, StoredDocument, StoredDocuments, digest, open_file
+from .files import OTHER_DATA, SUFFIXES
+from .overlap import Words
+from .tokens import tokens_of
 
 DEFAULT = "default"
-SUFFIXES = (".txt", ".md", ".rst", ".raw", ".jsonl")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of a set."""
-
-    text: str
-    domain: str
-    origin: str  # file name, with the line for JSONL
+COUNTED = 4 << 20  # characters of a set that are counted in tokens; beyond, its length is estimated
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,19 @@ class TextSet:
     """Documents that share a weight in the mix. `weight` None: as many tokens as it has."""
 
     name: str
-    documents: tuple[Document, ...]
+    documents: Sequence[Document] | Sequence[StoredDocument]
     weight: float | None = None
+    known: tuple[str, int] | None = None  # digest and characters, where they were found already
 
     @property
     def sha256(self) -> str:
         """Digest of the documents' texts, in order."""
-        return digest(document.text for document in self.documents)
+        return self.known[0] if self.known else digest(document.text for document in self.documents)
+
+    @property
+    def characters(self) -> int:
+        """Length of all documents."""
+        return self.known[1] if self.known else sum(len(document.text) for document in self.documents)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Corpus:
     domain: Tensor
     domains: tuple[str, ...]
     settings: dict[str, Any]  # sets (name, sha256, weight, tokens used), context, seed
+    seen: NDArray[np.uint64] = field(
+        default_factory=lambda: np.empty(0, np.uint64), repr=False, compare=False
+    )  # shingles
 
     @property
     def fingerprint(self) -> str:
@@ -72,33 +78,24 @@ class Corpus:
         return {**self.settings, **shape, "fingerprint": self.fingerprint}
 
 
-def digest(texts: Iterable[str]) -> str:
-    """SHA-256 over the SHA-256 of each text, in hexadecimal."""
-    return hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
-
-
 def bundled(side: str) -> Path:
     """Folder of the bundled text: `calibration` or `evaluation`."""
     return Path(str(resources.files("mmquant").joinpath("data", "text", side)))
 
 
-def read_sets(specs: list[str], template: ChatTemplate | None = None) -> list[TextSet]:
+def read_sets(specs: list[str], template: ChatTemplate | None = None, notes: list[str] | None = None) -> list[TextSet]:
     """Sets of PATH, PATH=WEIGHT or `default` (the bundled calibration text); a folder is one set for each domain.
 
-    Raises ValueError for a path that is missing or empty, a weight that is none, a wrong JSONL line.
+    Every document is looked at once and read again when it is used; `notes` takes what was changed or left out.
+    Raises InputError for a path that is missing or empty, a weight that is none, a wrong row, a file that is no text.
     """
     found: list[TextSet] = []
     for spec in specs or [DEFAULT]:
         path, weight = _parse(spec)
-        documents = _documents(path, template)
-        by_domain: dict[str, list[Document]] = {}
-        for document in documents:
-            by_domain.setdefault(document.domain, []).append(document)
+        parts = _by_domain(path, template, notes if notes is not None else [])
         # A folder's weight is shared by its domains in proportion to their text.
-        total = sum(len(document.text) for document in documents)
-        for domain, members in by_domain.items():
-            part = None if weight is None else weight * sum(len(d.text) for d in members) / total
-            found.append(TextSet(domain, tuple(members), part))
+        total = sum(part.characters for part in parts)
+        found += [p if weight is None else replace(p, weight=weight * p.characters / total) for p in parts]
     return found
 
 
@@ -117,29 +114,46 @@ def _parse(spec: str) -> tuple[Path, float | None]:
     return bundled("calibration") if name == DEFAULT else Path(name), weight
 
 
-def _documents(path: Path, template: ChatTemplate | None) -> list[Document]:
+def _by_domain(path: Path, template: ChatTemplate | None, notes: list[str]) -> list[TextSet]:
+    """A file or folder as sets without weights, in the order in which their domains appear."""
+    documents: dict[str, StoredDocuments] = {}
+    digests: dict[str, Any] = {}
+    characters: dict[str, int] = {}
+    for name in _files(path, notes):
+        inner = name.relative_to(path).parts if path.is_dir() else ()
+        domain = inner[0] if len(inner) > 1 else name.stem
+        file = open_file(name, template)
+        for index, count, one, says in file.scan():
+            if says:
+                documents.setdefault(domain, StoredDocuments(domain)).add(file, index)
+                digests.setdefault(domain, hashlib.sha256()).update(one)
+                characters[domain] = characters.get(domain, 0) + count
+        notes += file.notes()
+    if not documents:
+        raise InputError(f"{path}: empty, expected text")
+    return [
+        TextSet(domain, found, None, (digests[domain].hexdigest(), characters[domain]))
+        for domain, found in documents.items()
+    ]
+
+
+def _files(path: Path, notes: list[str]) -> list[Path]:
+    """The file itself, or the texts of a folder; other files of it are noted, and data sets in other forms refused."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+    if path.is_file():
+        return [path]
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    other = next((p for p in inside if p.suffix in OTHER_DATA), None)
+    if other is not None:
+        raise InputError(f"{other}: not text, expected files ending in {', '.join(SUFFIXES)} (or name them one by one)")
+    files = [p for p in inside if p.suffix in SUFFIXES]
     if not files:
         raise InputError(f"{path}: no text in this folder, expected files ending in {', '.join(SUFFIXES)}")
-    out: list[Document] = []
-    for file in files:
-        inner = file.relative_to(path).parts if path.is_dir() else ()
-        domain = inner[0] if len(inner) > 1 else file.stem
-        texts = _texts(file, template)
-        origins = [file.name] if len(texts) == 1 else [f"{file.name}:{n}" for n in range(1, len(texts) + 1)]
-        out += [Document(text, domain, origin) for text, origin in zip(texts, origins, strict=True)]
-    if not any(document.text.strip() for document in out):
-        raise InputError(f"{path}: empty, expected text")
-    return [document for document in out if document.text.strip()]
-
-
-def _texts(file: Path, template: ChatTemplate | None) -> list[str]:
-    try:
-        return read_chats(file, template) if file.suffix == ".jsonl" else [file.read_text("utf-8")]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: byte {error.start} is not UTF-8, expected text") from None
+    if left := [p.name for p in inside if p.suffix not in SUFFIXES]:
+        names = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
+        notes.append(f"{path}: {len(left)} files are not read ({names}), only those ending in {', '.join(SUFFIXES)}")
+    return files
 
 
 def pack(sets: list[TextSet], tokenizer: Tokenizer, context: int, windows: int | None = None, seed: int = 0) -> Corpus:
@@ -147,28 +161,29 @@ def pack(sets: list[TextSet], tokenizer: Tokenizer, context: int, windows: int |
 
     Documents of a set are shuffled by `seed` and joined without separators or BOS (the model's tokenizer adds none; a
     chat template brings its own); a set that is too short gives what it has and the others take its share. Windows of
-    all sets are interleaved evenly, so that a part of the corpus is a sample of the whole.
+    all sets are interleaved evenly, so that a part of the corpus is a sample of the whole. Documents are read and
+    tokenized only as far as the windows need them; without weights a set's share is its number of tokens, estimated
+    from its first COUNTED characters when it is longer.
 
-    Raises ValueError when the text is shorter than one window.
+    Raises InputError when the text is shorter than one window.
     """
     if context < 2 or (windows is not None and windows < 1):
         raise InputError(f"context {context}, {windows} windows: expected at least 2 tokens and 1 window")
     order = np.random.default_rng(seed)
-    streams = []
-    for part in sets:
-        texts = [part.documents[i].text for i in order.permutation(len(part.documents))]
-        ids = [token for text in tokenizer.encode_batch(texts, add_special_tokens=False) for token in text.ids]
-        streams.append(torch.tensor(ids, dtype=torch.int64))
-    available = [len(stream) // context for stream in streams]
+    wanted = None if windows is None else windows * context
+    counted = COUNTED if len(sets) > 1 and all(part.weight is None for part in sets) else 0
+    streams = [_stream(part, order.permutation(len(part.documents)), tokenizer, wanted, counted) for part in sets]
+    available = [stream.tokens // context for stream in streams]
     if not sum(available):
-        longest = max((len(stream) for stream in streams), default=0)
+        longest = max((stream.tokens for stream in streams), default=0)
         raise InputError(f"calibration text: {longest} tokens in the longest set, expected one window of {context}")
     counts = shares(available, [part.weight for part in sets], windows)
     domains = tuple(dict.fromkeys(part.name for part in sets))
     placed = []
     for index, (stream, count) in enumerate(zip(streams, counts, strict=True)):
         for number in range(count):
-            placed.append(((number + 0.5) / count, index, stream[number * context : (number + 1) * context]))
+            tokens = stream.ids[number * context : (number + 1) * context]
+            placed.append(((number + 0.5) / count, index, torch.tensor(tokens, dtype=torch.int64)))
     placed.sort(key=lambda item: item[:2])
     used = [
         {"name": s.name, "sha256": s.sha256, "weight": s.weight, "documents": len(s.documents), "windows": count}
@@ -179,7 +194,40 @@ def pack(sets: list[TextSet], tokenizer: Tokenizer, context: int, windows: int |
         domain=torch.tensor([domains.index(sets[index].name) for _, index, _ in placed]),
         domains=domains,
         settings={"sets": used, "seed": seed},
+        seen=np.concatenate([s.shingles(count * context) for s, count in zip(streams, counts, strict=True)]),
     )
+
+
+@dataclass
+class _Stream:
+    """A set's tokens as far as they may be used, how many there are in all, and the shingles of each piece."""
+
+    ids: array[int]
+    tokens: int
+    pieces: list[tuple[int, NDArray[np.uint64]]]  # first token, shingles
+
+    def shingles(self, used: int) -> NDArray[np.uint64]:
+        found = [hashes for start, hashes in self.pieces if start < used]
+        return np.concatenate([np.empty(0, np.uint64), *found])
+
+
+def _stream(part: TextSet, order: NDArray[np.int64], tokenizer: Tokenizer, wanted: int | None, counted: int) -> _Stream:
+    """Tokens of a set's documents in `order`: `wanted` are kept (None: all), and at most `counted` characters more are
+    read to know how many there are."""
+    found, words = _Stream(array("i"), 0, []), Words()
+    characters, last = 0, -1
+    for number, piece, ids in tokens_of(tokenizer, (part.documents[int(i)].parts() for i in order)):
+        full = wanted is not None and len(found.ids) >= wanted
+        if full and characters >= counted:
+            rest = part.characters / characters if counted else 1.0
+            found.tokens = int(found.tokens * max(rest, 1.0))
+            break
+        if not full:
+            words = words if number == last else Words()
+            found.pieces.append((len(found.ids), words.shingles(piece)))
+            found.ids.extend(ids)
+        found.tokens, characters, last = found.tokens + len(ids), characters + len(piece), number
+    return found
 
 
 def shares(available: list[int], weights: list[float | None], windows: int | None) -> list[int]:

@@ -8,7 +8,8 @@ positions context // 2 to context - 2 (llama.cpp tools/perplexity/perplexity.cpp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,37 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from .chat import ChatTemplate, read_chats
+from ...convert.files.atomic import sha256_file
+from .chat import ChatTemplate
+from .documents import StoredDocument, StoredDocuments, open_file
+from .files import OTHER_DATA
+from .tokens import tokens_of
 
 CONVENTIONS = ("all", "llama.cpp")
-SUFFIXES = (".txt", ".raw", ".jsonl")
+SUFFIXES = (".txt", ".raw", ".jsonl", ".ndjson", ".json")
 FEWEST_DOCUMENTS = 8  # with fewer, resampling documents says nothing: windows are resampled
 
 
 @dataclass(frozen=True)
 class Text:
-    """One file of evaluation text: its documents in order, and the digest of its bytes."""
+    """One file of evaluation text: its documents in order, the digest of its bytes and that of its documents."""
 
     name: str
     domain: str
     sha256: str
-    documents: tuple[str, ...]
+    documents: Sequence[str] | Sequence[StoredDocument]
+    digest: str = ""
+
+    def parts(self) -> Iterator[Iterable[str]]:
+        """Every document in parts."""
+        return ([d] if isinstance(d, str) else d.parts() for d in self.documents)
+
+    def joined(self) -> Iterator[str]:
+        """All documents in parts, a line apart."""
+        for number, document in enumerate(self.parts()):
+            if number:
+                yield "\n"
+            yield from document
 
 
 @dataclass(frozen=True)
@@ -89,21 +106,28 @@ class Sample:
         return digest.hexdigest()
 
 
-def read_text(path: Path, domain: str | None = None, template: ChatTemplate | None = None) -> Text:
-    """A text file, or a .jsonl file of documents and chats (chat.py); the domain is its stem by default."""
+def read_text(
+    path: Path, domain: str | None = None, template: ChatTemplate | None = None, notes: list[str] | None = None
+) -> Text:
+    """A text file, or a JSON or JSONL file of documents and chats (rows.py); the domain is its stem by default.
+
+    Everything is looked at once and read again when it is used; `notes` takes what was changed.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such text file")
-    data = path.read_bytes()
-    try:
-        whole = data.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
-    documents = tuple(read_chats(path, template)) if path.suffix == ".jsonl" else (whole,)
-    return Text(path.name, domain or path.stem, hashlib.sha256(data).hexdigest(), documents)
+    file, documents, digest = open_file(path, template), StoredDocuments(domain or path.stem), hashlib.sha256()
+    for index, _, one, _ in file.scan():
+        documents.add(file, index)
+        digest.update(one)
+    if notes is not None:
+        notes += file.notes()
+    return Text(path.name, documents.domain, sha256_file(path), documents, digest.hexdigest())
 
 
-def read_texts(paths: Sequence[str | Path], template: ChatTemplate | None = None) -> list[Text]:
-    """Texts of files and folders (their .txt, .raw and .jsonl); DOMAIN=PATH names the domain."""
+def read_texts(
+    paths: Sequence[str | Path], template: ChatTemplate | None = None, notes: list[str] | None = None
+) -> list[Text]:
+    """Texts of files and folders (their .txt, .raw, .json and .jsonl); DOMAIN=PATH names the domain."""
     found: list[Text] = []
     for item in paths:
         domain, path = None, Path(item)
@@ -111,12 +135,16 @@ def read_texts(paths: Sequence[str | Path], template: ChatTemplate | None = None
             domain, rest = str(item).split("=", 1)
             path = Path(rest)
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.is_file())
+            other = next((p for p in inside if p.suffix in OTHER_DATA), None)
+            if other is not None:
+                raise InputError(f"{other}: not text, expected {', '.join(SUFFIXES)} (or name the files one by one)")
+            files = [p for p in inside if p.suffix in SUFFIXES]
             if not files:
                 raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-            found += [read_text(file, domain, template) for file in files]
+            found += [read_text(file, domain, template, notes) for file in files]
         else:
-            found.append(read_text(path, domain, template))
+            found.append(read_text(path, domain, template, notes))
     return found
 
 
@@ -141,7 +169,7 @@ def make_sample(
         )
     if convention != "all" and stride != context:
         raise InputError(f"stride {stride}: the convention of llama.cpp has none, expected the context {context}")
-    cut = [_cut(text, tokenizer, context, stride, convention) for text in texts]
+    cut = [_cut(text, tokenizer, context, stride, convention, count) for text in texts]
     chosen = _shares([len(tokens) for tokens, _, _ in cut], count)
     names = tuple(dict.fromkeys(text.domain for text in texts))
     starts = np.cumsum([0, *(int(document.max()) + 1 for _, _, document in cut)])
@@ -162,15 +190,20 @@ def make_sample(
 
 
 def _cut(
-    text: Text, tokenizer: Tokenizer, context: int, stride: int, convention: str
+    text: Text, tokenizer: Tokenizer, context: int, stride: int, convention: str, count: int | None
 ) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
-    """(windows [n, context], first scored position [n], document [n]) of one text."""
-    ids = [tokenizer.encode(document, add_special_tokens=False).ids for document in text.documents]
-    owner = np.repeat(np.arange(len(ids)), [len(part) for part in ids])
-    flat = torch.tensor([token for part in ids for token in part], dtype=torch.int64)
-    if len(flat) < context:
-        raise InputError(f"{text.name}: {len(flat)} tokens, shorter than one window of {context}")
-    tokens = flat.unfold(0, context, stride).contiguous()
+    """(windows [n, context], first scored position [n], document [n]) of one text; it is read as far as `count`
+    windows reach."""
+    ids, owners = array("i"), array("i")
+    for number, _, found in tokens_of(tokenizer, text.parts()):
+        ids.extend(found)
+        owners.extend([number] * len(found))
+        if count is not None and len(ids) >= context + (count - 1) * stride:
+            break
+    if len(ids) < context:
+        raise InputError(f"{text.name}: {len(ids)} tokens, shorter than one window of {context}")
+    flat, owner = torch.tensor(ids, dtype=torch.int64), np.array(owners)
+    tokens = flat.unfold(0, context, stride)[:count].contiguous()
     first = np.full(len(tokens), context // 2 if convention == "llama.cpp" else 0, dtype=np.int64)
     if stride < context:
         # A window of overlap scores only tokens that no window before it has scored.

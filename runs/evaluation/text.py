@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,10 @@ def make_eval_sample(
     if context > basis.geometry.max_context:
         raise InputError(f"eval: a context of {context}, the model has at most {basis.geometry.max_context}")
     template = load_template(basis)
-    read = read_texts(list(texts) or [bundled("evaluation")], template)
+    notes: list[str] = []
+    read = read_texts(list(texts) or [bundled("evaluation")], template, notes)
+    for note in notes:
+        print(f"mmquant: {note}", file=sys.stderr)
     if texts:
         for artifact in artifacts:
             check_unseen(read, artifact, template)
@@ -60,17 +64,17 @@ def check_unseen(texts: list[Text], artifact: str, template: Any) -> None:
     """
     import numpy as np
 
-    from ...calibration.text.corpus import digest, read_sets
+    from ...calibration.text.corpus import read_sets
     from ...calibration.text.overlap import check_disjoint, shingles
 
     used = calibration_sets(artifact)
     for text in texts:
-        if digest(text.documents) in used:
+        if text.digest in used:
             raise InputError(f"{text.name}: {artifact} was calibrated on it, expected text that it has not seen")
     ours = [part for part in read_sets([], template) if part.sha256 in used]
     if ours:
         known = np.concatenate([shingles(document.text) for part in ours for document in part.documents])
-        check_disjoint({text.name: "\n".join(text.documents) for text in texts}, known)
+        check_disjoint(((text.name, text.joined()) for text in texts), known)
 
 
 def calibration_sets(artifact: str) -> set[str]:

@@ -12,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmquant.calibration.text.chat import Chat, ChatTemplate, load_template, parse_line, read_chats
-from mmquant.calibration.text.corpus import Document, TextSet, bundled, pack, read_sets, shares
+from mmquant.calibration.text.chat import ChatTemplate, load_template
+from mmquant.calibration.text.corpus import TextSet, bundled, pack, read_sets, shares
+from mmquant.calibration.text.documents import Document
 from mmquant.calibration.text.overlap import PASSAGE, check_disjoint, overlap, shingles
+from mmquant.calibration.text.rows import Chat, parse_line
 from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.convert.open import open_source
 
@@ -94,8 +96,14 @@ def test_jinja2_of_transformers_renders_the_same() -> None:
     [
         ("{", "not JSON"),
         ("[1]", "a JSON list, expected an object"),
-        ("{}", 'no "messages" list and no "text"'),
-        ('{"messages": []}', 'no "messages" list and no "text"'),
+        ("{}", "keys none: no known form, expected text | messages"),
+        ('{"messages": []}', "keys 'messages': no known form"),
+        ('{"a": 1, "b": [2]}', "keys 'a', 'b': no known form, expected text | messages [role, content] | conv"),
+        ('{"messages": "x"}', "messages are a str, expected a list"),
+        ('{"text": null}', "keys 'text': no known form"),
+        ('{"conversations": [{"from": "alien", "value": "x"}]}', "message 1 has role 'alien'"),
+        ("[" * 10_000, "not JSON"),
+        ('{"text": ' + "1" * 5000 + "}", "not JSON"),
         ('{"messages": ["x"]}', "message 1 is a str"),
         ('{"messages": [{"role": "bot", "content": "x"}]}', "message 1 has role 'bot'"),
         ('{"messages": [{"role": "user"}]}', "message 1 has neither content nor tool_calls"),
@@ -112,7 +120,7 @@ def test_a_wrong_line_is_named_with_file_number_and_reason(tmp_path: Path, line:
     file = tmp_path / "chats.jsonl"
     file.write_text(json.dumps(CHAT) + "\n\n" + line + "\n", "utf-8")
     with pytest.raises(ValueError, match=re.escape(reason)) as caught:
-        read_chats(file, TEMPLATE)
+        read_sets([str(file)], TEMPLATE)
     assert str(caught.value).startswith(f"{file}: line 3: ")
     assert "\n" not in str(caught.value)
 
@@ -122,9 +130,9 @@ def test_a_template_that_complains_is_one_line(tmp_path: Path) -> None:
     file.write_text('{"messages": [{"role": "user", "content": "x"}]}', "utf-8")
     template = ChatTemplate("{{ raise_exception('no system message') }}", {}, "model/chat_template.jinja")
     with pytest.raises(ValueError, match=r"line 1: model/chat_template.jinja: no system message"):
-        read_chats(file, template)
+        read_sets([str(file)], template)
     with pytest.raises(ValueError, match="no chat template"):
-        read_chats(file, None)
+        read_sets([str(file)], None)
 
 
 def test_files_folders_weights_and_domains(tmp_path: Path) -> None:
@@ -216,14 +224,14 @@ WORDS = [f"word{i}" for i in range(8000)]
 def test_overlap_is_found_at_its_length_and_named() -> None:
     known = shingles(" ".join(WORDS[:2000]))
     fresh = " ".join(WORDS[2000:])
-    check_disjoint({"fresh": fresh}, known)
+    check_disjoint([("fresh", fresh)], known)
     short = fresh + " " + " ".join(WORDS[100 : 100 + PASSAGE - 1])
-    check_disjoint({"short": short}, known)  # 49 words: a quotation
+    check_disjoint([("short", short)], known)  # 49 words: a quotation
     copied = fresh + "\n" + ",  ".join(w.upper() for w in WORDS[100 : 100 + PASSAGE])
     found = overlap(copied, np.sort(known))
     assert (found.longest, found.shared) == (PASSAGE, PASSAGE - 12)
     with pytest.raises(ValueError, match=r"evaluation.txt: overlaps the calibration text .* longest passage 50 words"):
-        check_disjoint({"evaluation.txt": copied}, known)
+        check_disjoint([("evaluation.txt", copied)], known)
 
 
 def test_many_short_overlaps_are_refused_too() -> None:
@@ -247,7 +255,7 @@ def test_the_bundled_sets_are_disjoint_and_speak_several_languages() -> None:
     names = {"chat", "code", "docs", "prose", "zh"}
     assert {s.name for s in calibration} == names == {s.name for s in evaluation}
     known = np.concatenate([shingles(d.text) for s in calibration for d in s.documents])
-    check_disjoint({d.origin: d.text for s in evaluation for d in s.documents}, known)
+    check_disjoint(((d.origin, d.parts()) for s in evaluation for d in s.documents), known)
     assert sum(len(d.text) for s in calibration if s.name == "zh" for d in s.documents) > 9000
     chats = "".join(d.text for s in calibration if s.name == "chat" for d in s.documents)
     for sign in ("<think>", "<minimax:tool_call>", "]~b]tool", "的", "です", "что", " und ", " que ", " est "):

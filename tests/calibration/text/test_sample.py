@@ -101,7 +101,7 @@ def test_bad_texts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such text file"):
         read_texts([tmp_path / "none.txt"])
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
-    with pytest.raises(ValueError, match="not UTF-8 at byte 2"):
+    with pytest.raises(ValueError, match="byte 2 is not UTF-8"):
         read_texts([tmp_path / "bad.txt"])
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
     with pytest.raises(ValueError, match="line 2"):
