@@ -56,5 +56,5 @@ def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Chec
     from ..runs.models import open_model as opened
 
     source = opened(model, fetch, out)
-    click.get_current_context().call_on_close(lambda: close_model(source))
+    click.get_current_context().call_on_close(lambda: close_model(source, out))
     return source

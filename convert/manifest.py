@@ -120,16 +120,16 @@ def artifact_block(artifact: Artifact, g: Geometry) -> dict[str, Any]:
 
 def build(source: Source, artifact: Artifact, version: str) -> dict[str, Any]:
     """The manifest of one artifact of `source`."""
-    store = getattr(source, "store", None)
-    base_model = getattr(store, "repo", None) or Path(source.label).name
-    origin = {"hf": "huggingface", "ms": "modelscope"}.get(getattr(store, "hub", ""), "local")
+    origin = source.origin
+    base_model = origin.repo or Path(source.label).name
+    hub = {"hf": "huggingface", "ms": "modelscope"}.get(origin.hub, origin.hub)
     g = source.geometry
     return {
         "schema": "mmquant-fit",
         "schema_version": "1.0",
         "generated": datetime.now(UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z"),
         "generator": {"name": "mmquant", "version": version},
-        "model": model_block(source, base_model, getattr(store, "revision", None) or UNKNOWN_REVISION, origin),
+        "model": model_block(source, base_model, origin.revision or UNKNOWN_REVISION, hub),
         "license": license_block(source),
         "artifacts": [artifact_block(artifact, g)],
         "targets": fit.targets(artifact.id, artifact.format, artifact.entry, artifact.weights, g),

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .checkpoints.store import Origin
 from .models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, Globals, LayerWeights, attention_name, layer_prefix
 
 CARRIED_FILES = (
@@ -35,6 +36,8 @@ class Source(Protocol):
     geometry: Geometry
     config: dict[str, Any]
     label: str
+    origin: Origin
+    notes: list[str]  # what a user should know of the artifact: each one line
 
     @property
     def fingerprint(self) -> str:
@@ -58,6 +61,14 @@ class Source(Protocol):
 
     def small_file(self, name: str) -> bytes | None:
         """tokenizer.json, config.json, LICENSE ... or None."""
+        ...
+
+    def validate(self) -> None:
+        """Hold names, shapes and dtypes against the geometry: InputError with the first fault."""
+        ...
+
+    def close(self, finished: bool = False) -> None:
+        """Stop fetching; `finished`: nothing of it will be needed again."""
         ...
 
 

@@ -28,7 +28,6 @@ from ..convert.folder.check import check_folder
 from ..convert.folder.native_copy import check_native, copy_native
 from ..convert.folder.variant import FolderVariant, global_specs, global_tensors, quantized_config
 from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, TensorSpec
-from ..convert.hub.store import HubFolder
 from ..convert.manifest import Artifact, FileEntry
 from ..convert.models.minimax_m2 import EMBED, layer_of
 
@@ -180,7 +179,7 @@ def written_bytes(out: Path) -> int:
 
 def check_disk(out: Path, needed: int, source: Checkpoint | None = None) -> None:
     """FitError (exit 5) unless the disk of `out` has room for `needed` more bytes, and a hub's shards on their way."""
-    needed += source.store.in_flight() if source is not None and isinstance(source.store, HubFolder) else 0
+    needed += source.store.in_flight() if source is not None else 0
     free = shutil.disk_usage(out).free
     if needed > free:
         raise FitError(f"{out}: {needed:,} bytes are needed, the disk has {free:,} free")

@@ -67,7 +67,7 @@ def write_with_llmcompressor(
 
     Raises InputError when it is not installed, the model lies on a hub, or `out` holds something else.
     """
-    if type(source.store) is not LocalFolder:
+    if not source.store.is_local:
         raise InputError(f"--backend llmcompressor: {source.label} lies on a hub, expected a local folder")
     source.validate()
     run = {"command": "llmcompressor", **job, "source": source.fingerprint}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,20 +38,11 @@ def open_any(model: str, fetch: FetchOptions | None) -> Source:
     return open_source(model, fetch)
 
 
-def close_model(source: Source, finished: bool = False) -> None:
-    """Stop fetching; when the output is finished, the work folder in it goes (unless the shards are to be kept)."""
-    from ..convert.hub.store import HubFolder
+def close_model(source: Source, out: Path | None = None, finished: bool = False) -> None:
+    """Stop fetching. Once the output in `out` is finished nothing of the source is needed again."""
     from ..convert.manifest import MANIFEST
 
-    store = getattr(source, "store", None)
-    if not isinstance(store, HubFolder):
-        return
-    store.close(finished)
-    options = store.options
-    if options.work is None or options.keep_shards:
-        return
-    if finished or (options.work.parent / MANIFEST).exists():
-        shutil.rmtree(options.work, ignore_errors=True)
+    source.close(finished or (out is not None and (out / MANIFEST).exists()))
 
 
 def choose_device(name: str | None) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmquant.errors import InputError, PartialError
 
 from ..convert.files.atomic import TEMPORARY
+from ..convert.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from ..convert.hub.card import Place
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ..convert.hub.remote import Remote, Upload
 
 STAGE = ".mmquant-push"
-SUMS, CARD, MANIFEST = "SHA256SUMS", "README.md", "mmquant.fit.json"
+SUMS, CARD = "SHA256SUMS", "README.md"
 NOTICE = "M2.7's licence forbids commercial use of the model and of derivatives without MiniMax's written authorization"
 
 

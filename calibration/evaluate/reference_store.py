@@ -27,7 +27,7 @@ from mmquant.errors import InputError
 
 from ...convert.files.atomic import TEMPORARY, whole_file
 from ...convert.source import Source
-from ..model.ranks import Ranks
+from ..model.distributed import Ranks
 from ..text.sample import Sample
 from ..text.vocabulary import tokenizer_digest
 from .metrics import BLOCK_BYTES, Scores, compare, join, log_softmax

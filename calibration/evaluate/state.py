@@ -23,8 +23,8 @@ from mmquant.errors import InputError
 
 from ...convert.files.atomic import whole_file
 from ...convert.files.progress import damaged
+from ..model.distributed import Ranks
 from ..model.hidden import HiddenStates
-from ..model.ranks import Ranks
 from ..statistics.file import Entry, write_tensors
 
 EVERY = 120.0

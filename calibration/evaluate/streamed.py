@@ -19,11 +19,10 @@ from mmquant.errors import InputError
 
 from ...convert.models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, LayerWeights
 from ...convert.source import Source
-from ..model.distributed import read_layer_shared
+from ..model.distributed import Ranks, read_layer_shared
 from ..model.forward import EXACT, Observer, Routing, embed, final_logits, layer_forward
 from ..model.hidden import RAM_LIMIT, HiddenStates, leaving, place_of
 from ..model.llamacpp_activations import as_converted, head_rounding, layer_rounding
-from ..model.ranks import Ranks
 from ..text.sample import Sample
 from ..text.vocabulary import check_same_model
 from .metrics import Scores, compare, jaccard, join

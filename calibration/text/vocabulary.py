@@ -74,11 +74,13 @@ def check_same_tokenizer(reference: Source, candidate: Source) -> None:
 
 def check_same_model(reference: Geometry, candidate: Source) -> None:
     """Refuse a candidate of another model: ValueError naming the first size that differs."""
+    mine, theirs = candidate.geometry.rope_scaling, reference.rope_scaling
+    if not same_scaling(mine, theirs):
+        raise InputError(f"{candidate.label}: rope_scaling is {mine}, the reference has {theirs}: another model")
     for name in Geometry.__dataclass_fields__:
-        if name == "max_context":
+        if name in ("max_context", "rope_scaling"):
             continue
         mine, theirs = getattr(candidate.geometry, name), getattr(reference, name)
         same = abs(mine - theirs) <= 1e-6 * abs(theirs) if isinstance(theirs, float) else mine == theirs
-        same = same_scaling(mine, theirs) if name == "rope_scaling" else same
         if not same:
             raise InputError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")

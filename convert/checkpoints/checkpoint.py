@@ -107,7 +107,8 @@ class Checkpoint:
 
     def __init__(self, store: ShardStore) -> None:
         self.store = store
-        self.label = store.label
+        self.label, self.origin = store.label, store.origin
+        self.notes: list[str] = []
         self.config = read_config(store)
         self.geometry = Geometry.from_config(self.config)
         self.tile, self.plain_parts = _quantization(self.config)
@@ -160,7 +161,7 @@ class Checkpoint:
                 raise InputError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)}")
             if info.dtype not in dtypes:
                 raise InputError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
-        if isinstance(self.store, LocalFolder) if scales is None else scales:
+        if self.store.is_local if scales is None else scales:
             for name in wanted:
                 if name.endswith("weight_scale_inv"):
                     self.read_scales(name)
@@ -241,6 +242,9 @@ class Checkpoint:
 
     def small_file(self, name: str) -> bytes | None:
         return self.store.small(name)
+
+    def close(self, finished: bool = False) -> None:
+        self.store.close(finished)
 
     def layer_shards(self, layer: int | None) -> list[str]:
         """Shards that hold a layer's tensors (None: those outside the layers)."""

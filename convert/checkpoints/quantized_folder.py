@@ -73,7 +73,7 @@ class QuantizedFolder:
     """Opened from config.json and headers alone; every matrix is resolved and checked on opening."""
 
     def __init__(self, store: ShardStore) -> None:
-        self.store, self.label = store, store.label
+        self.store, self.label, self.origin = store, store.label, store.origin
         self.config = read_config(store)
         self.geometry = Geometry.from_config(self.config)
         self.quantization = self.config.get("quantization_config") or {}
@@ -232,6 +232,9 @@ class QuantizedFolder:
 
     def small_file(self, name: str) -> bytes | None:
         return self.store.small(name)
+
+    def close(self, finished: bool = False) -> None:
+        self.store.close(finished)
 
     @property
     def bytes(self) -> int:

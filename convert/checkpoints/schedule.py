@@ -1,13 +1,69 @@
-"""Which shards a pass over the layers needs next, and which it has done with: read off from the tensors it reads."""
+"""Which bytes a pass over the layers needs next, and which it has done with: read off from the tensors it reads.
+
+Shards of a hub are fetched ahead and released; of local files the next layer's bytes are brought into the system's
+cache. They are read and forgotten: asking the system to do so (posix_fadvise) fetches only the first megabytes of a
+range.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 
 from ..models.minimax_m2 import EMBED, layer_of
-from .read_ahead import Range, ReadAhead
-from .store import LocalFolder, ShardStore, TensorInfo
+from .store import ShardStore, TensorInfo
+
+BLOCK = 8 << 20
+
+Range = tuple[Path, int, int]  # a file, the first byte and the one after the last
+
+
+def joined(ranges: Iterable[Range]) -> list[Range]:
+    """Ranges in the order of the files, neighbours as one."""
+    found: list[Range] = []
+    for path, start, end in sorted(ranges):
+        if found and found[-1][0] == path and found[-1][2] == start:
+            start = found.pop()[1]
+        found.append((path, start, end))
+    return found
+
+
+class ReadAhead:
+    """Follows a pass from step to step (layers); `bytes`: read so far. Files that fail are left alone."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.bytes = 0
+        self._thread: threading.Thread | None = None
+
+    def enter(self, step: int, ranges: Callable[[int], Iterable[Range]]) -> None:
+        """The pass reads `step` now: what is left of that is its own to read, `ranges` of the next step follow."""
+        if step == self.step:
+            return
+        self.step = step
+        self._thread = threading.Thread(target=self._run, args=(step, joined(ranges(step + 1))), daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the next step's bytes are there."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, step: int, ranges: list[Range]) -> None:
+        block = memoryview(bytearray(BLOCK))
+        for path, start, end in ranges:
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    file.seek(start)
+                    while start < end and self.step == step:
+                        got = file.readinto(block[: end - start])
+                        if not got:
+                            break
+                        start, self.bytes = start + got, self.bytes + got
+            except OSError:
+                continue  # the pass itself will say what is wrong with the file
 
 
 def step_of(name: str, layers: int) -> int:
@@ -37,7 +93,7 @@ class Schedule:
     def reading(self, name: str) -> None:
         """A tensor is about to be read; any name of its module will do."""
         step = step_of(name, self._layers)
-        if isinstance(self._store, LocalFolder):
+        if self._store.is_local:
             self.ahead.enter(step, self._ranges)
         elif self._step is None or 0 < step < self._step - self.behind:  # embeddings alone may serve a tied head
             self._plan(step)
@@ -48,9 +104,7 @@ class Schedule:
                 self._store.release(shard)
 
     def _ranges(self, step: int) -> list[Range]:
-        assert isinstance(self._store, LocalFolder)
-        folder = self._store.folder
-        return [(folder / t.shard, t.offset, t.offset + t.size) for t in self._by_step.get(step, [])]
+        return [(self._store.folder / t.shard, t.offset, t.offset + t.size) for t in self._by_step.get(step, [])]
 
     @cached_property
     def _by_step(self) -> dict[int, list[TensorInfo]]:

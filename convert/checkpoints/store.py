@@ -31,10 +31,22 @@ class TensorInfo:
     size: int
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: `hf` or `ms` with repository and commit, or `local`, which has neither."""
+
+    hub: str = "local"
+    repo: str = ""
+    revision: str = ""
+
+
 class ShardStore(Protocol):
     """A checkpoint's files. Shards are asked for by name; `path` may have to fetch."""
 
     label: str
+    origin: Origin
+    folder: Path  # where its files lie on this machine
+    is_local: bool  # every file is here: `path` fetches nothing
 
     def files(self) -> dict[str, int]:
         """Every file's size in bytes."""
@@ -64,6 +76,14 @@ class ShardStore(Protocol):
         """The last tensor of this shard has been used."""
         ...
 
+    def in_flight(self) -> int:
+        """Most bytes that shards will still take on the work folder's disk at once."""
+        ...
+
+    def close(self, finished: bool = False) -> None:
+        """Stop fetching; `finished`: nothing of it will be needed again."""
+        ...
+
 
 class LocalFolder:
     """A checkpoint in a folder; nothing to fetch, nothing to delete."""
@@ -73,6 +93,7 @@ class LocalFolder:
             raise InputError(f"{folder}: not a folder, expected a checkpoint with config.json and safetensors shards")
         self.folder = folder
         self.label = label or str(folder)
+        self.origin, self.is_local = Origin(), True
 
     def files(self) -> dict[str, int]:
         found = [*self.folder.iterdir(), *self.folder.glob("additional_chat_templates/*.jinja")]
@@ -112,6 +133,12 @@ class LocalFolder:
 
     def release(self, shard: str) -> None:
         del shard
+
+    def in_flight(self) -> int:
+        return 0
+
+    def close(self, finished: bool = False) -> None:
+        del finished
 
 
 def shard_names(store: ShardStore) -> list[str]:

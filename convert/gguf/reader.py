@@ -16,7 +16,8 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...quantize.ggml.codec import decode
-from ..checkpoints.read_ahead import Range, ReadAhead
+from ..checkpoints.schedule import Range, ReadAhead
+from ..checkpoints.store import Origin
 from ..files.together import interrupted
 from ..models.minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry
 from .header import GgufFile, GgufTensor, read_header
@@ -98,7 +99,8 @@ class GgufSource:
     """Opened from headers alone; `validate` holds them against the geometry."""
 
     def __init__(self, path: Path) -> None:
-        self.label = str(path)
+        self.label, self.origin = str(path), Origin()
+        self.notes: list[str] = []
         self.files = [read_header(part) for part in find_parts(path)]
         self.metadata = self.files[0].metadata
         self._check_split()
@@ -251,6 +253,9 @@ class GgufSource:
             part = torch.from_numpy(data[expert].copy()).to(device)
             out[position] = decode(part, tensor.kind, columns).to(dtype)
         return out
+
+    def close(self, finished: bool = False) -> None:
+        """Nothing stays open."""
 
     def small_file(self, name: str) -> bytes | None:
         """config.json, tokenizer.json and chat_template.jinja, made of the metadata."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from mmquant.errors import InputError
 
-from ..checkpoints.store import TensorInfo, header_length, parse_header, shard_names
+from ..checkpoints.store import Origin, TensorInfo, header_length, parse_header, shard_names
 from ..files.atomic import write_whole
 from ..files.lfs import refuse_pointer
 from ..files.lock import hold
@@ -48,7 +49,8 @@ class HubFolder:
     def __init__(self, client: Client, listing: Listing, options: FetchOptions) -> None:
         self.listing, self.options = listing, options
         self.hub, self.repo, self.revision = listing.spec.hub, listing.spec.repo, listing.commit
-        self.label = str(listing.pinned)
+        self.label, self.is_local = str(listing.pinned), False
+        self.origin = Origin(self.hub, self.repo, self.revision)
         name = f"{self.hub}--{self.repo.replace('/', '--')}--{self.revision[:16]}"
         self.folder = (options.work or default_work()) / name
         self._client = client
@@ -131,7 +133,10 @@ class HubFolder:
         return max(0, limit - present)
 
     def close(self, finished: bool = False) -> None:
-        """Stop fetching and let go of the folder; what is there is taken up by the next run, unless `finished`."""
+        """Stop fetching and let go of the folder; what is there is taken up by the next run.
+
+        `finished`: it goes, the work folder too, unless shards are to be kept.
+        """
         if finished:
             self._prefetch.release_all()
         self._client.cancelled.set()
@@ -139,6 +144,8 @@ class HubFolder:
         self._bar.close()
         if self._held:
             self._held.close()
+        if finished and self.options.work is not None and not self.options.keep_shards:
+            shutil.rmtree(self.options.work, ignore_errors=True)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

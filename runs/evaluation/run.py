@@ -39,8 +39,7 @@ def run(
     fetch: FetchOptions | None = None,
 ) -> dict[str, Any] | None:
     """The result document of `mmquant eval`; None on every rank but the first, and where there was only to save."""
-    from ...calibration.model.distributed import rank_device
-    from ...calibration.model.ranks import current_ranks
+    from ...calibration.model.distributed import current_ranks, rank_device
     from ...calibration.text.vocabulary import check_same_model, check_same_tokenizer
     from .text import make_eval_sample
 
@@ -91,10 +90,8 @@ def _opened(model: str, fetch: FetchOptions | None, stack: ExitStack) -> Source:
     """A model to score, complete as far as its headers tell; closed with the stack."""
     source = open_any(model, fetch)
     stack.callback(close_model, source)
-    check = getattr(source, "validate", None)
-    if check is not None:
-        check()
-    for note in getattr(source, "notes", []):
+    source.validate()
+    for note in source.notes:
         print(f"mmquant: {note}", file=sys.stderr)
     return source
 
@@ -139,7 +136,7 @@ def measure(
     """The streamed pass and its result document; every rank gets the same."""
     from ...calibration.evaluate.reference_store import StoredReference
     from ...calibration.evaluate.streamed import evaluate
-    from ...calibration.model.ranks import current_ranks
+    from ...calibration.model.distributed import current_ranks
     from ...calibration.text.vocabulary import tokenizer_digest
     from .result import document
 

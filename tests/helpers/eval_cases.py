@@ -18,7 +18,7 @@ from helpers.tiny import write_tiny
 from mmquant.calibration.evaluate import state as evaluation_state
 from mmquant.calibration.evaluate.reference_store import StoredReference
 from mmquant.calibration.evaluate.streamed import Outcome, Settings, evaluate
-from mmquant.calibration.model.ranks import current_ranks
+from mmquant.calibration.model.distributed import current_ranks
 from mmquant.calibration.text.sample import Sample
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.models.minimax_m2 import Geometry
@@ -38,6 +38,7 @@ class Noisy:
         self.fingerprint = f"{source.fingerprint} off by {error}"
         self.bytes = source.bytes
         self.read_layers: list[int] = []
+        self.origin, self.notes = source.origin, source.notes
 
     def read(self, name: str) -> Tensor:
         return self.source.read(name)
@@ -54,6 +55,12 @@ class Noisy:
 
     def small_file(self, name: str) -> bytes | None:
         return self.source.small_file(name)
+
+    def validate(self) -> None:
+        self.source.validate()
+
+    def close(self, finished: bool = False) -> None:
+        self.source.close(finished)
 
 
 def make_sample(windows: int = 7, vocab: int = 320, seed: int = 0) -> Sample:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmquant.convert.checkpoints.read_ahead import joined
-from mmquant.convert.checkpoints.schedule import Schedule, step_of
+from mmquant.convert.checkpoints.schedule import Schedule, joined, step_of
 from mmquant.convert.checkpoints.store import LocalFolder, ShardStore, TensorInfo
 
 LAYERS = 4
@@ -16,6 +15,8 @@ EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.w
 
 class Recorder:
     """A store that only listens."""
+
+    is_local = False
 
     def __init__(self) -> None:
         self.plans: list[list[str]] = []
