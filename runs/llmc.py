@@ -70,6 +70,8 @@ def write_with_llmcompressor(
     if not source.store.is_local:
         raise InputError(f"--backend llmcompressor: {source.label} lies on a hub, expected a local folder")
     source.validate()
+    if source.book is not None and not source.is_native:
+        raise InputError(f"--backend llmcompressor: {source.label} is not the release's FP8, expected that or BF16")
     run = {"command": "llmcompressor", **job, "source": source.fingerprint}
     if is_finished(out, run):
         return out

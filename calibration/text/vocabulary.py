@@ -10,7 +10,7 @@ from typing import Any
 from mmquant.errors import InputError
 
 from ...convert.models.minimax_m2 import Geometry
-from ...convert.models.rope import same_scaling
+from ...convert.models.rope import RopeScaling, same_scaling
 from ...convert.source import Source
 
 
@@ -72,6 +72,15 @@ def check_same_tokenizer(reference: Source, candidate: Source) -> None:
         raise InputError(f"{candidate.label}: its tokenizer splits text in another way than the reference's")
 
 
+def _same(mine: object, theirs: object) -> bool:
+    """Whether two values of a geometry agree, numbers up to float32."""
+    if isinstance(mine, RopeScaling | None) and isinstance(theirs, RopeScaling | None):
+        return same_scaling(mine, theirs)
+    if isinstance(mine, float) and isinstance(theirs, float):
+        return abs(mine - theirs) <= 1e-6 * abs(theirs)
+    return mine == theirs
+
+
 def check_same_model(reference: Geometry, candidate: Source) -> None:
     """Refuse a candidate of another model: ValueError naming the first size that differs."""
     mine, theirs = candidate.geometry.rope_scaling, reference.rope_scaling
@@ -81,6 +90,5 @@ def check_same_model(reference: Geometry, candidate: Source) -> None:
         if name in ("max_context", "rope_scaling"):
             continue
         mine, theirs = getattr(candidate.geometry, name), getattr(reference, name)
-        same = abs(mine - theirs) <= 1e-6 * abs(theirs) if isinstance(theirs, float) else mine == theirs
-        if not same:
+        if not _same(mine, theirs):
             raise InputError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")

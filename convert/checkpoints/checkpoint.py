@@ -1,24 +1,21 @@
-"""A MiniMax-M2 checkpoint as released: native FP8 tiles or plain BF16, opened from headers alone."""
+"""A MiniMax-M2 checkpoint that can be quantized, opened from headers alone: plain BF16, or FP8 in tiles as released or
+with a scale a channel or a matrix, by its native config or compressed-tensors'."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
 
 from ...quantize.fp8 import E4M3_MAX, dequantize_tiles
-from ..files.parse import parse_json
 from ..models.minimax_m2 import (
     FINAL_NORM,
     HEAD,
@@ -33,77 +30,21 @@ from ..models.minimax_m2 import (
     plain_shapes,
 )
 from .batches import batches, read_batch
+from .census import Kind, count_kinds
+from .extras import extra_kind, extra_notes
 from .finite import check_finite, first_bad
+from .quantization_config import FLOAT, Scheme, SchemeBook, quantization_of
 from .schedule import Schedule
-from .store import LocalFolder, ShardStore, TensorInfo, shard_names
+from .storage import PLAIN, SCALES, check_method, check_storage, engine_notes, modules_of, no_source, scheme_for
+from .store import LocalFolder, ShardStore, TensorInfo
+from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
 
-PLAIN = ("BF16", "F32", "F16")
 LARGEST_SCALE = torch.finfo(torch.float32).max / E4M3_MAX
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 SAMPLED = ("input_layernorm.weight", "self_attn.q_norm.weight", "block_sparse_moe.e_score_correction_bias")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One row of the census: tensors of one kind and dtype."""
-
-    kind: str
-    dtype: str
-    count: int
-    bytes: int
-    weights: int
-
-
-def read_tensor(store: ShardStore, info: TensorInfo) -> Tensor:
-    """A tensor as stored, in memory of its own (nothing stays mapped)."""
-    buffer = np.empty(info.size, dtype=np.uint8)
-    with open(store.path(info.shard), "rb") as file:
-        file.seek(info.offset)
-        got = file.readinto(buffer.data) if info.size else 0
-    if got != info.size:
-        raise InputError(f"{info.shard}: {info.name} has {got} of {info.size} bytes, the shard is truncated")
-    return torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype]).view(info.shape)
-
-
-def read_config(store: ShardStore) -> dict[str, Any]:
-    """config.json of a store; ValueError when it is missing or broken."""
-    data = store.small("config.json")
-    if data is None:
-        raise InputError(f"{store.label}: config.json is missing")
-    return parse_json(data, f"{store.label}/config.json")
-
-
-def collect_tensors(store: ShardStore) -> dict[str, TensorInfo]:
-    """Every tensor of every shard; ValueError for one that stands twice."""
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shard_names(store):
-        for info in store.header(shard):
-            if info.name in tensors:
-                raise InputError(f"{shard}: {info.name} stands in {tensors[info.name].shard} as well")
-            tensors[info.name] = info
-    return tensors
-
-
-def check_count(geometry: Geometry, tensors: int, label: str) -> None:
-    """Refuse sizes that no shard could hold before anything is listed by them (a hostile config.json)."""
-    matrices = geometry.layers * (4 + 3 * geometry.experts)
-    if matrices > tensors:
-        raise InputError(f"{label}: config.json calls for {matrices} matrices, the shards hold {tensors} tensors")
-
-
 class Checkpoint:
-    """The source of everything: exact float32 values of native FP8 (or BF16) weights, by release name."""
+    """The source of everything: exact float32 values of FP8 (or BF16) weights, by release name."""
 
     def __init__(self, store: ShardStore) -> None:
         self.store = store
@@ -111,59 +52,112 @@ class Checkpoint:
         self.notes: list[str] = []
         self.config = read_config(store)
         self.geometry = Geometry.from_config(self.config)
-        self.tile, self.plain_parts = _quantization(self.config)
+        quantization = quantization_of(self.config)
+        self.book = None if quantization is None else SchemeBook(quantization)
+        check_method(self.book)
         self.tensors = collect_tensors(store)
-        self.skipped = {n: t for n, t in self.tensors.items() if is_mtp(n, self.geometry)}
+        self.skipped = {n: t for n, t in self.tensors.items() if is_mtp(n, self.geometry) or extra_kind(n)}
         used = {n: t for n, t in self.tensors.items() if n not in self.skipped}
         self.schedule = Schedule(store, used, self.geometry.layers)
+        self._modules = modules_of(used)
+        self._schemes: dict[str, Scheme | None] = {}
+        self.notes = extra_notes(self.label, (n for n in self.skipped if not is_mtp(n, self.geometry)))
+        if self.config.get("tie_word_embeddings") and HEAD in self.tensors:
+            self.notes.append(f"{self.label}: tie_word_embeddings is true beside {HEAD}: the stored head is used")
+
+    # -- what is FP8 -------------------------------------------------------------------------------------------------
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the matrix of this name (without .weight) is quantized, None for plain. InputError for less than FP8."""
+        if name not in self._schemes:
+            found = scheme_for(self.book, name, self._modules.get(name, {}))
+            if found is not None and found.format != FLOAT:
+                raise no_source(self.label, found)
+            self._schemes[name] = found
+        return self._schemes[name]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the matrix of this name (without .weight) is FP8."""
+        return self.scheme(name) is not None
+
+    def tile_of(self, name: str) -> tuple[int, int] | None:
+        """(rows, columns) under one scale where the matrix is FP8 in tiles; None for plain and other FP8."""
+        scheme = self.scheme(name)
+        return None if scheme is None else scheme.block
+
+    def has_channels(self, name: str) -> bool:
+        """Whether the matrix is FP8 with a scale for every row (or one for all of them)."""
+        scheme = self.scheme(name)
+        return scheme is not None and scheme.block is None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether every FP8 matrix is stored as the release stores it: in tiles, scales named weight_scale_inv."""
+        quantized = [name for name in self.matrices() if self.is_quantized(name)]
+        native = (self.tile_of(n) is not None and self.scale_name(n).endswith(SCALES[0]) for n in quantized)
+        return bool(quantized) and all(native)
+
+    @cached_property
+    def tile(self) -> tuple[int, int] | None:
+        """The tile of all matrices in tiles; None when there are none. InputError when they differ."""
+        tiles = {self.tile_of(name) for name in self.matrices()} - {None}
+        if len(tiles) > 1:
+            raise InputError(f"{self.label}: FP8 in tiles of {' and '.join(map(str, tiles))}, expected one size")
+        return next(iter(tiles), None)
+
+    def matrices(self) -> Iterator[str]:
+        """Names (without .weight) of all quantizable matrices."""
+        for layer in range(self.geometry.layers):
+            yield from (name for name, _ in matrix_shapes(self.geometry, layer))
+
+    def scale_name(self, name: str) -> str:
+        """The full name of a quantized matrix's scales."""
+        parts = self._modules.get(name, {})
+        return f"{name}.{next((s for s in SCALES if s in parts), SCALES[0])}"
 
     # -- validation ----------------------------------------------------------------------------------------------
 
-    def expected(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-        """name -> (shape, dtypes) of every tensor that this config calls for."""
-        wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-        wanted |= {name: (shape, PLAIN) for name, shape in global_shapes(self.geometry).items()}
-        if self.config.get("tie_word_embeddings"):
+    def expected(self) -> dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]]:
+        """name -> (shapes, dtypes) that are right for every tensor that this config calls for."""
+        wanted: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]] = {}
+        wanted |= {name: ((shape,), PLAIN) for name, shape in global_shapes(self.geometry).items()}
+        if self.config.get("tie_word_embeddings") and HEAD not in self.tensors:
             del wanted[HEAD]
         for layer in range(self.geometry.layers):
             for name, shape in plain_shapes(self.geometry, layer):
-                wanted[name] = (shape, PLAIN)
+                wanted[name] = ((shape,), PLAIN)
             for name, shape in matrix_shapes(self.geometry, layer):
-                if not self.is_quantized(name):
-                    wanted[name + ".weight"] = (shape, PLAIN)
-                    continue
-                assert self.tile is not None
-                tiles = (ceil(shape[0] / self.tile[0]), ceil(shape[1] / self.tile[1]))
-                wanted[name + ".weight"] = (shape, ("F8_E4M3",))
-                wanted[name + ".weight_scale_inv"] = (tiles, ("F32", "BF16"))
+                scheme = self.scheme(name)
+                wanted[name + ".weight"] = ((shape,), PLAIN if scheme is None else ("F8_E4M3",))
+                if scheme is not None:
+                    wanted[self.scale_name(name)] = (scale_shapes(scheme, shape), PLAIN)
         return wanted
-
-    def is_quantized(self, name: str) -> bool:
-        """Whether the matrix of this name (without .weight) is FP8 according to config.json."""
-        return self.tile is not None and not self.plain_parts & set(name.split("."))
 
     def validate(self, scales: bool | None = None) -> None:
         """Check names, shapes, dtypes and (by reading them; default: of a local folder) that every scale is finite and
         positive. Those of a hub are checked as they are used.
 
-        Raises ValueError with the first fault and how many there are of its sort.
+        Raises InputError with the first fault and how many there are of its sort.
         """
         check_count(self.geometry, 4 * len(self.tensors) + 1000, self.label)
+        found = {name: (self._modules.get(name, {}), self.scheme(name)) for name in self.matrices()}
+        check_storage(self.label, self.book, found)
         wanted = self.expected()
         have = {n: t for n, t in self.tensors.items() if n not in self.skipped}
         if missing := [n for n in wanted if n not in have]:
             raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
         if extra := [n for n in have if n not in wanted]:
             raise InputError(f"{self.label}: {len(extra)} tensors are not part of this model, first {extra[0]}")
-        for name, (shape, dtypes) in wanted.items():
+        for name, (shapes, dtypes) in wanted.items():
             info = have[name]
-            if info.shape != shape:
-                raise InputError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shape)}")
+            if info.shape not in shapes:
+                raise InputError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shapes[0])}")
             if info.dtype not in dtypes:
                 raise InputError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
+        self.notes += engine_notes(self.label, self.book, found)
         if self.store.is_local if scales is None else scales:
             for name in wanted:
-                if name.endswith("weight_scale_inv"):
+                if name.endswith(SCALES):
                     self.read_scales(name)
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -176,7 +170,7 @@ class Checkpoint:
         return values
 
     def read_scales(self, name: str) -> Tensor:
-        """A weight_scale_inv in float32, checked to be positive and to keep every code finite."""
+        """Scales of an FP8 matrix in float32, checked to be positive and to keep every code finite."""
         scales = read_tensor(self.store, self._scheduled(name)).float()
         if not _usable(scales):
             bad = scales[~((scales > 0) & (scales < LARGEST_SCALE))][0].item()
@@ -185,19 +179,22 @@ class Checkpoint:
 
     def scale_dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a quantized matrix's scales."""
-        return TORCH_DTYPES[self.tensors[name + ".weight_scale_inv"].dtype]
+        return TORCH_DTYPES[self.tensors[self.scale_name(name)].dtype]
 
     def native(self, name: str) -> tuple[Tensor, Tensor]:
-        """(e4m3 codes [O, I], scales [tiles]) of a quantized matrix by its name without .weight."""
-        return self.raw(name + ".weight"), self.read_scales(name + ".weight_scale_inv")
+        """(e4m3 codes [O, I], scales float32: [tiles], or [O, 1] of channels) of a quantized matrix by its name without
+        .weight."""
+        codes, scales = self.raw(name + ".weight"), self.read_scales(self.scale_name(name))
+        return codes, scales if self.tile_of(name) is not None else scales.reshape(-1, 1).expand(len(codes), 1)
 
     def read(self, name: str) -> Tensor:
         if name == HEAD and name not in self.tensors and self.config.get("tie_word_embeddings"):
             name = "model.embed_tokens.weight"
         stem = name.removesuffix(".weight")
-        if name in self.tensors and self.tensors[name].dtype == "F8_E4M3":
-            assert self.tile is not None
-            return dequantize_tiles(*self.native(stem), self.tile)
+        if name.endswith(".weight") and name in self.tensors and self.tensors[name].dtype == "F8_E4M3":
+            codes, scales = self.native(stem)
+            tile = self.tile_of(stem)
+            return codes.float() * scales if tile is None else dequantize_tiles(codes, scales, tile)
         return self.raw(name).float()
 
     def read_experts(
@@ -212,23 +209,26 @@ class Checkpoint:
         return out
 
     def _dequantized(self, names: list[str], device: torch.device | str) -> Tensor:
-        """[n, out, in] float32 of matrices that are all quantized, or all plain."""
+        """[n, out, in] float32 of experts' matrices; together where they are stored alike."""
         self.schedule.reading(names[0])
+        scheme = self.scheme(names[0])
+        if any(self.scheme(name) != scheme for name in names):
+            return torch.stack([self.read(name + ".weight").to(device) for name in names])
         weights = [self._info(name + ".weight") for name in names]
         codes = read_batch(self.store, weights, TORCH_DTYPES[weights[0].dtype], device)
         if first_bad(codes) is not None:
             for info, values in zip(weights, codes, strict=True):
                 check_finite(values, f"{info.shard}: {info.name}")
-        if not self.is_quantized(names[0]):
+        if scheme is None:
             return codes.float()
-        suffix = ".weight_scale_inv"
-        infos = [self._info(name + suffix) for name in names]
+        infos = [self._info(self.scale_name(name)) for name in names]
         scales = read_batch(self.store, infos, TORCH_DTYPES[infos[0].dtype], device).float()
         if not _usable(scales):
             for name in names:
-                self.read_scales(name + suffix)
-        assert self.tile is not None
-        return dequantize_tiles(codes, scales, self.tile)
+                self.read_scales(self.scale_name(name))
+        if scheme.block is not None:
+            return dequantize_tiles(codes, scales, scheme.block)
+        return codes.float() * scales.reshape(len(names), -1, 1)
 
     def _scheduled(self, name: str) -> TensorInfo:
         info = self._info(name)
@@ -279,12 +279,12 @@ class Checkpoint:
 
     def census(self) -> list[Kind]:
         """Count, dtype, bytes and weights of each kind of tensor."""
-        groups: dict[tuple[str, str], Counter[str]] = {}
-        for name, info in self.tensors.items():
-            kind = "mtp (skipped)" if name in self.skipped else kind_of(name)
-            row = groups.setdefault((kind, info.dtype), Counter())
-            row.update(count=1, bytes=info.size, weights=int(np.prod(info.shape, dtype=np.int64)))
-        return [Kind(k, d, c["count"], c["bytes"], c["weights"]) for (k, d), c in sorted(groups.items())]
+        return count_kinds((self._kind(n), t.dtype, t.shape, t.size) for n, t in self.tensors.items())
+
+    def _kind(self, name: str) -> str:
+        if name not in self.skipped:
+            return kind_of(name)
+        return "mtp (skipped)" if is_mtp(name, self.geometry) else "extra (skipped)"
 
 
 def _usable(scales: Tensor) -> bool:
@@ -292,18 +292,11 @@ def _usable(scales: Tensor) -> bool:
     return bool(((scales > 0) & (scales < LARGEST_SCALE)).all())
 
 
-def _quantization(config: dict[str, Any]) -> tuple[tuple[int, int] | None, set[str]]:
-    """((tile rows, tile columns) or None for a plain checkpoint, name parts that stay unquantized)."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None, set()
-    method, tile = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8":
-        raise InputError(f"config.json: quant_method is {method!r}, expected fp8 or no quantization_config")
-    if not isinstance(tile, list) or len(tile) != 2 or not all(isinstance(t, int) and t > 0 for t in tile):
-        raise InputError(f"config.json: weight_block_size is {tile!r}, expected two positive integers")
-    skipped = quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or []
-    return (tile[0], tile[1]), set(skipped)
+def scale_shapes(scheme: Scheme, shape: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
+    """The shapes that FP8 scales of a matrix may have: tiles, or a scale a channel or for all."""
+    if scheme.block is not None:
+        return ((ceil(shape[0] / scheme.block[0]), ceil(shape[1] / scheme.block[1])),)
+    return ((shape[0], 1), (shape[0],), (), (1,), (1, 1))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

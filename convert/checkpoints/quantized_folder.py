@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -20,53 +18,32 @@ from mmquant.errors import InputError
 
 from ...quantize.fp8 import expand_tiles
 from ...quantize.integer.pack import unpack_awq, unpack_gptq, unpack_gptq_zeros, unpack_rows, unpack_zeros_ct
-from ..models.minimax_m2 import EMBED, HEAD, Geometry, expert_name, global_shapes, is_mtp, matrix_shapes, plain_shapes
+from ..models.minimax_m2 import (
+    EMBED,
+    HEAD,
+    Geometry,
+    expert_name,
+    global_shapes,
+    is_mtp,
+    kind_of,
+    matrix_shapes,
+    plain_shapes,
+)
 from .batches import batches, read_batch
-from .checkpoint import PLAIN, TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
-from .quantization_config import SGLANG, Scheme, scheme_of
+from .census import Kind, count_kinds
+from .extras import extra_kind, extra_notes
+from .parts import Stored, fits, known_parts, parts_of
+from .quantization_config import SGLANG, Scheme, SchemeBook, quantization_of
 from .schedule import Schedule
+from .storage import PLAIN, check_storage, engine_notes, scheme_for
 from .store import ShardStore, TensorInfo
+from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
 
 SAMPLED = 512  # tensors whose first bytes are in the fingerprint
 SAMPLE = 256
 ALIASES = {theirs: ours for ours, theirs in SGLANG.items()}
 
-Part = tuple[str, tuple[int, ...], tuple[str, ...]]  # suffix, shape, dtypes
 Fetch = Callable[[str], Tensor]  # a part by its suffix, on the device
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One matrix: its logical shape, its scheme (None: plain) and the tensors it is made of, by suffix."""
-
-    name: str
-    shape: tuple[int, int]
-    scheme: Scheme | None
-    parts: dict[str, TensorInfo]
-
-
-def parts_of(scheme: Scheme, shape: tuple[int, int]) -> list[Part]:
-    """The tensors that a scheme calls for, with shapes and dtypes."""
-    outputs, inputs = shape
-    size = inputs if scheme.group == -1 else scheme.group
-    groups, floats = ceil(inputs / size), ("BF16", "F16", "F32")
-    words = ceil(inputs * scheme.bits / 32)
-    if scheme.format in ("awq", "gptq"):
-        packed = (inputs, outputs * 4 // 32) if scheme.format == "awq" else (words, outputs)
-        zeros = (groups, outputs * scheme.bits // 32)
-        parts: list[Part] = [("qweight", packed, ("I32",)), ("scales", (groups, outputs), floats)]
-        needed = (scheme.format == "awq" and not scheme.symmetric) or (scheme.format == "gptq" and not scheme.symmetric)
-        parts += [("qzeros", zeros, ("I32",))] if needed else []
-        return parts + ([("g_idx", (inputs,), ("I32",))] if scheme.act_order else [])
-    if scheme.format == "pack-quantized":
-        parts = [("weight_packed", (outputs, words), ("I32",)), ("weight_scale", (outputs, groups), floats)]
-        zeros = (ceil(outputs * scheme.bits / 32), groups)
-        return parts if scheme.symmetric else [*parts, ("weight_zero_point", zeros, ("I32",))]
-    scales = (outputs, groups)
-    if scheme.block is not None:
-        scales = (ceil(outputs / scheme.block[0]), ceil(inputs / scheme.block[1]))
-    codes = "F8_E4M3" if scheme.format == "float-quantized" else "I8"
-    return [("weight", shape, (codes,)), ("weight_scale", scales, floats)]
 
 
 class QuantizedFolder:
@@ -76,8 +53,9 @@ class QuantizedFolder:
         self.store, self.label, self.origin = store, store.label, store.origin
         self.config = read_config(store)
         self.geometry = Geometry.from_config(self.config)
-        self.quantization = self.config.get("quantization_config") or {}
-        self.notes: list[str] = []
+        self.quantization = quantization_of(self.config) or {}
+        self.book = SchemeBook(self.quantization)
+        self.warnings: list[str] = []  # what engines would read otherwise
         found = collect_tensors(store)
         self.tensors = {n: t for n, t in found.items() if not is_mtp(n, self.geometry)}
         self.schedule = Schedule(store, self.tensors, self.geometry.layers)
@@ -87,21 +65,38 @@ class QuantizedFolder:
             module, _, suffix = name.rpartition(".")
             self._by_module.setdefault(self._release(module), {})[suffix] = info
         if any(self._release(n.rpartition(".")[0]) != n.rpartition(".")[0] for n in self.tensors):
-            self.notes.append(f"{self.label}: experts are named gate/up/down_proj; vLLM and SGLang skip them silently")
-        self.matrices = {
-            name: self._resolve(name, shape)
-            for layer in range(self.geometry.layers)
-            for name, shape in matrix_shapes(self.geometry, layer)
-        }
+            line = f"{self.label}: experts are named gate/up/down_proj; vLLM and SGLang skip them silently"
+            self.warnings.append(line)
+        layers = range(self.geometry.layers)
+        shapes = {name: shape for layer in layers for name, shape in matrix_shapes(self.geometry, layer)}
+        schemes = {name: self._scheme(name, shape) for name, shape in shapes.items()}
+        read = {name: (self._by_module.get(name, {}), schemes[name]) for name in shapes}
+        check_storage(self.label, self.book, read)
+        self.matrices = {name: self._resolve(name, shape, schemes[name]) for name, shape in shapes.items()}
+        self.warnings += engine_notes(self.label, self.book, read)
+        self.notes = self.warnings + extra_notes(self.label, (n for n in self.tensors if self._extra(n)))
+
+    def _extra(self, name: str) -> bool:
+        """A tensor that nothing depends on; the scales of a cache that config.json names are none."""
+        return extra_kind(name) is not None and not (self.quantization.get("kv_cache_scheme") and "_proj." in name)
 
     def _release(self, module: str) -> str:
         head, _, last = module.rpartition(".")
         return f"{head}.{ALIASES[last]}" if last in ALIASES and ".experts." in head else module
 
-    def _resolve(self, name: str, shape: tuple[int, int]) -> Stored:
-        scheme, parts = scheme_of(self.quantization, name), self._by_module.get(name, {})
+    def _scheme(self, name: str, shape: tuple[int, int]) -> Scheme | None:
+        """The scheme of a matrix: of the first engine whose reading fits the tensors that are there."""
+        parts = self._by_module.get(name, {})
+        likely = scheme_for(self.book, name, parts)
+        if likely is None or fits(likely, shape, parts):
+            return likely
+        others = (scheme for _, scheme in self.book.readings(name) if scheme is not None)
+        return next((scheme for scheme in others if fits(scheme, shape, parts)), likely)
+
+    def _resolve(self, name: str, shape: tuple[int, int], scheme: Scheme | None) -> Stored:
+        parts = self._by_module.get(name, {})
         if scheme is None:
-            if "weight" not in parts or parts["weight"].dtype not in PLAIN:
+            if "weight" not in parts:
                 found = ", ".join(sorted(parts)) or "nothing"
                 raise InputError(f"{self.label}: {name} is stored as {found}, config.json leaves it unquantized")
             self._check(name, parts["weight"], shape, PLAIN)
@@ -132,11 +127,17 @@ class QuantizedFolder:
             wanted.pop(HEAD)
         for layer in range(self.geometry.layers):
             wanted |= dict(plain_shapes(self.geometry, layer))
+        if HEAD in self.tensors:
+            wanted[HEAD] = global_shapes(self.geometry)[HEAD]
         missing = [name for name in wanted if name not in self.tensors]
         if missing:
             raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
         for name, shape in wanted.items():
             self._check(name, self.tensors[name], shape, PLAIN)
+        known = {info.name for stored in self.matrices.values() for info in known_parts(stored)}
+        known |= wanted.keys() | {HEAD}
+        if strange := [n for n in self.tensors if n not in known and extra_kind(n) is None]:
+            raise InputError(f"{self.label}: {len(strange)} tensors are not part of this model, first {strange[0]}")
 
     def _scales(self, stored: Stored, suffix: str, fetch: Fetch) -> Tensor:
         scales = fetch(suffix).float()
@@ -235,6 +236,11 @@ class QuantizedFolder:
 
     def close(self, finished: bool = False) -> None:
         self.store.close(finished)
+
+    def census(self) -> list[Kind]:
+        """Count, dtype, bytes and weights of each kind of tensor."""
+        kinds = ((("extra (skipped)" if self._extra(n) else kind_of(n)), t) for n, t in self.tensors.items())
+        return count_kinds((kind, t.dtype, t.shape, t.size) for kind, t in kinds)
 
     @property
     def bytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Protocol, TypeGuard
 
 from mmquant.errors import InputError
 
+from ..files.kinds import LOOK, refuse_strangers
 from ..files.lfs import refuse_pointer
 from ..files.parse import SMALL_LIMIT, parse_json, path_fault, short, take_map
 
@@ -110,8 +111,9 @@ class LocalFolder:
     def header(self, shard: str) -> list[TensorInfo]:
         path = self.path(shard)
         with open(path, "rb") as file:
-            first = file.read(8)
-            length = header_length(first, shard, path.stat().st_size)
+            refuse_strangers(file.read(LOOK), str(path), "a safetensors file")
+            file.seek(0)
+            length = header_length(file.read(8), shard, path.stat().st_size)
             return parse_header(file.read(length), shard, path.stat().st_size)
 
     def read(self, shard: str, offset: int, size: int) -> bytes:

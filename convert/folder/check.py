@@ -17,8 +17,9 @@ from mmquant.errors import InputError
 
 from ..checkpoints.batches import batches
 from ..checkpoints.finite import check_finite
-from ..checkpoints.quantization_config import SGLANG, Scheme, scheme_of
 from ..checkpoints.quantized_folder import QuantizedFolder
+from ..checkpoints.skip_lists import SGLANG, VLLM
+from ..checkpoints.storage import words
 from ..checkpoints.store import LocalFolder
 from ..models.minimax_m2 import ATTENTION, PROJECTIONS, attention_name, expert_name, global_shapes, is_mtp, plain_shapes
 from ..source import Source
@@ -35,8 +36,8 @@ def check_folder(
     """
     found = QuantizedFolder(LocalFolder(folder))
     found.validate()
-    if found.notes:
-        raise InputError(found.notes[0])
+    if found.warnings:
+        raise InputError(found.warnings[0])
     _check_places(found)
     for layer in range(found.geometry.layers):
         _check_engines(found, layer)
@@ -84,29 +85,19 @@ def _check_cache_scales(found: QuantizedFolder) -> None:
 def _check_engines(found: QuantizedFolder, layer: int) -> None:
     """vLLM and SGLang look experts up under names of their own and take one scheme for a layer's experts."""
     wanted = found.matrices[expert_name(layer, 0, "w1")].scheme
-    for name in _lookups(layer, found.quantization.get("quant_method")):
-        scheme = scheme_of(found.quantization, name)
-        if scheme != wanted:
-            raise InputError(
-                f"{found.label}: {name} is {_words(scheme)} by config.json, its tensors are {_words(wanted)}"
-            )
+    for projection in PROJECTIONS:
+        name = expert_name(layer, 0, projection)
+        for engine in (VLLM, SGLANG):
+            scheme = found.book.reading(name, engine)
+            if scheme != wanted:
+                said = f"is {words(scheme)} by config.json as {engine} reads it"
+                raise InputError(f"{found.label}: {name} {said}, its tensors are {words(wanted)}")
     for expert in range(found.geometry.experts):
         for projection in PROJECTIONS:
             scheme = found.matrices[expert_name(layer, expert, projection)].scheme
             if scheme != wanted:
                 name = expert_name(layer, expert, projection)
-                raise InputError(f"{found.label}: {name} is {_words(scheme)}, expert 0 of its layer {_words(wanted)}")
-
-
-def _lookups(layer: int, method: object) -> list[str]:
-    if method == "compressed-tensors":
-        vllm = [f"model.layers.{layer}.mlp.experts.0.{p}" for p in PROJECTIONS]
-        return vllm + [f"model.layers.{layer}.block_sparse_moe.experts.0.{SGLANG[p]}" for p in PROJECTIONS]
-    return [f"model.layers.{layer}.mlp.experts", f"model.layers.{layer}.block_sparse_moe.experts"]
-
-
-def _words(scheme: Scheme | None) -> str:
-    return "unquantized" if scheme is None else f"{scheme.format} of {scheme.bits} bits, group {scheme.group}"
+                raise InputError(f"{found.label}: {name} is {words(scheme)}, expert 0 of its layer {words(wanted)}")
 
 
 def _check_layer(found: QuantizedFolder, layer: int, device: torch.device | str) -> None:

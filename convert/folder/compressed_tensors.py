@@ -100,10 +100,10 @@ def fp8_block_specs(
     yield TensorSpec(name + ".weight_scale", scale_dtype, (ceil(shape[0] / tile[0]), ceil(shape[1] / tile[1])))
 
 
-def fp8_channel_specs(name: str, shape: tuple[int, int]) -> Iterator[TensorSpec]:
-    """Tensors of a matrix [O, I]: codes and a bfloat16 scale per output channel."""
+def fp8_channel_specs(name: str, shape: tuple[int, int], scale_dtype: str = "BF16") -> Iterator[TensorSpec]:
+    """Tensors of a matrix [O, I]: codes and a scale per output channel."""
     yield TensorSpec(name + ".weight", "F8_E4M3", shape)
-    yield TensorSpec(name + ".weight_scale", "BF16", (shape[0], 1))
+    yield TensorSpec(name + ".weight_scale", scale_dtype, (shape[0], 1))
 
 
 def cache_specs(keys: str, values: str) -> Iterator[TensorSpec]:

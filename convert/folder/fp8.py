@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,33 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..models.minimax_m2 import matrix_shapes, plain_shapes
 from . import compressed_tensors as ct
 from .variant import plain_specs, plain_tensors
-from .writer import TensorSpec
+from .writer import DTYPE_NAMES, TensorSpec
 
 TILE = (128, 128)
+
+
+def _kept(source: Checkpoint, name: str, channels: bool) -> bool:
+    """Whether the source stores a matrix as it is to be written: its codes and scales are carried as they are."""
+    return source.has_channels(name) if channels else source.tile_of(name) is not None
+
+
+def fp8_specs(source: Checkpoint, name: str, shape: tuple[int, int], channels: bool) -> Iterator[TensorSpec]:
+    """Tensors of a matrix [O, I] in FP8 with a scale a channel, or in tiles (the source's own size)."""
+    dtype = DTYPE_NAMES[source.scale_dtype(name)] if _kept(source, name, channels) else "BF16"
+    if channels:
+        return ct.fp8_channel_specs(name, shape, dtype)
+    return ct.fp8_block_specs(name, shape, source.tile or TILE, dtype)
+
+
+def fp8_tensors(source: Checkpoint, name: str, device: torch.device | str, channels: bool) -> dict[str, Tensor]:
+    """Values of the same tensors."""
+    if _kept(source, name, channels):
+        codes, scales = source.native(name)
+        return {name + ".weight": codes, name + ".weight_scale": scales.to(source.scale_dtype(name))}
+    weight = source.read(name + ".weight").to(device)
+    tile = source.tile or TILE
+    codes, scales = quantize_channels(weight) if channels else quantize_tiles(weight, tile, round_up_bfloat16)
+    return {name + ".weight": codes, name + ".weight_scale": scales.to(torch.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -38,32 +63,14 @@ class Fp8Variant:
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         specs = plain_specs(source, plain_shapes(source.geometry, layer))
         for name, shape in matrix_shapes(source.geometry, layer):
-            if self.scheme == "channel":
-                specs.extend(ct.fp8_channel_specs(name, shape))
-            elif source.is_quantized(name):
-                assert source.tile is not None
-                dtype = source.tensors[name + ".weight_scale_inv"].dtype
-                specs.extend(ct.fp8_block_specs(name, shape, source.tile, dtype))
-            else:
-                specs.extend(ct.fp8_block_specs(name, shape, TILE, "BF16"))
+            specs.extend(fp8_specs(source, name, shape, self.scheme == "channel"))
         return specs
 
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
         for name, _ in matrix_shapes(source.geometry, layer):
-            codes, scales = self._matrix(source, name, device)
-            tensors[name + ".weight"], tensors[name + ".weight_scale"] = codes, scales
+            tensors |= fp8_tensors(source, name, device, self.scheme == "channel")
         return tensors
-
-    def _matrix(self, source: Checkpoint, name: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        if self.scheme == "channel":
-            codes, scales = quantize_channels(source.read(name + ".weight").to(device))
-            return codes, scales.to(torch.bfloat16)
-        if source.is_quantized(name):
-            codes, scales = source.native(name)
-            return codes, scales.to(source.scale_dtype(name))
-        codes, scales = quantize_tiles(source.read(name + ".weight").to(device), TILE, round_up_bfloat16)
-        return codes, scales.to(torch.bfloat16)
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
         if self.scheme == "channel":

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...quantize.fp8 import quantize_channels, quantize_tiles, round_up_bfloat16
 from ...quantize.integer.rtn import rtn_int
 from ..checkpoints.checkpoint import Checkpoint
 from ..models.minimax_m2 import (
@@ -23,11 +22,11 @@ from ..models.minimax_m2 import (
     plain_shapes,
 )
 from . import compressed_tensors as ct
+from .fp8 import TILE, fp8_specs, fp8_tensors
 from .int4_layouts import MANIFEST_FORMAT, batch_tensors, check_format, matrix_specs, matrix_tensors, other_config
 from .variant import plain_specs, plain_tensors
 from .writer import TensorSpec
 
-TILE = (128, 128)
 ATTENTION_CHOICES = ("bf16", "fp8", "fp8-channel", "int4")
 
 
@@ -101,16 +100,10 @@ class Int4Variant:
             if ".experts." in name or self.attention == "int4":
                 bits = self.bits_of(layer) if ".experts." in name else self.bits
                 specs.extend(matrix_specs(self.layout, name, shape, bits, self.group_size, self.symmetric))
-            elif self.attention == "fp8-channel":
-                specs.extend(ct.fp8_channel_specs(name, shape))
             elif self.attention == "bf16":
                 specs.append(TensorSpec(name + ".weight", "BF16", shape))
-            elif source.is_quantized(name):
-                assert source.tile is not None
-                dtype = source.tensors[name + ".weight_scale_inv"].dtype
-                specs.extend(ct.fp8_block_specs(name, shape, source.tile, dtype))
             else:
-                specs.extend(ct.fp8_block_specs(name, shape, TILE, "BF16"))
+                specs.extend(fp8_specs(source, name, shape, self.attention == "fp8-channel"))
         if self.kv_cache == "fp8":
             specs.extend(ct.cache_specs(attention_name(layer, "k_proj"), attention_name(layer, "v_proj")))
         return specs
@@ -130,14 +123,7 @@ class Int4Variant:
         if self.attention == "int4":
             weight = source.read(name + ".weight").to(device)
             return matrix_tensors(self.layout, name, rtn_int(weight, self.bits, self.group_size, self.symmetric))
-        if self.attention == "fp8-channel":
-            codes, scales = quantize_channels(source.read(name + ".weight").to(device))
-            return {name + ".weight": codes, name + ".weight_scale": scales.to(torch.bfloat16)}
-        if source.is_quantized(name):
-            codes, scales = source.native(name)
-            return {name + ".weight": codes, name + ".weight_scale": scales.to(source.scale_dtype(name))}
-        codes, scales = quantize_tiles(source.read(name + ".weight").to(device), TILE, round_up_bfloat16)
-        return {name + ".weight": codes, name + ".weight_scale": scales.to(torch.bfloat16)}
+        return fp8_tensors(source, name, device, self.attention == "fp8-channel")
 
     def _experts(
         self, source: Checkpoint, layer: int, projection: str, device: torch.device | str

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mmquant.errors import InputError
 
 from ...quantize.ggml.types import GGMLType
+from ..files.kinds import LOOK, stranger
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -115,6 +116,8 @@ def read_header(path: Path) -> GgufFile:
     size = path.stat().st_size
     data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
     cursor = _Cursor(path, data)
+    if (found := stranger(data[:LOOK].tobytes())) is not None and not data[:4].tobytes() == MAGIC:
+        raise InputError(f"{path}: {found}; expected a GGUF file")
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
         raise InputError(f"{path}: begins with {magic!r}, expected {MAGIC!r}: not a GGUF file")

@@ -15,6 +15,7 @@ from mmquant.errors import InputError
 
 from ..checkpoints.store import Origin, TensorInfo, header_length, parse_header, shard_names
 from ..files.atomic import write_whole
+from ..files.kinds import refuse_strangers
 from ..files.lfs import refuse_pointer
 from ..files.lock import hold
 from ..files.parse import SMALL_LIMIT
@@ -212,6 +213,7 @@ class HubFolder:
             with open(local, "rb") as source:
                 return source.read(header_length(source.read(8), file.path, file.size))
         first = self.read(file.path, 0, min(HEADER_GUESS, file.size))
+        refuse_strangers(first, f"{self.label} {file.path}", "a safetensors file")
         length = header_length(first[:8], file.path, file.size)
         if length + 8 > len(first):
             first += self.read(file.path, len(first), length + 8 - len(first))

@@ -219,8 +219,8 @@ def global_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
 
 def kind_of(name: str) -> str:
     """Census kind of a tensor name: expert w1/w2/w3, attention, router, norm, embedding, head, scale, MTP aside."""
-    stem = name.removesuffix(".weight")
-    if name.endswith(("weight_scale_inv", "weight_scale")):
+    stem, _, part = name.rpartition(".")
+    if "scale" in part or part in ("qzeros", "weight_zero_point", "g_idx", "weight_g_idx", "weight_shape"):
         return "scale"
     if name in (EMBED, HEAD):
         return "embedding" if name == EMBED else "head"

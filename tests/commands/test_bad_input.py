@@ -168,7 +168,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (endless_header, SECOND_SHARD),
     (nan_scale, "nan"),
     (zero_scale, "expected finite and positive"),
-    (wrong_dtype, "dtype BF16"),
+    (wrong_dtype, "is stored as BF16"),
     (wrong_shape, "shape"),
     (unknown_architecture, "LlamaForCausalLM"),
     (more_experts_than_stored, "missing"),

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from helpers.ct_reader import dequantized, tensors_of
 from helpers.paths import GOLDEN
-from mmquant.convert.checkpoints.quantization_config import scheme_of
+from mmquant.convert.checkpoints.quantization_config import SchemeBook
 from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
 from mmquant.convert.checkpoints.store import LocalFolder
 from mmquant.convert.open import open_source
@@ -167,8 +167,8 @@ def ct_config(*groups: tuple[list[str], dict[str, Any]], ignore: tuple[str, ...]
     return {"quant_method": "compressed-tensors", "config_groups": named, "ignore": list(ignore)}
 
 
-def bits_of(config: dict[str, Any], name: str) -> int | None:
-    scheme = scheme_of(config, name)
+def bits_of(config: dict[str, Any], name: str, engine: str = "vLLM") -> int | None:
+    scheme = SchemeBook(config).reading(name, engine)
     return None if scheme is None else scheme.bits
 
 
@@ -178,11 +178,14 @@ def test_groups_are_matched_as_engines_match_them() -> None:
     assert (bits_of(by_class, expert), bits_of(by_class, other)) == (8, 4), "a name wins over the class before it"
     first = ct_config((["re:.*experts.*"], {"num_bits": 8}), (["re:.*layers\\.1\\..*"], {}))
     assert bits_of(first, expert) == 8, "the first pattern wins"
-    for pattern in ("re:model\\.layers\\.1\\.mlp\\.experts\\..*", "re:.*block_sparse_moe.experts.0.down_proj"):
-        assert bits_of(ct_config(([pattern], {})), expert) == 4, "names that vLLM and SGLang use"
+    vllm, sglang = "re:model\\.layers\\.1\\.mlp\\.experts\\..*", "re:.*block_sparse_moe.experts.0.down_proj"
+    for pattern, engine, other_engine in ((vllm, "vLLM", "SGLang"), (sglang, "SGLang", "vLLM")):
+        config = ct_config(([pattern], {}))
+        assert (bits_of(config, expert, engine), bits_of(config, expert, other_engine)) == (4, None), engine
     assert bits_of(ct_config((["re:layers\\.1"], {})), expert) is None, "a pattern matches from the start"
     assert bits_of(ct_config((["Linear"], {}), ignore=("re:.*layers\\.1\\..*",)), expert) is None
-    assert bits_of(ct_config((["Linear"], {}), ignore=(other,)), other) is None
+    assert bits_of(ct_config((["Linear"], {}), ignore=(other,)), other, "transformers") is None
+    assert bits_of(ct_config((["Linear"], {}), ignore=(other,)), other) == 4, "vLLM knows it by another name"
 
 
 def test_gptq_rules_are_matched_as_vllm_matches_them() -> None:
@@ -204,7 +207,7 @@ def test_gptq_rules_are_matched_as_vllm_matches_them() -> None:
 )
 def test_configs_that_are_not_read(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        scheme_of(ct_config((["Linear"], {})) | change, W2)
+        SchemeBook(ct_config((["Linear"], {})) | change).reading(W2, "vLLM")
 
 
 @pytest.mark.parametrize(
@@ -214,13 +217,13 @@ def test_configs_that_are_not_read(change: dict[str, Any], message: str) -> None
         ({"group_size": 0}, "group_size 0"),
         ({"group_size": "128"}, "group_size '128'"),
         ({"strategy": "token"}, "strategy 'token'"),
-        ({"strategy": "block", "block_structure": [128]}, "block_structure [128]"),
+        ({"strategy": "block", "block_structure": [128]}, "block_structure in g0 is [128]"),
         ({"actorder": "group"}, "actorder 'group'"),
     ],
 )
 def test_schemes_that_are_not_read(weights: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        scheme_of(ct_config((["Linear"], weights)), W2)
+        SchemeBook(ct_config((["Linear"], weights))).reading(W2, "vLLM")
 
 
 def drop(*names: str) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
@@ -255,7 +258,7 @@ def ignored(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         (bad_scale, "weight_scale is not finite"),
         (bad_shape, "expected [256, 32]"),
         (wrong_bits, "expected [256, 64]"),
-        (ignored, "config.json leaves it unquantized"),
+        (ignored, "quantization_config in config.json leaves it unquantized"),
         (lambda config, tensors: config.update(num_hidden_layers=10**9), "calls for 16000000000 matrices"),
     ],
 )

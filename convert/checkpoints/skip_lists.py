@@ -1,0 +1,100 @@
+"""Which matrices a skip list names, as each engine matches it: modules_to_not_convert, ignored_layers, ignore, dynamic.
+
+Engines look matrices up under names of their own and match lists by rules of their own, per quantization method:
+vLLM      fp8: whole names, for experts any entry that contains its own name of them; AWQ: an entry inside the name
+SGLang    fp8: an entry that is a run of whole parts of the name; AWQ: an entry inside the name
+transformers  an entry (a pattern) that begins the name, or that ends it
+compressed-tensors (`ignore`, `targets`): whole names, or patterns after `re:` from the start, in all of them.
+Source: vLLM quant_utils.py (is_layer_skipped), compressed_tensors/utils.py; SGLang quantization/utils.py
+(_module_path_match), awq.py; transformers quantizers_utils.py (should_convert_module).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from mmquant.errors import InputError
+
+VLLM, SGLANG, TRANSFORMERS = "vLLM", "SGLang", "transformers"
+ENGINES = (VLLM, SGLANG, TRANSFORMERS)
+SGLANG_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])")
+_FUSED = re.compile(r"\.[qkv]_proj$")
+
+Skips = Callable[[Sequence[str], Sequence[str]], bool]  # entries, the engine's names of a matrix
+
+
+def names_of(name: str, engine: str, single: bool = False, fused: bool = False) -> tuple[str, ...]:
+    """What an engine calls a matrix (release name without .weight) when it looks up how that is stored.
+
+    single  one lookup a projection of a layer's experts (compressed-tensors), else one for all of them
+    fused   q, k and v are looked up as qkv_proj
+    """
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return (_FUSED.sub(".qkv_proj", name),) if fused and engine != TRANSFORMERS else (name,)
+    layer, expert, projection = match.groups()
+    if engine == VLLM:
+        return (f"{layer}.mlp.experts.0.{projection}" if single else f"{layer}.mlp.experts",)
+    if engine == SGLANG:
+        stem = f"{layer}.block_sparse_moe.experts"
+        return (f"{stem}.0.{SGLANG_NAMES[projection]}" if single else stem,)
+    return (name, f"{layer}.mlp.experts.{expert}.{projection}", f"{layer}.mlp.experts")
+
+
+def whole_names(entries: Sequence[str], names: Sequence[str]) -> bool:
+    """vLLM, fp8."""
+    return any(
+        name in entries or (".experts" in name and any(name in entry for entry in entries if "experts" in entry))
+        for name in names
+    )
+
+
+def whole_parts(entries: Sequence[str], names: Sequence[str]) -> bool:
+    """SGLang, fp8."""
+    wanted = [f".{entry.rstrip('.')}." for entry in entries if entry.rstrip(".")]
+    return any(entry in f".{name}." for name in names for entry in wanted)
+
+
+def inside_the_name(entries: Sequence[str], names: Sequence[str]) -> bool:
+    """vLLM and SGLang, AWQ."""
+    return any(entry in name for name in names for entry in entries if entry)
+
+
+def start_or_end(entries: Sequence[str], names: Sequence[str]) -> bool:
+    """transformers, every method with modules_to_not_convert."""
+    return any(name.endswith(entry) or _begins(entry, name) for name in names for entry in entries if entry)
+
+
+def _begins(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except re.error:  # no pattern: the engine would fail, so nothing is skipped by it
+        return False
+
+
+FP8_RULES: dict[str, Skips] = {VLLM: whole_names, SGLANG: whole_parts, TRANSFORMERS: start_or_end}
+AWQ_RULES: dict[str, Skips] = {VLLM: inside_the_name, SGLANG: inside_the_name, TRANSFORMERS: start_or_end}
+
+
+def matches(target: str, names: Iterable[str]) -> bool:
+    """Whether a compressed-tensors target (a name, or a pattern after `re:`) is one of the names."""
+    return matches_pattern(target[3:], names) if target.startswith("re:") else target in names
+
+
+def matches_pattern(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a regular expression of config.json begins one of the names; InputError when it is none."""
+    try:
+        return any(re.match(pattern, name) for name in names)
+    except re.error as error:
+        raise InputError(f"config.json: {pattern!r} is not a regular expression ({error})") from None
+
+
+def strings(value: object, where: str) -> list[str]:
+    """A list of texts of config.json, InputError for anything else; null is an empty one."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise InputError(f"config.json: {where} is {value!r}, expected a list of names")
+    return value

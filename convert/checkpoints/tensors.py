@@ -1,0 +1,65 @@
+"""Reading one tensor, one config, and the list of all tensors of a store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmquant.errors import InputError
+
+from ..files.parse import parse_json
+from ..models.minimax_m2 import Geometry
+from .store import ShardStore, TensorInfo, shard_names
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+def read_tensor(store: ShardStore, info: TensorInfo) -> Tensor:
+    """A tensor as stored, in memory of its own (nothing stays mapped)."""
+    buffer = np.empty(info.size, dtype=np.uint8)
+    with open(store.path(info.shard), "rb") as file:
+        file.seek(info.offset)
+        got = file.readinto(buffer.data) if info.size else 0
+    if got != info.size:
+        raise InputError(f"{info.shard}: {info.name} has {got} of {info.size} bytes, the shard is truncated")
+    return torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+
+def read_config(store: ShardStore) -> dict[str, Any]:
+    """config.json of a store; ValueError when it is missing or broken."""
+    data = store.small("config.json")
+    if data is None:
+        raise InputError(f"{store.label}: config.json is missing")
+    return parse_json(data, f"{store.label}/config.json")
+
+
+def collect_tensors(store: ShardStore) -> dict[str, TensorInfo]:
+    """Every tensor of every shard; ValueError for one that stands twice."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shard_names(store):
+        for info in store.header(shard):
+            if info.name in tensors:
+                raise InputError(f"{shard}: {info.name} stands in {tensors[info.name].shard} as well")
+            tensors[info.name] = info
+    return tensors
+
+
+def check_count(geometry: Geometry, tensors: int, label: str) -> None:
+    """Refuse sizes that no shard could hold before anything is listed by them (a hostile config.json)."""
+    matrices = geometry.layers * (4 + 3 * geometry.experts)
+    if matrices > tensors:
+        raise InputError(f"{label}: config.json calls for {matrices} matrices, the shards hold {tensors} tensors")
