@@ -10,7 +10,7 @@ import click
 from mmquant.errors import InputError
 
 from ..runs.sizes import check_output
-from .options import device_option, dry_run_option, json_option, model_option, out_option, size
+from .options import begin, device_option, dry_run_option, fresh_option, json_option, model_option, out_option, size
 from .options_fetch import fetch_options, open_model
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> ra
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of matrix products; default: bf16 on CUDA.")
 @device_option()
 @fetch_options()
+@fresh_option()
 @dry_run_option()
 @json_option()
 def command(
@@ -66,20 +67,29 @@ def command(
     from ..calibration.model.distributed import leave, world
     from ..calibration.statistics.report import as_json as to_json
     from ..calibration.statistics.report import findings, table
-    from ..calibration.statistics.run import needs
-    from ..runs.calibrate import calibrate, describe, export_imatrix, make_corpus, pass_options
+    from ..calibration.statistics.run import check_calibration, needs
+    from ..runs.calibrate import (
+        calibrate,
+        check_room,
+        describe,
+        export_imatrix,
+        make_corpus,
+        pass_options,
+    )
     from ..runs.models import close_model
 
     if imatrix is not None and imatrix.suffix != ".gguf":
         raise InputError(f"--imatrix {imatrix}: expected a name ending in .gguf")
     check_output("--imatrix", None if dry_run else imatrix)
-    source = open_model(model, fetch, None if dry_run else out)
+    source = open_model(model, fetch, begin(out, dry_run))
     corpus = make_corpus(source, options)
     chosen = pass_options(source, options)
     if dry_run:
         need = needs(source, corpus, chosen, options["store"])
         plan = {"corpus": corpus.describe(), "moments": chosen.collect.full, "bytes": asdict(need)}
         click.echo(json.dumps(plan, indent=1) if as_json else describe(out, corpus, chosen, options["store"], need))
+        check_calibration(source, corpus, chosen, out, options["store"])
+        check_room(out, need)
         return
     summaries = calibrate(source, corpus, chosen, out, options)
     close_model(source, finished=True)

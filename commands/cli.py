@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
 
 import click
 
 from mmquant import __version__
-from mmquant.errors import MmquantError
+from mmquant.errors import MmquantError, suggest
 
 COMMANDS = {
     "fp8": "FP8 for vLLM and SGLang, exact from the release.",
@@ -32,6 +34,14 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            raise click.UsageError(f"no command {name!r}; {suggest(name, COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
@@ -47,26 +57,66 @@ class Commands(click.Group):
 def cli() -> None:
     """Quantize and convert MiniMax-M2.7 to FP8, INT4 and GGUF, checked against the reference.
 
-    Exit codes: 0 ok, 1 failure, 2 usage or bad input, 3 partial, 4 quality gate, 5 does not fit, 130 interrupted.
+    Exit codes: 0 ok, 1 failure, 2 usage or bad input, 3 partial, 4 quality gate, 5 does not fit, 130 interrupted
+    (143 by TERM, 129 by HUP).
     """
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end; what is on disk is found again, as after ^C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def stop(number: int, frame: object) -> None:
+    """Signal handler: the first signal ends the run in order, a second one at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped(number)
+
+
+def catch_signals() -> None:
+    """TERM and HUP say what INT says. A signal that somebody chose to ignore (nohup) stays ignored."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
+
+
 def main() -> None:
-    """Run the command line; every error becomes one line on stderr and its exit code."""
+    """Run the command line; every user's error becomes one line on stderr and its exit code, a bug a traceback."""
+    catch_signals()
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        cli.main(prog_name="mmquant", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # the help itself, as long as it is
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         fail(error.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt):
-        fail("interrupted; run the same command again to continue", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        number = cause.number if isinstance(cause, Stopped) else int(signal.SIGINT)
+        fail("interrupted; run the same command again to continue", 128 + number)
     except MmquantError as error:
         fail(str(error), error.exit_code)
-    except OSError as error:
-        from ..runs.folder import disk_full
+    except Exception as error:
+        fail(*explained(error))
 
-        fail(str(error), 5 if disk_full(error) else 1)
+
+def explained(error: Exception) -> tuple[str, int]:
+    """Words and exit code for what the machine refused: memory, disk, files. Everything else is a bug: raised again."""
+    from ..runs.memory import does_not_fit, is_out_of_memory
+
+    if is_out_of_memory(error):
+        return str(does_not_fit(error)), 5
+    if not isinstance(error, OSError):
+        raise error
+    from ..runs.folder import disk_full
+
+    return str(error), 5 if disk_full(error) else 1
 
 
 def fail(message: str, code: int) -> None:
@@ -75,7 +125,8 @@ def fail(message: str, code: int) -> None:
         import traceback
 
         traceback.print_exc()
-    print("mmquant: " + " ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone, as after HUP
+        print("mmquant: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -9,7 +9,7 @@ import click
 
 from mmquant.errors import GateError
 
-from .options import device_option, json_option
+from .options import device_option, json_option, refuse_without_effect
 
 FILE = click.Path(path_type=Path)
 
@@ -44,6 +44,11 @@ def command(
     import json
 
     from ..runs.doctor import examine
+
+    if not text["texts"]:
+        refuse_without_effect("without --text", "windows", "context")
+    if not fix:
+        refuse_without_effect("without --fix", "out", "in_place")
 
     found = examine(file, statistics=statistics, text=text, fix=fix, out=out, in_place=in_place, device=device)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines()))

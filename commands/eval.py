@@ -61,7 +61,7 @@ def command(
     if html is not None:
         from ..runs.evaluation.report import check_plots
 
-        check_plots()
+        check_plots("--html")
     for option, path in (("--html", html), ("--save-reference", options["save"])):
         check_output(option, path)
     thresholds = read_gate(gate_file) if gate_file is not None else {}

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import device_option, dry_run_option, model_option, out_option, shard_option
+from .options import (
+    begin,
+    device_option,
+    dry_run_option,
+    fresh_option,
+    model_option,
+    out_option,
+    refuse_without_effect,
+    shard_option,
+)
 from .options_backend import backend_option
 from .options_fetch import fetch_options, open_model
 
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 @shard_option()
 @device_option()
 @fetch_options()
+@fresh_option()
 @dry_run_option()
 def command(
     model: str, out: Path, scheme: str, backend: str, limit: int, device: str, fetch: FetchOptions, dry_run: bool
@@ -33,21 +43,31 @@ def command(
     Example: mmquant fp8 --model demo --out ./m27-fp8
     """
     if backend == "llmcompressor":
+        fetched = ("max_disk", "max_shards", "keep_shards", "transport")
+        refuse_without_effect("with --backend llmcompressor", "limit", *fetched)
         from ..runs.llmc import fp8_job, write_with_llmcompressor
 
         click.echo(write_with_llmcompressor(open_model(model, fetch, None), fp8_job(scheme), out, device, dry_run))
         return
     from ..convert.folder.fp8 import Fp8Variant
     from ..convert.folder.native_copy import check_native
-    from ..runs.folder import describe, prepare, write_folder, write_native
+    from ..runs.folder import check_place, describe, prepare, write_folder, write_native
 
-    source = open_model(model, fetch, None if dry_run else out)
+    if scheme == "native":
+        refuse_without_effect("with --scheme native, which copies shards as they are", "limit")
+    source = open_model(model, fetch, begin(out, dry_run))
     if scheme == "native":
         check_native(source)
-        click.echo(describe(out, "FP8-native", source.bytes) if dry_run else write_native(source, out))
+        if dry_run:
+            click.echo(describe(out, "FP8-native", source.bytes))
+            check_place(out, source.bytes, {"command": "fp8", "scheme": scheme, "source": source.fingerprint})
+            return
+        click.echo(write_native(source, out))
         return
     variant = Fp8Variant(scheme)
     if dry_run:
-        click.echo(describe(out, variant.label, prepare(source, variant).bytes))
+        size = prepare(source, variant).bytes
+        click.echo(describe(out, variant.label, size))
+        check_place(out, size, {**variant.run(), "source": source.fingerprint, "shard_limit": limit})
         return
     click.echo(write_folder(source, variant, out, device=device, limit=limit))

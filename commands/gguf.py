@@ -9,7 +9,16 @@ import click
 
 from mmquant.errors import InputError
 
-from .options import device_option, dry_run_option, model_option, out_option, size
+from .options import (
+    begin,
+    device_option,
+    dry_run_option,
+    fresh_option,
+    model_option,
+    out_option,
+    refuse_without_effect,
+    size,
+)
 from .options_fetch import fetch_options, open_model
 
 if TYPE_CHECKING:
@@ -52,6 +61,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--no-calibration", is_flag=True, help="Every weight to its nearest point; no text is read.")
 @device_option()
 @fetch_options()
+@fresh_option()
 @dry_run_option()
 def command(
     model: str,
@@ -79,18 +89,26 @@ def command(
     from ..convert.gguf.mixes import PLAIN, find_mix, parse_overrides
     from ..convert.gguf.variant import GgufVariant
     from ..runs.folder import describe
-    from ..runs.gguf import make_calibration, model_stem, read_plan, write_gguf
+    from ..runs.gguf import check_gguf, make_calibration, model_stem, read_plan, write_gguf
 
     if statistics is not None and (text["texts"] or no_calibration):
         raise InputError("--statistics: stands instead of --text, and contradicts --no-calibration")
     mix = find_mix(kind)
-    changed = parse_overrides(overrides)
-    source = open_model(model, fetch, None if dry_run else out)
-    stem = name or f"{model_stem(model)}-{mix.name}"
     calibrated = not no_calibration and mix.base not in (*PLAIN, "Q8_0")
+    if not calibrated:
+        why = "with --no-calibration" if no_calibration else f"with --type {mix.name}, which is not calibrated"
+        refuse_without_effect(why, "texts", "context", "windows", "seed", "statistics", "effort")
+    elif statistics is not None:
+        refuse_without_effect("with --statistics, which stands for the text", "context", "windows", "seed")
+    changed = parse_overrides(overrides)
+    source = open_model(model, fetch, begin(out, dry_run))
+    stem = name or f"{model_stem(model)}-{mix.name}"
     variant = GgufVariant(mix, stem, calibrated, changed, read_plan(plan), part_bytes=max_part_size)
     if dry_run:
-        click.echo(describe(out, variant.label, sum(part.bytes for part in variant.parts(source, None))))
+        size = sum(part.bytes for part in variant.parts(source, None))
+        click.echo(describe(out, variant.label, size))
+        text |= {"calibrated": calibrated and statistics is None, "effort": effort}
+        check_gguf(source, variant, out, size, device, text)
         return
     calibration = make_calibration(source, effort, statistics, text) if calibrated else None
     click.echo(write_gguf(source, variant, out, calibration=calibration, device=device))

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import device_option, dry_run_option, model_option, out_option, shard_option
+from .options import (
+    begin,
+    device_option,
+    dry_run_option,
+    fresh_option,
+    model_option,
+    out_option,
+    refuse_without_effect,
+    shard_option,
+)
 from .options_backend import backend_option
 from .options_calibration import calibration_options
 from .options_fetch import fetch_options, open_model
@@ -56,12 +65,14 @@ if TYPE_CHECKING:
 @shard_option()
 @device_option()
 @fetch_options()
+@fresh_option()
 @dry_run_option()
 def command(model: str, out: Path, fetch: FetchOptions, dry_run: bool, limit: int, device: str, **options: Any) -> None:
     """Write W4A16 experts for vLLM and SGLang, calibrated in the same pass over the checkpoint.
 
     Example: mmquant int4 --model demo --out ./m27-int4
     """
+    refuse_idle_options(**options)
     if options.pop("backend") == "llmcompressor":
         from ..runs.llmc import int4_job, write_with_llmcompressor
 
@@ -69,12 +80,27 @@ def command(model: str, out: Path, fetch: FetchOptions, dry_run: bool, limit: in
         click.echo(write_with_llmcompressor(open_model(model, fetch, None), job, out, device, dry_run))
         return
     from ..runs.folder import describe, prepare
-    from ..runs.int4 import Int4Request, write_int4
+    from ..runs.int4 import Int4Request, check_int4, write_int4
 
     request = Int4Request.from_options(options, device)
-    source = open_model(model, fetch, None if dry_run else out)
+    source = open_model(model, fetch, begin(out, dry_run))
     variant = request.variant(source, out)
     if dry_run:
-        click.echo(describe(out, variant.label, prepare(source, variant).bytes))
+        size = prepare(source, variant).bytes
+        click.echo(describe(out, variant.label, size))
+        check_int4(source, variant, request, out, size)
         return
     click.echo(write_int4(source, variant, request, out, limit))
+
+
+def refuse_idle_options(method: str, backend: str, statistics: Path | None, **_: Any) -> None:
+    """InputError for options that would change nothing of what was asked for."""
+    text = ("texts", "evaluation", "context", "windows")
+    calibrated = (*text, "seed", "propagate", "statistics", "effort")
+    if backend == "llmcompressor":
+        mine = ("tp", "limit", "max_disk", "max_shards", "keep_shards", "transport")
+        refuse_without_effect("with --backend llmcompressor", *calibrated, *mine)
+    elif method == "rtn":
+        refuse_without_effect("with --method rtn, which is not calibrated", *calibrated)
+    elif statistics is not None:
+        refuse_without_effect("with --statistics, which stands for the text", *text)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mmquant.errors import InputError
 
@@ -51,6 +52,36 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
         return None if value is None else parse_size(value)
     except InputError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def fresh_option() -> Decorator:
+    text = "Remove an unfinished run in --out and start over."
+    return click.option("--fresh", is_flag=True, expose_value=False, callback=_fresh, help=text)
+
+
+def _fresh(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Remembers the wish; `begin` carries it out once everything else that was typed is known to be right."""
+    ctx.meta["mmquant.fresh"] = value
+
+
+def begin(out: Path, dry_run: bool) -> Path | None:
+    """The folder in which the command may work from now on: cleared for --fresh, None for a dry run."""
+    if dry_run:
+        return None
+    if click.get_current_context().meta["mmquant.fresh"]:
+        from ..runs.place import start_over
+
+        start_over(out)
+    return out
+
+
+def refuse_without_effect(why: str, *names: str) -> None:
+    """InputError naming the first option that was typed though it changes nothing; names: of parameters."""
+    ctx = click.get_current_context()
+    for parameter in ctx.command.params:
+        typed = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if parameter.name in names and typed:
+            raise InputError(f"{parameter.opts[0]} has no effect {why}; leave it out")
 
 
 def json_option() -> Decorator:

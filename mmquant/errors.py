@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -43,3 +43,12 @@ def naming(where: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def suggest(word: str, names: Iterable[str]) -> str:
+    """What to say beside an unknown word: the name it was meant for, or all of them."""
+    import difflib
+
+    names = list(names)
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"

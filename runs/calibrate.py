@@ -27,10 +27,7 @@ def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
     from ..calibration.text.overlap import check_disjoint
     from ..calibration.text.tokenizer import load_tokenizer
 
-    longest = source.geometry.max_context
-    context = options["context"] or (512 if longest < 8192 else 2048)
-    if context > longest:
-        raise InputError(f"--context {context}: the model has at most {longest}")
+    context = context_of(source, options)
     tokenizer, template, notes = load_tokenizer(source), load_template(source), []
     sets = read_sets(list(options["texts"]), template, notes)
     for note in notes:
@@ -39,6 +36,29 @@ def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
     held = read_sets(list(options["evaluation"]) or [str(bundled("evaluation"))], template)
     check_disjoint(((d.origin, d.parts()) for part in held for d in part.documents), corpus.seen)
     return corpus
+
+
+def context_of(source: Source, options: dict[str, Any]) -> int:
+    """Tokens in a window. InputError for more than the model takes."""
+    longest = source.geometry.max_context
+    context = options["context"] or (512 if longest < 8192 else 2048)
+    if context > longest:
+        raise InputError(f"--context {context}: the model has at most {longest}")
+    return int(context)
+
+
+def tokens_at_most(source: Source, options: dict[str, Any]) -> int:
+    """Tokens of the calibration text, as far as that is known without reading it."""
+    return context_of(source, options) * int(options["windows"])
+
+
+def pass_of(options: dict[str, Any], device: str, hidden: bool, full: bool) -> PassOptions:
+    """How a quantizer's own pass is computed (`make_provider`)."""
+    from ..calibration.statistics.collector import Collect
+    from ..calibration.statistics.live import PassOptions, default_dtype
+
+    propagate = options["propagate"] or ("quantized" if hidden else "reference")
+    return PassOptions(Collect(full), propagate, device, default_dtype(device))
 
 
 def pass_options(source: Checkpoint, options: dict[str, Any]) -> PassOptions:
@@ -80,10 +100,19 @@ def describe(out: Path, corpus: Corpus, chosen: PassOptions, store: str, need: N
     return "\n".join(lines)
 
 
-def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path, options: dict[str, Any]) -> list[Any]:
-    """Run the pass into `out` with its report; summaries of all layers."""
+def check_room(out: Path, need: Needs) -> None:
+    """FitError when the disk of `out` does not hold the statistics and the hidden states."""
     import shutil
 
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    have = sum(p.stat().st_size for p in out.iterdir() if p.is_file()) if out.is_dir() else 0
+    free, needed = shutil.disk_usage(there).free, need.statistics + need.hidden_on_disk - have
+    if needed > free:
+        raise FitError(f"{out}: {needed:,} bytes are needed, the disk has {free:,} free")
+
+
+def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path, options: dict[str, Any]) -> list[Any]:
+    """Run the pass into `out` with its report; summaries of all layers."""
     from tqdm import tqdm
 
     from ..calibration.model.distributed import world
@@ -96,12 +125,7 @@ def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path
 
     store, layers = options["store"], options["layers"]
     through = None if chosen.propagate == "reference" else open_source(options["propagate"])
-    need = needs(source, corpus, chosen, store)
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    have = sum(p.stat().st_size for p in out.iterdir() if p.is_file()) if out.is_dir() else 0
-    free = shutil.disk_usage(there).free + have
-    if need.statistics + need.hidden_on_disk > free:
-        raise FitError(f"{out}: needs {need.statistics + need.hidden_on_disk} bytes, {free} are free")
+    check_room(out, needs(source, corpus, chosen, store))
     steps = calibrate_into(source, corpus, out, chosen, dtype=store, through=through, layers=layers)
     rank, _ = world()
     total = source.geometry.layers if layers is None else layers.stop
@@ -135,20 +159,18 @@ def make_provider(
     hidden: the quantizer needs the tokens themselves, which stored statistics cannot give (InputError).
     full: it needs second moments; otherwise diagonals are collected, and stored ones will do.
     """
-    from ..calibration.statistics.collector import Collect
-    from ..calibration.statistics.live import LivePass, PassOptions, StoredPass, default_dtype
+    from ..calibration.statistics.live import LivePass, StoredPass
 
-    propagate = options["propagate"] or ("quantized" if hidden else "reference")
-    chosen = PassOptions(Collect(full), propagate, device, default_dtype(device))
+    chosen = pass_of(options, device, hidden, full)
     if options["statistics"] is None:
         return LivePass(
             source,
             make_corpus(source, options),
             chosen,
             hidden=hidden,
-            folder=folder if propagate == "quantized" else None,
+            folder=folder if chosen.propagate == "quantized" else None,
         )
-    if hidden or propagate == "quantized":
+    if hidden or chosen.propagate == "quantized":
         what = "--effort high" if hidden else "--propagate quantized"
         raise InputError(f"{what} needs the calibration tokens, --statistics holds only sums")
     from ..calibration.statistics.store import open_statistics

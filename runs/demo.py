@@ -42,9 +42,9 @@ def variants(device: str) -> dict[str, Callable[[Checkpoint, Path], Path]]:
 def run_demo(out: Path, device: str = "cpu", windows: int = WINDOWS) -> list[dict[str, Any]]:
     """Write all variants under `out`, score them, write report.html and summary.json; returns the table's rows.
 
-    A second run writes nothing anew and scores again.
+    A second run writes nothing anew and scores again. Without matplotlib there is no report, and a note says so.
     """
-    from .evaluation.report import write_report
+    from .evaluation.report import PLOTS, has_plots, write_report
 
     source = open_native(DEMO)
     artifacts: dict[str, Path] = {}
@@ -56,7 +56,10 @@ def run_demo(out: Path, device: str = "cpu", windows: int = WINDOWS) -> list[dic
     result = run(paths, reference=DEMO, windows=windows, device=device)
     assert result is not None
     record(paths, result)
-    write_report(out / "report.html", result)
+    if has_plots():
+        write_report(out / "report.html", result)
+    else:
+        print(f"no report.html: {PLOTS}", file=sys.stderr)
     scores = dict(zip(artifacts, result["candidates"], strict=True))
     rows = [_row(name, out / name, scores[name]) for name in artifacts]
     write_whole(out / "summary.json", (json.dumps({"rows": rows, "eval": result}, indent=1) + "\n").encode())

@@ -20,7 +20,7 @@ from ..convert import manifest
 from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.store import LocalFolder
-from ..convert.files.atomic import is_temporary
+from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
 from ..convert.fit import Weights
@@ -30,6 +30,8 @@ from ..convert.folder.variant import FolderVariant, global_specs, global_tensors
 from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, TensorSpec
 from ..convert.manifest import Artifact, FileEntry
 from ..convert.models.minimax_m2 import EMBED, layer_of
+from .memory import memory_for
+from .place import free_bytes, refuse_strangers
 
 if TYPE_CHECKING:
     from ..calibration.statistics.provider import CalibratedVariant, Provider
@@ -72,7 +74,7 @@ def write_folder(
     `provider` hands a calibrated variant its statistics; None for one that needs none. The folder is read again as an
     engine would before it gets its manifest: one that fails stays unfinished.
 
-    Raises InputError when `out` holds something else or fails its check, FitError when the disk is too small.
+    Raises InputError when `out` holds something else or fails its check, FitError when disk or memory is too small.
     """
     prepared = prepare(source, variant)
     run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
@@ -89,7 +91,8 @@ def write_folder(
         steps = range(writer.done, len(prepared.steps))
         bar = tqdm(steps, desc=variant.label, unit="step", initial=writer.done, total=len(prepared.steps), delay=1)
         for step in bar:
-            writer.write(step, step_tensors(source, variant, step, device, provider))
+            with memory_for(step_name(step, source.geometry.layers)):
+                writer.write(step, step_tensors(source, variant, step, device, provider))
         names = writer.finish(files)
         check_written(out, source, device)
         entries = tuple(FileEntry(n, (out / n).stat().st_size, writer.sha256[n]) for n in names)
@@ -104,6 +107,11 @@ def check_written(out: Path, source: Checkpoint, device: torch.device | str) -> 
     A hub's shards were verified on their way and are gone: fetching them again to compare would double the traffic.
     """
     check_folder(out, source if isinstance(source.store, LocalFolder) else None, device=device)
+
+
+def step_name(step: int, layers: int) -> str:
+    """What a step writes, in words: the first and the last are what stands outside the layers."""
+    return f"layer {step - 1}" if 1 <= step <= layers else "embeddings" if step == 0 else "the head"
 
 
 def step_tensors(
@@ -146,7 +154,7 @@ def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
         return False
     found = done["artifacts"][0].get("provenance", {}).get("run")
     if found != dict(run):
-        raise InputError(f"{out}: holds a finished {difference(found or {}, run)}; choose another folder")
+        raise InputError(occupied(out, found or {}, run, "finished"))
     return True
 
 
@@ -155,21 +163,36 @@ def claim(out: Path, run: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_run(out)
     if unfinished is None:
-        strange = sorted(
-            p.name for p in out.iterdir() if not p.name.startswith(".mmquant") and not is_temporary(p.name)
-        )
-        if strange:
-            raise InputError(f"{out}: holds {strange[0]}, expected an empty folder or an unfinished mmquant run")
+        refuse_strangers(out)
     elif unfinished != dict(run):
-        raise InputError(f"{out}: holds an unfinished {difference(unfinished, run)}; choose another folder")
+        raise InputError(occupied(out, unfinished, run, "unfinished"))
 
 
-def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first thing in which two runs differ, in words."""
-    for key in ("command", *wanted, *found):
-        if found.get(key) != wanted.get(key):
-            return f"run with {key} {found.get(key)!r}, expected {wanted.get(key)!r}"
-    return "run"
+def occupied(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], state: str) -> str:
+    """What to say of a folder in which another run is (`state`: finished or unfinished)."""
+    ways = "choose another folder" + (" or start over with --fresh" if state == "unfinished" else "")
+    return f"{out}: holds {'an' if state[0] == 'u' else 'a'} {state} run: {first_difference(found, wanted)}; {ways}"
+
+
+def check_place(out: Path, size: int, run: Mapping[str, Any]) -> None:
+    """What a real run would refuse after a dry run: a place that is occupied (InputError), a small disk (FitError).
+
+    size: bytes of the whole output. run: as far as it is known without reading any text; the rest is not compared.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: a file, expected a folder or nothing")
+    have = 0
+    if out.is_dir():
+        done, unfinished = manifest.read(out), unfinished_run(out)
+        found = done["artifacts"][0].get("provenance", {}).get("run", {}) if done is not None else unfinished
+        if found is None:
+            refuse_strangers(out)
+        elif known := {key: found.get(key) for key in run}:
+            if known != dict(run):
+                raise InputError(occupied(out, known, run, "finished" if done is not None else "unfinished"))
+        have = written_bytes(out)
+    if size - have > free_bytes(out):
+        raise FitError(f"{out}: {size - have:,} bytes are needed, the disk has {free_bytes(out):,} free")
 
 
 def written_bytes(out: Path) -> int:
@@ -192,8 +215,7 @@ def disk_full(error: OSError) -> bool:
 
 def describe(out: Path, label: str, size: int) -> str:
     """A dry run's line: what would be written, its bytes, and what the disk has."""
-    place = next(p for p in (out, *out.resolve().parents) if p.is_dir())
-    return f"{label}: {size:,} bytes into {out}; the disk has {shutil.disk_usage(place).free:,} free"
+    return f"{label}: {size:,} bytes into {out}; the disk has {free_bytes(out):,} free"
 
 
 def write_native(source: Checkpoint, out: Path) -> Path:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mmquant.errors import InputError
 
 from ..calibration.gguf.encode import encode_tensors
-from ..calibration.gguf.run import CalibratedRun, Calibration
+from ..calibration.gguf.run import CalibratedRun, Calibration, plan_memory
 from ..calibration.gguf.run_fast import FastRun
 from ..calibration.gguf.run_stored import Stored, open_stored, stored_tensors
 from ..calibration.gguf.solve import Report
@@ -29,8 +29,9 @@ from ..convert.gguf.variant import GgufVariant
 from ..convert.gguf.writer import GgufWriter, TensorInfo
 from ..convert.manifest import FileEntry
 from ..convert.source import CARRIED_FILES
-from .calibrate import make_corpus
-from .folder import check_disk, claim, finish_folder, is_finished, written_bytes
+from .calibrate import context_of, make_corpus
+from .folder import check_disk, check_place, claim, finish_folder, is_finished, step_name, written_bytes
+from .memory import memory_for
 
 
 def write_gguf(
@@ -56,6 +57,7 @@ def write_gguf(
     first = out / parts[0].name
     if is_finished(out, run):
         return first
+    check_memory(source, calibration, device)
     claim(out, run)
     with hold(out):
         check_disk(out, sum(part.bytes for part in parts) - written_bytes(out), source)
@@ -85,6 +87,27 @@ def check_file(first: Path) -> None:
             raise InputError(f"{first}: {finding.where} is {finding.text}")
 
 
+def check_memory(source: Checkpoint, calibration: Calibration | Stored | None, device: torch.device | str) -> None:
+    """FitError before anything is written, when a calibrated layer needs more memory than is free."""
+    if isinstance(calibration, Calibration) and calibration.effort != "fast":
+        windows, length = calibration.tokens.shape
+        plan_memory(source.geometry, windows, length, device, calibration.effort)
+
+
+def check_gguf(
+    source: Checkpoint,
+    variant: GgufVariant,
+    out: Path,
+    size: int,
+    device: str,
+    options: dict[str, Any],
+) -> None:
+    """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
+    check_place(out, size, {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes})
+    if options["calibrated"] and options["effort"] != "fast":
+        plan_memory(source.geometry, options["windows"], context_of(source, options), device, options["effort"])
+
+
 def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
     """Licence and notice files beside the model, byte for byte (everything else that engines need is in the GGUF)."""
     entries = []
@@ -111,8 +134,9 @@ def write_steps(
     bar = tqdm(range(first, len(steps)), desc=variant.label, unit="step", initial=first, total=len(steps), delay=1)
     for step in bar:
         missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
-        for name, data in make(missing):
-            writer.write(name, data)
+        with memory_for(step_name(step, source.geometry.layers)):
+            for name, data in make(missing):
+                writer.write(name, data)
         writer.checkpoint()
         for line in report.of_layer(step - 1):
             bar.write(line, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from mmquant.errors import InputError
 from ..calibration.int4.high import ReferenceStream
 from ..calibration.int4.layer import Int4Options
 from ..calibration.int4.variant import CalibratedInt4
+from ..calibration.statistics.live import moment_plan
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.int4 import Int4Variant, check_groups
 from ..quantize.integer.gptq import Grid
-from .calibrate import NAMES, make_provider
-from .folder import write_folder
+from .calibrate import NAMES, make_provider, pass_of, tokens_at_most
+from .folder import check_place, write_folder
 
 STREAMS = ".mmquant-streams"  # what a killed run of high effort continues from
 
@@ -97,18 +99,28 @@ def check_cache(options: dict[str, Any]) -> None:
 
 
 def layers_of(text: str | None) -> tuple[int, ...]:
-    """0,60-61 -> (0, 60, 61). InputError for anything else."""
+    """0,60-61 -> (0, 60, 61). InputError for anything else, and for layers that no model has."""
     found: set[int] = set()
     for part in (text or "").split(",") if text else []:
         first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        if not all(re.fullmatch("[0-9]{1,4}", end.strip()) for end in (first, last or first)):
             raise InputError(f"--eight-bit {text!r}, expected layers such as 0,60-61")
+        if int(last or first) < int(first):
+            raise InputError(f"--eight-bit {text!r}: {part} runs backwards, expected layers such as 0,60-61")
         found |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(found))
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def check_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, size: int) -> None:
+    """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
+    check_place(out, size, {**variant.run(), "source": source.fingerprint})
+    if isinstance(variant, CalibratedInt4) and request.calibration["statistics"] is None:
+        chosen = pass_of(request.calibration, request.device, variant.options.learned, variant.options.full)
+        moment_plan(source, chosen, tokens_at_most(source, request.calibration))
 
 
 def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, limit: int) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmquant.errors import InputError
+from mmquant.errors import FitError
 
 from ...convert.models.minimax_m2 import Geometry
 from ..int4.layer import working_memory
@@ -26,6 +26,7 @@ SMALLER = 4  # batches on a CPU, of those elsewhere in calibration: rows of a fe
 USABLE = 0.9  # of what is free: the allocator's blocks have gaps
 # Bytes of activations: of a routed row by hidden and inner channel, of a token by hidden channel and by attention's.
 ROW_HIDDEN, ROW_INNER, TOKEN_HIDDEN, TOKEN_HEADS = 8, 18, 32, 8
+LESS = "--effort fast, a shorter --context or another --device need less"
 LEARNED_HIDDEN = 24  # of a token that rounding is learned on: its input, what is wanted and what is left of it
 
 
@@ -97,7 +98,7 @@ def moment_memory(
     """Bytes that moments may take beside everything else that a layer needs, by what is free now.
 
     tokens: of a batch; held: bytes that will be taken and are not yet; learned: what each weight would be alone is kept
-    for learning, a third layer. Raises ValueError when one expert's do not fit.
+    for learning, a third layer. Raises FitError when one expert's do not fit.
     """
     free = free_memory(device)
     layers = (3 if learned else 2) * layer_bytes(g, dtype)
@@ -105,7 +106,9 @@ def moment_memory(
     left, least = int((free - held) * USABLE) - other - pair_bytes(g.hidden), pair_bytes(g.hidden)
     if left < least:
         needed = (other + 2 * least) / USABLE + held
-        raise InputError(f"{device}: {free / 1e9:.1f} GB of memory are free, a layer needs {needed / 1e9:.1f} GB")
+        raise FitError(
+            f"layer 0: {device} has {free / 1e9:.1f} GB of memory free, a layer needs {needed / 1e9:.1f} GB; {LESS}"
+        )
     return left
 
 
@@ -115,7 +118,7 @@ def learning_memory(
     """Bytes that learning on `tokens` tokens may take beside what it works on, by the card alone; None on a CPU.
 
     held: bytes that lie there beside the layer. The layer lies there three times, and with rescaled experts two of its
-    matrices once more. Raises ValueError when nothing is left.
+    matrices once more. Raises FitError when nothing is left.
     """
     if torch.device(device).type != "cuda":
         return None
@@ -124,8 +127,9 @@ def learning_memory(
     left, least = int(total * USABLE) - other, LEARNING_BYTES["cuda"] * 3 * g.hidden * g.expert_width
     if left < least:
         needed = (other + least) / USABLE
-        raise InputError(
-            f"{device}: --effort high needs a card of {needed / 1e9:.1f} GB, this has {total / 1e9:.1f} GB"
+        raise FitError(
+            f"layer 0: --effort high needs a card of {needed / 1e9:.1f} GB, {device} has {total / 1e9:.1f} GB; "
+            "--effort default needs less"
         )
     return min(left, LARGEST_WORK)
 

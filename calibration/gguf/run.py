@@ -32,6 +32,7 @@ from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
 from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving
 from ..model.signround_layer import LearnOptions
+from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest
 from .layer import quantize_head, quantize_layer
 from .memory import learning_memory, moment_memory, stream_place, text_batch
@@ -57,6 +58,29 @@ class Calibration:
         return Importance("mmquant", self.name, geometry.layers * 7, self.tokens.shape[0])
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Windows in a batch, where the streams lie, and the bytes that moments and learning may take."""
+
+    batch: int
+    place: torch.device
+    moments: int
+    learning: int | None
+
+
+def plan_memory(g: Geometry, windows: int, length: int, device: torch.device | str, effort: str) -> MemoryPlan:
+    """How a calibrated run of `windows` x `length` tokens shares what is free now. FitError when it is too little."""
+    dtype, learned = default_dtype(device), METHODS[effort].learned
+    size, batch = 2 * 4 * windows * length * g.hidden, text_batch(length, device)
+    held = size if torch.device(device).type == "cpu" and size <= 2 * RAM_LIMIT else 0
+    memory = moment_memory(g, dtype, device, batch * length, held, learned)
+    place = stream_place(g, device, memory, size)
+    memory -= 0 if place.type == "cpu" else size
+    tokens = min(windows * length, LearnOptions().tokens)
+    learning = learning_memory(g, dtype, device, tokens, size) if learned else None
+    return MemoryPlan(batch, place, memory, learning)
+
+
 class CalibratedRun:
     """Writes what is missing of one file; `report` says what was done beyond rounding."""
 
@@ -73,17 +97,11 @@ class CalibratedRun:
         self.steps = variant.steps(source.geometry)
         self.types = {tensor.name: tensor.type for step in self.steps for tensor in step}
         self.label, self.report = variant.label, Report()
-        self.dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.dtype = default_dtype(device)
         g, (windows, length) = source.geometry, calibration.tokens.shape
-        size, batch = 2 * 4 * windows * length * g.hidden, text_batch(length, device)
-        held = size if torch.device(device).type == "cpu" and size <= 2 * RAM_LIMIT else 0
-        memory = moment_memory(g, self.dtype, device, batch * length, held, self.method.learned)
-        place = stream_place(g, device, memory, size)
-        hidden = [HiddenStates(windows, length, g.hidden, folder=writer.folder, device=place) for _ in range(2)]
-        memory -= 0 if place.type == "cpu" else size
-        tokens = min(windows * length, LearnOptions().tokens)
-        learning = learning_memory(g, self.dtype, device, tokens, size) if self.method.learned else None
-        self.streams = Streams(hidden[0], hidden[1], batch, device, memory, learning)
+        plan = plan_memory(g, windows, length, device, calibration.effort)
+        hidden = [HiddenStates(windows, length, g.hidden, folder=writer.folder, device=plan.place) for _ in range(2)]
+        self.streams = Streams(hidden[0], hidden[1], plan.batch, device, plan.moments, plan.learning)
 
     def write(self) -> None:
         """All steps from the first that is missing."""

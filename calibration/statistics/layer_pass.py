@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
+from mmquant.errors import FitError
 
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.moments import Moments
@@ -28,6 +28,8 @@ from ..model.stream import Stream
 from .collector import Collect
 from .collector_cuda import make_collector
 from .layer import LayerStatistics, RoutingStatistics
+
+LESS_MOMENTS = "--effort fast or --moments diagonal, a larger --memory or another --device help"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def attention_moment_bytes(geometry: Geometry, collect: Collect) -> int:
 def plan_moments(geometry: Geometry, collect: Collect, memory: int, host: int | None = None) -> MomentPlan:
     """Fit the accumulators into `memory` bytes of the compute device, finished sums into `host` bytes.
 
-    host None: the device is the host. Raises ValueError when not even one expert fits.
+    host None: the device is the host. Raises FitError when not even one expert fits.
     """
     each, fixed = expert_moment_bytes(geometry, collect), attention_moment_bytes(geometry, collect)
     total = each * geometry.experts
@@ -64,7 +66,8 @@ def plan_moments(geometry: Geometry, collect: Collect, memory: int, host: int | 
         return MomentPlan(geometry.experts, 1, "device", fixed + total, total)
     chunk = (memory - fixed) // each
     if chunk < 1:
-        raise InputError(f"memory limit: {memory} bytes, one expert's moments and attention's need {fixed + each}")
+        needed = f"one expert's and the attention's take {(fixed + each) / 1e9:.2f} GB"
+        raise FitError(f"{memory / 1e9:.2f} GB are left for moments, {needed}; {LESS_MOMENTS}")
     passes = -(-geometry.experts // chunk)
     chunk = -(-geometry.experts // passes)
     results = "host" if host is not None and total <= host else "file"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mmquant.errors import InputError
+from mmquant.errors import FitError, InputError
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.models.minimax_m2 import LayerWeights
@@ -51,13 +51,18 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 def moment_plan(source: Checkpoint, options: PassOptions, tokens: int) -> MomentPlan:
     """Accumulators within the stated memory limit, or within what is free beside one layer's weights and the stream."""
     cpu = torch.device(options.device).type == "cpu"
-    host = int(free_memory("cpu") * 0.6)
+    room = None if cpu else int(free_memory("cpu") * 0.6)
     memory = options.memory
     if memory is None:
         hidden = 4 * tokens * source.geometry.hidden
         hidden = hidden if place_of(options.device, hidden).type != "cpu" else 0
-        memory = int((free_memory(options.device) - hidden) * 0.8) - 2 * layer_bytes(source.geometry, options.dtype)
-    return plan_moments(source.geometry, options.collect, max(memory, 0), None if cpu else host)
+        free, weights = free_memory(options.device), 2 * layer_bytes(source.geometry, options.dtype)
+        try:
+            return plan_moments(source.geometry, options.collect, max(int((free - hidden) * 0.8) - weights, 0), room)
+        except FitError as error:
+            taken = f"{options.device} has {free / 1e9:.1f} GB of memory free, a layer takes {weights / 1e9:.1f} GB"
+            raise FitError(f"{taken}: {error}") from None
+    return plan_moments(source.geometry, options.collect, memory, room)
 
 
 class LivePass:

@@ -52,6 +52,27 @@ def needs(source: Checkpoint, corpus: Corpus, options: PassOptions, dtype: str) 
     )
 
 
+def _writer(
+    source: Checkpoint, corpus: Corpus, folder: Path, options: PassOptions, dtype: str, through: Source | None
+) -> StatisticsWriter:
+    identity = identity_of(
+        source.fingerprint,
+        source.geometry,
+        corpus.describe(),
+        options.collect,
+        propagate=through.fingerprint if through is not None else "reference",
+        dtype=str(options.dtype).removeprefix("torch."),
+        ranks=world()[1],
+    )
+    return StatisticsWriter(folder, identity, source.label, dtype)
+
+
+def check_calibration(source: Checkpoint, corpus: Corpus, options: PassOptions, folder: Path, dtype: str) -> None:
+    """InputError when `folder` holds something else than (a part of) these statistics; nothing is written."""
+    if options.propagate == "reference":
+        _writer(source, corpus, folder, options, dtype, None)
+
+
 def calibrate_into(
     source: Checkpoint,
     corpus: Corpus,
@@ -70,29 +91,19 @@ def calibrate_into(
     the reference's: `--propagate quantized`. layers: stop early (development).
     """
     rank, size = world()
-    propagated = through.fingerprint if through is not None else "reference"
-    identity = identity_of(
-        source.fingerprint,
-        source.geometry,
-        corpus.describe(),
-        options.collect,
-        propagate=propagated,
-        dtype=str(options.dtype).removeprefix("torch."),
-        ranks=size,
-    )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, expected a folder or nothing")
+    mine = share(corpus.tokens.shape[0], rank, size)
+    plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])  # before there is a folder
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder) if rank == 0 else nullcontext():
-        writer = StatisticsWriter(folder, identity, source.label, dtype)
+        writer = _writer(source, corpus, folder, options, dtype, through)
         last = source.geometry.layers if layers is None else layers.stop
         barrier()  # every rank has read the manifest before rank 0 changes it
         if writer.done >= last:
             if rank == 0 and last == source.geometry.layers:
                 forget(folder)
             return
-        mine = share(corpus.tokens.shape[0], rank, size)
-        plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])
         writer.commit()  # the folder is ours from here on, whatever a kill leaves in it
         stream = Stream(
             source,

@@ -19,6 +19,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.files.atomic import is_temporary, sha256_file, whole_file, write_whole
+from ...convert.files.difference import first_difference, short
 from ...convert.files.progress import damaged
 from ...convert.models.minimax_m2 import Geometry
 from ...quantize.moments import Moments
@@ -28,6 +29,7 @@ from .layer import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics, 
 from .triangles import STORED, square
 
 MANIFEST = "statistics.json"
+OTHER_WAYS = "choose another folder or start over with --fresh"
 FORMAT = 2  # 2: with the extremes of keys and values
 REMEDY = "delete the folder (or use --fresh) and calibrate again"
 
@@ -54,7 +56,8 @@ class StatisticsWriter:
         if (folder / MANIFEST).exists():
             found = read_manifest(folder)
             if found["identity"] != self.identity:
-                raise InputError(f"{folder}: holds statistics of {first_difference(found['identity'], self.identity)}")
+                what = first_difference(found["identity"], self.identity)
+                raise InputError(f"{folder}: holds statistics of another run: {what}; {OTHER_WAYS}")
             self.layers = found["layers"]
             for entry in self.layers:
                 check_size(folder, entry)
@@ -107,11 +110,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: format {found!r}, expected {FORMAT}")
     layers = data.get("layers")
     if not isinstance(layers, list) or not all(_is_entry(number, entry) for number, entry in enumerate(layers)):
-        raise damaged(path, f"layers {_short(layers)}", "a file, its bytes and its SHA-256 for each layer", REMEDY)
+        raise damaged(path, f"layers {short(layers)}", "a file, its bytes and its SHA-256 for each layer", REMEDY)
     identity = data.get("identity")
     kinds = {"model": str, "corpus": dict, "collect": dict}
     if not isinstance(identity, dict) or any(not isinstance(identity.get(key), kinds[key]) for key in kinds):
-        raise damaged(path, f"identity {_short(identity)}", "model, corpus and collect", REMEDY)
+        raise damaged(path, f"identity {short(identity)}", "model, corpus and collect", REMEDY)
     corpus, collect = identity["corpus"], identity["collect"]
     if not isinstance(corpus.get("fingerprint"), str) or not isinstance(collect.get("full"), bool):
         raise damaged(path, "no fingerprint of the corpus, or not what was collected", "both", REMEDY)
@@ -132,22 +135,6 @@ def check_size(folder: Path, entry: Mapping[str, Any]) -> Path:
     if size != entry["bytes"]:
         raise damaged(path, str(size), f"{entry['bytes']} bytes as they were written", REMEDY)
     return path
-
-
-def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> str:
-    """The first entry in which two identities differ, in words."""
-    for key in sorted(set(found) | set(wanted)):
-        have, want, name = found.get(key), wanted.get(key), f"{where}{key}"
-        if have != want:
-            if isinstance(have, dict) and isinstance(want, dict):
-                return first_difference(have, want, f"{name}.")
-            return f"{name} {_short(have)}, expected {_short(want)}"
-    return "the same run"
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True)

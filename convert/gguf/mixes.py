@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, suggest
 
 from ...quantize.ggml.types import GGMLType, storable
 from ..models.minimax_m2 import Geometry
@@ -73,7 +73,7 @@ def find_mix(name: str) -> Mix:
     key = name.upper()
     key = ALIASES.get(key, key)
     if key not in MIXES:
-        raise InputError(f"--type {name}: unknown, expected one of {' '.join(MIXES)}")
+        raise InputError(f"--type {name}: unknown, {suggest(key, MIXES)}")
     return MIXES[key]
 
 

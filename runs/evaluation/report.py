@@ -40,18 +40,28 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}
 padding:.7rem}h2{margin-top:2.5rem}"""
 
 
-def check_plots() -> None:
-    """InputError where matplotlib is not installed."""
+PLOTS = "matplotlib is not installed, expected pip install 'mmquant[report]'"
+
+
+def has_plots() -> bool:
+    """Whether plots can be drawn (matplotlib is there)."""
     try:
         import matplotlib
     except ImportError:
-        raise InputError("eval --html: matplotlib is not installed, expected pip install 'mmquant[report]'") from None
+        return False
     matplotlib.use("Agg")
+    return True
+
+
+def check_plots(option: str) -> None:
+    """InputError, naming the option that asked for plots, where none can be drawn."""
+    if not has_plots():
+        raise InputError(f"{option}: {PLOTS}")
 
 
 def write_report(path: Path, result: dict[str, Any]) -> None:
     """Write the report of an eval result; the file appears whole. InputError where matplotlib is not installed."""
-    check_plots()
+    check_plots(str(path))
     parts = [f"<h1>Distance to {html.escape(result['reference']['label'])}</h1>", _summary(result), _numbers(result)]
     if result["candidates"]:
         parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size"), ANOTHER_RULER]

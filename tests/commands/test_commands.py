@@ -94,7 +94,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     other = mmquant("int4", "--method", "rtn", "--model", "demo", "--out", out)
     assert other.returncode == 2
     assert other.stderr.count("\n") == 1
-    assert "run with command 'fp8', expected 'int4'" in other.stderr
+    assert "holds a finished run: the command fp8, now int4; choose another folder" in other.stderr
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "notes.txt").write_text("mine")

@@ -30,6 +30,7 @@ from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.calibration.statistics.layer_pass import layer_bytes
 from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
 from mmquant.convert.models.minimax_m2 import Geometry, LayerWeights
+from mmquant.errors import FitError
 
 SCRIPT = """
 import resource, sys
@@ -169,7 +170,7 @@ def test_m27_fits_a_card_of_24_gb(monkeypatch: pytest.MonkeyPatch) -> None:
     peak = layer_peak(M27, torch.bfloat16, plan, work, activation_bytes(M27, "cpu", tokens))
     assert 0.85 * free < peak < 0.9 * free
     monkeypatch.setattr(gguf_memory, "free_memory", lambda device: int(16e9))
-    with pytest.raises(ValueError, match=r"16\.0 GB of memory are free, a layer needs 21\.2 GB"):
+    with pytest.raises(FitError, match=r"layer 0: cpu has 16\.0 GB of memory free, a layer needs 21\.2 GB"):
         moment_memory(M27, torch.bfloat16, "cpu", tokens)
 
 
@@ -184,7 +185,7 @@ def test_learning_takes_what_the_card_leaves(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gguf_memory, "total_memory", lambda device: int(150e9))
     assert learning_memory(M27, torch.bfloat16, "cuda", *text) == 40 << 30
     monkeypatch.setattr(gguf_memory, "total_memory", lambda device: int(25.8e9))
-    with pytest.raises(ValueError, match=r"--effort high needs a card of 4\d\.\d GB, this has 25\.8 GB"):
+    with pytest.raises(FitError, match=r"--effort high needs a card of 4\d\.\d GB, cuda has 25\.8 GB"):
         learning_memory(M27, torch.bfloat16, "cuda", *text)
 
 

@@ -150,7 +150,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path: Path) -> None:
         (("--context", "4096"), "--context 4096: the model has at most 2048"),
         (("--imatrix", "i.dat"), "--imatrix i.dat: expected a name ending in .gguf"),
         (("--imatrix", "/proc/none/i.gguf"), "expected a place that can be written"),
-        (("--memory", "1KB"), "memory limit: 1000 bytes"),
+        (("--memory", "1KB"), "0.00 GB are left for moments"),
         (("--layers", "2:4"), "expected 0:B"),
     ):
         held = () if copied.name in reason else ("--evaluation", str(other))
@@ -180,7 +180,7 @@ def test_a_second_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     before = (out / "statistics.json").read_bytes()
     code, _, message = call(*arguments, "5")
     assert code != 0
-    assert "holds statistics of corpus.fingerprint" in message
+    assert "holds statistics of another run: --windows 4, now 5; choose another folder or start over" in message
     assert (out / "statistics.json").read_bytes() == before
     code, text, _ = call(*arguments, "4")
     assert (code, text) == (0, first)

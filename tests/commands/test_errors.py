@@ -1,0 +1,195 @@
+"""What users get wrong is one line with its exit code; what mmquant gets wrong is a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import mmquant.commands.cli as cli
+from helpers.killed import command_killed_at
+from helpers.paths import ROOT
+from helpers.tiny import write_tiny
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line's own entry point."""
+    monkeypatch.setattr(sys, "argv", ["mmquant", *map(str, arguments)])
+    monkeypatch.setattr(cli, "catch_signals", lambda: None)  # they would stay with pytest's own process
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model") / "m")
+
+
+def test_the_bare_command_prints_its_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = run(monkeypatch, capsys)
+    assert code == 2
+    assert errors.startswith("Usage: mmquant [OPTIONS] COMMAND")
+    assert "\n  gguf       GGUF for llama.cpp.\n" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ggfu"], "no command 'ggfu'; did you mean gguf?"),
+        (["frobnicate"], "no command 'frobnicate'; expected one of fp8, int4"),
+        (["gguf", "--out", "x", "--type", "Q4KM"], "--type Q4KM: unknown, did you mean Q4_K_M?"),
+        (["gguf", "--out", "x", "--type", "iq3xxs"], "--type iq3xxs: unknown, did you mean IQ3_XXS?"),
+        (["gguf", "--out", "x", "--type", "Q8_0", "--text", "t"], "--text has no effect with --type Q8_0"),
+        (["gguf", "--out", "x", "--no-calibration", "--windows", "8"], "--windows has no effect with --no-calibration"),
+        (["gguf", "--out", "x", "--statistics", "s", "--seed", "1"], "--seed has no effect with --statistics"),
+        (["fp8", "--out", "x", "--scheme", "native", "--max-shard-size", "1GB"], "--max-shard-size has no effect"),
+        (["int4", "--out", "x", "--backend", "llmcompressor", "--text", "t"], "--text has no effect with --backend"),
+        (["awq", "--out", "x", "--backend", "mmquant"], "No such option '--backend'"),
+        (["doctor", "x.gguf", "--in-place"], "--in-place has no effect without --fix"),
+        (["fp8", "--out", "x", "--max-disk", "infGB"], "'infGB', expected a size such as 5GB, 512MiB or 5e9"),
+    ],
+)
+def test_what_is_typed_wrongly(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, shown, errors = run(monkeypatch, capsys, *arguments)
+    assert (code, shown, errors.count("\n")) == (2, "", 1), errors
+    assert words in errors
+
+
+@pytest.mark.parametrize("error", [ValueError("zip() argument 2 is longer"), KeyError("x"), RuntimeError("shape")])
+def test_a_bug_is_a_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.cli, "main", bug)
+    monkeypatch.setattr(cli, "catch_signals", lambda: None)
+    with pytest.raises(type(error)) as caught:
+        cli.main()
+    assert caught.value is error
+
+
+def test_memory_that_runs_out_is_exit_5(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli.cli, "main", lambda **_: bytearray(1 << 50))
+    code, _, errors = run(monkeypatch, capsys)
+    assert (code, errors.count("\n")) == (5, 1)
+    assert "out of memory" in errors
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.argv = ["mmquant", "inspect", "demo"]
+import mmquant.commands.cli as cli
+import mmquant.convert.open as opened
+opened.open_native = lambda *_: os.kill(os.getpid(), {number})
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_say_what_to_do(name: str, code: int) -> None:
+    script = SIGNALLED.format(number=int(getattr(signal, name)))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.strip() == "mmquant: interrupted; run the same command again to continue"
+
+
+def test_another_run_is_named_by_its_first_difference_and_fresh_starts_over(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = tmp_path / "o", ["--model", tiny, "--out", tmp_path / "o"]
+    rtn = ["int4", "--method", "rtn", *model, "--tp", "1", "--group-size", "32"]
+    command_killed_at(out, "rename .*progress", 3, *rtn, "--attention", "bf16")
+    (out / "notes.txt").write_text("mine")
+    code, _, errors = run(monkeypatch, capsys, *rtn, "--attention", "fp8", "--dry-run")
+    assert code == 2
+    assert "unfinished run: --attention bf16, now fp8; choose another folder or start over with --fresh" in errors
+    code, _, again = run(monkeypatch, capsys, *rtn, "--attention", "fp8")
+    assert (code, again) == (2, errors)
+    assert len(errors) < 200
+    code, _, errors = run(monkeypatch, capsys, *rtn, "--attention", "fp8", "--fresh")
+    assert (code, "holds notes.txt" in errors) == (2, True)  # what is not ours stays and is named
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".mmquant")) == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    assert run(monkeypatch, capsys, *rtn, "--attention", "fp8")[0] == 0
+    code, _, errors = run(monkeypatch, capsys, *rtn, "--attention", "fp8", "--fresh")
+    assert (code, "holds a finished artifact" in errors) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["fp8"], ["fp8", "--scheme", "native"], ["int4", "--method", "rtn", "--group-size", "32", "--tp", "1"]],
+    ids=" ".join,
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    command: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    arguments = [*command, "--model", tiny, "--out", out, "--dry-run"]
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr("mmquant.runs.place.shutil.disk_usage", lambda _: usage)
+    code, shown, errors = run(monkeypatch, capsys, *arguments)
+    assert (code, errors.count("\n")) == (5, 1)
+    assert "the disk has 1,000 free" in shown
+    assert "bytes are needed, the disk has 1,000 free" in errors
+    assert not out.exists()
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    code, _, errors = run(monkeypatch, capsys, *arguments)
+    assert (code, "holds thesis.txt" in errors) == (2, True)
+
+
+def test_memory_is_looked_at_before_a_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a machine with 1 MB free: calibrated INT4 and GGUF, real runs and dry ones."""
+    for module in ("calibration.statistics.live", "calibration.gguf.memory"):
+        monkeypatch.setattr(f"mmquant.{module}.free_memory", lambda device: 1_000_000)
+    small = ["--model", "demo", "--out", tmp_path / "o", "--windows", "2", "--device", "cpu"]
+    for command in ("int4", "gguf"):
+        for more in ([], ["--dry-run"]):
+            code, _, errors = run(monkeypatch, capsys, command, *small, *more)
+            assert (code, errors.count("\n")) == (5, 1), errors
+            assert "cpu has 0.0 GB of memory free, a layer" in errors
+            assert "--effort fast" in errors
+            assert not (tmp_path / "o").exists()
+
+
+WITHOUT = """
+import sys
+sys.modules["matplotlib"] = None
+import mmquant.commands.cli as cli
+sys.argv = ["mmquant", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_without_matplotlib_the_option_is_refused_before_any_work(tmp_path: Path) -> None:
+    line = ["eval", "nowhere", "--reference", "demo", "--html", str(tmp_path / "r.html")]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *line], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "mmquant: --html: matplotlib is not installed, expected pip install 'mmquant[report]'\n"
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_its_table_without_matplotlib(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WITHOUT, "demo", "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("variant ")
+    assert "no report.html: matplotlib is not installed" in done.stderr
+    assert not (tmp_path / "o" / "report.html").exists()
