@@ -19,6 +19,7 @@ from torch import Tensor
 from mmquant.quantize.integer import gptq, gptq_triton
 from mmquant.quantize.integer.gptq import Grid
 from mmquant.quantize.integer.grid import dequantize, search_weights
+from mmquant.quantize.linear_algebra import permute_both
 
 FP32 = 60e12  # float32 multiply-adds counted as two operations, H200 without TF32
 TILING = ("SEARCH_TILE", "SEARCH_WARPS", "SWEEP_TILE", "SWEEP_WARPS")
@@ -55,7 +56,7 @@ def parts_of(weight: Tensor, second: Tensor, group: int) -> dict[str, float]:
     experts, outputs, n = weight.shape
     found: dict[str, float] = {}
     order = gptq.processing_order(second.diagonal(dim1=-2, dim2=-1), group)
-    found["permute moments"] = seconds(lambda: gptq.permute_both(second, order))
+    found["permute moments"] = seconds(lambda: permute_both(second, order))
     found["factor (with it)"] = seconds(lambda: gptq.factor(second, group))
     columns = gptq.permute_columns(weight, order).mT.contiguous()
     found["permute weights"] = seconds(lambda: gptq.permute_columns(weight, order).mT.contiguous())

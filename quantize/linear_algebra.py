@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
+ESCALATIONS = (1.0, 10.0, 100.0)  # a failed factorization is tried again with this many times the damping
 # torch.linalg carries no types.
 cholesky_ex = cast("Callable[[Tensor], tuple[Tensor, Tensor]]", torch.linalg.cholesky_ex)
 inv = cast("Callable[[Tensor], Tensor]", torch.linalg.inv)
@@ -70,3 +71,27 @@ def _blocked(a: Tensor) -> tuple[Tensor, Tensor]:
         a[:, start:stop, stop:] = 0
     ok &= torch.isfinite(a.diagonal(dim1=-2, dim2=-1)).all(-1)
     return a, ok
+
+
+def damped_cholesky(matrices: Tensor, mean: Tensor, damping: float) -> Tensor:
+    """Lower factors of symmetric matrices [E, n, n] with `damping` times their mean diagonal `mean` [E] added to it.
+
+    A matrix that has no factor even at 100 times the damping (no energy, or not finite) gets the identity.
+    """
+    todo = torch.isfinite(matrices).flatten(1).all(1) & (mean > 0)
+    eye = torch.eye(matrices.shape[-1], device=matrices.device)
+    result = eye.expand_as(matrices).clone()
+    for times in ESCALATIONS:
+        chosen = todo.nonzero().flatten()
+        if not len(chosen):
+            break
+        lower, good = cholesky(matrices[chosen] + (times * damping * mean[chosen]).view(-1, 1, 1) * eye)
+        result[chosen[good]] = lower[good]
+        todo[chosen[good]] = False
+    return result
+
+
+def permute_both(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of [E, n, n] by order [E, n]."""
+    rows = matrix.gather(1, order.unsqueeze(-1).expand_as(matrix))
+    return rows.gather(2, order.unsqueeze(1).expand_as(matrix))

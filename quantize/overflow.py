@@ -1,7 +1,8 @@
-"""Exact rewritings of an expert, free at run time: powers of two between w3 and w2, and the order of its channels.
+"""Float16 overflow inside an expert, and its exact cure: powers of two moved from up (w3) to down (w2).
 
-An expert computes w2 (silu(w1 x) * (w3 x)): a channel's row of w3 and column of w2 may be scaled by t and 1/t, and its
-rows of w1, w3 and column of w2 may change places with another's. A power of two is exact in every format.
+An expert computes w2 (silu(w1 x) * (w3 x)). A row of w3 and a column of w2 may be scaled by t and 1 / t, and a power of
+two is exact in every format. Engines that keep w2's input, or a block's sum of it, in float16 overflow where it passes
+65504: in M2.7 layer 61 does.
 """
 
 from __future__ import annotations
@@ -10,31 +11,20 @@ import torch
 from torch import Tensor
 
 FP16_MAX = 65504.0
-HEADROOM = 4.0  # calibration does not see the largest value that will come
+AT_RISK = FP16_MAX / 2  # rescaled from here on: calibration does not see the largest value that will come
+TARGET = FP16_MAX / 4  # what the largest value is brought below
 
 
-def overflow_cure(largest: Tensor) -> Tensor:
-    """[E] int32 powers p: w3 * 2^-p and w2 * 2^p bring w2's input within float16 with headroom; 0 where it is already.
+def rescale_exponents(largest: Tensor) -> Tensor:
+    """int32 powers p, of the shape of `largest`: w3 * 2^-p and w2 * 2^p bring w2's input below TARGET.
 
-    largest [E]: largest |value| or |block sum| of each expert's w2 input on the calibration set.
+    largest: the largest |value|, or |sum of a block|, of w2's input that was seen. p is 0 where it is not AT_RISK.
     """
-    over = largest * HEADROOM / FP16_MAX
-    power = torch.ceil(torch.log2(over.clamp(min=1.0)))
-    # An expert that fits without headroom is left alone: nothing is changed without need.
-    return torch.where(largest > FP16_MAX, power, torch.zeros_like(power)).to(torch.int32)
+    power = torch.ceil(torch.log2((largest / TARGET).clamp(min=1.0)))
+    return torch.where(largest > AT_RISK, power, torch.zeros_like(power)).to(torch.int32)
 
 
 def scale_pair(w3: Tensor, w2: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
     """w3 [E, I, H] * 2^-p and w2 [E, H, I] * 2^p, exact; power [E]."""
     p = power.to(torch.int32).view(-1, 1, 1)
     return torch.ldexp(w3, -p), torch.ldexp(w2, p)
-
-
-def permute_channels(w1: Tensor, w3: Tensor, w2: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The expert with its channels in another order: order [E, I], w1 and w3 [E, I, H], w2 [E, H, I]."""
-    rows = order.unsqueeze(-1)
-    return (
-        w1.gather(1, rows.expand_as(w1)),
-        w3.gather(1, rows.expand_as(w3)),
-        w2.gather(2, order.unsqueeze(1).expand_as(w2)),
-    )

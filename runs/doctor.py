@@ -53,7 +53,7 @@ class Diagnosis:
         return found or [f"{self.file}: nothing found"]
 
     def _cure_line(self, layer: int, expert: int, power: int) -> str:
-        from ..convert.gguf.doctor import FP16_MAX
+        from ..quantize.overflow import FP16_MAX
 
         line = f"cured: layer {layer} expert {expert}: up / 2^{power}, down * 2^{power}"
         if self.sums is None:

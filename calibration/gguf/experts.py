@@ -13,19 +13,19 @@ from mmquant.errors import naming
 from ...convert.gguf.names import EXPERT_TENSORS
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.ggml.types import GGMLType
+from ...quantize.overflow import rescale_exponents
 from ..model.signround_layer import LearnOptions
 from .moments import Pair, each_pooled
 from .signround import learn_experts
 from .solve import Method, Report, solve_part
 from .streams import (
     Streams,
-    cured,
     experts_of,
     input_pairs,
     leaving_pairs,
     middle_pairs,
-    overflow_exponents,
     pass_experts,
+    rescaled,
 )
 
 MOVE = 0.6  # of LearnOptions: better than 0.3 and 1 for Q2_K to Q4_K (docs/quality.md)
@@ -51,8 +51,10 @@ class Experts:
 
     @property
     def exponents(self) -> Tensor:
-        """[E] powers of two by which experts are rescaled whose w2 input would overflow float16."""
-        return overflow_exponents(self.largest)
+        """[E] powers of two by which experts are rescaled. CUDA keeps sums of 32 of w2's inputs in float16 for Q4_K, Q5_K
+        and others (llama.cpp ggml-cuda/quantize.cu).
+        """
+        return rescale_exponents(self.largest)
 
     def inputs(self, kept: range) -> Pair:
         """Sums of what w1 and w3 see."""
@@ -83,7 +85,7 @@ class Experts:
         roles, step = [EXPERT_TENSORS[name] for name in names], self.streams.plan(self.g).step
         for start in range(kept.start, kept.stop, step):
             few = slice(start, min(kept.stop, start + step))
-            source = cured(experts_of(self.weights, range(few.start, few.stop)), self.exponents[few])
+            source = rescaled(experts_of(self.weights, range(few.start, few.stop)), self.exponents[few])
             part = slice(few.start - kept.start, few.stop - kept.start)
             weight = torch.cat([getattr(source, role) for role in roles], 1)
             with naming(" and ".join(names)):
@@ -120,12 +122,12 @@ def quantize_experts(
     chunks = streams.plan(g).chunks(g.experts)
     rows = each_pooled(chunks, experts.inputs, experts.solve_inputs)
     report.unseen |= {(layer, e) for e, count in enumerate(rows.tolist()) if count == 0}
-    report.cured |= {(layer, e): int(k) for e, k in enumerate(experts.exponents.tolist()) if k > 0}
+    report.rescaled |= {(layer, e): int(k) for e, k in enumerate(experts.exponents.tolist()) if k > 0}
     each_pooled(chunks, experts.leaving if len(chunks) == 1 else experts.middle, experts.solve_middle)
     if len(chunks) > 1:
         pass_experts(streams, streams.reference, weights, g)
     if method.learned:
-        source = cured(weights, experts.exponents)
+        source = rescaled(weights, experts.exponents)
         options = LearnOptions(memory=streams.learning, move=MOVE)
         new, report.learned[layer] = learn_experts(streams, source, new, experts.wanted, g, kinds, out, options)
     return new

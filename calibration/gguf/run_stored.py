@@ -28,6 +28,7 @@ from ...convert.source import read_layer
 from ...quantize.ggml.codec import encode
 from ...quantize.ggml.types import GGMLType
 from ...quantize.moments import Moments, check_moments, shrunk_diagonal
+from ...quantize.overflow import rescale_exponents
 from ..statistics.imatrix_export import moments_of
 from ..statistics.live import default_dtype
 from ..statistics.store import StoredStatistics, open_statistics
@@ -35,7 +36,6 @@ from .encode import encode_tensors
 from .layer import ROLES
 from .moments import PRIOR, Pair
 from .solve import METHODS, Method, Report, solve
-from .streams import overflow_exponents
 
 INPUT_OF = {
     "attn_q": "attention_in",
@@ -177,8 +177,8 @@ def encode_matrices_of(
     """Bytes of a layer's matrices by short name, each under its moments. Experts that would overflow float16 are
     rescaled in `weights` and named in the report."""
     middle = moments["ffn_down_exps"]
-    exponents = overflow_exponents(middle.sum32.to(weights.w1.device))
-    report.cured |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
+    exponents = rescale_exponents(middle.sum32.to(weights.w1.device))
+    report.rescaled |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
     report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
     for expert in (exponents > 0).nonzero().flatten().tolist():  # in place: a layer is a third of a 24 GB card
         weights.w3[expert] /= torch.exp2(exponents[expert])

@@ -60,19 +60,19 @@ class Report:
     """What a run did beyond rounding: exponents of the overflow cure by (layer, expert), experts that saw no token, and
     by layer what learning left of the held-out error."""
 
-    cured: dict[tuple[int, int], int] = field(default_factory=dict)
+    rescaled: dict[tuple[int, int], int] = field(default_factory=dict)
     learned: dict[int, float | None] = field(default_factory=dict)
     unseen: set[tuple[int, int]] = field(default_factory=set)
 
     def of_layer(self, layer: int) -> Iterator[str]:
         """What the user should know of a layer, a line each."""
-        cured = [f"{expert} (2^{k})" for (place, expert), k in sorted(self.cured.items()) if place == layer]
+        rescaled = [f"{expert} (2^{k})" for (place, expert), k in sorted(self.rescaled.items()) if place == layer]
         unseen = [str(expert) for place, expert in sorted(self.unseen) if place == layer]
         gained = self.learned.get(layer)
         if gained is not None:
             yield f"layer {layer}: held-out error of the experts' output {gained:.3f} of what it was before learning"
-        if cured:
-            yield f"layer {layer}: experts {', '.join(cured)} rescaled, their sums would overflow float16 on CUDA"
+        if rescaled:
+            yield f"layer {layer}: experts {', '.join(rescaled)} rescaled, their sums would overflow float16 on CUDA"
         if unseen:
             yield f"layer {layer}: experts {', '.join(unseen)} saw no token, the layer's pooled moments stand in"
 

@@ -25,8 +25,6 @@ from ..model.hidden import HiddenStates
 from .memory import ExpertPlan, plan_experts, solve_memory
 from .moments import Pair
 
-SAFE_SUM = 65504.0 / 4  # what the largest sum of 32 inputs is brought below: two bits of margin for unseen text
-
 
 class Rows(Observer):
     """Hands the routed rows of the reference on."""
@@ -136,7 +134,7 @@ def middle_pairs(
 ) -> Pair:
     """Sums of what w2 of the experts `kept` see, with w1 and w3 of `new` on the written side; both with these alone.
 
-    exponents [E]: powers of two by which the new layer's inner rows are smaller (`cured`)
+    exponents [E]: powers of two by which the new layer's inner rows are smaller (`rescaled`)
     """
     pair, scale = Pair.empty(len(kept), g.expert_width, streams.device), scales(exponents[kept.start : kept.stop])
     for rows in routed(streams, part, g, kept):
@@ -223,22 +221,12 @@ def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, 
         states.put(start, hidden + run_experts(weights, x, routing, Observer()).view(hidden.shape))
 
 
-def overflow_exponents(largest: Tensor) -> Tensor:
-    """[E] powers of two by which w3 is divided and w2 multiplied, so that sums of 32 stay below SAFE_SUM; 0 for most.
-
-    CUDA keeps such sums in float16 for Q4_K, Q5_K and others (llama.cpp ggml-cuda/quantize.cu).
-    """
-    over = largest > 65504.0 / 2
-    wanted = torch.ceil(torch.log2((largest / SAFE_SUM).clamp(min=1.0)))
-    return torch.where(over, wanted, torch.zeros_like(wanted))
-
-
 def scales(exponents: Tensor) -> Tensor | None:
     """[E] factors of the rescaled experts' inner rows; None where nothing was rescaled."""
     return torch.exp2(-exponents) if bool((exponents > 0).any()) else None
 
 
-def cured(weights: LayerWeights, exponents: Tensor) -> LayerWeights:
+def rescaled(weights: LayerWeights, exponents: Tensor) -> LayerWeights:
     """The layer with up and down rescaled by exact powers of two; its output is the same."""
     if not bool((exponents > 0).any()):
         return weights

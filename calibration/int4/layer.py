@@ -20,7 +20,7 @@ from ...quantize.integer.gptq import DAMPING, Grid, Solved, quantize
 from ...quantize.integer.grid import IntWeight, dequantize, join, rows_of, select
 from ...quantize.integer.rtn import rtn_int
 from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
-from ...quantize.overflow import overflow_cure, scale_pair
+from ...quantize.overflow import rescale_exponents, scale_pair
 from ...quantize.refit import refit_scales
 from ..statistics.layer import LayerStatistics
 from .awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
@@ -100,8 +100,8 @@ def quantize_layer(
     """
     check_statistics(layer, weights, statistics)
     device = weights.w1.device
-    cure = overflow_cure(_largest(statistics.expert_mid)).to(device)
-    mid = scaled_moments(statistics.expert_mid, cure.to(statistics.expert_mid.weight.device))
+    exponents = rescale_exponents(_largest(statistics.expert_mid)).to(device)
+    mid = scaled_moments(statistics.expert_mid, exponents.to(statistics.expert_mid.weight.device))
     plain: dict[str, Tensor] = {}
     scale: Tensor | float = 1.0
     if options.method == "awq":
@@ -113,7 +113,7 @@ def quantize_layer(
     for chosen in expert_chunks(weights, memory):
         part = slice(chosen.start, chosen.stop)
         w1, w3, w2 = (matrices[part].float() for matrices in (weights.w1, weights.w3, weights.w2))
-        w3, w2 = scale_pair(w3, w2, cure[part])
+        w3, w2 = scale_pair(w3, w2, exponents[part])
         between: Tensor | float = 1.0
         if options.method == "awq":
             between = expert_pairs(w2, shrunk(mid, options.shrinkage, part, pools[1]), options.grid)
@@ -124,7 +124,7 @@ def quantize_layer(
             keep_rounded(rounded, names, part, solved)
         found.append((dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)))
     experts = _joined(found, weights.w1.shape[1])
-    report = make_report(layer, statistics, cure, found)
+    report = make_report(layer, statistics, exponents, found)
     attention: dict[str, IntWeight] = {}
     values = None
     if options.attention == "int4":

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...quantize.moments import Moments
+from ...quantize.overflow import FP16_MAX
 
 MARGIN_BINS = 33  # bin b counts gaps in [2^(b-33), 2^(b-32)); the first also holds everything smaller
-FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...quantize.overflow import FP16_MAX
 from .layer import (
-    FP16_MAX,
     MARGIN_BINS,
     LayerStatistics,
     effective_rows,

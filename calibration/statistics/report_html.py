@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .layer import FP16_MAX
+from ...quantize.overflow import FP16_MAX
 from .report import LayerSummary, domain_balance, findings
 
 STYLE = """

@@ -20,14 +20,13 @@ from mmquant.errors import InputError
 
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
+from ...quantize.overflow import FP16_MAX, rescale_exponents
 from .finite import SCALES
 from .header import GgufFile, GgufTensor
 from .reader import GgufSource
 
 AT_RISK = {"Q4_1": 32, "Q5_1": 32, "Q4_K": 32, "Q5_K": 32, "IQ1_S": 32, "Q2_K": 16}  # type -> inputs summed in float16
-FP16_MAX = 65504.0
 NORMAL = 2.0**-14  # smallest normal float16
-MARGIN = 4.0  # the largest sum is brought below 65504 / MARGIN, for text that was not seen
 ABSURD = 1e4  # a weight beyond this is no weight of this model
 OVERFLOW = "overflow"
 BROKEN, DEAD = "holds NaN or infinity", "is all zero"
@@ -137,10 +136,9 @@ def check_overflow(source: GgufSource, sums: Tensor | None) -> list[Finding]:
 
 
 def exponents(sums: Tensor) -> dict[tuple[int, int], int]:
-    """(layer, expert) -> the smallest power of two that brings its sums below 65504 / MARGIN, where they exceed
-    65504."""
-    wanted = torch.ceil(torch.log2(sums / (FP16_MAX / MARGIN)))
-    return {(int(i), int(j)): int(wanted[i, j]) for i, j in torch.nonzero(sums > FP16_MAX)}
+    """(layer, expert) -> the power of two by which it is rescaled (`rescale_exponents`)."""
+    power = rescale_exponents(sums)
+    return {(int(i), int(j)): int(power[i, j]) for i, j in torch.nonzero(power)}
 
 
 def scaled_blocks(data: NDArray[np.uint8], kind: GGMLType, exponent: int, where: str) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ..linear_algebra import cholesky, full_float32
+from ..linear_algebra import cholesky, full_float32, permute_both
 from .grid import IntWeight, code_range, groups_of, search, search_weights
 
 DAMPING = 0.03
@@ -68,12 +68,6 @@ def processing_order(diagonal: Tensor, group: int) -> Tensor:
         + torch.arange(0, diagonal.shape[-1], group, device=diagonal.device)[:, None]
     )
     return inside.gather(1, groups.unsqueeze(-1).expand_as(inside)).flatten(1)
-
-
-def permute_both(matrix: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of [E, n, n] by order [E, n]."""
-    rows = matrix.gather(1, order.unsqueeze(-1).expand_as(matrix))
-    return rows.gather(2, order.unsqueeze(1).expand_as(matrix))
 
 
 def permute_columns(matrix: Tensor, order: Tensor) -> Tensor:

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...linear_algebra import cholesky, full_float32, inv, solve_lower
+from ...linear_algebra import damped_cholesky, full_float32, inv, permute_both, solve_lower
 from ..types import GGMLType
 from .columns import descend_columns, new_block, sweep_columns, unit_of
 from .encode import EFFORTS, LARGEST, Effort, check_rows, layout_of, scaled, search
 from .layout import SUPER, Fields, Layout, pack
 
 DAMPING = 0.02
-ESCALATIONS = (1.0, 10.0, 100.0)  # a failed factorization is tried again with this many times the damping
 PASSES = 1  # of coordinate descent after the sweep
 
 
@@ -57,9 +56,9 @@ def factor(second: Tensor, kind: GGMLType, damping: float = DAMPING) -> Factor:
     diagonal = second.diagonal(dim1=-2, dim2=-1).nan_to_num(0.0, 0.0, 0.0)
     order = torch.unflatten(diagonal, -1, (-1, SUPER)).mean(-1).argsort(dim=-1, stable=True)
     columns = _columns(order)
-    ordered = second.gather(1, columns.unsqueeze(2).expand_as(second)).gather(2, columns.unsqueeze(1).expand_as(second))
+    ordered = permute_both(second, columns)
     with full_float32():
-        lower = _cholesky(ordered, diagonal.mean(-1), damping)
+        lower = damped_cholesky(ordered, diagonal.mean(-1), damping)
         unit = unit_of(layout)
         blocks = torch.unflatten(lower, -1, (-1, unit))  # [E, n, groups, unit]
         own = _own(lower, unit)
@@ -79,21 +78,6 @@ def _own(matrices: Tensor, unit: int) -> Tensor:
 def _columns(order: Tensor) -> Tensor:
     """Super-blocks [E, n / 256] -> columns [E, n]."""
     return (order.unsqueeze(-1) * SUPER + torch.arange(SUPER, device=order.device)).flatten(1)
-
-
-def _cholesky(matrices: Tensor, mean: Tensor, damping: float) -> Tensor:
-    """Lower factors of damped matrices [E, n, n]."""
-    usable = torch.isfinite(matrices).flatten(1).all(1) & (mean > 0)
-    eye = torch.eye(matrices.shape[-1], device=matrices.device)
-    result = eye.expand_as(matrices).clone()
-    for times in ESCALATIONS:
-        todo = usable.nonzero().flatten()
-        if not len(todo):
-            break
-        lower, ok = cholesky(matrices[todo] + (times * damping * mean[todo]).reshape(-1, 1, 1) * eye)
-        result[todo[ok]] = lower[ok]
-        usable[todo[ok]] = False
-    return result
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...linear_algebra import cholesky, full_float32
+from ...linear_algebra import damped_cholesky, full_float32, permute_both
 from ..codec import pack, search
 from ..types import GGMLType
 from .columns import MINI, Block, descend_columns, new_block, sweep_columns, times
 
 SUPER = 256  # columns that are searched together, where they divide the row
 DAMPING = 0.05
-ESCALATIONS = (1.0, 10.0, 100.0)  # a failed factorization is tried again with this many times the damping
 PASSES = 2  # rounds of coordinate descent
 
 
@@ -64,27 +63,12 @@ def factor(second: Tensor, damping: float = DAMPING) -> Factor:
     order = torch.unflatten(energy, -1, (-1, super_columns(n))).mean(-1).argsort(dim=-1, stable=True)
     plain = Factor(order, torch.empty(experts, n, n, device="meta"), energy, second)
     columns = plain.columns
-    ordered = second.gather(1, columns.unsqueeze(2).expand_as(second)).gather(2, columns.unsqueeze(1).expand_as(second))
+    ordered = permute_both(second, columns)
     with full_float32():
-        lower = _cholesky(ordered, energy.mean(-1), damping)
+        lower = damped_cholesky(ordered, energy.mean(-1), damping)
         moments = lower @ lower.mT
     diagonal = lower.diagonal(dim1=-2, dim2=-1).clone()
     return Factor(order, lower.div_(diagonal.unsqueeze(1)), diagonal.square(), moments)
-
-
-def _cholesky(matrices: Tensor, mean: Tensor, damping: float) -> Tensor:
-    """Lower factors of damped matrices [E, n, n]; the identity where there is none."""
-    todo = torch.isfinite(matrices).flatten(1).all(1) & (mean > 0)
-    eye = torch.eye(matrices.shape[-1], device=matrices.device)
-    result = eye.expand_as(matrices).clone()
-    for more in ESCALATIONS:
-        chosen = todo.nonzero().flatten()
-        if not len(chosen):
-            break
-        lower, good = cholesky(matrices[chosen] + (more * damping * mean[chosen]).view(-1, 1, 1) * eye)
-        result[chosen[good]] = lower[good]
-        todo[chosen[good]] = False
-    return result
 
 
 @dataclass(frozen=True)

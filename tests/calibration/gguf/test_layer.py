@@ -69,7 +69,7 @@ def test_plain_types_are_stored_as_they_are(kind: GGMLType) -> None:
 
 
 def test_what_the_user_should_know() -> None:
-    report = Report(cured={(3, 11): 4, (3, 3): 5, (1, 0): 2}, unseen={(3, 7)})
+    report = Report(rescaled={(3, 11): 4, (3, 3): 5, (1, 0): 2}, unseen={(3, 7)})
     assert list(report.of_layer(0)) == []
     assert list(report.of_layer(3)) == [
         "layer 3: experts 3 (2^5), 11 (2^4) rescaled, their sums would overflow float16 on CUDA",

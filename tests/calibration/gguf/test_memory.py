@@ -140,7 +140,7 @@ def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str) -> None:
     assert whole.plan(g) == ExpertPlan(7, 7)
     expected, report = run(g, weights, whole, kind)
     assert report.unseen == {(0, 6)}
-    assert set(report.cured) == {(0, 0)}
+    assert set(report.rescaled) == {(0, 0)}
     for held, chunks in ((3, 3), (1, 7)):
         parts = streams_of(g, "cpu", held * pair_bytes(256))
         assert len(parts.plan(g).chunks(7)) == chunks
@@ -149,7 +149,7 @@ def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str) -> None:
         assert all(np.array_equal(found[name], data) for name, data in expected.items())
         assert torch.equal(parts.reference.all(), whole.reference.all())
         assert torch.equal(parts.written.all(), whole.written.all())
-        assert (also.unseen, also.cured) == (report.unseen, report.cured)
+        assert (also.unseen, also.rescaled) == (report.unseen, report.rescaled)
 
 
 def test_a_chunk_is_a_multiple_of_the_step() -> None:

@@ -93,7 +93,7 @@ def test_an_expert_that_overflows_is_rescaled(
     monkeypatch.setattr(Stored, "moments", lambda *_: known | {"ffn_down_exps": loud})
     report = Report()
     made = encode_layer(source, stored, 1, {"ffn_up_exps": Q8_0, "ffn_down_exps": Q8_0}, "cpu", report)
-    assert report.cured == {(1, 1): 4}
+    assert report.rescaled == {(1, 1): 4}
     factor = torch.tensor([1.0, 16.0, 1.0]).view(-1, 1, 1)  # 200,000 / 16 < 65504 / 4
     weights = read_layer(source, 1)
     for name, written, weight in (("ffn_up_exps", factor, weights.w3), ("ffn_down_exps", 1 / factor, weights.w2)):
