@@ -51,8 +51,8 @@ class Experts:
 
     @property
     def exponents(self) -> Tensor:
-        """[E] powers of two by which experts are rescaled. CUDA keeps sums of 32 of w2's inputs in float16 for Q4_K, Q5_K
-        and others (llama.cpp ggml-cuda/quantize.cu).
+        """[E] powers of two by which experts are rescaled: for Q4_K, Q5_K and others CUDA keeps sums of 32 inputs of w2
+        in float16 (llama.cpp ggml-cuda/quantize.cu).
         """
         return rescale_exponents(self.largest)
 
