@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 READY := $(VENV)/.installed
 
-.PHONY: help install demo test lint types unit test-slow test-gpu test-peers bench notebooks constraints clean
+.PHONY: help install demo test lint types unit test-slow test-gpu test-peers bench dev-model notebooks constraints clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -79,6 +79,15 @@ ifdef NAME
 else
 	@for script in bench/[a-z]*.py; do printf '%-14s ' $$(basename $$script .py); sed -n '1s/"""//gp' $$script; done
 endif
+
+# DEBS: unpacked Debian packages (bench/dev_model/README.md lists them); the training wants a GPU
+DEV_MODEL := build/dev-model
+
+dev-model: $(READY) ## train the development model that bench/domains.py judges by: make dev-model DEBS=folder
+	mkdir -p $(DEV_MODEL)
+	$(BIN)/python bench/dev_model/collect.py $(DEBS) $(DEV_MODEL)/corpus.json
+	$(BIN)/python bench/dev_model/pack.py $(DEV_MODEL)/corpus.json $(DEV_MODEL)/text
+	$(BIN)/python bench/dev_model/train_model.py $(DEV_MODEL)/text $(DEV_MODEL)
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
 	rm -rf notebooks/m27-demo

@@ -113,8 +113,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def main(trained: Path, tokenizer: Path, out: Path) -> None:
-    shape = Shape()
+def main(trained: Path, tokenizer: Path, out: Path, shape: Shape | None = None) -> None:
+    shape = shape or Shape()
     out.mkdir(parents=True, exist_ok=True)
     shard_of: dict[str, str] = {}
     size = 0
