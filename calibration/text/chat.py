@@ -15,7 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmquant.errors import InputError
 
+from ...convert.chat_templates import DEFAULT, TOOL_USE, Template, chat_templates
 from ...convert.source import Source
+from ...convert.special_tokens import special_tokens
 from .rows import Chat
 
 CALL_OPEN, CALL_CLOSE = "<minimax:tool_call>", "</minimax:tool_call>"
@@ -38,6 +40,7 @@ class ChatTemplate:
     source: str
     tokens: dict[str, str]
     label: str
+    with_tools: ChatTemplate | None = None  # another one for chats that have tools
 
     @cached_property
     def _compiled(self) -> Any:
@@ -52,6 +55,8 @@ class ChatTemplate:
 
     def render(self, chat: Chat) -> str:
         """The conversation as one text. Raises InputError with the template's own complaint, on one line."""
+        if chat.tools and self.with_tools is not None:
+            return self.with_tools.render(chat)
         messages = [self._plain(message) for message in self._with_tools(chat)]
         tools = list(chat.tools) if chat.tools else None
         try:
@@ -101,19 +106,15 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 
 def load_template(source: Source) -> ChatTemplate | None:
-    """The checkpoint's chat template: chat_template.jinja, else tokenizer_config.json; None when it has none."""
-    config = source.small_file("tokenizer_config.json")
-    settings = json.loads(config) if config is not None else {}
-    tokens = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            tokens[name] = value
-    file = source.small_file("chat_template.jinja")
-    if file is not None:
-        return ChatTemplate(file.decode(), tokens, f"{source.label}/chat_template.jinja")
-    template = settings.get("chat_template")
-    if isinstance(template, str):
-        return ChatTemplate(template, tokens, f"{source.label}/tokenizer_config.json")
-    return None
+    """The checkpoint's chat template (chat_templates.py says where it is looked for); None when it has none."""
+    found = chat_templates(source)
+    if not found:
+        return None
+    tokens = {f"{kind}_token": t.text for kind, t in special_tokens(source).items() if t.text is not None}
+    tools = found.get(TOOL_USE)
+    with_tools = ChatTemplate(tools.text, tokens, tools.where) if tools is not None else None
+    plain = found.get(DEFAULT)
+    if plain is None:  # as transformers: only what was named can be asked for
+        complaint = f"none is called {DEFAULT}, only {', '.join(sorted(found))}"
+        plain = Template(f"{{{{ raise_exception({complaint!r}) }}}}", f"{source.label}: chat templates")
+    return ChatTemplate(plain.text, tokens, plain.where, with_tools)

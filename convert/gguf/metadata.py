@@ -8,7 +8,6 @@ architecture, not by a hash of the vocabulary, so that any MiniMax-M2 vocabulary
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from dataclasses import dataclass
@@ -18,14 +17,17 @@ import gguf
 
 from mmquant.errors import InputError
 
+from ..carried import read_object
+from ..chat_templates import DEFAULT, chat_templates
 from ..models.minimax_m2 import Geometry
 from ..source import Source
+from ..special_tokens import special_tokens
 from .rope_keys import scaling_values
+from .tokenizer import SPECIAL_TOKENS
 
 ARCH = "minimax-m2"
 SIGMOID = int(gguf.ExpertGatingFuncType.SIGMOID)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
-SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 IMATRIX_TEXT_LIMIT = 127  # characters that llama-quantize keeps of a file or data-set name
 
 
@@ -52,8 +54,11 @@ _FORMAT = {"u16": "<H", "u32": "<I", "i32": "<i", "f32": "<f", "bool": "<?", "u6
 
 
 def pack_string(text: str) -> bytes:
-    """A GGUF string: byte length as u64, then UTF-8."""
-    raw = text.encode("utf-8")
+    """A GGUF string: byte length as u64, then UTF-8. InputError for half of a character."""
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"metadata: {text[:40]!r} has a lone surrogate at {error.start}, expected text") from None
     return struct.pack("<Q", len(raw)) + raw
 
 
@@ -188,23 +193,9 @@ def _base_model(source: Source, card: dict[str, Any]) -> Metadata:
     return keys
 
 
-def _json_file(source: Source, name: str) -> dict[str, Any]:
-    raw = source.small_file(name)
-    if raw is None:
-        return {}
-    try:
-        value = json.loads(raw)
-    except ValueError as error:
-        raise InputError(f"{source.label}: {name} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{source.label}: {name} holds {type(value).__name__}, expected an object")
-    return value
-
-
 def tokenizer_keys(source: Source) -> Metadata:
     """tokenizer.*: tokens, types, merges, special token ids and the chat template."""
-    tokenizer = _json_file(source, "tokenizer.json")
-    settings = _json_file(source, "tokenizer_config.json")
+    tokenizer, settings = read_object(source, "tokenizer.json"), read_object(source, "tokenizer_config.json")
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise InputError(f"{source.label}: tokenizer.json has no BPE vocabulary")
@@ -217,19 +208,20 @@ def tokenizer_keys(source: Source) -> Metadata:
         "tokenizer.ggml.merges": Value("[str]", [_merge(merge) for merge in model.get("merges") or []]),
     }
     ids = {token: index for index, token in enumerate(tokens)}
-    keys |= _special_ids(source, settings, ids)
+    keys |= _special_ids(source, ids, len(tokens))
     for kind in ("bos", "eos", "sep"):
         if isinstance(settings.get(f"add_{kind}_token"), bool):
             keys[f"tokenizer.ggml.add_{kind}_token"] = Value("bool", settings[f"add_{kind}_token"])
-    template = chat_template(source, settings)
-    if template:
-        keys["tokenizer.chat_template"] = Value("str", template)
-    return keys
+    return keys | _templates(source)
 
 
 def _merge(merge: Any) -> str:
     """ "a b" from either form of tokenizer.json; a blank inside a part becomes U+0120, as byte-level BPE writes it."""
-    return merge if isinstance(merge, str) else " ".join(part.replace(" ", "\u0120") for part in merge)
+    if isinstance(merge, str):
+        return merge
+    if not isinstance(merge, list) or not all(isinstance(part, str) for part in merge):
+        raise InputError(f"tokenizer.json: a merge is {merge!r:.60}, expected two texts")
+    return " ".join(part.replace(" ", "\u0120") for part in merge)
 
 
 def _tokens(source: Source, vocab: dict[str, int], added: list[dict[str, Any]]) -> tuple[list[str], list[int]]:
@@ -238,10 +230,12 @@ def _tokens(source: Source, vocab: dict[str, int], added: list[dict[str, Any]]) 
     tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
     entries = [(index, text, NORMAL) for text, index in vocab.items()]
     for token in added:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise InputError(f"{source.label}: tokenizer.json: added token {token!r:.60}, expected id and content")
         special = token.get("special") or _looks_special(token["content"])
-        entries.append((token["id"], token["content"], CONTROL if special else USER_DEFINED))
+        entries.append((token.get("id", -1), token["content"], CONTROL if special else USER_DEFINED))
     for index, text, kind in entries:
-        if not 0 <= index < size:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
             raise InputError(f"{source.label}: tokenizer.json names id {index}, config.json has a vocabulary of {size}")
         tokens[index], types[index] = text, kind
     return tokens, types
@@ -254,27 +248,26 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _special_ids(source: Source, settings: dict[str, Any], ids: dict[str, int]) -> Metadata:
-    """Ids of bos, eos, ...: by the token's text in tokenizer_config.json, else by number in config.json."""
-    keys = {}
-    for kind, name in SPECIAL_TOKENS.items():
-        token = settings.get(f"{kind}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        index = ids.get(text) if isinstance(text, str) else source.config.get(f"{kind}_token_id")
-        if isinstance(index, int) and 0 <= index < len(ids):
-            keys[f"tokenizer.ggml.{name}_token_id"] = Value("u32", index)
-    return keys
+def _special_ids(source: Source, ids: dict[str, int], size: int) -> Metadata:
+    """Ids of bos, eos, ... that the vocabulary has."""
+    found = special_tokens(source, ids)
+    return {
+        f"tokenizer.ggml.{name}_token_id": Value("u32", found[kind].id)
+        for kind, name in SPECIAL_TOKENS.items()
+        if kind in found and (found[kind].id or 0) < size and found[kind].id is not None
+    }
 
 
-def chat_template(source: Source, settings: dict[str, Any]) -> str | None:
-    """The chat template: tokenizer_config.json's, which wins in llama.cpp's converter, else chat_template.jinja."""
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones: the default is the chat
-        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
-    if isinstance(template, str):
-        return template
-    raw = source.small_file("chat_template.jinja")
-    return raw.decode("utf-8") if raw is not None else None
+def _templates(source: Source) -> Metadata:
+    """The chat template, and named ones as gguf-py writes them."""
+    keys, names = {}, []
+    for name, template in chat_templates(source).items():
+        if name == DEFAULT:
+            keys["tokenizer.chat_template"] = Value("str", template.text)
+        else:
+            names.append(re.sub(r"[^A-Za-z0-9]", "_", name))
+            keys[f"tokenizer.chat_template.{names[-1]}"] = Value("str", template.text)
+    return keys | ({"tokenizer.chat_templates": Value("[str]", names)} if names else {})
 
 
 def split_keys(part: int, parts: int, tensors: int) -> Metadata:

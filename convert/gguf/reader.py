@@ -32,7 +32,7 @@ from .names import (
     split_block,
 )
 from .rope_keys import rope_parameters
-from .tokenizer import tokenizer_json
+from .tokenizer import tokenizer_config, tokenizer_json
 
 ARCH = "minimax-m2"
 SIGMOID = 2
@@ -258,13 +258,12 @@ class GgufSource:
         """Nothing stays open."""
 
     def small_file(self, name: str) -> bytes | None:
-        """config.json, tokenizer.json and chat_template.jinja, made of the metadata."""
+        """config.json, tokenizer.json and tokenizer_config.json (with the chat templates), made of the metadata."""
         if name == "config.json":
             return json.dumps(self.config).encode()
         if name == "tokenizer.json":
             return tokenizer_json(self.metadata)
-        template = self.metadata.get("tokenizer.chat_template")
-        return template.encode() if name == "chat_template.jinja" and isinstance(template, str) else None
+        return tokenizer_config(self.metadata) if name == "tokenizer_config.json" else None
 
     @property
     def bytes(self) -> int:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..chat_templates import DEFAULT
+
 PRE = "minimax-m2"
+# Kinds of special tokens as GGUF spells them.
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 # What `tokenizer.ggml.pre` = minimax-m2 stands for: the pattern of the release's tokenizer.json.
 _MARKS = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
@@ -60,3 +64,20 @@ def tokenizer_json(metadata: dict[str, Any]) -> bytes | None:
         "model": model,
     }
     return json.dumps(whole, ensure_ascii=False).encode()
+
+
+def tokenizer_config(metadata: dict[str, Any]) -> bytes:
+    """A tokenizer_config.json with the file's special tokens and chat templates."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    found: dict[str, Any] = {}
+    for kind, name in SPECIAL_TOKENS.items():
+        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            found[f"{kind}_token"] = str(tokens[index])
+    names = metadata.get("tokenizer.chat_templates")
+    keys = {DEFAULT: "tokenizer.chat_template"}
+    keys |= {str(name): f"tokenizer.chat_template.{name}" for name in (names if isinstance(names, list) else [])}
+    texts = {name: text for name, key in keys.items() if isinstance(text := metadata.get(key), str)}
+    found["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
+    return json.dumps(found).encode()

@@ -80,11 +80,11 @@ def test_tokens_of_every_kind() -> None:
     assert "tokenizer.ggml.bos_token_id" not in keys
 
 
-def test_chat_template_file_is_taken_when_the_config_has_none() -> None:
+def test_the_chat_templates_file_wins_as_in_transformers() -> None:
     source = tiny([], None, **{"chat_template.jinja": "{{ é }}".encode()})
     assert model_metadata(source, "x", 0, None)["tokenizer.chat_template"].data == "{{ é }}"  # type: ignore[arg-type]
     source = tiny([], {"chat_template": "inner"}, **{"chat_template.jinja": b"outer"})
-    assert model_metadata(source, "x", 0, None)["tokenizer.chat_template"].data == "inner"  # type: ignore[arg-type]
+    assert model_metadata(source, "x", 0, None)["tokenizer.chat_template"].data == "outer"  # type: ignore[arg-type]
 
 
 def test_model_card_and_hub_name_licence_and_base_model() -> None:
@@ -110,5 +110,5 @@ def test_bad_tokenizers() -> None:
         model_metadata(tiny([{"id": 8, "content": "x", "special": True}]), "x", 0, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no BPE vocabulary"):
         model_metadata(Files({}), "x", 0, None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         model_metadata(Files({"tokenizer.json": b"{"}), "x", 0, None)  # type: ignore[arg-type]
