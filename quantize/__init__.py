@@ -1,1 +1,1 @@
-"""Numbers: how weights become codes and scales. Tensors in, tensors out; no files, no model, no hub."""
+"""Numbers: tensors in, tensors out. No files, no model, no hub."""

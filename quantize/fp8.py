@@ -1,4 +1,4 @@
-"""FP8 e4m3: the release's 128x128 tiles as exact values, and per-channel quantization.
+"""FP8 E4M3: exact values of 128x128 tiles, and quantization per output channel.
 
 Source: e4m3 as in https://arxiv.org/abs/2209.05433 (largest 448); a tile's value is code * weight_scale_inv.
 """

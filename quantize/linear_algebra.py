@@ -1,4 +1,4 @@
-"""Batched Cholesky factorization in float32 that is fast for hundreds of large matrices."""
+"""Batched Cholesky factorization in float32, fast for hundreds of large matrices."""
 
 from __future__ import annotations
 

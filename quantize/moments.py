@@ -1,4 +1,4 @@
-"""Second moments of what enters a matrix, weighted by the router: what GPTQ, AWQ and the importance matrix feed on."""
+"""Second moments of a matrix's input, weighted by the router: what GPTQ, AWQ and the importance matrix use."""
 
 from __future__ import annotations
 

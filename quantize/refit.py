@@ -1,4 +1,4 @@
-"""Repair that costs no bytes: what is stored anyway, refitted to what the quantized model gives."""
+"""Refit stored scales (and norms) to the quantized model's output. File size does not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curvature of rows' scales on CUDA (Triton): what `repair.curvature` computes, with nothing [G, O, n] stored."""
+"""Curvature of rows' scales on CUDA (Triton): `refit.curvature` without storing [G, O, n]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned rounding: codes and scales moved by sign-SGD on the error of a layer's output, from a given start.
+"""SignRound: learn codes and scales by sign-SGD on the error of a layer's output (AutoRound's method).
 
 Each weight is level * scale - minimum, its level the one nearest to a position that moves; on integer grids the scale
 moves, too. Gradients pass the rounding as if it were not there. The positions begin where the start rounded: after GPTQ

@@ -1,7 +1,6 @@
-"""Learned rounding on CUDA (Triton): what `learn.values` and `learn.move` compute, each in one pass."""
+"""SignRound on CUDA (Triton): `signround.values` and `signround.move`, one pass each."""
 
 # Kernel arguments are pointers and numbers of the device: no annotation fits them.
-# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encode and decode rows of weights as ggml tensor types, bit for bit in llama.cpp's layout.
+"""Encode and decode rows of weights as ggml tensor types, in llama.cpp's layout bit for bit.
 
     encode(rows [R, n] float32, kind, importance [n], [G, n] or None) -> uint8 [R, bytes of a row]
     decode(data [R, bytes of a row] uint8, kind, columns) -> float32 [R, n]

@@ -1,4 +1,4 @@
-"""The ggml tensor types that mmquant reads and writes: numbers, block sizes and fallbacks.
+"""The ggml tensor types that mmquant reads and writes: ids, block sizes and fallbacks.
 
 Source: ggml.h and ggml-common.h of llama.cpp (type numbers and block structs), llama-quant.cpp (fallbacks).
 """

@@ -1,4 +1,4 @@
-"""AWQ: input channels that matter are made larger before rounding and what feeds them smaller by as much.
+"""AWQ: scale important input channels up before rounding, and what feeds them down by as much.
 
 A matrix W with inputs x computes (W t)(x / t) for any positive t per channel. t is searched so that rounding W t costs
 the outputs least, measured by the second moments of x; who produces x (a norm, another matrix) absorbs 1/t.

@@ -1,4 +1,4 @@
-"""GPTQ for many matrices at once: every column's rounding error is made good by the columns that follow it.
+"""Batched GPTQ: round one column after another; the columns that follow absorb each rounding error.
 
 The error feedback comes from H = L D L^T (L unit lower triangular), which needs no inverse: with E = W - Q the
 objective tr(E H E^T) is sum_k D_k ((E L)_k)^2, so going from the last column to the first, column k is best rounded at

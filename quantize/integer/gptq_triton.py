@@ -1,11 +1,10 @@
-"""The inside of a GPTQ block on CUDA, fused: scale search of a group, and the sweep over its columns.
+"""The inside of a GPTQ block on CUDA (Triton): a group's scale search fused with the sweep over its columns.
 
 Same arithmetic as the torch path in `gptq` and `int_grid`; sums run in another order, so ties may round otherwise.
 All tensors are [E, B, O] with outputs contiguous: a program holds B columns of TILE output rows in registers.
 """
 
 # Kernel arguments are pointers and numbers of the device: no annotation fits them.
-# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer grids: codes, scales and zero points of a group of weights, and the search for the scale that costs least.
+"""Integer grids: codes, scales and zero points of weight groups, and the search for the scale with the least error.
 
 A value is (code - zero) * scale, codes and zeros stored signed (-8..7 at 4 bits; files add 2^(bits-1)). Scales are
 exact in bfloat16 and codes are taken under the rounded scale. A symmetric grid has one code more below zero than above,

@@ -1,4 +1,4 @@
-"""Bit packing of integer codes into int32 words: compressed-tensors, AWQ (GEMM) and GPTQ (v1) layouts, with inverses.
+"""Pack integer codes into int32 words and back: compressed-tensors, AWQ (GEMM) and GPTQ (v1).
 
 All take signed codes (-8..7 at 4 bits) and store code + 2^(bits-1), the first element of a word in its lowest bits.
 Shapes are logical: O outputs, I inputs, G groups in a row. Sources: compressed-tensors 0.17 pack-quantized; AutoAWQ

@@ -1,4 +1,4 @@
-"""Round to nearest on an integer grid whose scales minimise the square error (clip search)."""
+"""Round to nearest on an integer grid. Scales are searched for the least squared error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scale search of `int_grid` on CPU (numba): one group after the other, the same candidates in the same order.
+"""The scale search of `grid` on the CPU (numba): one group after another, the same candidates in the same order.
 
 Codes are taken with a multiplication by 1 / scale here, so that a weight halfway between two codes may fall on the
 other one: scales differ from the torch search where two candidates cost the same within rounding.

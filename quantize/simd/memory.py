@@ -1,4 +1,4 @@
-"""Lanes from and to arrays, and tiles of an array turned so that rows lie across the lanes."""
+"""Load vectors from arrays, store them, and transpose tiles so that rows lie across a vector."""
 
 from __future__ import annotations
 

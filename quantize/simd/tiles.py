@@ -1,4 +1,4 @@
-"""Tiles of blocks for the CPU kernels: sub-blocks side by side in the lanes of vectors, and parts for threads."""
+"""Tiles of blocks for the CPU kernels: sub-blocks side by side in vectors, and parts for threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arithmetic on several float32 at once in numba: a number type whose values are vectors of LLVM.
+"""SIMD arithmetic for numba: a number type whose values are LLVM vectors of float32.
 
 `Lanes` behave like float32 in compiled code: + - * / and comparisons with other lanes or a float32, lane by lane, and
 `where` instead of branches. LLVM's vectorizer makes poor code of the same loops over arrays (bench/RESULTS.md). How

@@ -1,4 +1,4 @@
-"""The columns of one super-block of a vector codebook: rounded with feedback from the last to the first, or by descent.
+"""Round the columns of one super-block of an I-quant: with error feedback, or by coordinate descent.
 
 A unit is what must be rounded together: a point, or the eight weights whose signs share a parity. Within a tile of
 TILE columns its errors are fed to the units before it; a product of matrices carries those of the tile to the rest. On

@@ -1,4 +1,4 @@
-"""The columns of `iquant_columns.TILE` of a super-block on CUDA, fused: `sweep_tile` and `descend_tile` of that module.
+"""`columns` on CUDA (Triton), fused: `sweep_tile` and `descend_tile` of TILE columns.
 
 One row a lane, one unit after another. Points are walked one by one, the same for all lanes: as all rows of a matrix
 share the metric, sum(w c^2) of a point is one number for all of them and is formed beforehand. Same arithmetic as in

@@ -1,4 +1,4 @@
-"""Encode rows as IQ1_S ... IQ3_S of GGUF: scales are searched together, every group is at its true nearest point.
+"""Encode rows as IQ1_S to IQ3_S: scales are searched together, each group takes its nearest codebook point.
 
 For each super-block of 256: (1) the error of every block of 16 or 32 at a fan of scales; (2) from these curves, the
 fp16 scale and the levels that lose least together; (3) levels and points at exactly that scale, least-squares refit

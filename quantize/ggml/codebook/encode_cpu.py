@@ -1,4 +1,4 @@
-"""The whole encoder of the I-quants for one super-block after another on CPU (numba).
+"""`encode` on the CPU (numba), one super-block after another.
 
 It does what `iquants.search_tensors` does, step by step, on as many super-blocks as fill the lanes. It may guess scales
 from typing import TYPE_CHECKING

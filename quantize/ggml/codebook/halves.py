@@ -1,4 +1,4 @@
-"""The codebooks of the I-quants as pairs of halves: what the search on CPU walks over.
+"""The codebooks of the I-quants as pairs of halves, for the search on the CPU.
 
 A point's error is a sum over its weights, so a point of four parts costs what its parts cost. Two neighbouring parts
 are a half. Few halves make many points (IQ1: 81 first ones and 81 second ones make 2048): once the halves are priced, a

@@ -1,4 +1,4 @@
-"""Bit layouts of the seven vector-codebook types of GGUF (IQ1_S ... IQ3_S): fields of a super-block to bytes and back.
+"""Bit layouts of IQ1_S to IQ3_S: fields of a super-block to bytes and back.
 
 A super-block is 256 weights: weight = d * (offset + step * level) * (sign * point + delta), where `d` is an fp16,
 `level` a 3- or 4-bit integer per 16 or 32 weights, and `point` a row of the type's codebook for each group of 4 or 8

@@ -1,4 +1,4 @@
-"""Block LDLQ into the vector codebooks of GGUF: 8 (or 4) columns are rounded together and make good earlier errors.
+"""Block LDLQ into the codebooks of GGUF: 8 (or 4) columns are rounded together and absorb earlier errors.
 
 With H = C C^T (C lower triangular) and E = W - Q, tr(E H E^T) is the sum over groups k of columns of ||e_k C_kk +
 sum_{j>k} e_j C_jk||^2. Going from the last group to the first, group k is therefore best rounded at w_k + sum_{j>k}

@@ -1,4 +1,4 @@
-"""Nearest codebook points under importance weights: the two questions of every I-quant encoder, on any device.
+"""Nearest codebook points under importance weights, on any device: the two searches of every I-quant encoder.
 
 `scan` asks what error a block of weights has at each of several scales; `choose` also picks the best of them with the
 nearest points and signs. Both are exhaustive: no neighbour lists, exact under the sign rules. CUDA: Triton, CPU:

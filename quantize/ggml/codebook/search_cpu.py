@@ -1,4 +1,4 @@
-"""Search of the codebooks of the I-quants on CPU (numba): blocks into lanes, and the points that a sweep found.
+"""`search` on the CPU (numba): blocks into vectors, and the points that a sweep found.
 
 `iquants_search` has the meaning of the arguments.
 """

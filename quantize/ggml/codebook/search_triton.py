@@ -1,4 +1,4 @@
-"""Exhaustive search of the codebooks of the I-quants on CUDA (Triton): what `iquants_numba` computes, one group a lane.
+"""`search` on CUDA (Triton), exhaustive: one group per lane.
 
 Points are walked one by one, the same for all lanes; P and Q of a point live in registers and serve all scales, so that
 a scale costs one multiply-add and one minimum a point. Nothing of size [groups, entries] is ever stored.

@@ -1,4 +1,4 @@
-"""Errors of all points of a codebook of the I-quants at many scales on CPU (numba), exhaustively.
+"""Errors of all codebook points at many scales on the CPU (numba), exhaustively.
 
 Sixteen groups of 4 or 8 weights lie side by side in vectors (`simd/vectors.py`). At one scale s a weight x at
 level c costs v (v w - a) with v = s c, a = 2 w |x| (the constant w x^2 is left out); tables hold these costs for the

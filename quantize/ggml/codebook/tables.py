@@ -1,4 +1,4 @@
-"""The vector codebooks of the I-quants, read from the gguf package's tables when they are first used."""
+"""The codebooks of the I-quants, read from the gguf package's tables on first use."""
 
 from __future__ import annotations
 

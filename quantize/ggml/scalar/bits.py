@@ -1,4 +1,4 @@
-"""The parts of P blocks of one type, as integers, and small helpers to move bits between them and bytes."""
+"""Bit fields of ggml blocks: fields to integers, integers to bytes."""
 
 from __future__ import annotations
 

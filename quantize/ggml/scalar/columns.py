@@ -1,4 +1,4 @@
-"""The columns of one super-block of a scalar grid: rounded with feedback from the last to the first, or by descent.
+"""Round the columns of one super-block of a scalar grid: with error feedback, or by coordinate descent.
 
 On a CPU a numba kernel takes them all; on CUDA a Triton kernel takes MINI at a time, and products of matrices carry
 their errors to the others; the form in torch runs everywhere. Tensors are [c, E, R]: columns first, R rows of E

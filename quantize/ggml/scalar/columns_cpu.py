@@ -1,4 +1,4 @@
-"""The columns of one super-block on CPU (numba): error feedback from the last to the first, and coordinate descent.
+"""`columns` on the CPU (numba): error feedback from the last column to the first, and coordinate descent.
 
 Same arithmetic as `columns.sweep_inner` and `columns.descend_inner`; sums run in another order. Tensors
 are [c, E, R], columns first: TILE neighbouring rows are held in the cache and go through all columns together.

@@ -1,11 +1,10 @@
-"""The columns of `columns.MINI` of a super-block on CUDA, fused: `columns.sweep_inner` and `columns.descend_inner`.
+"""`columns` on CUDA (Triton), fused: `sweep_inner` and `descend_inner` of MINI columns.
 
 Same arithmetic; sums run in another order, so ties may round otherwise. All tensors are [c, E, R] with rows contiguous,
 the first (target or pull) with strides of its own: a program holds its columns of TILE rows of a matrix in registers.
 """
 
 # Kernel arguments are pointers and numbers of the device: no annotation fits them.
-# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

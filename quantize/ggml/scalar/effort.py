@@ -1,4 +1,4 @@
-"""How widely the scales of a grid type are searched, and what that means for one type."""
+"""How widely the scales of a grid type are searched at each effort."""
 
 from __future__ import annotations
 

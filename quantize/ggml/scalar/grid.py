@@ -1,4 +1,4 @@
-"""The reconstruction grid of a ggml block: value = step * level - minimum, with one step (and minimum) per sub-block.
+"""The grid of a ggml block: value = step * level - minimum, one step (and minimum) per sub-block.
 
 Every K-quant, legacy type, IQ4 type and MXFP4 is such a grid; they differ in the levels and in how steps are stored:
 

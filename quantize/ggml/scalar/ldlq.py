@@ -1,4 +1,4 @@
-"""Error feedback into the scalar grids of GGUF: K-quants, legacy types, IQ4 and MXFP4.
+"""LDLQ (error feedback) into the scalar grids of GGUF: K-quants, legacy types, IQ4 and MXFP4.
 
 With mean second moments H = L D L^T (L unit lower triangular) and E = W - Q, tr(E H E^T) is the sum over columns k of
 D_k |e_k + sum_{j>k} e_j L_jk|^2. Going from the last column to the first, column k is best rounded at

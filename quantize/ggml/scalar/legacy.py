@@ -1,4 +1,4 @@
-"""Bytes of the types with blocks of 32 and one float16 scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+"""Bytes of the types with blocks of 32 and one float16 scale: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0.
 
 Source: block_q4_0 ... block_q8_0 in ggml-common.h.
 """

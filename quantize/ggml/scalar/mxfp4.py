@@ -1,4 +1,4 @@
-"""The exponent of an MXFP4 block in torch: all that is searched is a power of two."""
+"""The exponent of an MXFP4 block: all that is searched is a power of two."""
 
 from __future__ import annotations
 

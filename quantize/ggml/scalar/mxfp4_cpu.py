@@ -1,4 +1,4 @@
-"""The exponent of an MXFP4 block on CPU (numba), sixteen blocks side by side: the best of three, as in `mxfp4`."""
+"""`mxfp4` on the CPU (numba): the best of three exponents, sixteen blocks side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to grids: cut into blocks, searched by the kernels of their device, put together again."""
+"""Search the scales of rows: cut into blocks, searched by the device's kernels, joined again."""
 
 from __future__ import annotations
 

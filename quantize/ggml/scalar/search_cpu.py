@@ -1,4 +1,4 @@
-"""The search of a ggml block's scales on CPU (numba), many sub-blocks side by side in the lanes of vectors.
+"""Search the scales of ggml blocks on the CPU (numba), many sub-blocks side by side in vectors.
 
 1. Each sub-block: the plan's starts, each fitted by least squares to its nearest levels; the best one once more.
 2. Each block: the plan's d (and dmin) with the nearest stored integers, by the curvature of each sub-block's error.

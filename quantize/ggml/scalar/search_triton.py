@@ -1,5 +1,4 @@
-# pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
-"""The search of ggml blocks' scales on CUDA (Triton): the steps of `search_cpu`, a few blocks per program.
+"""Search the scales of ggml blocks on CUDA (Triton): the steps of `search_cpu`, a few blocks per program.
 
 A program holds a tile of weights [sub-blocks, columns of a sub-block] in registers for all starts and rounds; sums over
 a sub-block reduce the second axis, sums over a block reduce the sub-blocks of a [blocks, sub-blocks] view.

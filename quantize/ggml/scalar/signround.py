@@ -1,4 +1,4 @@
-"""Learned rounding in a reconstruction grid: codes move by sign-SGD (quantize/signround.py), scales stay as stored."""
+"""SignRound in a ggml grid: codes move by sign-SGD (quantize/signround.py), scales stay as stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search of scales starts from and what it fills in."""
+"""Input and output of a scale search: blocks with their weights, and the scales and codes found."""
 
 from __future__ import annotations
 
