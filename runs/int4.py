@@ -11,7 +11,6 @@ from typing import Any
 
 from mmquant.errors import InputError
 
-from ..calibration.int4.high import ReferenceStream
 from ..calibration.int4.layer import Int4Options
 from ..calibration.int4.variant import CalibratedInt4
 from ..calibration.statistics.live import moment_plan
@@ -86,8 +85,7 @@ class Int4Request:
             seed=self.calibration["seed"],
         )
         folder = out / STREAMS if options.learned else None
-        reference = ReferenceStream(folder)
-        return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say, reference=reference)
+        return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say, streams=folder)
 
 
 def check_cache(options: dict[str, Any]) -> None:

@@ -21,8 +21,9 @@ from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import LocalFolder
-from ..convert.files.atomic import sha256_file, write_whole
+from ..convert.files.atomic import replace_folder, sha256_file, write_whole
 from ..convert.files.child import SAFE_PATH, environment
+from ..convert.files.lock import hold
 from ..convert.files.parse import parse_json
 from ..convert.fit import Weights
 from ..convert.folder.check import check_folder
@@ -84,26 +85,27 @@ def write_with_llmcompressor(
     out.parent.mkdir(parents=True, exist_ok=True)
     check_disk(out.parent, source.bytes)
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    made = partial / "made"
     tile = list(source.tile) if source.tile is not None else None
     told = {
         "model": str(source.store.folder.resolve()),
-        "out": str(partial.resolve()),
+        "out": str(made.resolve()),
         "device": device,
         "tile": tile,
         **job,
     }
-    try:
-        _work(python, told, out.parent)
-        _mend_config(partial)
-        check_folder(partial, source)
-        files = tuple(FileEntry(p.name, p.stat().st_size, sha256_file(p)) for p in sorted(partial.iterdir()))
-        finish_folder(partial, source, "compressed-tensors", job["scheme"], files, _weights(partial), run)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+    with hold(partial):  # before anything in it is removed: it may be another process's
+        try:
+            shutil.rmtree(made, ignore_errors=True)
+            _work(python, told, out.parent)
+            _mend_config(made)
+            check_folder(made, source)
+            files = tuple(FileEntry(p.name, p.stat().st_size, sha256_file(p)) for p in sorted(made.iterdir()))
+            finish_folder(made, source, "compressed-tensors", job["scheme"], files, _weights(made), run)
+            replace_folder(made, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return out
 
 

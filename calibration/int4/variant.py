@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class CalibratedInt4(Int4Variant):
     options: Int4Options = dataclasses.field(default_factory=Int4Options)
     report: Callable[[str], None] = print
     learning: LearnOptions = dataclasses.field(default_factory=LearnOptions)
-    reference: ReferenceStream = dataclasses.field(default_factory=ReferenceStream)
+    streams: Path | None = None  # the folder in which a killed run of learned rounding leaves the reference's stream
 
     @property
     def label(self) -> str:
@@ -112,7 +113,8 @@ class CalibratedInt4(Int4Variant):
         if inputs.hidden is None:
             raise InputError("effort high works on the calibration tokens; stored statistics hold only sums")
         device = inputs.weights.w1.device
-        reference = self.reference.enter(source, inputs.layer, inputs.hidden, inputs.weights.w1)
+        stream: ReferenceStream = inputs.kept.setdefault("reference", ReferenceStream(self.streams))
+        reference = stream.enter(source, inputs.layer, inputs.hidden, inputs.weights.w1)
         both = streams(reference, inputs.hidden, self.learning, device)
         found, losses = learn_layer(inputs.weights, source.geometry, first, both, self.learning)
         self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))

@@ -99,6 +99,7 @@ class LivePass:
             disk_limit=o.disk_limit,
         )
         self._pending: LayerWeights | None = None
+        self._kept: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         """What identifies the statistics."""
@@ -124,7 +125,7 @@ class LivePass:
         )
         self._pending = weights if self.late else None
         hidden = self.stream.hidden if self.show_hidden else None
-        return LayerInputs(layer, weights, found, hidden, self.options.propagate == "quantized")
+        return LayerInputs(layer, weights, found, hidden, self.options.propagate == "quantized", self._kept)
 
     def quantized(self, layer: int, weights: LayerWeights) -> None:
         """Let the next layer see this layer's quantized output (only with propagate quantized)."""

@@ -6,7 +6,7 @@ forward and hands each layer over before it moves on, storing nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ class LayerInputs:
 
     `hidden` is the residual stream that enters the layer (for learned rounding); None when statistics were stored.
     `continued`: the provider wants the quantized layer back (`quantized`), for the next layer's statistics.
+    `kept`: what the quantizer keeps from layer to layer by name; of this pass alone, so that no run sees another's.
     """
 
     layer: int
@@ -32,6 +33,7 @@ class LayerInputs:
     statistics: LayerStatistics
     hidden: HiddenStates | None
     continued: bool = False
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 class Provider(Protocol):

@@ -86,6 +86,18 @@ def replace_whole(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
+def replace_folder(made: Path, final: Path) -> None:
+    """Give a finished folder of plain files its name; what has it so far must be an empty folder, or nothing."""
+    for path in made.iterdir():
+        with open(path, "rb+") as file:
+            sync_file(file)
+    sync_folder(made)
+    if final.exists():
+        final.rmdir()
+    os.replace(made, final)
+    sync_folder(final.parent)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A new file for writing that gets its name when the block ends, and leaves nothing when it raises."""

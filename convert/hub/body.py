@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import array
-import fcntl
-import termios
+import selectors
 import time
 from collections.abc import Iterator
 
@@ -13,7 +11,6 @@ import requests
 from .http import NETWORK_ERRORS, Client, TransferError, explain, reason
 
 PIECE = 1 << 20
-RECORD = 17 << 10  # more than a TLS record
 REST = 0.01  # seconds in which bytes gather: each read takes the interpreter from the thread that works on a layer
 LEAST_PROGRESS = 4 << 10  # bytes within one stall time; fewer is a stall
 
@@ -29,7 +26,7 @@ def body(client: Client, response: requests.Response, length: int) -> Iterator[b
         while left:
             if client.cancelled.is_set():
                 raise TransferError("cancelled")
-            piece = _read(response, min(PIECE, left), rest=length > PIECE and left < length)
+            piece = _read(response, min(PIECE, left), gather=length > PIECE)
             if not piece:
                 raise BrokenBodyError(f"the body ends {left} bytes early")
             left, window = left - len(piece), window + len(piece)
@@ -42,26 +39,47 @@ def body(client: Client, response: requests.Response, length: int) -> Iterator[b
         response.close()
 
 
-def _read(response: requests.Response, most: int, rest: bool) -> bytes:
+def _read(response: requests.Response, most: int, gather: bool) -> bytes:
     """What has arrived, up to `most` bytes and at least one; waits for no more than the first.
 
-    A single read over TLS gives one record of at most 16 KiB, so records that are certainly whole are read together.
+    A single read over TLS gives one record of at most 16 KiB, so records that lie in the system's buffer are read
+    together, and with `gather` those that come within REST seconds.
     """
-    arrived = _arrived(response)
-    if rest and not arrived:
-        time.sleep(REST)
-        arrived = _arrived(response)
-    whole = arrived - arrived // 32 - RECORD
-    return response.raw.read(min(whole, most)) if whole > RECORD else response.raw.read1(most)
+    pieces = [response.raw.read1(most)]
+    size = len(pieces[0])
+    if not size or not gather or size == most:
+        return pieces[0]
+    with selectors.DefaultSelector() as waiting:
+        if not _register(waiting, response):
+            return pieces[0]
+        rested = False
+        while size < most:
+            if not waiting.select(0):
+                if rested:
+                    break
+                time.sleep(REST)
+                rested = True
+                continue
+            try:
+                piece = response.raw.read1(most - size)
+            except NETWORK_ERRORS:
+                break  # what has arrived counts; the next read fails as well
+            pieces.append(piece)
+            size += len(piece)
+            if not piece or response.raw.closed:
+                break
+    return b"".join(pieces)
 
 
-def _arrived(response: requests.Response) -> int:
-    """Bytes in the system's buffer, encrypted ones as they are."""
+def _register(waiting: selectors.BaseSelector, response: requests.Response) -> bool:
+    """Watch the connection of a response for bytes; False when it is closed already."""
     if response.raw.closed:
-        return 0
-    count = array.array("i", [0])
-    fcntl.ioctl(response.raw.fileno(), termios.FIONREAD, count)
-    return count[0]
+        return False
+    try:
+        waiting.register(response.raw.fileno(), selectors.EVENT_READ)
+    except (OSError, ValueError, KeyError):  # closed once the last byte was read
+        return False
+    return True
 
 
 def fetch_range(client: Client, url: str, first: int, size: int, total: int, what: str) -> bytes:
