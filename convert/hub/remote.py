@@ -20,6 +20,7 @@ from .http import (
     MS,
     NETWORK_ERRORS,
     TRANSIENT,
+    UNRESOLVED,
     Client,
     HubError,
     TransferError,
@@ -135,7 +136,7 @@ class HuggingFace:
         """A call of the library, with its errors in one line; `once`: never repeated blindly, Conflict instead."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        trouble = ""
+        trouble, host = "", urlsplit(self.client.endpoint.url).hostname
         for attempt in range(self.client.retry.attempts + 1):
             asked = None
             try:
@@ -147,12 +148,14 @@ class HuggingFace:
                 trouble, asked = f"HTTP {status}", retry_after(error.response.headers)
             except (_library_error(), RuntimeError) as error:
                 trouble = redact(str(error), self.client.endpoint.token) or type(error).__name__
+                if reason(error) == UNRESOLVED:
+                    raise TransferError(f"{self.spec}: {host}: {UNRESOLVED}, is this machine online?") from None
             if once:
                 self.client.pause(0, asked)
                 raise Conflict(trouble)
             if attempt < self.client.retry.attempts:
                 self.client.pause(attempt, asked)
-        raise TransferError(f"{self.spec}: {trouble}; run the command again to continue")
+        raise TransferError(f"{self.spec}: {host}: {trouble}; run the command again to continue")
 
     def _refusal(self, status: int, text: str) -> HubError | TransferError:
         if status in (401, 403):
