@@ -23,6 +23,8 @@ from .options import dry_run_option, json_option
 @click.option(
     "--base-card", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="The base model's README.md."
 )
+@click.option("--base-model", metavar="ORG/NAME", help="The card's base_model; default: the repository that was read.")
+@click.option("--license", "license_id", metavar="ID", help="The card's licence; default: the base model's.")
 @json_option()
 @dry_run_option()
 def command(
@@ -34,6 +36,8 @@ def command(
     request: bool,
     delete: bool,
     base_card: Path | None,
+    base_model: str | None,
+    license_id: str | None,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -44,15 +48,18 @@ def command(
     from ..convert.files.lock import hold
     from ..convert.hub.http import Client, endpoint_of
     from ..convert.hub.remote import remote_of
-    from ..runs.push import push
+    from ..runs.push import CardOptions, push
 
     _check_repo(repo)
+    if base_model is not None:
+        _check_repo(base_model, "--base-model")
     if request and (hub == "ms" or revision):
         raise click.UsageError("--pr: Hugging Face only, and without --revision")
     client = Client(endpoint_of(hub))
     remote = remote_of(client, repo, revision)
     with hold(folder):
-        result = push(folder, remote, base_card, private=private, request=request, delete=delete, dry_run=dry_run)
+        card = CardOptions(base_card, base_model, license_id)
+        result = push(folder, remote, card, private=private, request=request, delete=delete, dry_run=dry_run)
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -60,8 +67,8 @@ def command(
         click.echo(f"{verb} {result['files']} files, {result['bytes']:,} bytes, as {result['url']}")
 
 
-def _check_repo(repo: str) -> None:
+def _check_repo(repo: str, option: str = "--repo") -> None:
     from ..convert.hub.listing import SPEC
 
     if not SPEC.fullmatch(f"hf:{repo}") or "@" in repo or ".." in repo:
-        raise click.BadParameter(f"{repo!r}, expected ORG/NAME", param_hint="--repo")
+        raise click.BadParameter(f"{repo!r}, expected ORG/NAME", param_hint=option)

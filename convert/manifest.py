@@ -19,6 +19,7 @@ from .files.atomic import sha256_file, write_whole
 from .files.lock import hold
 from .files.parse import parse_json
 from .fit import Weights
+from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
 from .models.minimax_m2 import Geometry
 from .source import Source
 
@@ -54,18 +55,14 @@ def schema() -> dict[str, Any]:
 
 
 def license_block(source: Source) -> dict[str, Any]:
-    """What the source's licence file says about itself: name, link, whether commercial use is allowed."""
-    texts = (source.small_file(n) for n in ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL"))
+    """What the source's licence file says: name, link, whether commercial use is allowed."""
+    texts = (source.small_file(n) for n in LICENSE_FILES)
     text = next((t for t in texts if t), b"").decode(errors="replace")
-    if "non-commercial" in text.lower():
-        link = "https://huggingface.co/MiniMaxAI/MiniMax-M2.7/blob/main/LICENSE"
-        name, use = "other:minimax-m2.7-non-commercial", "prohibited-without-authorization"
-    elif "Apache License" in text:
-        name, link, use = "Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", "allowed"
-    else:
-        name, link, use = "unknown", "", "unknown"
+    judged = judge(text) if text.strip() else Licence("unknown", None, "", "unknown")
+    name = {"apache-2.0": "Apache-2.0", "mit": "MIT"}.get(judged.id, judged.id)
+    name = "unknown" if judged.name == UNKNOWN_NAME else f"{name}:{judged.name}" if judged.name else name
     notice = next((line.strip() for line in text.splitlines() if line.strip().startswith("Copyright")), "")
-    return {"spdx_or_name": name, "link": link, "commercial_use": use, "notice": notice}
+    return {"spdx_or_name": name, "link": judged.link, "commercial_use": judged.use, "notice": notice}
 
 
 def geometry_block(g: Geometry) -> dict[str, int]:

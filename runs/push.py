@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from ..convert.files.atomic import TEMPORARY
 from ..convert.manifest import MANIFEST
 
 if TYPE_CHECKING:
-    from ..convert.hub.card import Place
     from ..convert.hub.push import Ledger
     from ..convert.hub.remote import Remote, Upload
 
@@ -22,17 +22,29 @@ SUMS, CARD = "SHA256SUMS", "README.md"
 NOTICE = "M2.7's licence forbids commercial use of the model and of derivatives without MiniMax's written authorization"
 
 
+@dataclass(frozen=True)
+class CardOptions:
+    """What the user says of the card: the base model's README.md, its ORG/NAME, the licence (an id or a name)."""
+
+    base_card: Path | None = None
+    base_model: str | None = None
+    license: str | None = None
+
+
 def push(
-    folder: Path, remote: Remote, base_card: Path | None, *, private: bool, request: bool, delete: bool, dry_run: bool
+    folder: Path, remote: Remote, options: CardOptions, *, private: bool, request: bool, delete: bool, dry_run: bool
 ) -> dict[str, Any]:
-    """Check layout and licence, write the card, upload what the hub lacks. Returns what --json prints."""
-    from ..convert.hub.card import Place, read_manifest
+    """Check manifest, sums, layout, licence and card, then upload what the hub lacks. Returns what --json prints.
+
+    Everything that can be refused is refused before the repository is made or a byte is sent.
+    """
+    from ..convert.hub.card import read_manifest
     from ..convert.hub.http import TransferError
     from ..convert.hub.layout import check_layout, remote_path
     from ..convert.hub.push import Ledger, Publisher, push_files, start
 
     manifest = read_manifest(folder)
-    fields = _licence(folder, manifest, base_card)
+    licence = _licence(folder, manifest)
     labels = [a["quant_label"] for a in manifest["artifacts"] if "quant_label" in a]
     ledger = Ledger(folder, remote)
     local = _local_files(folder)
@@ -43,14 +55,18 @@ def push(
     sizes = {moved[p]: (folder / p).stat().st_size for p in local} | {p: f.size for p, f in gone.items()}
     check_layout(sizes, labels)
     _check_complete(folder, manifest, moved, gone)
-    place = Place(remote.spec.hub, remote.spec.repo)
     answer = {"files": len(sizes) + 3, "bytes": sum(sizes.values()), "url": _url(remote), "commits": 0}
+    draft = Draft(folder, manifest, moved, licence, _base_card(manifest, options.base_card), options)
     if dry_run:
+        draft.documents(remote, None, None)
         return answer
-    remote = start(remote, ledger, private, request)
+    documents = _drafted(draft, remote)
     uploads = {moved[p]: ledger.upload(moved[p], folder / p) for p in local}
     _check_sums(folder, manifest, moved, {**gone, **uploads})
-    staged = _stage(folder, remote, manifest, moved, place, fields, {**gone, **uploads}, ledger)
+    remote = start(remote, ledger, private, request)
+    if request:
+        documents = _drafted(draft, remote)  # a pull request has a card and a manifest of its own
+    staged = _stage(folder, documents, {**gone, **uploads}, ledger)
     uploads |= {u.path: u for u in staged}
     weights = [u for u in uploads.values() if u.path.endswith((".safetensors", ".gguf"))]
     publisher = Publisher(remote, ledger, delete, _progress(weights))
@@ -59,6 +75,85 @@ def push(
     except TransferError as error:
         raise PartialError(str(error)) from None
     return {**answer, "commits": publisher.commits}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What card and manifest are made of: the folder's own, the licence's text and the base model's card."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    moved: dict[str, str]
+    licence: str
+    base_card: str | None
+    options: CardOptions
+
+    def documents(self, remote: Remote, manifest: bytes | None, card_there: bytes | None) -> tuple[dict[str, Any], str]:
+        """(manifest, README.md) for a repository that holds these two already (None: it does not)."""
+        from ..convert.card import split_card
+        from ..convert.files.parse import parse_json
+        from ..convert.hub.card import UNKNOWN_BASE, Place, card, check_manifest, front_matter, merge, published
+
+        path = self.folder / CARD
+        old = path.read_text(errors="replace") if path.is_file() else (card_there or b"").decode(errors="replace")
+        owner, body = split_card(old)
+        base = self._base(owner)
+        place = Place(remote.spec.hub, remote.spec.repo)
+        whole = published(self.manifest, place, self.moved)
+        whole["model"]["base_model"] = base[0] if base else UNKNOWN_BASE
+        other = parse_json(manifest, f"{remote.spec} {MANIFEST}") if manifest else None
+        if other is not None:
+            check_manifest(other, f"{remote.spec} {MANIFEST}")
+        whole = merge(whole, other)
+        front = front_matter(owner, whole, base, self._licence(owner))
+        return whole, card(whole, place, front, body, self.manifest["license"].get("notice", ""))
+
+    def _base(self, owner: dict[str, Any]) -> list[str]:
+        """The option, else the owner's card, else the repository that was read; a folder's name is none."""
+        from ..convert.card import base_models, is_repository
+
+        if self.options.base_model is not None:
+            return [self.options.base_model]
+        if found := base_models(owner, CARD):
+            return found
+        name = self.manifest["model"]["base_model"]
+        if is_repository(name):
+            return [name]
+        print("mmquant: the base model is a local folder: the card names none (--base-model ORG/NAME)", file=sys.stderr)
+        return []
+
+    def _licence(self, owner: dict[str, Any]) -> dict[str, Any]:
+        """The option, else the owner's card, else the base model's card and licence."""
+        from ..convert.card import LICENSE_FIELDS, license_fields, named_licence
+
+        if self.options.license is not None:
+            return named_licence(option_fields(self.options.license), self.licence, "--license")
+        if any(owner.get(key) for key in LICENSE_FIELDS):
+            return named_licence(owner, self.licence, CARD)
+        return license_fields(self.base_card, self.licence)
+
+
+def option_fields(license: str) -> dict[str, str]:
+    """--license mit, or a licence's own name (which hubs call other): mit -> license: mit."""
+    from ..convert.licence import PERMISSIVE
+
+    said = license.strip()
+    if said.lower() == "other" or PERMISSIVE.fullmatch(said.lower()):
+        return {"license": said.lower()}
+    return {"license": "other", "license_name": said, "license_link": "LICENSE"}
+
+
+def _drafted(draft: Draft, remote: Remote) -> tuple[dict[str, Any], str]:
+    """Manifest and card for this repository; the card as the hub accepts it."""
+    from ..convert.hub.http import HubError
+
+    try:
+        theirs = [_remote_small(remote, name) for name in (MANIFEST, CARD)]
+    except HubError:  # no such repository yet, or no access: making it will tell
+        theirs = [None, None]
+    whole, text = draft.documents(remote, *theirs)
+    remote.check_card(text)
+    return whole, text
 
 
 def _url(remote: Remote) -> str:
@@ -74,18 +169,18 @@ def _local_files(folder: Path) -> list[str]:
     return sorted(n.as_posix() for n in shown if n.suffix not in (TEMPORARY, ".part") and n.as_posix() not in made)
 
 
-def _licence(folder: Path, manifest: dict[str, Any], base_card: Path | None) -> dict[str, Any]:
-    """The card's licence fields; ValueError without the licence itself or with `mit`. Says what the licence forbids."""
-    from ..convert.hub.card import LICENSE_FILES, license_fields
+def _licence(folder: Path, manifest: dict[str, Any]) -> str:
+    """The licence file's text; InputError when there is none. Says what it forbids."""
+    from ..convert.licence import LICENSE_FILES, PROHIBITED
 
     found = next((folder / n for n in LICENSE_FILES if (folder / n).is_file()), None)
     if found is None:
         raise InputError(
             f"{folder}: no licence file, expected the base model's LICENSE; without it nothing is published"
         )
-    if manifest["license"]["commercial_use"] == "prohibited-without-authorization":
+    if manifest["license"]["commercial_use"] == PROHIBITED:
         print(f"mmquant: {NOTICE}", file=sys.stderr)
-    return license_fields(_base_card(manifest, base_card), found.read_text(errors="replace"))
+    return found.read_text(errors="replace")
 
 
 def _base_card(manifest: dict[str, Any], given: Path | None) -> str | None:
@@ -94,7 +189,7 @@ def _base_card(manifest: dict[str, Any], given: Path | None) -> str | None:
     from ..convert.hub.store import FetchOptions, hub_source
 
     if given is not None:
-        return given.read_text()
+        return given.read_text(errors="replace")
     spec = base_spec(manifest["model"])
     if spec is None:
         return None
@@ -125,38 +220,22 @@ def _check_sums(folder: Path, manifest: dict[str, Any], moved: dict[str, str], k
 
 
 def _stage(
-    folder: Path,
-    remote: Remote,
-    manifest: dict[str, Any],
-    moved: dict[str, str],
-    place: Place,
-    fields: dict[str, Any],
-    files: dict[str, Upload],
-    ledger: Ledger,
+    folder: Path, documents: tuple[dict[str, Any], str], files: dict[str, Upload], ledger: Ledger
 ) -> list[Upload]:
-    """Manifest, sums and card for this repository, merged with what it holds already."""
+    """Manifest, sums and card, written and ready to be sent."""
     from ..convert.files.atomic import write_whole
-    from ..convert.files.parse import parse_json
-    from ..convert.hub.card import card, check_manifest, merge, published
 
+    whole, text = documents
     stage = folder / STAGE
     stage.mkdir(exist_ok=True)
-    theirs = _remote_small(remote, MANIFEST)
-    other = parse_json(theirs, f"{remote.spec} {MANIFEST}") if theirs else None
-    if other is not None:
-        check_manifest(other, f"{remote.spec} {MANIFEST}")
-    whole = merge(published(manifest, place, moved), other)
     write_whole(stage / MANIFEST, (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
     made = ledger.upload(MANIFEST, stage / MANIFEST)
     sums = {f["path"]: f["sha256"] for a in whole["artifacts"] for f in a["files"]}
     sums |= {p: f.sha256 for p, f in files.items() if p not in (CARD, SUMS)} | {MANIFEST: made.sha256}
     write_whole(stage / SUMS, "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items())).encode())
-    old = folder / CARD
-    text = old.read_text() if old.is_file() else (_remote_small(remote, CARD) or b"").decode(errors="replace")
-    text = card(whole, place, fields, text, manifest["license"].get("notice", ""))
-    write_whole(old, text.encode())
+    write_whole(folder / CARD, text.encode())
     write_whole(folder / SUMS, (stage / SUMS).read_bytes())
-    return [made, ledger.upload(SUMS, stage / SUMS), ledger.upload(CARD, old)]
+    return [made, ledger.upload(SUMS, stage / SUMS), ledger.upload(CARD, folder / CARD)]
 
 
 def _remote_small(remote: Remote, name: str) -> bytes | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import yaml
 
 from mmquant.errors import InputError
 
+from ..card import LICENSE_FIELDS
 from ..files.parse import parse_json
 from .http import HF, MANIFEST_NAMES
 from .layout import quant_label, split_of
@@ -23,9 +23,8 @@ from .layout import quant_label, split_of
 MANIFEST = "mmquant.fit.json"
 BEGIN = "<!-- mmquant: generated from mmquant.fit.json up to the end mark, edit outside -->"
 END = "<!-- mmquant: end -->"
-LICENSE_FIELDS = ("license", "license_name", "license_link")
-LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
-UNNAMED = "minimax-m2.7-non-commercial"
+LOCAL_REVISION = "0" * 40  # of a base that was read from a folder
+UNKNOWN_BASE = "unknown"
 
 
 @dataclass(frozen=True)
@@ -53,45 +52,6 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
         jsonschema.validate(manifest, json.loads(schema))
     except jsonschema.ValidationError as error:
         raise InputError(f"{where}: {error.json_path}: {error.message}") from None
-
-
-def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str]:
-    """(front matter, body) of a card; ValueError when the front matter is no YAML mapping."""
-    match = re.match(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", text, re.DOTALL)
-    if not match:
-        return {}, text
-    try:
-        data = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: the front matter is not YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: the front matter is a {type(data).__name__}, expected keys and values")
-    return data, text[match.end() :]
-
-
-def license_fields(base_card: str | None, license_text: str) -> dict[str, Any]:
-    """The base card's licence fields as they stand there; from the licence file when there is no base card.
-
-    Raises ValueError for `license: mit`: M2.7 is published under a non-commercial licence.
-    """
-    found = split_card(base_card, "the base model's card")[0] if base_card else {}
-    fields = {key: found[key] for key in LICENSE_FIELDS if key in found}
-    if not fields:
-        if "non-commercial" in license_text.lower():
-            fields = {"license": "other", "license_link": "LICENSE"}
-        elif "Apache License" in license_text:
-            fields = {"license": "apache-2.0"}
-        else:
-            fields = {"license": "other", "license_name": "see-license-file", "license_link": "LICENSE"}
-    if fields.get("license") == "other" and "license_name" not in fields:
-        fields["license_name"] = UNNAMED
-    check_license(fields, "the base model's card")
-    return {key: fields[key] for key in LICENSE_FIELDS if key in fields}
-
-
-def check_license(fields: Mapping[str, Any], where: str) -> None:
-    if str(fields.get("license", "")).strip().lower() == "mit":
-        raise InputError(f"{where}: license: mit, expected the base model's licence (MiniMax-M2.7 is not under MIT)")
 
 
 def published(manifest: dict[str, Any], place: Place, moved: Mapping[str, str]) -> dict[str, Any]:
@@ -131,30 +91,40 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, Any]
     """Our artifacts with those that the repository has already. ValueError when they are of another base model."""
     if theirs is None:
         return ours
-    for key in ("base_model", "base_revision"):
+    own = {a["id"] for a in ours["artifacts"]}
+    others = [a for a in theirs["artifacts"] if a["id"] not in own]
+    for key in ("base_model", "base_revision") if others else ():
         if theirs["model"].get(key) != ours["model"].get(key):
             found, expected = theirs["model"].get(key), ours["model"].get(key)
             raise InputError(f"the repository's {MANIFEST}: {key} {found}, expected {expected}; use another repository")
-    own = {a["id"] for a in ours["artifacts"]}
-    others = [a for a in theirs["artifacts"] if a["id"] not in own]
     if clash := [a["id"] for a in [*others, *ours["artifacts"]] if a["entry"] == "." and others]:
         raise InputError(f"the repository holds {others[0]['id']}: {clash[0]} fills a repository of its own")
     targets = [t for t in theirs["targets"] if t["artifact"] not in own]
     return {**ours, "artifacts": [*others, *ours["artifacts"]], "targets": [*targets, *ours["targets"]]}
 
 
-def card(manifest: dict[str, Any], place: Place, fields: Mapping[str, Any], old: str, notice: str) -> str:
-    """A whole README.md: our front matter over the old one's other keys, our part inside the old text."""
-    front, body = split_card(old)
-    check_license(front, "README.md")
-    front = {k: v for k, v in front.items() if k not in LICENSE_FIELDS} | dict(fields)
+def front_matter(
+    old: Mapping[str, Any], manifest: dict[str, Any], base: list[str], licence: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The owner's front matter with what it lacks: licence, base model, library, tags. `base`: ORG/NAME, maybe none."""
     formats = {a["format"] for a in manifest["artifacts"]}
-    front |= {"base_model": manifest["model"]["base_model"], "base_model_relation": "quantized"}
-    front |= {"library_name": "gguf" if formats == {"gguf"} else "vllm", "pipeline_tag": "text-generation"}
-    tags = ["mmquant", manifest["model"]["architecture"], *sorted(formats)]
-    front["tags"] = list(dict.fromkeys([*(front.get("tags") or []), *tags]))
+    front = {key: value for key, value in old.items() if key not in ("base_model", *LICENSE_FIELDS)} | dict(licence)
+    if base:
+        front["base_model"] = base[0] if len(base) == 1 else base
+        front.setdefault("base_model_relation", "quantized")
+    else:
+        front.pop("base_model_relation", None)
+    front.setdefault("library_name", "gguf" if formats == {"gguf"} else "vllm")
+    front.setdefault("pipeline_tag", "text-generation")
+    tags = front.get("tags") or []
+    tags = tags if isinstance(tags, list) else [tags]
+    front["tags"] = list(dict.fromkeys([*tags, "mmquant", manifest["model"]["architecture"], *sorted(formats)]))
     order = [k for k in (*LICENSE_FIELDS, "base_model", "base_model_relation") if k in front]
-    front = {k: front[k] for k in order} | front
+    return {k: front[k] for k in order} | front
+
+
+def card(manifest: dict[str, Any], place: Place, front: Mapping[str, Any], body: str, notice: str) -> str:
+    """A whole README.md: front matter, and our part inside the owner's text."""
     part = f"{BEGIN}\n{_generated(manifest, place, notice)}\n{END}"
     head, mark, rest = body.partition(BEGIN)
     if mark:
@@ -163,7 +133,7 @@ def card(manifest: dict[str, Any], place: Place, fields: Mapping[str, Any], old:
         body = head + part + rest.partition(END)[2]
     else:
         body = (body.rstrip() + "\n\n" if body.strip() else "") + part + "\n"
-    yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)
+    yaml_text = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{yaml_text}---\n{body}"
 
 
@@ -188,7 +158,9 @@ def _generated(manifest: dict[str, Any], place: Place, notice: str) -> str:
 
 def _license(manifest: dict[str, Any], notice: str) -> str:
     model, licence = manifest["model"], manifest["license"]
-    source = f"`{model['base_model']}` at revision `{model['base_revision']}`"
+    source = "a local checkpoint" if model["base_model"] == UNKNOWN_BASE else f"`{model['base_model']}`"
+    if model["base_revision"] != LOCAL_REVISION:
+        source += f" at revision `{model['base_revision']}`"
     lines = [f"> Quantized from {source}. Licence: see [LICENSE](LICENSE)."]
     if licence["commercial_use"] == "prohibited-without-authorization":
         lines.append("> **Commercial use, of the model or of any derivative such as this one, needs prior written")
@@ -206,8 +178,11 @@ def _targets(manifest: dict[str, Any]) -> str:
     for t in manifest["targets"]:
         environment = "".join(f"{k}={shlex.quote(v)} " for k, v in sorted(t["launch"].get("env", {}).items()))
         command = environment + shlex.join(t["launch"]["argv"])
-        context = f"{t['context_tokens']:,}" if t["fits"] != "no" else "-"
-        rows.append([t["id"], t["artifact"], t["engine"], t["fits"], context, t["basis"], f"`{command}`"])
+        fits = t["fits"] != "no"
+        context = f"{t['context_tokens']:,}" if fits else "-"
+        rows.append(
+            [t["id"], t["artifact"], t["engine"], t["fits"], context, t["basis"], f"`{command}`" if fits else "-"]
+        )
     head = ["for", "artifact", "engine", "fits", "context", "basis", "command"]
     return _table(head, rows) if rows else "No targets were computed."
 
@@ -253,7 +228,7 @@ def _made(manifest: dict[str, Any]) -> str:
     generator = manifest.get("generator", {})
     lines = [f"{generator.get('name', 'mmquant')} {generator.get('version', '')}".strip() + "."]
     model = manifest["model"]
-    source = base_spec(model) or model["base_model"]
+    source = base_spec(model) or "MODEL"
     for a in manifest["artifacts"]:
         run = dict(a.get("provenance", {}).get("run", {}))
         command = [str(run.pop("command", "")) or a["format"], "--model", source, "--out", a["id"]]

@@ -71,6 +71,10 @@ class Remote(Protocol):
         """What the branch holds now."""
         ...
 
+    def check_card(self, text: str) -> None:
+        """InputError when the hub would refuse this README.md; nothing where the hub cannot be asked."""
+        ...
+
     def upload(self, file: Upload) -> None:
         """Bring one file's bytes to the hub's store; nothing moves when it has them."""
         ...
@@ -108,6 +112,21 @@ class HuggingFace:
 
     def listing(self) -> Listing:
         return list_repo(self.client, self.spec)
+
+    def check_card(self, text: str) -> None:
+        url = f"{self.client.endpoint.url}/api/validate-yaml"
+        body = json.dumps({"content": text, "repoType": "model"}).encode()
+        try:
+            response = self.client.send("POST", url, {"Content-Type": "application/json"}, what="README.md", body=body)
+            if response.status_code not in (200, 400):
+                response.close()
+                return  # the commit will say what is wrong
+            answer = parse(whole_body(response, LISTING_LIMIT, "README.md"), "README.md")
+        except TransferError:
+            return
+        if errors := take_list(answer, "errors", dict, "README.md", []):
+            said = "; ".join(one_line(error.get("message")) for error in errors)
+            raise InputError(f"README.md: the hub refuses its front matter: {said}")
 
     def upload(self, file: Upload) -> None:
         from huggingface_hub import CommitOperationAdd
@@ -205,6 +224,9 @@ class ModelScope:
 
     def listing(self) -> Listing:
         return list_repo(self.client, self.spec)
+
+    def check_card(self, text: str) -> None:
+        """ModelScope has no such question."""
 
     def upload(self, file: Upload) -> None:
         if is_inline(file):

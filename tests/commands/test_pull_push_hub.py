@@ -21,7 +21,7 @@ from mmquant.convert.hub.card import BEGIN, END
 from mmquant.convert.hub.http import Client, HubError, Retry, endpoint_of
 from mmquant.convert.hub.layout import check_layout, find_by_tag
 from mmquant.convert.hub.remote import remote_of, same_site
-from mmquant.runs.push import push
+from mmquant.runs.push import CardOptions, push
 
 LICENSE = "NON-COMMERCIAL LICENSE\n\nCopyright (c) 2026 MiniMax\n\nCommercial use requires authorization.\n"
 BASE_CARD = "---\nlicense: other\nlicense_name: modified-mit\nlicense_link: https://example.org/LICENSE\n---\n# M2.7\n"
@@ -113,8 +113,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 def publish(folder: Path, hub: str = "hf", revision: str | None = None, **more: Any) -> dict[str, Any]:
     options = {"private": False, "request": False, "delete": False, "dry_run": False, **more}
-    base_card = options.pop("base_card", None)
-    return push(folder, remote_of(Client(endpoint_of(hub), QUICK), "me/q", revision), base_card, **options)
+    card = CardOptions(options.pop("base_card", None), options.pop("base_model", None), options.pop("license", None))
+    return push(folder, remote_of(Client(endpoint_of(hub), QUICK), "me/q", revision), card, **options)
 
 
 def files_of(server: HubServer, repo: str = "me/q", revision: str = "main") -> dict[str, bytes]:
@@ -301,6 +301,96 @@ def test_publishing_is_refused_without_the_licence_or_with_mit(
         publish(folder)
     assert not hub.calls("PUT |/commit/")
     assert "forbids commercial use" in capsys.readouterr().err
+
+
+MIT = "MIT License\n\nCopyright (c) 2025 MiniMax\n\nPermission is hereby granted, free of charge, to any person\n"
+OWN = "---\nbase_model: MiniMaxAI/MiniMax-M2.7\nlicense: other\nlicense_name: minimax-model-license\nlanguage: [en]\n"
+OWN += "license_link: https://example.org/LICENSE\nbase_model_relation: finetune\nlibrary_name: mine\n---\n# my text\n"
+
+
+def test_the_owners_card_is_kept(hub: HubServer, tmp_path: Path) -> None:
+    folder = safetensors_folder(tmp_path / "o", base_model="m27 local", base_revision="0" * 40)
+    (folder / "README.md").write_text(OWN)
+    publish(folder)
+    found = front(files_of(hub))
+    mine = yaml.safe_load(OWN.split("---")[1])
+    assert {key: found[key] for key in mine} == mine
+    assert yaml.safe_load((folder / "README.md").read_text().split("---")[1]) == found
+    text = files_of(hub)["README.md"].decode()
+    assert "# my text" in text
+    assert "m27 local" not in text + files_of(hub)["mmquant.fit.json"].decode()
+    publish(folder, base_model="org/other", license="apache-2.0-like")
+    changed = front(files_of(hub))
+    assert (changed["base_model"], changed["license"], changed["license_name"]) == (
+        "org/other",
+        "other",
+        "apache-2.0-like",
+    )
+
+
+def test_a_folders_name_is_no_base_model(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = safetensors_folder(tmp_path / "o", base_model="m27", base_revision="0" * 40)
+    publish(folder)
+    assert not {"base_model", "base_model_relation"} & front(files_of(hub)).keys()
+    assert json.loads(files_of(hub)["mmquant.fit.json"])["model"]["base_model"] == "unknown"
+    assert "the card names none (--base-model ORG/NAME)" in capsys.readouterr().err
+    publish(folder, base_model="org/m")
+    assert front(files_of(hub))["base_model"] == "org/m"
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("---\nbase_model: m27 local\n---\n", {}, "README.md: base_model 'm27 local', expected ORG/NAME"),
+    ("---\nbase_model: [a/b, c]\n---\n", {}, "README.md: base_model 'c', expected ORG/NAME"),
+    ("---\nlicense: apache-2.0\n---\n", {}, "README.md: license: apache-2.0, but the licence file forbids commercial"),
+    ("", {"license": "MIT"}, "--license: license: mit, but the licence file forbids commercial use"),
+    ("---\nlanguage: 7\n---\n", {}, 'the hub refuses its front matter: "language" must be an array'),
+]
+
+
+@pytest.mark.parametrize("text, options, words", REFUSED)
+def test_a_card_is_refused_before_the_first_byte(
+    hub: HubServer, tmp_path: Path, text: str, options: dict[str, Any], words: str
+) -> None:
+    folder = safetensors_folder(tmp_path / "o")
+    (folder / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        publish(folder, **options)
+    assert not hub.repos
+    assert not hub.calls("PUT |preupload|/commit/")
+    assert (folder / "README.md").read_text() == text
+    if "the hub" not in words:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            publish(folder, dry_run=True, **options)
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_hub_that_checks_no_cards_gets_the_folder(hub: HubServer, tmp_path: Path, status: int) -> None:
+    hub.fault("POST /api/validate-yaml", status=status, times=9 if status == 500 else 1)
+    if status == 500:  # huggingface_hub asks again by itself when it commits
+        hub.faults[-1].times = QUICK.attempts + 1
+    publish(safetensors_folder(tmp_path / "o"))
+    check_sums(files_of(hub))
+
+
+@pytest.mark.parametrize(
+    "card, expected",
+    [
+        ("---\nlicense: mit\n---\n", {"license": "mit"}),
+        ("---\nlicense: mit\nlicense_name: modified-mit\n---\n", {"license": "mit", "license_name": "modified-mit"}),
+        ("---\nlicense: other\n---\n", {"license": "other", "license_name": "see-license-file"}),
+        (None, {"license": "mit"}),
+    ],
+)
+def test_a_base_under_mit_is_published_under_mit(
+    hub: HubServer, tmp_path: Path, card: str | None, expected: dict[str, str]
+) -> None:
+    folder = safetensors_folder(tmp_path / "o")
+    (folder / "LICENSE").write_text(MIT)
+    path = tmp_path / "card.md"
+    path.write_text(card or "")
+    publish(folder, base_card=path if card else None)
+    found = front(files_of(hub))
+    assert {key: found.get(key) for key in ("license", "license_name") if key in found} == expected
 
 
 def test_the_users_text_around_the_generated_part_is_kept(hub: HubServer, tmp_path: Path) -> None:

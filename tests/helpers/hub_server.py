@@ -24,6 +24,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_" + "Secret" * 6
 BINARY = (".safetensors", ".gguf", ".bin")
 PIECE = 1 << 14
@@ -558,7 +560,14 @@ def discussion_at(h: Handler, id: str, num: str) -> None:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(h: Handler) -> None:
-    h.json({"errors": [], "warnings": []})
+    """The hub's rule for base_model, which refuses a folder's name."""
+    front = yaml.safe_load(json.loads(h.body())["content"].split("---")[1])
+    base = front.get("base_model", [])
+    names = base if isinstance(base, list) else [base]
+    wrong = [name for name in names if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))]
+    errors = [{"message": f'"base_model" {name!r} is not a model id'} for name in wrong]
+    errors += [{"message": '"language" must be an array'}] if front.get("language") == 7 else []
+    h.json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
 @route("POST", "/api/models/{id}/preupload/{rev}")
