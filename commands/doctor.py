@@ -15,7 +15,7 @@ FILE = click.Path(path_type=Path)
 
 
 @click.command(short_help="Finds and cures what breaks a GGUF file.")
-@click.argument("file", type=FILE)
+@click.argument("file")
 @click.option("--statistics", type=FILE, help="What `mmquant calibrate --out` wrote: its maxima show what overflows.")
 @click.option("--text", "texts", multiple=True, help="Measure by running this text (or `default`) through the file.")
 @click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Windows at most, for --text.")
@@ -26,7 +26,7 @@ FILE = click.Path(path_type=Path)
 @device_option()
 @json_option()
 def command(
-    file: Path,
+    file: str,
     statistics: Path | None,
     fix: bool,
     out: Path | None,
@@ -36,6 +36,8 @@ def command(
     **text: Any,
 ) -> None:
     """Look for float16 overflow on CUDA, dead or non-finite experts and wrong metadata in any minimax-m2 GGUF.
+
+    FILE may be hf:ORG/NAME:TYPE as well: its parts are fetched, and deleted in the end (no --fix then).
 
     Exit code 4 when something is found that gives wrong results and is not cured by --fix.
 

@@ -14,14 +14,19 @@ from .options import json_option
 @click.argument("model")
 @json_option()
 def command(model: str, as_json: bool) -> None:
-    """Census of MODEL (folder, hf:..., ms:... or demo): per kind the count, dtype, weights and bytes.
+    """Census of MODEL: per kind the count, dtype, weights and bytes.
+
+    MODEL is a folder in any format that eval reads, a GGUF file, demo, hf:ORG/NAME, ms:ORG/NAME, or hf:ORG/NAME:TYPE
+    for a type of a GGUF repository (its files are fetched).
 
     Example: mmquant inspect demo
     """
-    from ..convert.open import open_native
+    from ..convert.open import open_source
+    from ..runs.models import say_notes
 
-    source = open_native(model)
+    source = open_source(model)
     source.validate()
+    say_notes(source)
     census, g = source.census(), source.geometry
     total = sum(kind.bytes for kind in census)
     if as_json:

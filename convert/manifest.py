@@ -21,6 +21,7 @@ from .files.parse import parse_json
 from .fit import Weights
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
 from .models.minimax_m2 import Geometry
+from .naming import short_name
 from .source import Source
 
 MANIFEST = "mmquant.fit.json"
@@ -118,7 +119,7 @@ def artifact_block(artifact: Artifact, g: Geometry) -> dict[str, Any]:
 def build(source: Source, artifact: Artifact, version: str) -> dict[str, Any]:
     """The manifest of one artifact of `source`."""
     origin = source.origin
-    base_model = origin.repo or Path(source.label).name
+    base_model = origin.repo or short_name(source.label)
     hub = {"hf": "huggingface", "ms": "modelscope"}.get(origin.hub, origin.hub)
     g = source.geometry
     return {

@@ -6,8 +6,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
+from mmquant.errors import InputError
+
+from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.quantization_config import SchemeBook, quantization_of
 from .checkpoints.store import LocalFolder, ShardStore
+from .checkpoints.tensors import read_config
+from .hub.address import Address, parse_address
 from .source import Source
 
 if TYPE_CHECKING:
@@ -22,28 +27,49 @@ def demo_folder() -> Path:
 
 
 def open_source(spec: str | Path, fetch: FetchOptions | None = None) -> Source:
-    """Open a folder (native FP8, BF16, quantized), a GGUF file, `demo`, `hf:ORG/NAME[@REV]` or `ms:ORG/NAME[@REV]`.
+    """Open a folder (FP8, BF16, quantized), a GGUF file, `demo`, or a hub's repository (hf:ORG/NAME[@REV], ms:..., its
+    address): safetensors, or of a GGUF repository the type that :TYPE names.
 
-    Raises ValueError when it is none of these or not a MiniMax-M2 model.
+    Raises InputError when it is none of these or not a MiniMax-M2 model.
     """
-    path = Path(spec)
     if str(spec) == DEMO:
         return open_native(spec)
-    if str(spec).startswith(("hf:", "ms:")):
-        from .hub.store import hub_source
-
-        return open_store(hub_source(str(spec), fetch))
-    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+    address = parse_address(str(spec))
+    if address.spec is not None:
+        return _open_repository(address, fetch)
+    path = Path(spec)
+    if is_gguf(path):
         from .gguf.reader import GgufSource
 
         return GgufSource(path)
     return open_store(LocalFolder(path))
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder of them without a config.json."""
+    if path.is_dir():
+        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    return path.suffix == ".gguf"
+
+
+def _open_repository(address: Address, fetch: FetchOptions | None) -> Source:
+    from .hub.gguf_repository import open_gguf_repository
+    from .hub.store import hub_source
+
+    assert address.spec is not None
+    if address.kind is not None:
+        return open_gguf_repository(address.spec, address.kind, fetch)
+    store = hub_source(address.spec, fetch)
+    if "config.json" not in store.files() and any(name.endswith(".gguf") for name in store.files()):
+        store.close()
+        return open_gguf_repository(address.spec, None, fetch)
+    return open_store(store)
+
+
 def open_store(store: ShardStore) -> Source:
-    """A folder's or repository's safetensors: native FP8 and BF16, or what other tools quantized."""
-    quantization = read_config(store).get("quantization_config") or {}
-    if quantization.get("quant_method") in (None, "fp8"):
+    """A folder's or repository's safetensors: FP8 and BF16 that can be quantized, or what is quantized already."""
+    quantization = quantization_of(read_config(store))
+    if quantization is None or SchemeBook(quantization).is_source:
         return Checkpoint(store)
     from .checkpoints.quantized_folder import QuantizedFolder
 
@@ -51,11 +77,33 @@ def open_store(store: ShardStore) -> Source:
 
 
 def open_native(spec: str | Path, fetch: FetchOptions | None = None) -> Checkpoint:
-    """Open a checkpoint that can be quantized: native FP8 or plain BF16, in a folder or on a hub (then by `fetch`)."""
+    """Open a checkpoint that can be quantized: FP8 or BF16, in a folder or on a hub (then by `fetch`).
+
+    Raises InputError for GGUF, and for what is quantized to integers.
+    """
     if str(spec) == DEMO:
         return Checkpoint(LocalFolder(demo_folder(), DEMO))
-    if str(spec).startswith(("hf:", "ms:")):
-        from .hub.store import hub_source
+    address = parse_address(str(spec))
+    if address.spec is None:
+        if is_gguf(Path(spec)):
+            raise InputError(f"{spec}: GGUF, expected safetensors in FP8 or BF16: quantize the original instead")
+        return open_checkpoint(Path(spec))
+    from .hub.store import hub_source
 
-        return Checkpoint(hub_source(str(spec), fetch))
-    return open_checkpoint(Path(spec))
+    if address.kind is not None:
+        raise InputError(f"{spec}: a GGUF type, expected safetensors in FP8 or BF16: quantize the original instead")
+    store = hub_source(address.spec, fetch)
+    if "config.json" not in store.files() and any(name.endswith(".gguf") for name in store.files()):
+        store.close()
+        raise InputError(f"{store.label}: a GGUF repository{_base_of(store)}")
+    return Checkpoint(store)
+
+
+def _base_of(store: ShardStore) -> str:
+    """What to quantize instead of a GGUF repository: the base model that its card names."""
+    from .gguf.metadata import card_fields
+
+    base = card_fields(store.small("README.md")).get("base_model")
+    first = base[0] if isinstance(base, list) and base else base
+    original = f"hf:{first}" if isinstance(first, str) else "the original"
+    return f", expected safetensors in FP8 or BF16: quantize {original} instead (eval reads hf:ORG/NAME:TYPE)"

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .checkpoints.census import Kind
 from .checkpoints.store import Origin
 from .models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, Globals, LayerWeights, attention_name, layer_prefix
 
@@ -65,6 +66,10 @@ class Source(Protocol):
 
     def validate(self) -> None:
         """Hold names, shapes and dtypes against the geometry: InputError with the first fault."""
+        ...
+
+    def census(self) -> list[Kind]:
+        """Count, dtype, bytes and weights of each kind of tensor."""
         ...
 
     def close(self, finished: bool = False) -> None:

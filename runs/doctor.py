@@ -64,7 +64,7 @@ class Diagnosis:
 
 
 def examine(
-    file: Path,
+    file: str | Path,
     *,
     statistics: Path | None = None,
     text: dict[str, Any],
@@ -77,9 +77,14 @@ def examine(
     from ..convert.gguf.doctor import OVERFLOW, check_metadata, check_overflow, check_tensors, exponents
     from ..convert.gguf.fix import finish_interrupted
     from ..convert.gguf.reader import GgufSource, folder_of
+    from ..convert.hub.address import parse_address
+    from ..convert.hub.gguf_repository import open_gguf_repository
 
-    completed = finish_interrupted(folder_of(file)) if fix and in_place else []
-    source = GgufSource(file)
+    address = parse_address(str(file))
+    if address.spec is not None and fix:
+        raise InputError(f"{file}: --fix writes beside the file, expected one on this machine (mmquant pull)")
+    completed = finish_interrupted(folder_of(Path(file))) if fix and in_place else []
+    source = GgufSource(Path(file)) if address.spec is None else open_gguf_repository(address.spec, address.kind)
     source.validate()
     if fix and statistics is None and not text["texts"]:
         raise InputError("--fix: needs --statistics or --text to know which experts overflow")
@@ -90,6 +95,7 @@ def examine(
     if cures:
         written, cures, left = cure(source, cures, out, in_place)
         faults = [fault for fault in faults if fault.code != OVERFLOW] + left
+    source.close(finished=True)
     return Diagnosis(source.label, faults, cures, written, sums)
 
 

@@ -27,7 +27,9 @@ from ..convert.gguf.doctor import check_metadata
 from ..convert.gguf.reader import GgufSource
 from ..convert.gguf.variant import GgufVariant
 from ..convert.gguf.writer import GgufWriter, TensorInfo
+from ..convert.hub.address import parse_address
 from ..convert.manifest import FileEntry
+from ..convert.naming import short_name
 from ..convert.source import CARRIED_FILES
 from .calibrate import context_of, make_corpus
 from .folder import check_disk, check_place, claim, finish_folder, is_finished, step_name, written_bytes
@@ -185,5 +187,5 @@ def read_plan(path: Path | None) -> dict[str, str] | None:
 
 def model_stem(model: str) -> str:
     """The model's name in a file name: the last part of a hub name or path."""
-    bare = model.removeprefix("hf:").removeprefix("ms:").split("@")[0]
-    return Path(bare).resolve().name if bare in (".", "..") else bare.rstrip("/").rsplit("/", 1)[-1]
+    address = parse_address(model)
+    return short_name(address.spec or model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +22,25 @@ def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Chec
     """Open --model. Shards of a hub's model lie inside `out` while they are needed, and the commit is pinned there;
     without `out` (dry runs, inspection) small files and headers go to the user's cache.
     """
-    from ..convert.open import open_native
+    from ..convert.hub.address import parse_address
+    from ..convert.open import DEMO, open_native
 
-    if not model.startswith(("hf:", "ms:")):
-        return open_native(model)
+    if model == DEMO or parse_address(model).spec is None:
+        source = open_native(model)
+        say_notes(source)
+        return source
     if out is not None and (out.is_dir() or not out.exists()):
         rank = os.environ.get("RANK", "0")  # under torchrun every process has a folder of its own
         fetch = replace(fetch, work=out / (WORK if rank == "0" else f"{WORK}-{rank}"))
-    return open_native(model, fetch)
+    source = open_native(model, fetch)
+    say_notes(source)
+    return source
+
+
+def say_notes(source: Source) -> None:
+    """What is worth knowing of a model, on stderr."""
+    for note in source.notes:
+        print(f"mmquant: {note}", file=sys.stderr)
 
 
 def open_any(model: str, fetch: FetchOptions | None) -> Source:

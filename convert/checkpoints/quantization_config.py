@@ -81,6 +81,15 @@ class SchemeBook:
         """Whether the method stores integers only."""
         return self._method.integers
 
+    @property
+    def is_source(self) -> bool:
+        """Whether everything that is quantized is FP8, so that it can be quantized again."""
+        groups = self.quantization.get("config_groups")
+        if self.method != COMPRESSED_TENSORS or not isinstance(groups, dict):
+            return not self.integers
+        said = [g.get("format") or self.quantization.get("format") for g in groups.values() if isinstance(g, dict)]
+        return bool(said) and all(kind == FLOAT for kind in said)
+
     def derives(self) -> bool:
         """Whether vLLM takes the dtypes in the files for a skip list, there being none (AWQ, GPTQ)."""
         return self._method.list_key is not None and not self.quantization.get(self._method.list_key)

@@ -13,6 +13,7 @@ from mmquant.errors import InputError
 from ..files.kinds import LOOK, refuse_strangers
 from ..files.lfs import refuse_pointer
 from ..files.parse import SMALL_LIMIT, parse_json, path_fault, short, take_map
+from ..naming import cached_repository
 
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20
@@ -94,7 +95,8 @@ class LocalFolder:
             raise InputError(f"{folder}: not a folder, expected a checkpoint with config.json and safetensors shards")
         self.folder = folder
         self.label = label or str(folder)
-        self.origin, self.is_local = Origin(), True
+        found = cached_repository(folder)
+        self.origin, self.is_local = Origin(*found) if found else Origin(), True
 
     def files(self) -> dict[str, int]:
         found = [*self.folder.iterdir(), *self.folder.glob("additional_chat_templates/*.jinja")]

@@ -20,6 +20,7 @@ from mmquant.errors import InputError
 from ..carried import read_object
 from ..chat_templates import DEFAULT, chat_templates
 from ..models.minimax_m2 import Geometry
+from ..naming import short_name
 from ..source import Source
 from ..special_tokens import special_tokens
 from .rope_keys import scaling_values
@@ -98,6 +99,14 @@ def model_metadata(source: Source, name: str, file_type: int, importance: Import
     return metadata
 
 
+def place_of(source: Source) -> str:
+    """Where a source comes from, without this machine's paths: hf:ORG/NAME@COMMIT, or a folder's name."""
+    origin = source.origin
+    if origin.repo:
+        return f"{origin.hub}:{origin.repo}" + (f"@{origin.revision}" if origin.revision else "")
+    return short_name(source.label)
+
+
 def provenance_keys(source: Source, settings: dict[str, str]) -> Metadata:
     """mmquant.*: the version, the source with its fingerprint, and the settings that decide the bytes."""
     from importlib.metadata import PackageNotFoundError, version
@@ -106,7 +115,7 @@ def provenance_keys(source: Source, settings: dict[str, str]) -> Metadata:
         release = version("mmquant")
     except PackageNotFoundError:  # a bare checkout
         release = "0"
-    label = source.label if re.match(r"(hf|ms):|demo$", source.label) else source.label.rstrip("/").rsplit("/", 1)[-1]
+    label = place_of(source)
     fixed = {"version": release, "source": f"{label}@{source.fingerprint[:16]}"}
     return {f"mmquant.{key}": Value("str", value) for key, value in {**fixed, **settings}.items()}
 
@@ -177,12 +186,12 @@ def _texts(value: Any) -> list[str]:
 
 def _base_model(source: Source, card: dict[str, Any]) -> Metadata:
     """general.base_model.*: what the card names, or the hub repository that was read."""
-    hub = re.match(r"(hf|ms):([^@]+)", source.label)
+    origin = source.origin
     named = [name for name in _texts(card.get("base_model")) if name.count("/") == 1]
-    repositories = [hub.group(2)] if hub else named
+    repositories = [origin.repo] if origin.repo else named
     if not repositories:
         return {}
-    host = "https://modelscope.cn/models/" if hub and hub.group(1) == "ms" else "https://huggingface.co/"
+    host = "https://modelscope.cn/models/" if origin.repo and origin.hub == "ms" else "https://huggingface.co/"
     keys = {"general.base_model.count": Value("u32", len(repositories))}
     for index, repository in enumerate(repositories):
         organization, _, model = repository.partition("/")

@@ -16,10 +16,12 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...quantize.ggml.codec import decode
+from ..checkpoints.census import Kind, count_kinds
 from ..checkpoints.schedule import Range, ReadAhead
 from ..checkpoints.store import Origin
 from ..files.together import interrupted
-from ..models.minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry
+from ..models.minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry, kind_of
+from ..naming import cached_repository
 from .header import GgufFile, GgufTensor, read_header
 from .names import (
     ATTENTION_TENSORS,
@@ -29,6 +31,7 @@ from .names import (
     PLAIN_TENSORS,
     TOKEN_EMBD,
     all_shapes,
+    release_name,
     split_block,
 )
 from .rope_keys import rope_parameters
@@ -36,6 +39,7 @@ from .tokenizer import tokenizer_config, tokenizer_json
 
 ARCH = "minimax-m2"
 SIGMOID = 2
+INPUT_SCALE = ".input_scale"  # of activations; llama.cpp's own kernels for them aside, no weight depends on it
 SAMPLE = 1024  # bytes of each tensor in the fingerprint
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
@@ -99,7 +103,8 @@ class GgufSource:
     """Opened from headers alone; `validate` holds them against the geometry."""
 
     def __init__(self, path: Path) -> None:
-        self.label, self.origin = str(path), Origin()
+        found = cached_repository(path)
+        self.label, self.origin = str(path), Origin(*found) if found else Origin()
         self.notes: list[str] = []
         self.files = [read_header(part) for part in find_parts(path)]
         self.metadata = self.files[0].metadata
@@ -190,7 +195,12 @@ class GgufSource:
             file, tensor = self._where[name]
             if tensor.shape != shape:
                 raise InputError(f"{file.path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        extra = [name for name in self._where if name not in wanted and not self._beyond(name)]
+        others = [name for name in self._where if name not in wanted and not self._beyond(name)]
+        scales = [name for name in others if name.endswith(INPUT_SCALE)]
+        if scales:
+            line = f"{self.label}: {len(scales)} static scales of activations skipped, first {scales[0]}"
+            self.notes = [*self.notes, line] if line not in self.notes else self.notes
+        extra = [name for name in others if name not in scales]
         if extra:
             raise InputError(f"{self.label}: {len(extra)} tensors are not part of this model, first {extra[0]}")
 
@@ -264,6 +274,16 @@ class GgufSource:
         if name == "tokenizer.json":
             return tokenizer_json(self.metadata)
         return tokenizer_config(self.metadata) if name == "tokenizer_config.json" else None
+
+    def census(self) -> list[Kind]:
+        """Count, type, bytes and weights of each kind of tensor; stacked experts count as one tensor."""
+        where = ((name, tensor) for name, (_, tensor) in self._where.items())
+        return count_kinds((self._kind(n), t.kind.name, t.shape, t.size) for n, t in where)
+
+    def _kind(self, name: str) -> str:
+        if self._beyond(name):
+            return "mtp (skipped)"
+        return kind_of(release_name(name, 0)) if not name.endswith(INPUT_SCALE) else "extra (skipped)"
 
     @property
     def bytes(self) -> int:

@@ -73,11 +73,19 @@ def endpoint_of(hub: str) -> Endpoint:
     if hub == HF:
         from huggingface_hub import get_token
 
-        return Endpoint(hub, (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINTS[HF]).rstrip("/"), get_token())
-    from modelscope_hub.config import HubConfig
+        url, token = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINTS[HF], get_token()
+    else:
+        from modelscope_hub.config import HubConfig
 
-    config = HubConfig()
-    return Endpoint(hub, str(config.endpoint), config.token or None)
+        config = HubConfig()
+        url, token = str(config.endpoint), config.token or None
+    where, secret = {HF: ("HF_ENDPOINT", "HF_TOKEN"), MS: ("MODELSCOPE_ENDPOINT", "MODELSCOPE_API_TOKEN")}[hub]
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise HubError(f"{where} is {url!r}, expected an address such as {DEFAULT_ENDPOINTS[hub]}")
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise HubError(f"{secret} (or the stored login) holds blanks or letters that no token has, copy it again")
+    return Endpoint(hub, url.rstrip("/"), token)
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:

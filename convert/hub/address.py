@@ -1,0 +1,91 @@
+"""What a user types for a model: a path, hf:ORG/NAME[@REV][:TYPE], ms:..., or a hub's own address of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mmquant.errors import InputError
+
+HUBS = ("hf", "ms")
+HOSTS = {
+    "huggingface.co": "hf",
+    "hf.co": "hf",
+    "hf-mirror.com": "hf",
+    "modelscope.cn": "ms",
+    "modelscope.ai": "ms",
+}
+OTHERS = ("datasets", "spaces", "docs", "blog", "papers", "collections", "api", "studios", "organization")
+EXPECTED = "expected hf:ORG/NAME[@REV][:TYPE] or ms:ORG/NAME[@REV][:TYPE]"
+_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_SPEC = re.compile(r"(hf|ms):(?://)?([^:@]+)(?:@([^:]+))?(?::([\w-]+))?(?:@([^:]+))?/?", re.ASCII | re.IGNORECASE)
+_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?([\w.-]+(?::\d+)?)/(.+)", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A place on this machine, or a repository: `spec` hf:ORG/NAME[@REV], `kind` the GGUF type that is asked for."""
+
+    path: Path | None = None
+    spec: str | None = None
+    kind: str | None = None
+
+
+def parse_address(text: str) -> Address:
+    """What is meant. InputError for a repository's name without its hub, and for addresses of something else."""
+    if text[:3].lower() in ("hf:", "ms:"):
+        return _repository(text)
+    if Path(text).exists():
+        return Address(path=Path(text))
+    address = _ADDRESS.fullmatch(text)
+    hub = _hub_of(address[1]) if address else None
+    if address and hub:
+        return _page(text, hub, address[2])
+    if re.match(r"https?://", text, re.IGNORECASE):
+        raise InputError(f"{text}: not an address of huggingface.co or modelscope.cn, {EXPECTED} or a folder")
+    if _NAME.fullmatch(text) and not text.startswith("."):
+        raise InputError(f"{text}: no such folder; a repository is hf:{text} (or ms:{text} on ModelScope)")
+    return Address(path=Path(text))
+
+
+def is_repository(text: str) -> bool:
+    """Whether a model's name means a hub's repository; InputError as parse_address."""
+    return parse_address(text).spec is not None
+
+
+def _hub_of(host: str) -> str | None:
+    endpoints = {"hf": os.environ.get("HF_ENDPOINT", ""), "ms": os.environ.get("MODELSCOPE_ENDPOINT", "")}
+    own = {urlsplit(url if "//" in url else f"//{url}").netloc: hub for hub, url in endpoints.items() if url}
+    return {**HOSTS, **own}.get(host.lower())
+
+
+def _repository(text: str) -> Address:
+    inner = text[3:].lstrip("/")
+    if re.match(r"https?:", inner, re.IGNORECASE):
+        return parse_address(inner)
+    match = _SPEC.fullmatch(text.rstrip("/"))
+    if not match or not _NAME.fullmatch(match[2]) or ".." in match[2] or (match[3] and match[5]):
+        raise InputError(f"{text}: {EXPECTED}")
+    return _address(match[1].lower(), match[2], match[3] or match[5], match[4])
+
+
+def _address(hub: str, repo: str, revision: str | None, kind: str | None = None) -> Address:
+    return Address(spec=f"{hub}:{repo}" + (f"@{revision}" if revision else ""), kind=kind)
+
+
+def _page(text: str, hub: str, rest: str) -> Address:
+    """ORG/NAME[/tree/REV] of Hugging Face, models/ORG/NAME[/...] of ModelScope; of a file its repository."""
+    parts = [unquote(part) for part in rest.split("?")[0].split("#")[0].split("/") if part]
+    if parts[:1] == ["models"]:
+        parts = parts[1:]
+    repo = "/".join(parts[:2])
+    if (parts[:1] and parts[0] in OTHERS) or not _NAME.fullmatch(repo) or ".." in repo:
+        raise InputError(f"{text}: not the address of a model, {EXPECTED}")
+    if len(parts) > 3 and parts[2] in ("blob", "resolve", "raw"):
+        raise InputError(f"{text}: the address of a file, expected the repository: {hub}:{repo}@{parts[3]}")
+    if len(parts) > 4 and parts[2] == "tree":
+        raise InputError(f"{text}: the address of a folder, expected the repository: {hub}:{repo}@{parts[3]}")
+    return _address(hub, repo, parts[3] if len(parts) > 3 and parts[2] == "tree" else None)
