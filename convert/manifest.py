@@ -158,17 +158,29 @@ def read(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Hold the files that are there against the sizes of their manifest; InputError naming the first other one.
+
+    `push --delete-after-upload` leaves the manifest without the weights: a missing file is no fault here.
+    """
+    for file in [file for artifact in manifest["artifacts"] for file in artifact["files"]]:
+        path = folder / file["path"]
+        if path.is_file() and path.stat().st_size != file["size"]:
+            size = path.stat().st_size
+            raise InputError(f"{path}: {size} bytes, {MANIFEST} says {file['size']}: not the file that was written")
+
+
 def check_files(folder: Path) -> None:
     """Hold a finished artifact's files against the digests of its manifest, where there is one.
 
     InputError naming the first that is missing, of another size or of other bytes.
     """
-    found = read(folder)
-    for file in [file for artifact in (found or {}).get("artifacts", []) for file in artifact["files"]]:
+    found = read(folder) or {"artifacts": []}
+    check_sizes(folder, found)
+    for file in [file for artifact in found["artifacts"] for file in artifact["files"]]:
         path = folder / file["path"]
-        size = path.stat().st_size if path.is_file() else "no file"
-        if size != file["size"]:
-            raise InputError(f"{path}: {size}, {MANIFEST} says {file['size']} bytes: not the file that was written")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, {MANIFEST} lists it")
         digest = sha256_file(path)
         if digest != file["sha256"]:
             raise InputError(f"{path}: SHA-256 {digest}, {MANIFEST} says {file['sha256']}: not the bytes as written")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -84,8 +85,7 @@ def write_folder(
         return out
     config = quantized_config(source, variant.quantization_config(source))
     files = {**carried_files(source), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    claim(out, run)
-    with hold(out):
+    with claim(out, run):
         writer = FolderWriter(out, prepared.steps, run, limit)
         check_disk(out, writer.bytes - written_bytes(out), source)
         steps = range(writer.done, len(prepared.steps))
@@ -155,17 +155,21 @@ def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
     found = done["artifacts"][0].get("provenance", {}).get("run")
     if found != dict(run):
         raise InputError(occupied(out, found or {}, run, "finished"))
+    manifest.check_sizes(out, done)
     return True
 
 
-def claim(out: Path, run: Mapping[str, Any]) -> None:
-    """Make `out` ours: new, empty, or an unfinished run of the same sort. InputError otherwise."""
+@contextmanager
+def claim(out: Path, run: Mapping[str, Any]) -> Iterator[None]:
+    """Hold `out` for this run: new, empty, or an unfinished run of the same sort. InputError otherwise."""
     out.mkdir(parents=True, exist_ok=True)
-    unfinished = unfinished_run(out)
-    if unfinished is None:
-        refuse_strangers(out)
-    elif unfinished != dict(run):
-        raise InputError(occupied(out, unfinished, run, "unfinished"))
+    with hold(out):  # first, so that what is found is still so when the run begins
+        unfinished = unfinished_run(out)
+        if unfinished is None:
+            refuse_strangers(out)
+        elif unfinished != dict(run):
+            raise InputError(occupied(out, unfinished, run, "unfinished"))
+        yield
 
 
 def occupied(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], state: str) -> str:
@@ -226,8 +230,7 @@ def write_native(source: Checkpoint, out: Path) -> Path:
     if is_finished(out, run):
         return out
     small = carried_files(source)
-    claim(out, run)
-    with hold(out):
+    with claim(out, run):
         progress = Progress(out, run, "", 0)
         check_disk(out, source.bytes - written_bytes(out), source)
         with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:

@@ -22,7 +22,6 @@ from ..calibration.gguf.run_stored import Stored, open_stored, stored_tensors
 from ..calibration.gguf.solve import Report
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
-from ..convert.files.lock import hold
 from ..convert.gguf.doctor import check_metadata
 from ..convert.gguf.reader import GgufSource
 from ..convert.gguf.variant import GgufVariant
@@ -60,8 +59,7 @@ def write_gguf(
     if is_finished(out, run):
         return first
     check_memory(source, calibration, device)
-    claim(out, run)
-    with hold(out):
+    with claim(out, run):
         check_disk(out, sum(part.bytes for part in parts) - written_bytes(out), source)
         writer = GgufWriter(out, parts, run)
         if isinstance(calibration, Calibration) and calibration.effort != "fast":

@@ -8,11 +8,15 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from helpers.tiny import write_tiny
 from mmquant.convert import manifest
+from mmquant.convert.files.lock import hold
 from mmquant.convert.fit import Device, Weights, kv_table, targets, verdict
 from mmquant.convert.manifest import Artifact, FileEntry
 from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.convert.open import open_native
+from mmquant.errors import InputError
+from mmquant.runs.folder import write_native
 
 M27 = Geometry(62, 3072, 48, 8, 128, 256, 8, 1536, 200064, 64, 5e6, 1e-6, 196608)
 W4 = Weights(8_018_576_384, (115_850_870_784 // 62,) * 62)
@@ -95,3 +99,31 @@ def test_a_broken_manifest_is_one_line(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         manifest.read(tmp_path)
+
+
+def test_files_are_held_against_the_manifest(tmp_path: Path) -> None:
+    source = open_native(write_tiny(tmp_path / "model", num_hidden_layers=1))
+    out = write_native(source, tmp_path / "out")
+    manifest.check_files(out)
+    shard = out / "model-00001-of-00003.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    write_native(source, out)  # finished, and the sizes are right
+    with pytest.raises(InputError, match=r"00001-of-00003\.safetensors: SHA-256 .* not the bytes as written"):
+        manifest.check_files(out)
+    shard.write_bytes(data[:-1])
+    for use in (lambda: manifest.check_files(out), lambda: write_native(source, out)):
+        with pytest.raises(InputError, match=rf"{len(data) - 1} bytes, mmquant\.fit\.json says {len(data)}"):
+            use()
+    shard.unlink()
+    with pytest.raises(InputError, match=r"no such file, mmquant\.fit\.json lists it"):
+        manifest.check_files(out)
+
+
+def test_quality_blocks_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write_native(open_native(write_tiny(tmp_path / "model", num_hidden_layers=1)), tmp_path / "out")
+    monkeypatch.setattr(manifest, "QUALITY_WAIT", 0.0)
+    before = (out / "mmquant.fit.json").read_bytes()
+    with hold(out), pytest.raises(InputError, match=r"in use by process \d+"):
+        manifest.set_quality(out, {"status": "not-measured"})
+    assert (out / "mmquant.fit.json").read_bytes() == before

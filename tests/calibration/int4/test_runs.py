@@ -46,11 +46,11 @@ def state_of(tree: ast.Module) -> list[str]:
     """`global` statements, empty containers of a module, and objects that frozen dataclasses make for themselves."""
     found = [f"global {', '.join(n.names)}" for n in ast.walk(tree) if isinstance(n, ast.Global)]
     for node in (n for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign) and n.value is not None):
-        if ast.unparse(node.value) in ("{}", "[]", "set()", "dict()", "list()"):
+        if node.value is not None and ast.unparse(node.value) in ("{}", "[]", "set()", "dict()", "list()"):
             found.append(ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target))
     for node in (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and frozen(n)):
         for line in (line for line in node.body if isinstance(line, ast.AnnAssign) and line.value is not None):
-            words = ast.unparse(line.value)
+            words = ast.unparse(line.value) if line.value is not None else ""
             if "default_factory=" in words:
                 made = words.split("default_factory=")[1].split(",")[0].rstrip(")")
                 found.append(f"{node.name}.{ast.unparse(line.target)}: {made}")

@@ -61,7 +61,8 @@ WRITERS = [
     pytest.param(start_folder, folder_writer, go_on_folder, id="folder"),
     pytest.param(start_gguf, gguf_writer, go_on_gguf, id="gguf"),
 ]
-Start, Open = Callable[[Path], None], Callable[[Path], Any]
+Start = Callable[[Path], None]
+Open = Callable[[Path], Any]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
