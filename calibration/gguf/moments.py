@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...quantize.linear_algebra import cholesky, full_float32
 
-PRIOR = 1.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
-SAMPLING = 1.5  # ridge for moments of few rows, as a share of the mean diagonal at one row per input
+PRIOR = 4.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
+# Ridge of both moments, as shares of the mean diagonal: for text of another kind, and at one row per input.
+FLOOR, SAMPLING = 0.2, 6.0
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -71,11 +72,14 @@ class Pair:
         sums.add(self)
         return replace(self, pool=sums.result())
 
-    def means(self, chosen: slice, prior: float = PRIOR, sampling: float = SAMPLING) -> tuple[Tensor, Tensor]:
+    def means(
+        self, chosen: slice, prior: float = PRIOR, floor: float = FLOOR, sampling: float = SAMPLING
+    ) -> tuple[Tensor, Tensor]:
         """Mean own and cross moments of some matrices, blended with the pooled ones where rows are few.
 
-        The pool counts as `prior` * n rows of average weight and average energy. What few rows say off the diagonal is
-        noise: both moments get a ridge of sampling * n / rows of the mean diagonal (at most 1).
+        The pool counts as `prior` * n rows of average weight and average energy. What is off the diagonal is noise
+        where rows are few, and partly the text's own where they are many: both moments get a ridge of floor + sampling
+        * n / rows of the mean diagonal (at most 1). So feedback and correction do less than this text alone would have.
         """
         pool = self.pooled().pool
         assert pool is not None
@@ -89,7 +93,7 @@ class Pair:
             for sums, shared in ((self.own, pool.own), (self.cross, pool.cross))
         )
         rows = self.rows[chosen] + prior * n * (len(pool.rows) > 1)
-        ridge = (sampling * n / rows.clamp(min=1.0)).clamp(max=1.0) * own.diagonal(dim1=1, dim2=2).mean(1)
+        ridge = (floor + sampling * n / rows.clamp(min=1.0)).clamp(max=1.0) * own.diagonal(dim1=1, dim2=2).mean(1)
         for part in (own, cross):
             part.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
         return own, cross

@@ -16,7 +16,7 @@ from ...quantize.ggml.scalar import ldlq as feedback
 from ...quantize.ggml.scalar.grid import FORMS
 from ...quantize.ggml.types import GGMLType
 from .memory import WEIGHT_COPIES, solve_bytes, solve_memory
-from .moments import PRIOR, SAMPLING, Pair, corrected
+from .moments import FLOOR, PRIOR, SAMPLING, Pair, corrected
 
 PLAIN_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 
@@ -31,7 +31,7 @@ class Method:
     passes    rounds of coordinate descent after the sweep
     learned   the experts' codes are learned on the layer's output after that (signround.py)
     damping   share of the mean diagonal added to the moments
-    prior     strength of the pooled moments; sampling: ridge where rows are few (Pair.means)
+    prior     strength of the pooled moments; floor, sampling: ridge of the moments (Pair.means)
     """
 
     feedback: bool = True
@@ -41,11 +41,12 @@ class Method:
     learned: bool = False
     damping: float = 0.05
     prior: float = PRIOR
+    floor: float = FLOOR
     sampling: float = SAMPLING
 
     def moments(self, pair: Pair, chosen: slice) -> tuple[Tensor, Tensor]:
         """Mean own and cross moments with this method's regularization."""
-        return pair.means(chosen, self.prior, self.sampling)
+        return pair.means(chosen, self.prior, self.floor, self.sampling)
 
 
 METHODS = {

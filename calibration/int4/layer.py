@@ -27,6 +27,7 @@ from .awq import attention_pair, expert_pairs, experts_pair, spread_values, valu
 from .report import LayerReport, make_report
 
 METHODS = ("gptq", "awq", "rtn")
+PRIOR, SAMPLING = 4.0, 4.0
 EFFORTS = ("fast", "default", "high")
 WORKING_MATRICES = 7  # float32 [O, I] or [I, I] matrices that a solve holds for each expert
 ATTENTION_BITS = 4  # of INT4 attention, also in layers whose experts keep more
@@ -36,8 +37,10 @@ LARGE_CARD = 60e9
 
 @dataclass(frozen=True)
 class Int4Options:
-    """How a layer is quantized. `shrinkage`: see quantize/moments.py.
+    """How a layer is quantized.
 
+    shrinkage  strength of the pool (quantize/moments.py) in diagonals and what AWQ scales by; prior: in what GPTQ feeds
+               errors back under, sampling: its ridge (`feedback_moments`)
     memory  working bytes beside the layer, its moments and its codes; None: by the device (`working_memory`)
     """
 
@@ -47,6 +50,8 @@ class Int4Options:
     attention: str = "bf16"
     damping: float = DAMPING
     shrinkage: float = 1.0
+    prior: float = PRIOR
+    sampling: float = SAMPLING
     memory: int | None = None
     seed: int = 0
 
@@ -181,13 +186,25 @@ def solve(
         rounded = rtn_int(weight, grid.bits, grid.group_size, grid.symmetric, importance=importance)
         nothing = torch.zeros(weight.shape[0], device=weight.device)
         return Solved(rounded, None, nothing, nothing.bool())
-    second = shrunk(moments, options.shrinkage, part, pool).to(weight.device)
+    second = feedback_moments(moments, options, part, pool).to(weight.device)
     if isinstance(scale, Tensor):
         second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     solved = quantize(weight, second, grid, options.damping, keep=options.learned)
     if solved.compensated is None:
         return dataclasses.replace(solved, weight=refit_scales(weight, solved.weight, second))
     return solved
+
+
+def feedback_moments(moments: Moments, options: Int4Options, part: slice, pool: Tensor | None) -> Tensor:
+    """Mean second moments [E, n, n] that errors are fed back under: what few rows say off the diagonal is noise, so
+    they lean on the layer's pool and get a ridge of sampling * n / rows of the mean diagonal (at most 1)."""
+    second = shrunk(moments, options.prior, part, pool)
+    n, rows = moments.inputs, moments.count[part]
+    rows = rows + options.prior * n * (moments.matrices > 1)
+    diagonal = second.diagonal(dim1=-2, dim2=-1)
+    ridge = (options.sampling * n / rows.clamp(min=1.0)).clamp(max=1.0) * diagonal.mean(-1)
+    diagonal.add_(ridge.unsqueeze(-1))
+    return second
 
 
 def compensated_place(device: torch.device) -> torch.device:

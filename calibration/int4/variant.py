@@ -58,6 +58,7 @@ class CalibratedInt4(Int4Variant):
     def run(self) -> dict[str, Any]:
         o = self.options
         settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
+        settings |= {"prior": o.prior, "sampling": o.sampling}
         if o.learned:
             settings |= {"steps": self.learning.steps, "tokens": self.learning.tokens}
         return {**super().run(), "method": o.method, **settings}

@@ -73,7 +73,7 @@ def test_an_expert_without_rows_takes_the_pool() -> None:
     pair = Pair.empty(2, 6, "cpu")
     x, z = rows(500, 6), rows(500, 6, 1)
     pair.add(0, x, z)
-    own, cross = pair.means(slice(None), prior=1.0, sampling=0.0)
+    own, cross = pair.means(slice(None), prior=1.0, floor=0.0, sampling=0.0)
     assert torch.allclose(own[1], z.T @ z / 500, rtol=1e-4, atol=1e-5)
     assert torch.allclose(cross[1], x.T @ z / 500, rtol=1e-4, atol=1e-5)
     assert torch.allclose(own[0], own[1], rtol=1e-4, atol=1e-5)
