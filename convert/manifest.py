@@ -17,7 +17,7 @@ from mmquant.errors import InputError
 from . import fit
 from .files.atomic import sha256_file, write_whole
 from .files.lock import hold
-from .files.parse import parse_json
+from .files.parse import one_line, parse_json
 from .fit import Weights
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
 from .models.minimax_m2 import Geometry
@@ -154,7 +154,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         jsonschema.validate(manifest, schema())
     except jsonschema.ValidationError as error:
-        raise InputError(f"{path}: {error.json_path}: {error.message}") from None
+        raise InputError(f"{path}: {error.json_path}: {one_line(error.message)}") from None
     return manifest
 
 

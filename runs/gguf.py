@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..calibration.gguf.run_stored import Stored, open_stored, stored_tensors
 from ..calibration.gguf.solve import Report
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
+from ..convert.files.parse import parse_json
 from ..convert.gguf.doctor import check_metadata
 from ..convert.gguf.reader import GgufSource
 from ..convert.gguf.variant import GgufVariant
@@ -173,11 +173,8 @@ def read_plan(path: Path | None) -> dict[str, str] | None:
     """Types by tensor name of a plan file; ValueError when it is not one."""
     if path is None:
         return None
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    types = document.get("tensors", document) if isinstance(document, dict) else None
+    document = parse_json(path.read_bytes(), str(path))
+    types = document.get("tensors", document)
     if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
         raise InputError(f"{path}: expected an object of tensor names and types")
     return types

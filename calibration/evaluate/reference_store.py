@@ -26,6 +26,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.files.atomic import TEMPORARY, whole_file
+from ...convert.files.parse import parse_json
 from ...convert.source import Source
 from ..model.distributed import Ranks
 from ..text.sample import Sample
@@ -220,10 +221,10 @@ class StoredReference:
         if self._offset + length + FOOTER != size:
             raise InputError(f"{self.path}: header of {length} bytes at {self._offset} in {size}: the file is damaged")
         try:
-            header = json.loads(bytes(self._data[self._offset : self._offset + length]))
+            header = parse_json(bytes(self._data[self._offset : self._offset + length]), str(self.path))
             blocks = [[int(n), int(m)] for n, m in header["blocks"]]
             made_of = dict(header["made_of"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise InputError(f"{self.path}: its description is not readable: the file is damaged") from None
         if any(n < 0 or m < 0 or 12 * n + 6 * m > size for n, m in blocks):
             raise InputError(f"{self.path}: a block larger than the file: the file is damaged")

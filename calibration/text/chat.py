@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import TemplateError, Undefined, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmquant.errors import InputError
 
@@ -19,6 +18,7 @@ from ...convert.chat_templates import DEFAULT, TOOL_USE, Template, chat_template
 from ...convert.source import Source
 from ...convert.special_tokens import special_tokens
 from .rows import Chat
+from .sandbox import Sandbox, measured, render
 
 CALL_OPEN, CALL_CLOSE = "<minimax:tool_call>", "</minimax:tool_call>"
 
@@ -45,10 +45,10 @@ class ChatTemplate:
     @cached_property
     def _compiled(self) -> Any:
         # The environment of transformers' apply_chat_template: sandboxed, trimmed blocks, loop controls, strftime_now.
-        environment = ImmutableSandboxedEnvironment(
+        environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], undefined=Undefined
         )
-        environment.filters["tojson"] = _tojson
+        environment.filters["tojson"] = measured(_tojson, "tojson")
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime(2026, 1, 1).strftime(form)
         return environment.from_string(self.source)
@@ -60,7 +60,8 @@ class ChatTemplate:
         messages = [self._plain(message) for message in self._with_tools(chat)]
         tools = list(chat.tools) if chat.tools else None
         try:
-            return self._compiled.render(messages=messages, tools=tools, add_generation_prompt=False, **self.tokens)
+            given = {"messages": messages, "tools": tools, "add_generation_prompt": False, **self.tokens}
+            return render(self._compiled, given)
         except Exception as error:  # a template is a program of somebody else's: whatever it raises is its fault
             reason = " ".join(str(error).split()) or type(error).__name__
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from mmquant.errors import InputError
 
+from ...convert.files.parse import parse_json, take, take_list, take_map
 from ...convert.models.minimax_m2 import Geometry
 from ...convert.models.rope import RopeScaling, same_scaling
 from ...convert.source import Source
@@ -34,11 +34,13 @@ def read_vocabulary(source: Source) -> Vocabulary | None:
     if data is None:
         return None
     try:
-        whole: dict[str, Any] = json.loads(data)
-        tokens = {int(number): str(token) for token, number in whole["model"]["vocab"].items()}
-        tokens |= {int(added["id"]): str(added["content"]) for added in whole.get("added_tokens") or []}
+        whole = parse_json(data, f"{source.label}: tokenizer.json")
+        where = f"{source.label}: tokenizer.json"
+        tokens = {number: token for token, number in take_map(whole["model"], "vocab", int, where).items()}
+        added = take_list(whole, "added_tokens", dict, where, [])
+        tokens |= {take(token, "id", int, where): take(token, "content", str, where) for token in added}
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"].get("merges") or []]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         raise InputError(f"{source.label}: tokenizer.json is damaged, expected a BPE vocabulary") from None
     return Vocabulary(tokens, merges, json.dumps(whole.get("pre_tokenizer"), sort_keys=True))
 

@@ -51,7 +51,7 @@ def parse_any(data: bytes | bytearray | str, where: str, unique: bool = False) -
     except RecursionError:
         raise InputError(f"{where}: JSON nested deeper than {DEEPEST} levels") from None
     except ValueError as error:  # of json, of the decoder, of the functions below
-        raise InputError(f"{where}: not JSON ({one_line(error)})") from None
+        raise InputError(f"{where} is not JSON ({one_line(error)})") from None
     if text.count("[") + text.count("{") > DEEPEST and _depth_exceeds(value, DEEPEST):
         raise InputError(f"{where}: JSON nested deeper than {DEEPEST} levels")
     return value
@@ -93,9 +93,17 @@ def take(mapping: Mapping[str, Any], key: str, kind: type, where: str, default: 
     return float(value) if kind is float else value
 
 
+@overload
+def take_list(
+    mapping: Mapping[str, Any], key: str, kind: type[dict], where: str, default: list[Any] | None = None
+) -> list[dict[str, Any]]: ...
+@overload
 def take_list(
     mapping: Mapping[str, Any], key: str, kind: type[T], where: str, default: list[T] | None = None
-) -> list[T]:
+) -> list[T]: ...
+def take_list(
+    mapping: Mapping[str, Any], key: str, kind: type, where: str, default: list[Any] | None = None
+) -> list[Any]:
     """mapping[key] as a list whose items are all of `kind`; InputError else, and when it is missing without default."""
     values = take(mapping, key, list, where) if default is None else take(mapping, key, list, where, default)
     for number, value in enumerate(values):

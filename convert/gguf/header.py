@@ -76,8 +76,8 @@ class _Cursor:
     def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
         self.path, self.data, self.at = path, data, 0
 
-    def fail(self, message: str) -> ValueError:
-        return ValueError(f"{self.path}: {message}: the file is damaged or cut off")
+    def fail(self, message: str) -> InputError:
+        return InputError(f"{self.path}: {message}: the file is damaged or cut off")
 
     def take(self, size: int, what: str) -> bytes:
         if size > len(self.data) - self.at:

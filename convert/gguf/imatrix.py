@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 
 from mmquant.errors import InputError
 
+from ...quantize.ggml.types import GGMLType
 from ..files.atomic import write_whole
 from ..files.lfs import refuse_pointer
+from ..files.parse import take, take_list
+from .header import GgufFile, read_header
 from .imatrix_legacy import read_legacy
 
 ALIGNMENT = 32
@@ -178,31 +181,29 @@ def split_matrices(value: Importance, matrices: int) -> Importance:
 
 
 def _read_gguf(path: Path) -> Imatrix:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(f"{path}: damaged GGUF ({error})") from None
-    keys = {
-        name: reader.fields[name].contents() for name in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if name in reader.fields
-    }
-    missing = [name for name in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if name not in keys]
-    if missing:
-        raise InputError(f"{path}: key {missing[0]} is missing, expected an imatrix")
-    arrays = {tensor.name: np.array(tensor.data, dtype=np.float32) for tensor in reader.tensors}
+    file = read_header(path)
+    where = str(path)
     weights = {}
-    for name, sums in arrays.items():
-        if not name.endswith(IN_SUM2):
-            continue
-        stem = name.removesuffix(IN_SUM2)
-        counts = arrays.get(stem + COUNTS)
-        if counts is None:
-            raise InputError(f"{path}: {stem}{COUNTS} is missing")
-        value = Importance(sums.reshape(counts.size, -1), counts.reshape(-1))
-        check(f"{path}: {stem}", value)
-        weights[stem] = value
+    for name in file.tensors:
+        if name.endswith(IN_SUM2):
+            stem = name.removesuffix(IN_SUM2)
+            sums, counts = _floats(file, name), _floats(file, stem + COUNTS).reshape(-1)
+            if sums.size % counts.size:
+                raise InputError(f"{path}: {name} has {sums.size} values for {counts.size} matrices")
+            weights[stem] = Importance(sums.reshape(counts.size, -1), counts)
+            check(f"{path}: {stem}", weights[stem])
     if not weights:
         raise InputError(f"{path}: no {IN_SUM2} tensor, expected an imatrix")
-    datasets = keys[DATASETS] if isinstance(keys[DATASETS], list) else [keys[DATASETS]]
-    return Imatrix(weights, tuple(datasets), int(keys[CHUNK_COUNT]), int(keys[CHUNK_SIZE]))
+    chunks, size = (take(file.metadata, key, int, where) for key in (CHUNK_COUNT, CHUNK_SIZE))
+    found = file.metadata.get(DATASETS)
+    datasets = [found] if isinstance(found, str) else take_list(file.metadata, DATASETS, str, where)
+    return Imatrix(weights, tuple(datasets), chunks, size)
+
+
+def _floats(file: GgufFile, name: str) -> NDArray[np.float32]:
+    if name not in file.tensors:
+        raise InputError(f"{file.path}: {name} is missing")
+    tensor = file.tensors[name]
+    if tensor.kind is not GGMLType.F32:
+        raise InputError(f"{file.path}: {name} is {tensor.kind.name}, expected F32")
+    return file.raw(tensor).reshape(-1).view("<f4").astype(np.float32).reshape(tensor.shape)

@@ -19,6 +19,7 @@ from mmquant.errors import InputError
 
 from ..carried import read_object
 from ..chat_templates import DEFAULT, chat_templates
+from ..files.parse import short, take, take_list, take_map
 from ..models.minimax_m2 import Geometry
 from ..naming import short_name
 from ..source import Source
@@ -204,17 +205,20 @@ def _base_model(source: Source, card: dict[str, Any]) -> Metadata:
 
 def tokenizer_keys(source: Source) -> Metadata:
     """tokenizer.*: tokens, types, merges, special token ids and the chat template."""
+    where = f"{source.label}: tokenizer.json"
     tokenizer, settings = read_object(source, "tokenizer.json"), read_object(source, "tokenizer_config.json")
-    model = tokenizer.get("model") or {}
-    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise InputError(f"{source.label}: tokenizer.json has no BPE vocabulary")
-    tokens, types = _tokens(source, model["vocab"], tokenizer.get("added_tokens") or [])
+    model = take(tokenizer, "model", dict, where, {})
+    if model.get("type") != "BPE":
+        raise InputError(f"{where} has no BPE vocabulary")
+    vocab, added = take_map(model, "vocab", int, where), take_list(tokenizer, "added_tokens", dict, where, [])
+    tokens, types = _tokens(source, vocab, added)
+    merges = take(model, "merges", list, where, [])
     keys = {
         "tokenizer.ggml.model": Value("str", "gpt2"),
         "tokenizer.ggml.pre": Value("str", ARCH),
         "tokenizer.ggml.tokens": Value("[str]", tokens),
         "tokenizer.ggml.token_type": Value("[i32]", types),
-        "tokenizer.ggml.merges": Value("[str]", [_merge(merge) for merge in model.get("merges") or []]),
+        "tokenizer.ggml.merges": Value("[str]", [_merge(merge, where) for merge in merges]),
     }
     ids = {token: index for index, token in enumerate(tokens)}
     keys |= _special_ids(source, ids, len(tokens))
@@ -224,12 +228,12 @@ def tokenizer_keys(source: Source) -> Metadata:
     return keys | _templates(source)
 
 
-def _merge(merge: Any) -> str:
+def _merge(merge: Any, where: str) -> str:
     """ "a b" from either form of tokenizer.json; a blank inside a part becomes U+0120, as byte-level BPE writes it."""
     if isinstance(merge, str):
         return merge
     if not isinstance(merge, list) or not all(isinstance(part, str) for part in merge):
-        raise InputError(f"tokenizer.json: a merge is {merge!r:.60}, expected two texts")
+        raise InputError(f"{where}: the merge {short(merge)}, expected two tokens")
     return " ".join(part.replace(" ", "\u0120") for part in merge)
 
 
@@ -237,12 +241,12 @@ def _tokens(source: Source, vocab: dict[str, int], added: list[dict[str, Any]]) 
     """Text and type of every id up to the model's vocabulary; unnamed ids are unused padding."""
     size = source.geometry.vocab
     tokens, types = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
+    where = f"{source.label}: tokenizer.json"
     entries = [(index, text, NORMAL) for text, index in vocab.items()]
     for token in added:
-        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise InputError(f"{source.label}: tokenizer.json: added token {token!r:.60}, expected id and content")
-        special = token.get("special") or _looks_special(token["content"])
-        entries.append((token.get("id", -1), token["content"], CONTROL if special else USER_DEFINED))
+        content = take(token, "content", str, where)
+        special = token.get("special") or _looks_special(content)
+        entries.append((take(token, "id", int, where), content, CONTROL if special else USER_DEFINED))
     for index, text, kind in entries:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
             raise InputError(f"{source.label}: tokenizer.json names id {index}, config.json has a vocabulary of {size}")

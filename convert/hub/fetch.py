@@ -23,6 +23,7 @@ from pathlib import Path
 import requests
 
 from ..files.atomic import replace_whole, sha256_file, sync_file, sync_folder, write_whole
+from ..files.parse import parse_json
 from .body import BrokenBodyError, body
 from .http import NETWORK_ERRORS, TRANSIENT, Client, TransferError, content_length, explain, origin, reason, retry_after
 from .listing import RepoFile
@@ -116,7 +117,7 @@ def _begin(job: Job) -> set[int]:
     """Blocks that are already on disk; a fresh .part when there are none, or others'."""
     done: set[int] = set()
     try:
-        record = json.loads(job.record.read_bytes())
+        record = parse_json(job.record.read_bytes(), str(job.record))
         if job.part.stat().st_size == job.file.size and {k: record.get(k) for k in job.identity} == job.identity:
             done = {int(i) for i in record["done"] if 0 <= int(i) < len(job.blocks())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

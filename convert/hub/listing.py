@@ -161,8 +161,15 @@ def hf_files(data: bytes, what: str) -> list[RepoFile]:
             held = item if lfs is None else lfs
             sha256 = None if lfs is None else take(lfs, "oid", str, what)
             git = take(item, "oid", str, what)
-            files.append(RepoFile(take(item, "path", str, what), take(held, "size", int, what), sha256, git))
+            files.append(_file(what, take(item, "path", str, what), take(held, "size", int, what), sha256, git))
     return files
+
+
+def _file(what: str, path: str, size: int, sha256: str | None, git: str | None = None) -> RepoFile:
+    try:
+        return RepoFile(path, size, sha256, git)
+    except HubError as error:
+        raise HubError(f"{what}: {error}") from None
 
 
 def _list_ms(client: Client, spec: RepoSpec) -> Listing:
@@ -175,7 +182,9 @@ def _list_ms(client: Client, spec: RepoSpec) -> Listing:
 def ms_files(entries: list[dict[str, Any]], what: str) -> list[RepoFile]:
     """The files among ModelScope's entries. Raises HubError or InputError for anything else."""
     return [
-        RepoFile(take(e, "Path", str, what), take(e, "Size", int, what, 0), take(e, "Sha256", str, what, None) or None)
+        _file(
+            what, take(e, "Path", str, what), take(e, "Size", int, what, 0), take(e, "Sha256", str, what, None) or None
+        )
         for e in entries
         if e.get("Type") != "tree"
     ]

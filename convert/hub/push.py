@@ -12,12 +12,14 @@ from typing import Any
 from mmquant.errors import InputError
 
 from ..files.atomic import sha256_file, write_whole
+from ..files.parse import parse_json, take, take_map
 from .http import TransferError
 from .listing import Listing, RepoFile, digest_matches
 from .remote import Conflict, HuggingFace, Remote, Upload, is_inline
 
 BATCH_FILES = 50  # Hugging Face recommends fewer than 100 files a commit; 128 commits an hour are its limit
 BATCH_BYTES = 20 * 10**9  # with --delete-after-upload: what waits on disk for its commit
+ENTRY = {"size": int, "mtime_ns": int, "sha256": str, "state": str}
 LEDGER = ".mmquant-push"
 log = logging.getLogger("mmquant.hub")
 
@@ -36,9 +38,12 @@ class Ledger:
         self.files: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             try:
-                data = json.loads(self.path.read_bytes())
-                self.request, self.files = data["request"], dict(data["files"])
-            except (ValueError, KeyError, TypeError):
+                data = parse_json(self.path.read_bytes(), str(self.path))
+                self.request = take(data, "request", str, str(self.path), None)
+                self.files = take_map(data, "files", dict, str(self.path))
+                for entry in self.files.values():
+                    [take(entry, key, kind, str(self.path)) for key, kind in ENTRY.items()]
+            except InputError:
                 raise InputError(f"{self.path}: not a ledger, delete it to hash and compare everything anew") from None
 
     def save(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
+from ..files.parse import short, take_list
 from .rope import RopeScaling, read_rope, stretched
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
@@ -18,6 +19,8 @@ MODEL_TYPE = "minimax_m2"
 PROJECTIONS = ("w1", "w2", "w3")  # gate, down, up
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EMBED, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+MOST = 1 << 31  # of any size in config.json
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -110,13 +113,13 @@ class Geometry:
 
 def check_architecture(config: dict[str, Any]) -> None:
     """Raise ValueError unless config.json names MiniMax-M2."""
-    names = config.get("architectures") or []
+    names = take_list(config, "architectures", str, "config.json", [])
     if config.get("model_type") != MODEL_TYPE and ARCHITECTURE not in names:
-        found = ", ".join(names) or config.get("model_type") or "nothing"
+        found = ", ".join(names[:3]) or short(config.get("model_type") or "nothing")
         raise InputError(f"config.json: architecture is {found}, expected {ARCHITECTURE} (model_type {MODEL_TYPE})")
     scoring = config.get("scoring_func", "sigmoid")
     if scoring != "sigmoid":
-        raise InputError(f"config.json: scoring_func is {scoring}, expected sigmoid")
+        raise InputError(f"config.json: scoring_func is {short(scoring)}, expected sigmoid")
 
 
 def _epsilon(config: dict[str, Any]) -> float:
@@ -128,8 +131,8 @@ def _epsilon(config: dict[str, Any]) -> float:
 
 def _positive(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"config.json: {key} is {value!r}, expected a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MOST:
+        raise InputError(f"config.json: {key} is {short(value)}, expected a positive integer below 2^31")
     return value
 
 

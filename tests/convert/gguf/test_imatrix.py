@@ -102,7 +102,7 @@ def test_files_that_are_no_imatrix_are_refused_in_one_line(tmp_path: Path) -> No
     assert "git-lfs pointer" in str(caught.value)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(THEIRS.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="damaged GGUF"):
+    with pytest.raises(ValueError, match="damaged or cut off"):
         read_imatrix(cut)
     other = tmp_path / "other.gguf"
     other.write_bytes(THEIRS.read_bytes().replace(b"imatrix.chunk_size", b"imatrix.chunk_sizf"))
