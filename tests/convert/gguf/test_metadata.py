@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 
+from mmquant.convert.checkpoints.store import Origin
 from mmquant.convert.gguf.metadata import Importance, Value, card_fields, model_metadata, provenance_keys
 from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.convert.open import demo_folder, open_source
@@ -26,6 +27,7 @@ class Files:
     geometry: Geometry = M27
     config: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = "0" * 64
+    origin: Origin = field(default_factory=Origin)
 
     def small_file(self, name: str) -> bytes | None:
         return self.files.get(name)
@@ -89,7 +91,7 @@ def test_the_chat_templates_file_wins_as_in_transformers() -> None:
 
 def test_model_card_and_hub_name_licence_and_base_model() -> None:
     card = b"---\nlicense: other\nlicense_name: modified-mit\nlanguage: [en, zh]\ntags:\n- moe\n---\n# Model\n"
-    source = replace(tiny([], None, **{"README.md": card}), label="hf:MiniMaxAI/MiniMax-M2.7@abc")
+    source = replace(tiny([], None, **{"README.md": card}), origin=Origin("hf", "MiniMaxAI/MiniMax-M2.7", "abc"))
     keys = {key: value.data for key, value in model_metadata(source, "x", 0, None).items()}  # type: ignore[arg-type]
     assert keys["general.license"] == "other"
     assert keys["general.license.name"] == "modified-mit"
