@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,17 @@ import click
 from mmquant.errors import InputError
 
 from ..runs.sizes import check_output
-from .options import begin, device_option, dry_run_option, fresh_option, json_option, model_option, out_option, size
+from .options import (
+    SEED,
+    begin,
+    device_option,
+    dry_run_option,
+    fresh_option,
+    json_option,
+    model_option,
+    out_option,
+    size,
+)
 from .options_fetch import fetch_options, open_model
 
 if TYPE_CHECKING:
@@ -22,10 +33,10 @@ FILE = click.Path(path_type=Path)
 def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
     if value is None:
         return None
-    first, _, last = value.partition(":")
-    if not last.isdigit() or first not in ("", "0"):
+    match = re.fullmatch("0?:([0-9]{1,4})", value)
+    if match is None or int(match[1]) == 0:
         raise click.BadParameter(f"{value!r}, expected 0:B (a calibration starts at the first layer)")
-    return range(int(last))
+    return range(int(match[1]))
 
 
 @click.command(short_help="Every expert's statistics in one streamed pass.")
@@ -35,7 +46,7 @@ def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> ra
 @click.option("--evaluation", multiple=True, help="Text that must not overlap; default: the bundled evaluation text.")
 @click.option("--context", type=click.IntRange(2), help="Tokens in a window; default 512 for the demo, else 2048.")
 @click.option("--windows", type=click.IntRange(1), default=128, show_default=True, help="Windows at most.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the documents' order.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the documents' order.")
 @click.option("--moments", type=click.Choice(["full", "diagonal"]), help="What is kept; default: full up to 16 GiB.")
 @click.option("--store", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--weighting", type=click.Choice(["router", "uniform"]), default="router", show_default=True)

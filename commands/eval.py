@@ -10,7 +10,7 @@ import click
 from mmquant.errors import GateError
 
 from ..runs.sizes import check_output
-from .options import device_option, json_option
+from .options import SEED, device_option, json_option
 from .options_fetch import fetch_options
 
 FILE = click.Path(path_type=Path)
@@ -29,7 +29,7 @@ FILE = click.Path(path_type=Path)
     type=click.Choice(["exact", "llama.cpp"]),
     help="llama.cpp: rounded as its CPU backend rounds them; default with --convention llama.cpp, else exact.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the bootstrap.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of matrix products; default: bf16 on CUDA.")
 @click.option("--floor", is_flag=True, help="Also the reference against itself in the other dtype.")
 @click.option("--save-reference", "save", type=FILE, help="Store the reference's distributions in this file.")

@@ -10,6 +10,7 @@ import click
 from mmquant.errors import InputError
 
 from .options import (
+    SEED,
     begin,
     device_option,
     dry_run_option,
@@ -49,7 +50,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--text", "texts", multiple=True, help="Calibration text: file, folder or `default`, PATH[=WEIGHT].")
 @click.option("--context", type=click.IntRange(2), help="Tokens in a window; default 512 for the demo, else 2048.")
 @click.option("--windows", type=click.IntRange(1), default=128, show_default=True, help="Windows at most.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the documents' order.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the documents' order.")
 @click.option("--statistics", type=FILE, help="Instead of text: what `calibrate --out` wrote, or an imatrix .gguf.")
 @click.option(
     "--effort",

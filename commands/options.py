@@ -15,6 +15,8 @@ from ..runs.sizes import parse_size
 
 DEFAULT_MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
 
+SEED = click.IntRange(0, 2**32 - 1)  # what every generator takes
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 

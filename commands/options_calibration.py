@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .options import SEED
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -18,7 +20,7 @@ def calibration_options() -> Decorator:
         click.option("--evaluation", multiple=True, help="Text that must not overlap; default: the bundled one."),
         click.option("--context", type=click.IntRange(2), help="Tokens in a window; default 512 (demo), else 2048."),
         click.option("--windows", type=click.IntRange(1), default=256, show_default=True, help="Windows at most."),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+        click.option("--seed", type=SEED, default=0, show_default=True),
         click.option("--statistics", type=click.Path(path_type=Path), help="What `calibrate --out` wrote."),
         click.option(
             "--propagate",

@@ -124,6 +124,8 @@ def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path
     from ..convert.open import open_source
 
     store, layers = options["store"], options["layers"]
+    if layers is not None and layers.stop > source.geometry.layers:
+        raise InputError(f"--layers 0:{layers.stop}: the model has {source.geometry.layers} layers")
     through = None if chosen.propagate == "reference" else open_source(options["propagate"])
     check_room(out, needs(source, corpus, chosen, store))
     steps = calibrate_into(source, corpus, out, chosen, dtype=store, through=through, layers=layers)

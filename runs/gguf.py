@@ -173,6 +173,8 @@ def read_plan(path: Path | None) -> dict[str, str] | None:
     """Types by tensor name of a plan file; ValueError when it is not one."""
     if path is None:
         return None
+    if not path.is_file():
+        raise InputError(f"--plan {path}: no such file, expected types by tensor name")
     document = parse_json(path.read_bytes(), str(path))
     types = document.get("tensors", document)
     if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):

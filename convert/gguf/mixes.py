@@ -192,7 +192,8 @@ def parse_overrides(items: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], str]
     for item in items:
         pattern, separator, kind = item.rpartition("=")
         if not separator or not pattern or kind.upper() not in GGMLType.__members__:
-            raise InputError(f"--tensor-type {item}: expected REGEX=TYPE, TYPE one of {' '.join(GGMLType.__members__)}")
+            near = suggest(kind.upper(), GGMLType.__members__)
+            raise InputError(f"--tensor-type {item}: expected REGEX=TYPE; {near}")
         try:
             found.append((re.compile(pattern.lower()), kind.upper()))
         except re.error as error:

@@ -120,7 +120,7 @@ def read_gate(path: Path) -> dict[str, float]:
         raise InputError(f"{path}: no such file, expected thresholds such as max_kld: 0.02")
     try:
         data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     data = data.get("gate", data) if isinstance(data, dict) else data
     if not isinstance(data, dict):
@@ -128,12 +128,15 @@ def read_gate(path: Path) -> dict[str, float]:
     return check_gate(data, str(path))
 
 
+LARGEST = 1e300  # of a threshold: neither NaN nor infinity nor an integer that is no float is below it
+
+
 def check_gate(data: dict[str, Any], where: str) -> dict[str, float]:
     """Thresholds by name, all numbers; ValueError for anything else."""
     for name, value in data.items():
         if name not in GATES:
             raise InputError(f"{where}: unknown threshold {name}, expected one of {', '.join(GATES)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
             raise InputError(f"{where}: {name} is {value!r}, expected a number")
     return {name: float(value) for name, value in data.items()}
 

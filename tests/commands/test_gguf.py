@@ -175,7 +175,7 @@ def test_a_plan_decides_types(tmp_path: Path) -> None:
     assert kinds["blk.1.ffn_down_exps.weight"] == "Q8_0"
     plan.write_text("[1]")
     done = CliRunner().invoke(command, ["--model", "demo", "--out", str(tmp_path / "x"), "--plan", str(plan)])
-    assert "expected an object of tensor names and types" in str(done.exception)
+    assert "plan.json: JSON [1], expected an object" in str(done.exception)
 
 
 @pytest.mark.parametrize(
