@@ -52,14 +52,27 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def watched(ctx: click.Context) -> None:
+    """The terminal watches what the command does, as long as it runs; under torchrun that of the first process."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from mmquant.monitor import watching
+
+    from .terminal import Terminal
+
+    ctx.with_resource(watching(Terminal()))
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mmquant")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Quantize and convert MiniMax-M2.7 to FP8, INT4 and GGUF, checked against the reference.
 
     Exit codes: 0 ok, 1 failure, 2 usage or bad input, 3 partial, 4 quality gate, 5 does not fit, 130 interrupted
     (143 by TERM, 129 by HUP).
     """
+    watched(ctx)
 
 
 class Stopped(KeyboardInterrupt):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import FitError, InputError
+from mmquant.monitor import current, phase
 
 if TYPE_CHECKING:
     from ..calibration.statistics.live import PassOptions
@@ -31,7 +31,7 @@ def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
     tokenizer, template, notes = load_tokenizer(source), load_template(source), []
     sets = read_sets(list(options["texts"]), template, notes)
     for note in notes:
-        print(f"mmquant: {note}", file=sys.stderr)
+        current().message(note)
     corpus = pack(sets, tokenizer, context, options["windows"], options["seed"])
     held = read_sets(list(options["evaluation"]) or [str(bundled("evaluation"))], template)
     check_disjoint(((d.origin, d.parts()) for part in held for d in part.documents), corpus.seen)
@@ -113,8 +113,6 @@ def check_room(out: Path, need: Needs) -> None:
 
 def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path, options: dict[str, Any]) -> list[Any]:
     """Run the pass into `out` with its report; summaries of all layers."""
-    from tqdm import tqdm
-
     from ..calibration.model.distributed import world
     from ..calibration.statistics.report import summarise
     from ..calibration.statistics.report_html import report
@@ -131,9 +129,11 @@ def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path
     steps = calibrate_into(source, corpus, out, chosen, dtype=store, through=through, layers=layers)
     rank, _ = world()
     total = source.geometry.layers if layers is None else layers.stop
-    with tqdm(total=total, desc="calibrate", unit="layer", delay=1, disable=rank != 0) as bar:
+    with phase("calibrate", total, "layer") as bar:
+        done = 0
         for found in steps:
-            bar.update(found.layer + 1 - bar.n)
+            bar.advance(found.layer + 1 - done)
+            done = found.layer + 1
     if rank != 0:
         return []
     stored = open_statistics(out)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mmquant.monitor import current
 
 from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
@@ -49,9 +50,9 @@ def run_demo(out: Path, device: str = "cpu", windows: int = WINDOWS) -> list[dic
     source = open_native(DEMO)
     artifacts: dict[str, Path] = {}
     for name, write in variants(device).items():
-        print(f"writing {name}", file=sys.stderr)
+        current().message(f"writing {name}")
         artifacts[name] = write(source, out / name)
-    print(f"checking {len(artifacts)} variants against the reference", file=sys.stderr)
+    current().message(f"checking {len(artifacts)} variants against the reference")
     paths = tuple(str(path) for path in artifacts.values())
     result = run(paths, reference=DEMO, windows=windows, device=device)
     assert result is not None
@@ -59,7 +60,7 @@ def run_demo(out: Path, device: str = "cpu", windows: int = WINDOWS) -> list[dic
     if has_plots():
         write_report(out / "report.html", result)
     else:
-        print(f"no report.html: {PLOTS}", file=sys.stderr)
+        current().message(f"no report.html: {PLOTS}")
     scores = dict(zip(artifacts, result["candidates"], strict=True))
     rows = [_row(name, out / name, scores[name]) for name in artifacts]
     write_whole(out / "summary.json", (json.dumps({"rows": rows, "eval": result}, indent=1) + "\n").encode())

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from tqdm import tqdm
 
 from mmquant import __version__
 from mmquant.errors import FitError, InputError
+from mmquant.monitor import phase
 
 from ..convert import manifest
 from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.checkpoints.store import LocalFolder
 from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
@@ -89,10 +88,11 @@ def write_folder(
         writer = FolderWriter(out, prepared.steps, run, limit)
         check_disk(out, writer.bytes - written_bytes(out), source)
         steps = range(writer.done, len(prepared.steps))
-        bar = tqdm(steps, desc=variant.label, unit="step", initial=writer.done, total=len(prepared.steps), delay=1)
-        for step in bar:
-            with memory_for(step_name(step, source.geometry.layers)):
-                writer.write(step, step_tensors(source, variant, step, device, provider))
+        with phase(variant.label, len(prepared.steps), "step", writer.done) as bar:
+            for step in steps:
+                with memory_for(step_name(step, source.geometry.layers)):
+                    writer.write(step, step_tensors(source, variant, step, device, provider))
+                bar.advance()
         names = writer.finish(files)
         check_written(out, source, device)
         entries = tuple(FileEntry(n, (out / n).stat().st_size, writer.sha256[n]) for n in names)
@@ -106,7 +106,7 @@ def check_written(out: Path, source: Checkpoint, device: torch.device | str) -> 
 
     A hub's shards were verified on their way and are gone: fetching them again to compare would double the traffic.
     """
-    check_folder(out, source if isinstance(source.store, LocalFolder) else None, device=device)
+    check_folder(out, source if source.store.is_local else None, device=device)
 
 
 def step_name(step: int, layers: int) -> str:
@@ -233,8 +233,8 @@ def write_native(source: Checkpoint, out: Path) -> Path:
     with claim(out, run):
         progress = Progress(out, run, "", 0)
         check_disk(out, source.bytes - written_bytes(out), source)
-        with tqdm(desc="FP8-native", unit="shard", delay=1) as bar:
-            files = copy_native(source, out, small, lambda _: bar.update())
+        with phase("FP8-native", None, "shard") as bar:
+            files = copy_native(source, out, small, lambda _: bar.advance())
         tensors = [t for n, t in source.tensors.items() if n not in source.skipped]
         layers = range(source.geometry.layers)
         sizes = {layer: 0 for layer in layers}

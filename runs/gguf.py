@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from mmquant.errors import InputError
+from mmquant.monitor import current, phase
 
 from ..calibration.gguf.encode import encode_tensors
 from ..calibration.gguf.run import CalibratedRun, Calibration, plan_memory
@@ -131,15 +130,16 @@ def write_steps(
     ends = [sum(len(step) for step in steps[: index + 1]) for index in range(len(steps))]
     first = next((index for index, end in enumerate(ends) if end > writer.done), len(steps))
     make, report = maker(source, writer.folder, device, calibration)
-    bar = tqdm(range(first, len(steps)), desc=variant.label, unit="step", initial=first, total=len(steps), delay=1)
-    for step in bar:
-        missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
-        with memory_for(step_name(step, source.geometry.layers)):
-            for name, data in make(missing):
-                writer.write(name, data)
-        writer.checkpoint()
-        for line in report.of_layer(step - 1):
-            bar.write(line, file=sys.stderr)
+    with phase(variant.label, len(steps), "step", first) as bar:
+        for step in range(first, len(steps)):
+            missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
+            with memory_for(step_name(step, source.geometry.layers)):
+                for name, data in make(missing):
+                    writer.write(name, data)
+            writer.checkpoint()
+            for line in report.of_layer(step - 1):
+                current().message(line)
+            bar.advance()
 
 
 Make = Callable[[list[TensorInfo]], Iterable[tuple[str, np.ndarray]]]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmquant.errors import InputError
+from mmquant.monitor import current
 
 from ..calibration.int4.layer import Int4Options
 from ..calibration.int4.variant import CalibratedInt4
@@ -85,7 +85,9 @@ class Int4Request:
             seed=self.calibration["seed"],
         )
         folder = out / STREAMS if options.learned else None
-        return CalibratedInt4(**shape, symmetric=self.symmetric, options=options, report=_say, streams=folder)
+        return CalibratedInt4(
+            **shape, symmetric=self.symmetric, options=options, report=current().message, streams=folder
+        )
 
 
 def check_cache(options: dict[str, Any]) -> None:
@@ -107,10 +109,6 @@ def layers_of(text: str | None) -> tuple[int, ...]:
             raise InputError(f"--eight-bit {text!r}: {part} runs backwards, expected layers such as 0,60-61")
         found |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(found))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def check_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, size: int) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmquant.errors import InputError
+from mmquant.monitor import current
 
 if TYPE_CHECKING:
     from ..convert.checkpoints.checkpoint import Checkpoint
@@ -40,7 +40,7 @@ def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Chec
 def say_notes(source: Source) -> None:
     """What is worth knowing of a model, on stderr."""
     for note in source.notes:
-        print(f"mmquant: {note}", file=sys.stderr)
+        current().message(note)
 
 
 def open_any(model: str, fetch: FetchOptions | None) -> Source:

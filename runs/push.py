@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError, PartialError
+from mmquant.monitor import current
 
 from ..convert.files.atomic import TEMPORARY
 from ..convert.manifest import MANIFEST
@@ -119,7 +119,7 @@ class Draft:
         name = self.manifest["model"]["base_model"]
         if is_repository(name):
             return [name]
-        print("mmquant: the base model is a local folder: the card names none (--base-model ORG/NAME)", file=sys.stderr)
+        current().message("the base model is a local folder: the card names none (--base-model ORG/NAME)")
         return []
 
     def _licence(self, owner: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _licence(folder: Path, manifest: dict[str, Any]) -> str:
             f"{folder}: no licence file, expected the base model's LICENSE; without it nothing is published"
         )
     if manifest["license"]["commercial_use"] == PROHIBITED:
-        print(f"mmquant: {NOTICE}", file=sys.stderr)
+        current().message(NOTICE)
     return found.read_text(errors="replace")
 
 
@@ -250,7 +250,5 @@ def _remote_small(remote: Remote, name: str) -> bytes | None:
 
 
 def _progress(weights: list[Upload]) -> Any:
-    from tqdm import tqdm
-
-    bar = tqdm(total=sum(w.size for w in weights), desc="push", unit="B", unit_scale=True, disable=None)
-    return lambda file: bar.update(file.size)
+    bar = current().start("push", sum(w.size for w in weights), "B")
+    return lambda file: bar.advance(file.size)

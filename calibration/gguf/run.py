@@ -6,7 +6,6 @@ layer that is next.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmquant.errors import naming
+from mmquant.monitor import current, phase
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.files.atomic import whole_file
@@ -106,16 +105,17 @@ class CalibratedRun:
     def write(self) -> None:
         """All steps from the first that is missing."""
         first = self._restore()
-        bar = tqdm(range(first, len(self.steps)), self.label, len(self.steps), initial=first, unit="step", delay=1)
-        for step in bar:
-            data = self._values(step)
-            for tensor in self.steps[step]:
-                self.writer.write(tensor.name, data.pop(tensor.name))
-            self._save(step + 1)
-            self.writer.checkpoint()
-            self._drop(step)
-            for line in self.report.of_layer(step - 1):
-                bar.write(line, file=sys.stderr)
+        with phase(self.label, len(self.steps), "step", first) as bar:
+            for step in range(first, len(self.steps)):
+                data = self._values(step)
+                for tensor in self.steps[step]:
+                    self.writer.write(tensor.name, data.pop(tensor.name))
+                self._save(step + 1)
+                self.writer.checkpoint()
+                self._drop(step)
+                for line in self.report.of_layer(step - 1):
+                    current().message(line)
+                bar.advance()
 
     def _values(self, step: int) -> dict[str, np.ndarray]:
         g = self.source.geometry

@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mmquant.errors import InputError
+from mmquant.monitor import current
 
 from ..checkpoints.store import Origin, TensorInfo, header_length, parse_header, shard_names
 from ..files.atomic import write_whole
@@ -61,7 +60,7 @@ class HubFolder:
         self._tidied = False
         self._headers: dict[str, list[TensorInfo]] | None = None
         self._from_cache: dict[str, Path] = {}
-        self._bar = tqdm(desc="fetch", unit="B", unit_scale=True, disable=None, position=1, leave=False, delay=1)
+        self._bar = current().start("fetch", None, "B")
         limits = options.max_disk, options.max_shards, options.keep_shards
         self._prefetch = Prefetcher(self._obtain, self.files(), *limits)
 
@@ -114,7 +113,7 @@ class HubFolder:
         if self.options.keep_shards:
             missing = sum(s for n, s in sizes.items() if self._local(self.listing.files[n]) is None)
             need_disk(self.folder, missing, f"{self.label} with --keep-shards")
-        self._bar.total = sum(sizes.values())
+        self._bar.expect(sum(sizes.values()))
         if not self._tidied:
             self._tidy(shards)
             self._tidied = True
@@ -142,7 +141,7 @@ class HubFolder:
             self._prefetch.release_all()
         self._client.cancelled.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._bar.close()
+        self._bar.finish()
         if self._held:
             self._held.close()
         if finished and self.options.work is not None and not self.options.keep_shards:
@@ -243,7 +242,7 @@ class HubFolder:
             local = self._from_cache[name] = found
         if local is not None:
             self._check_header(file, local)
-            self._bar.update(file.size)
+            self._bar.advance(file.size)
             return local, local == self._target(file)
         target = self._target(file)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +272,7 @@ class HubFolder:
                 path.unlink()
 
     def _count(self, count: int) -> None:
-        self._bar.update(count)
+        self._bar.advance(count)
 
     def _check_header(self, file: RepoFile, path: Path) -> None:
         """The header that the plan was made from must be the verified file's own."""

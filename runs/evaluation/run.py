@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
+from mmquant.monitor import current, phase
 
 from ..models import close_model, open_any
 
@@ -92,7 +92,7 @@ def _opened(model: str, fetch: FetchOptions | None, stack: ExitStack) -> Source:
     stack.callback(close_model, source)
     source.validate()
     for note in source.notes:
-        print(f"mmquant: {note}", file=sys.stderr)
+        current().message(note)
     return source
 
 
@@ -151,33 +151,18 @@ def measure(
     else:
         assert truth is not None
         against, made_of = truth, {"label": truth.label, "fingerprint": truth.fingerprint, "stored": None}
-    with Progress(ranks.first) as progress:
+    with phase("eval", None, "layer") as bar:
+        at = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal at
+            bar.expect(total)
+            bar.advance(done - at)
+            at = done
+
         outcomes = evaluate(against, candidates, sample, settings, ranks=ranks, save=save, progress=progress)
     dtype = str(settings.dtype).removeprefix("torch.")
     return document(outcomes, sample, candidates, made_of, seed=seed, dtype=dtype, activations=settings.activations)
-
-
-class Progress:
-    """A bar on stderr that moves with the layers; silent on other ranks and where stderr is no terminal."""
-
-    def __init__(self, shown: bool) -> None:
-        self._shown, self._bar = shown and sys.stderr.isatty(), None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *rest: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        if not self._shown:
-            return
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc="eval", unit="layer")
-        self._bar.update(done - self._bar.n)
 
 
 def _settings(

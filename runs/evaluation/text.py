@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
+from mmquant.monitor import current
 
 from ...convert import manifest
 
@@ -48,7 +48,7 @@ def make_eval_sample(
     notes: list[str] = []
     read = read_texts(list(texts) or [bundled("evaluation")], template, notes)
     for note in notes:
-        print(f"mmquant: {note}", file=sys.stderr)
+        current().message(note)
     if texts:
         for artifact in artifacts:
             check_unseen(read, artifact, template)
