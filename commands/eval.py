@@ -55,6 +55,7 @@ def command(
     """
     import json
 
+    from ..calibration.model.distributed import leave
     from ..runs.evaluation.result import apply_gate, check_gate, read_gate, table, validate
     from ..runs.evaluation.run import record, run
 
@@ -67,7 +68,10 @@ def command(
     thresholds = read_gate(gate_file) if gate_file is not None else {}
     named = {"max_ppl_ratio": options.pop("max_ppl_ratio"), "max_kld": options.pop("max_kld")}
     thresholds |= check_gate({k: v for k, v in named.items() if v is not None}, "gate")
-    result = run(artifacts, **options)
+    try:
+        result = run(artifacts, **options)
+    finally:
+        leave()
     if result is None:
         return
     failed = apply_gate(result, thresholds)

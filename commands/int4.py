@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     type=click.Choice(["bf16", "fp8"]),
     default="bf16",
     show_default=True,
-    help="fp8: calibrated scales for an FP8 cache (SGLang then uses one by itself, vLLM with --kv-cache-dtype fp8).",
+    help="fp8: calibrated scales for an FP8 cache, which vLLM and SGLang then use by themselves; it costs quality.",
 )
 @click.option(
     "--effort",

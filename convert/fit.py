@@ -80,40 +80,58 @@ def kv_table(g: Geometry) -> dict[str, int]:
     return {name: g.kv_bytes_per_token(size) for name, size in sizes.items()}
 
 
-def targets(artifact: str, format: str, entry: str, weights: Weights, g: Geometry) -> list[dict[str, Any]]:
-    """The two targets of every manifest, in its schema's form, marked `estimated`."""
+def targets(
+    artifact: str, format: str, entry: str, weights: Weights, g: Geometry, cache: str = "f16"
+) -> list[dict[str, Any]]:
+    """The two targets of every manifest, in its schema's form, marked `estimated`; `cache`: type of the KV cache.
+
+    What does not fit has no context and no command.
+    """
     if format == "gguf":
         return [_llama_a100(artifact, entry, weights, g), _llama_card(artifact, entry, weights, g)]
-    return [_vllm_a100(artifact, entry, weights, g), _vllm_card(artifact, entry, weights, g)]
+    return [_vllm_a100(artifact, entry, weights, g, cache), _vllm_card(artifact, entry, weights, g, cache)]
 
 
 def _target(
-    id: str, artifact: str, engine: str, hardware: dict[str, Any], devices: list[Device], context: int, **more: Any
+    id: str,
+    artifact: str,
+    engine: str,
+    hardware: dict[str, Any],
+    devices: list[Device],
+    context: int,
+    *,
+    launch: dict[str, Any],
+    cache: str = "f16",
+    **more: Any,
 ) -> dict[str, Any]:
+    fits = verdict(devices) if context else "no"
     return {
         "id": id,
         "artifact": artifact,
         "engine": engine,
         "hardware": hardware,
-        "fits": verdict(devices),
-        "context_tokens": context,
-        "kv_cache_type": "f16",
+        "fits": fits,
+        "context_tokens": context if fits != "no" else 0,
+        "kv_cache_type": cache,
         "parallel_sequences": 1,
         "budget": [d.row() for d in devices],
         "basis": "estimated",
+        "launch": launch if fits != "no" else {"argv": []},
         **more,
     }
 
 
 def _context(free: int, per_token: int, g: Geometry, at_most: int | None = None) -> int:
-    limit = min(g.max_context, at_most or g.max_context)
+    """Tokens whose cache fits into `free` bytes, in steps of 256; 0 when not even one step does."""
     fitting = max(0, free // max(per_token, 1))
-    return max(1, min(limit, fitting - fitting % 256 if fitting >= 256 else limit))
+    return min(g.max_context, at_most or g.max_context, fitting - fitting % 256)
 
 
-def _vllm(artifact: str, entry: str, weights: Weights, g: Geometry, count: int, memory: int, id: str) -> dict[str, Any]:
+def _vllm(
+    artifact: str, entry: str, weights: Weights, g: Geometry, cache: str, count: int, memory: int, id: str
+) -> dict[str, Any]:
     usable = int(memory * VLLM_UTILIZATION)
-    per_token = kv_table(g)["f16"] // count
+    per_token = kv_table(g)[cache] // count
     part = -(-weights.total // count)
     context = _context(usable - part - VLLM_ACTIVATIONS - VLLM_RUNTIME, per_token, g)
     devices = [
@@ -130,15 +148,16 @@ def _vllm(artifact: str, entry: str, weights: Weights, g: Geometry, count: int, 
         context,
         placement={"tensor_parallel": count, "gpu_memory_utilization": VLLM_UTILIZATION},
         launch={"argv": [*argv, "--gpu-memory-utilization", str(VLLM_UTILIZATION)]},
+        cache=cache,
     )
 
 
-def _vllm_a100(artifact: str, entry: str, weights: Weights, g: Geometry) -> dict[str, Any]:
-    return _vllm(artifact, entry, weights, g, 2, A100, "2xA100-80GB")
+def _vllm_a100(artifact: str, entry: str, weights: Weights, g: Geometry, cache: str) -> dict[str, Any]:
+    return _vllm(artifact, entry, weights, g, cache, 2, A100, "2xA100-80GB")
 
 
-def _vllm_card(artifact: str, entry: str, weights: Weights, g: Geometry) -> dict[str, Any]:
-    return _vllm(artifact, entry, weights, g, 1, CARD_24, "24GB-GPU+RAM")
+def _vllm_card(artifact: str, entry: str, weights: Weights, g: Geometry, cache: str) -> dict[str, Any]:
+    return _vllm(artifact, entry, weights, g, cache, 1, CARD_24, "24GB-GPU+RAM")
 
 
 def _compute(g: Geometry) -> int:

@@ -21,11 +21,12 @@ from .files.parse import one_line, parse_json
 from .fit import Weights
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
 from .models.minimax_m2 import Geometry
-from .naming import short_name
+from .requires import requires
 from .source import Source
 
 MANIFEST = "mmquant.fit.json"
 QUALITY_WAIT = 60.0  # seconds for another process to put its quality block
+UNKNOWN_BASE = "unknown"  # a local folder's name is no model's
 UNKNOWN_REVISION = "0" * 40  # a local folder has no hub revision; provenance carries the weights' fingerprint
 
 
@@ -111,6 +112,7 @@ def artifact_block(artifact: Artifact, g: Geometry) -> dict[str, Any]:
             "expert_layer": list(weights.expert_layer),
             "basis": "exact",
         },
+        **({"requires": asked} if (asked := requires(artifact.provenance.get("run", {}), g)) else {}),
         "quality": {"status": "not-measured"},
         "provenance": dict(artifact.provenance),
     }
@@ -119,7 +121,7 @@ def artifact_block(artifact: Artifact, g: Geometry) -> dict[str, Any]:
 def build(source: Source, artifact: Artifact, version: str) -> dict[str, Any]:
     """The manifest of one artifact of `source`."""
     origin = source.origin
-    base_model = origin.repo or short_name(source.label)
+    base_model = origin.repo or UNKNOWN_BASE
     hub = {"hf": "huggingface", "ms": "modelscope"}.get(origin.hub, origin.hub)
     g = source.geometry
     return {
@@ -130,8 +132,13 @@ def build(source: Source, artifact: Artifact, version: str) -> dict[str, Any]:
         "model": model_block(source, base_model, origin.revision or UNKNOWN_REVISION, hub),
         "license": license_block(source),
         "artifacts": [artifact_block(artifact, g)],
-        "targets": fit.targets(artifact.id, artifact.format, artifact.entry, artifact.weights, g),
+        "targets": fit.targets(artifact.id, artifact.format, artifact.entry, artifact.weights, g, cache_of(artifact)),
     }
+
+
+def cache_of(artifact: Artifact) -> str:
+    """Type of the KV cache that engines take for it: vLLM follows the folder's kv_cache_scheme by itself."""
+    return "fp8" if artifact.provenance.get("run", {}).get("kv_cache") == "fp8" else "f16"
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from ..calibration.int4.variant import CalibratedInt4
 from ..calibration.statistics.live import moment_plan
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.int4 import Int4Variant, check_groups
+from ..convert.requires import notes
 from ..quantize.integer.gptq import Grid
 from .calibrate import NAMES, make_provider, pass_of, tokens_at_most
 from .folder import check_place, write_folder
@@ -72,7 +73,9 @@ class Int4Request:
 
     def variant(self, source: Checkpoint, out: Path) -> Int4Variant:
         """The artifact to write. ValueError when its groups do not fit the model at the tensor parallelism."""
-        check_groups(source.geometry, self.group_size, self.tp)
+        check_groups(source.geometry, self.group_size, self.tp, self.attention)
+        for note in notes({"command": "int4", "group_size": self.group_size}, source.geometry):
+            current().message(f"mmquant: {note}")
         shape = {"group_size": self.group_size, "attention": self.attention, "layout": self.layout}
         shape |= {"eight_bit": self.eight_bit, "kv_cache": self.kv_cache}
         if self.method == "rtn":

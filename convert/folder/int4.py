@@ -30,10 +30,11 @@ from .writer import TensorSpec
 ATTENTION_CHOICES = ("bf16", "fp8", "fp8-channel", "int4")
 
 
-def check_groups(g: Geometry, group_size: int, parallel: int = 1) -> None:
-    """ValueError when a group does not divide the inputs of a matrix, whole or split over `parallel` devices.
+def check_groups(g: Geometry, group_size: int, parallel: int = 1, attention: str = "bf16") -> None:
+    """InputError when a group does not divide the inputs of a matrix, whole or split over `parallel` devices.
 
-    Tensor parallelism splits w2's inputs; a group must not straddle two devices (vLLM refuses to load).
+    Tensor parallelism splits the inputs of w2 (and of o, where attention is INT4); a group must not straddle two
+    devices (vLLM refuses to load).
     """
     width = g.expert_width // parallel
     if g.expert_width % parallel:
@@ -51,6 +52,12 @@ def check_groups(g: Geometry, group_size: int, parallel: int = 1) -> None:
         raise InputError(
             f"group size {group_size}: {g.expert_width}/{parallel} = {width} is not a multiple of it; what works: "
             f"group sizes {works}, at most {most} devices, or expert parallelism (--enable-expert-parallel)"
+        )
+
+    inputs = g.heads * g.head_dim
+    if attention == "int4" and inputs % (parallel * group_size):
+        raise InputError(
+            f"attention int4: group size {group_size} does not divide o's {inputs} inputs over {parallel} devices"
         )
 
 
@@ -92,7 +99,7 @@ class Int4Variant:
         }
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
-        check_groups(source.geometry, self.group_size)
+        check_groups(source.geometry, self.group_size, attention=self.attention)
         check_format(self.layout, self.bits, self.attention, self.symmetric)
         check_widths(self, source.geometry)
         specs = plain_specs(source, plain_shapes(source.geometry, layer))

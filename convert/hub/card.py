@@ -24,7 +24,7 @@ MANIFEST = "mmquant.fit.json"
 BEGIN = "<!-- mmquant: generated from mmquant.fit.json up to the end mark, edit outside -->"
 END = "<!-- mmquant: end -->"
 LOCAL_REVISION = "0" * 40  # of a base that was read from a folder
-UNKNOWN_BASE = "unknown"
+UNKNOWN_BASE = "unknown"  # as convert.manifest has it, without its torch
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ...calibration.evaluate.metrics import Scores, compare, join, summarise
 from ...calibration.evaluate.reference_store import Rows, StoredReference, compare_stored
 from ...calibration.text.sample import Sample
 from ...convert.gguf.reader import find_parts
+from .stdout import stdout_to_stderr
 
 COMPARED = ("ppl", "ppl_ratio", "top1")
 LEAST = 1e-12  # mass of the tokens that an engine does not name, when rounding leaves none
@@ -60,7 +61,8 @@ def cross_check(
         base = Path(str(reference)) if own else StoredReference(stored)
         scores, version = llamacpp_scores(base, [Path(a) for a in artifacts], sample, threads)
     else:
-        scores, version = vllm_scores(StoredReference(stored), artifacts, sample)
+        with stdout_to_stderr():  # stdout is the result's
+            scores, version = vllm_scores(StoredReference(stored), artifacts, sample)
     rows = []
     for candidate, found in zip(result["candidates"], scores, strict=True):
         numbers = summarise(found, sample.units(), seed)
@@ -125,6 +127,7 @@ def vllm_scores(stored: StoredReference, artifacts: tuple[str, ...], sample: Sam
             model=artifact,
             max_model_len=sample.context + 1,
             max_logprobs=VLLM_TOP,
+            enforce_eager=True,  # compiling takes longer than the windows do
             tensor_parallel_size=_parallel(torch.cuda.device_count()),
         )
         parts, at = [], 0

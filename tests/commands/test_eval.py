@@ -285,8 +285,12 @@ class DocumentedLLM:
     It keeps the order and the shape of `prompt_logprobs`, and refuses parameters that vLLM does not have.
     """
 
-    def __init__(self, *, model: str, max_model_len: int, max_logprobs: int, tensor_parallel_size: int) -> None:
+    def __init__(
+        self, *, model: str, max_model_len: int, max_logprobs: int, enforce_eager: bool, tensor_parallel_size: int
+    ) -> None:
         self.source, self.length, self.most = open_source(model), max_model_len, max_logprobs
+        print("INFO: as talkative as vLLM, on stdout")
+        assert enforce_eager
         assert tensor_parallel_size in (1, 2, 4)
 
     def generate(self, prompts: list[dict[str, list[int]]], params: SimpleNamespace, *, use_tqdm: bool) -> list[Any]:
