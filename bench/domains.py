@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
@@ -46,13 +47,14 @@ def read_sides(folder: Path, side: str, model: str, count: int) -> dict[str, Ten
 
 
 def chosen_windows(domains: dict[str, Tensor], name: str, count: int, source: Source) -> Tensor:
-    """Of one domain, of all (`mix`) or of all but one (`not-NAME`), in turn; NAME+EXTRA:N adds N windows of the bundled
-    text (`bundled`) or of tokens drawn evenly over the vocabulary (`random`)."""
+    """Of one domain, of all (`mix`) or all but one (`not-NAME`), in turn; NAME@N takes N windows instead, NAME+EXTRA:N
+    adds N windows of the bundled text (`bundled`) or of tokens drawn evenly over the vocabulary (`random`)."""
     name, *extras = name.split("+")
     if extras:
-        kind, number = extras[0].split(":")
-        own = chosen_windows(domains, name, count, source)
-        return torch.cat((own, generic(source, kind, int(number))))
+        more = [generic(source, *extra.split(":")) for extra in extras]
+        return torch.cat((chosen_windows(domains, name, count, source), *more))
+    name, _, number = name.partition("@")
+    count = int(number or count)
     if name in domains:
         return domains[name][:count]
     kept = [tokens for domain, tokens in domains.items() if name != f"not-{domain}"]
@@ -60,7 +62,8 @@ def chosen_windows(domains: dict[str, Tensor], name: str, count: int, source: So
     return torch.stack([t[i] for i in range(each) for t in kept if i < len(t)])[:count]
 
 
-def generic(source: Source, kind: str, count: int) -> Tensor:
+def generic(source: Source, kind: str, number: str) -> Tensor:
+    count = int(number)
     if kind == "random":
         g = torch.Generator().manual_seed(5)
         return torch.randint(0, source.geometry.vocab, (count, CONTEXT), generator=g)
@@ -70,9 +73,13 @@ def generic(source: Source, kind: str, count: int) -> Tensor:
 
 def method_of(text: str) -> Method:
     """`default`, or with fields changed: `default,damping=0.2,correct=0`."""
-    name, *changes = text.split(",")
-    fields = dict(change.split("=") for change in changes)
-    return replace(METHODS[name], **{key: type(getattr(METHODS[name], key))(float(v)) for key, v in fields.items()})
+    return changed(METHODS[text.partition(",")[0]], text)
+
+
+def changed(fields: Any, text: str) -> Any:
+    """A dataclass with the fields of "name,field=value,...", of the types that they have."""
+    values = dict(change.split("=") for change in text.split(",")[1:])
+    return replace(fields, **{key: type(getattr(fields, key))(float(value)) for key, value in values.items()})
 
 
 def interval(ours: Distance, stock: Distance) -> tuple[float, float]:
@@ -81,6 +88,11 @@ def interval(ours: Distance, stock: Distance) -> tuple[float, float]:
     draw = torch.randint(len(a), (2000, len(a)), generator=torch.Generator().manual_seed(0))
     ratio = a[draw].mean(1) / b[draw].mean(1)
     return float(ratio.quantile(0.025)), float(ratio.quantile(0.975))
+
+
+def base_of(calibrated: str) -> str:
+    """The domain that stock is calibrated on for this row."""
+    return calibrated.partition("+")[0].partition("@")[0]
 
 
 class Bench:
@@ -92,7 +104,7 @@ class Bench:
 
     def make(self, kind: str, method: str, tokens: Tensor) -> Whole:
         if kind == "INT4":
-            return self.lab.nearest() if method == "stock" else self.lab.int4(Int4Options(), tokens)
+            return self.lab.nearest() if method == "stock" else self.lab.int4(changed(Int4Options(), method), tokens)
         if method == "stock":
             return self.lab.stock(kind, self.lab.importance(tokens), self.threads)
         return self.lab.gguf(kind, method_of(method), tokens)
@@ -103,8 +115,8 @@ class Bench:
         seconds = time.perf_counter() - start
         found = self.lab.distance(model)
         if method == "stock":
-            self.known[kind, calibrated.split("+")[0]] = found
-        stock = self.known.get((kind, calibrated.split("+")[0]))
+            self.known[kind, base_of(calibrated)] = found
+        stock = self.known.get((kind, base_of(calibrated)))
         line = []
         for domain, distance in found.items():
             row = {"type": kind, "method": method, "calibrated": calibrated, "domain": domain, **distance.row()}
@@ -140,7 +152,9 @@ def main() -> None:
     for calibrated in options.calibrate:
         tokens = chosen_windows(calibration, calibrated, options.windows, bench.lab.source)
         for kind in options.type:
-            for method in options.method if "+" not in calibrated else [m for m in options.method if m != "stock"]:
+            for method in (
+                options.method if calibrated == base_of(calibrated) else [m for m in options.method if m != "stock"]
+            ):
                 bench.row(kind, method, calibrated, tokens)
 
 

@@ -20,6 +20,7 @@ from .options import (
     refuse_without_effect,
     size,
 )
+from .options_calibration import text_only_option
 from .options_fetch import fetch_options, open_model
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ FILE = click.Path(path_type=Path)
     help="Largest file; more become -00001-of-0000N.",
 )
 @click.option("--text", "texts", multiple=True, help="Calibration text: file, folder or `default`, PATH[=WEIGHT].")
+@text_only_option()
 @click.option("--context", type=click.IntRange(2), help="Tokens in a window; default 512 for the demo, else 2048.")
 @click.option("--windows", type=click.IntRange(1), default=128, show_default=True, help="Windows at most.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the documents' order.")
@@ -98,9 +100,9 @@ def command(
     calibrated = not no_calibration and mix.base not in (*PLAIN, "Q8_0")
     if not calibrated:
         why = "with --no-calibration" if no_calibration else f"with --type {mix.name}, which is not calibrated"
-        refuse_without_effect(why, "texts", "context", "windows", "seed", "statistics", "effort")
+        refuse_without_effect(why, "texts", "text_only", "context", "windows", "seed", "statistics", "effort")
     elif statistics is not None:
-        refuse_without_effect("with --statistics, which stands for the text", "context", "windows", "seed")
+        refuse_without_effect("with --statistics, which stands for the text", "text_only", "context", "windows", "seed")
     changed = parse_overrides(overrides)
     source = open_model(model, fetch, begin(out, dry_run))
     stem = name or f"{model_stem(model)}-{mix.name}"

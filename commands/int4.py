@@ -95,7 +95,7 @@ def command(model: str, out: Path, fetch: FetchOptions, dry_run: bool, limit: in
 
 def refuse_idle_options(method: str, backend: str, statistics: Path | None, **_: Any) -> None:
     """InputError for options that would change nothing of what was asked for."""
-    text = ("texts", "evaluation", "context", "windows")
+    text = ("texts", "text_only", "evaluation", "context", "windows")
     calibrated = (*text, "seed", "propagate", "statistics", "effort")
     if backend == "llmcompressor":
         mine = ("tp", "limit", "max_disk", "max_shards", "keep_shards", "transport")

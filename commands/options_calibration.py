@@ -13,10 +13,18 @@ from .options import SEED
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+def text_only_option() -> Decorator:
+    """--text-only."""
+    return click.option(
+        "--text-only", is_flag=True, help="--text alone; by default half as many windows of bundled text go with it."
+    )
+
+
 def calibration_options() -> Decorator:
-    """--text, --evaluation, --context, --windows, --seed, --statistics, --propagate."""
+    """--text, --text-only, --evaluation, --context, --windows, --seed, --statistics, --propagate."""
     options = (
         click.option("--text", "texts", multiple=True, help="Calibration text: file, folder or `default`; repeatable."),
+        text_only_option(),
         click.option("--evaluation", multiple=True, help="Text that must not overlap; default: the bundled one."),
         click.option("--context", type=click.IntRange(2), help="Tokens in a window; default 512 (demo), else 2048."),
         click.option("--windows", type=click.IntRange(1), default=256, show_default=True, help="Windows at most."),

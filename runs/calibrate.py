@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from ..convert.checkpoints.checkpoint import Checkpoint
     from ..convert.source import Source
 
-NAMES = ("texts", "evaluation", "context", "windows", "seed", "statistics", "propagate")
+NAMES = ("texts", "text_only", "evaluation", "context", "windows", "seed", "statistics", "propagate")
 FULL_BY_DEFAULT = 16 << 30  # full moments are kept by default while they take no more than this on disk
 
 
 def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
-    """Read, check and pack the calibration text."""
+    """Read, check and pack the calibration text; bundled text goes with it as far as `generic_at_most` says."""
     from ..calibration.text.chat import load_template
     from ..calibration.text.corpus import bundled, pack, read_sets
+    from ..calibration.text.generic import generic_texts, generic_windows, together
     from ..calibration.text.overlap import check_disjoint
     from ..calibration.text.tokenizer import load_tokenizer
 
@@ -33,9 +34,28 @@ def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
     for note in notes:
         current().message(note)
     corpus = pack(sets, tokenizer, context, options["windows"], options["seed"])
+    if generic_at_most(options):
+        more = read_sets(generic_texts(chats=template is not None), template)
+        extra = pack(more, tokenizer, context, generic_windows(len(corpus.tokens)), options["seed"])
+        corpus = together(corpus, extra)
     held = read_sets(list(options["evaluation"]) or [str(bundled("evaluation"))], template)
     check_disjoint(((d.origin, d.parts()) for part in held for d in part.documents), corpus.seen)
     return corpus
+
+
+def generic_at_most(options: dict[str, Any]) -> int:
+    """Windows of the bundled text that go with the user's own: none where it is part of that already, or unwanted."""
+    from ..calibration.text.corpus import DEFAULT
+    from ..calibration.text.generic import generic_windows
+
+    texts = [spec.partition("=")[0] for spec in options["texts"]]
+    wanted = texts and DEFAULT not in texts and not options.get("text_only", True)
+    return generic_windows(options["windows"]) if wanted else 0
+
+
+def windows_at_most(options: dict[str, Any]) -> int:
+    """Windows of the calibration text, the bundled part included, as far as that is known without reading it."""
+    return int(options["windows"]) + generic_at_most(options)
 
 
 def context_of(source: Source, options: dict[str, Any]) -> int:
@@ -49,7 +69,7 @@ def context_of(source: Source, options: dict[str, Any]) -> int:
 
 def tokens_at_most(source: Source, options: dict[str, Any]) -> int:
     """Tokens of the calibration text, as far as that is known without reading it."""
-    return context_of(source, options) * int(options["windows"])
+    return context_of(source, options) * windows_at_most(options)
 
 
 def pass_of(options: dict[str, Any], device: str, hidden: bool, full: bool) -> PassOptions:

@@ -29,7 +29,7 @@ from ..convert.hub.address import parse_address
 from ..convert.manifest import FileEntry
 from ..convert.naming import short_name
 from ..convert.source import CARRIED_FILES
-from .calibrate import context_of, make_corpus
+from .calibrate import context_of, generic_at_most, make_corpus, windows_at_most
 from .folder import check_disk, check_place, claim, finish_folder, is_finished, step_name, written_bytes
 from .memory import memory_for
 
@@ -104,7 +104,7 @@ def check_gguf(
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
     check_place(out, size, {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes})
     if options["calibrated"] and options["effort"] != "fast":
-        plan_memory(source.geometry, options["windows"], context_of(source, options), device, options["effort"])
+        plan_memory(source.geometry, windows_at_most(options), context_of(source, options), device, options["effort"])
 
 
 def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
@@ -166,6 +166,7 @@ def make_calibration(
         return open_stored(statistics, source, effort)
     corpus = make_corpus(source, {"evaluation": (), **text})
     names = ", ".join(Path(spec.split("=")[0]).name for spec in text["texts"]) or "default"
+    names += " and bundled text" if generic_at_most(text) else ""
     return Calibration(corpus.tokens, {"corpus": corpus.describe()}, names, effort)
 
 

@@ -1,0 +1,63 @@
+"""Bundled windows beside a user's own: half as many, evenly among them, and told apart in the manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mmquant.calibration.text.corpus import DEFAULT, pack, read_sets
+from mmquant.calibration.text.generic import generic_texts, generic_windows, together
+from mmquant.calibration.text.tokenizer import load_tokenizer
+from mmquant.convert.open import open_source
+from mmquant.runs.calibrate import generic_at_most, make_corpus, tokens_at_most, windows_at_most
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix potions "
+
+
+def options(text: Path, **changes: object) -> dict[str, object]:
+    return {
+        "texts": (str(text),),
+        "text_only": False,
+        "evaluation": (),
+        "context": 64,
+        "windows": 8,
+        "seed": 0,
+    } | changes
+
+
+def test_half_as_many_windows_of_bundled_text_stand_evenly_among_the_users(tmp_path: Path) -> None:
+    source, file = open_source("demo"), tmp_path / "mine.txt"
+    file.write_text(WORDS * 200)
+    corpus = make_corpus(source, options(file))
+    assert len(corpus.tokens) == windows_at_most(options(file)) == 12
+    mine = corpus.domain == corpus.domains.index("mine")
+    assert int(mine.sum()) == 8
+    assert int(mine[:6].sum()) == 4  # half of the windows are a sample of the whole
+    alone = make_corpus(source, options(file, text_only=True))
+    assert torch.equal(corpus.tokens[mine], alone.tokens)
+    assert [part.get("bundled", False) for part in corpus.settings["sets"]][:2] == [False, True]
+    assert sum(part["windows"] for part in corpus.settings["sets"]) == 12
+    assert len(corpus.seen) > len(alone.seen)
+
+
+def test_no_bundled_text_twice_and_none_where_it_is_unwanted(tmp_path: Path) -> None:
+    assert generic_at_most(options(tmp_path)) == 4
+    for other in ({"texts": ()}, {"texts": (DEFAULT,)}, {"texts": ("a.txt", "default=0.3")}, {"text_only": True}):
+        assert generic_at_most(options(tmp_path, **other)) == 0
+    command_without_the_option = {"texts": ("a.txt",), "windows": 8}
+    assert generic_at_most(command_without_the_option) == 0
+
+
+def test_without_a_template_the_chats_stay_out() -> None:
+    corpus = pack(read_sets(generic_texts(chats=False)), load_tokenizer(open_source("demo")), 64, 40)
+    assert "chat" not in corpus.domains
+    assert {"code", "docs", "prose", "laozi"} <= set(corpus.domains)
+    both = together(corpus, corpus)
+    assert both.describe()["windows"] == sum(both.describe()["windows_by_domain"].values()) == 2 * len(corpus.tokens)
+
+
+def test_dry_runs_count_the_bundled_windows(tmp_path: Path) -> None:
+    source = open_source("demo")
+    assert tokens_at_most(source, options(tmp_path)) == 64 * 12
+    assert generic_windows(1) == 1
