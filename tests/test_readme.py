@@ -1,4 +1,4 @@
-"""The README says what is there: its paths exist, its commands are commands, and their options are options."""
+"""README and docs agree with the tree: their paths exist; the README's commands and options are real."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from mmquant.commands.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *DOCS]
+FOLDERS = ("mmquant", "commands", "runs", "calibration", "convert", "quantize", "tests", "bench", "docs", "notebooks")
 EXAMPLES = sorted(set(re.findall(r"`(mmquant [a-z0-9]+ [^`]+)`|^    (mmquant .+)$", README, flags=re.M)))
 
 
@@ -45,6 +48,11 @@ def test_paths_of_the_file_map_exist() -> None:
             folder = ROOT / text.rstrip("/")
 
 
-def test_documents_it_links_exist() -> None:
-    for path in re.findall(r"`((?:docs|notebooks|tests)/[^`]+)`", README):
-        assert (ROOT / path.rstrip("/")).exists(), path
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_that_documents_name_exist(name: str) -> None:
+    """`convert/hub/` or `quantize/fp8.py` in backquotes, and [links](to/files.md) relative to the document."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for path in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[A-Za-z0-9_./-]*)`", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / name).parent.joinpath(path).exists(), path

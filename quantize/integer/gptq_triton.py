@@ -1,6 +1,6 @@
 """The inside of a GPTQ block on CUDA (Triton): a group's scale search fused with the sweep over its columns.
 
-Same arithmetic as the torch path in `gptq` and `int_grid`; sums run in another order, so ties may round otherwise.
+Same arithmetic as the torch path in `gptq` and `grid`; sums run in another order, so ties may round otherwise.
 All tensors are [E, B, O] with outputs contiguous: a program holds B columns of TILE output rows in registers.
 """
 
@@ -132,7 +132,7 @@ def _sweep_kernel(
 
 
 def search_group(values: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """Symmetric signed scales [E, O] of one group: values [E, B, O], importance [E, B]; as `int_grid.search`."""
+    """Symmetric signed scales [E, O] of one group: values [E, B, O], importance [E, B]; as `grid.search`."""
     experts, columns, outputs = values.shape
     importance = importance.contiguous()
     scales = torch.empty(experts, outputs, device=values.device)

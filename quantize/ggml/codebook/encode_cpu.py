@@ -1,8 +1,6 @@
 """`encode` on the CPU (numba), one super-block after another.
 
-It does what `iquants.search_tensors` does, step by step, on as many super-blocks as fill the lanes. It may guess scales
-from typing import TYPE_CHECKING
-
+It does what `encode.search_tensors` does, step by step, on as many super-blocks as fill the lanes. It may guess scales
 from the errors that all vectors of the codebook's levels would have; levels and points are still the best ones.
 """
 
@@ -183,7 +181,7 @@ def encode(
 ):
     """Fields of N super-blocks of B blocks.
 
-    x, w [N * B, shared] and unit [N] as in `iquants.Scaled`; fan [S], S a multiple of four; spread [M]
+    x, w [N * B, shared] and unit [N] as in `encode.Scaled`; fan [S], S a multiple of four; spread [M]
     guessing: scales by `loose`, not with PARITY
     out_scale [N] float32 (an fp16 number), level [N * B], code [N * B, groups], signs and minus [N * B, octets]
     """

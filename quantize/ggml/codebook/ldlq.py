@@ -105,7 +105,7 @@ def encode_with_feedback(
     passes   rounds of coordinate descent after the sweep
     returns  uint8 [E, R, n / 256 * bytes of a super-block]
 
-    Raises ValueError as `iquants.encode` does.
+    Raises ValueError as `encode.encode` does.
     """
     layout = layout_of(kind, rows.shape)
     check_rows(rows, layout)

@@ -73,7 +73,7 @@ def _has_triton() -> bool:
 
 
 def numba_rule(layout: Layout) -> int:
-    """The sign rule as a number of `iquants_sweep`."""
+    """The sign rule as a number of `sweep_cpu`."""
     from . import sweep_cpu as kernels
 
     if layout.signs is Signs.DELTA:

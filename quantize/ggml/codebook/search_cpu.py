@@ -1,6 +1,6 @@
 """`search` on the CPU (numba): blocks into vectors, and the points that a sweep found.
 
-`iquants_search` has the meaning of the arguments.
+`search` has the meaning of the arguments.
 """
 
 from __future__ import annotations

@@ -180,10 +180,10 @@ def _search(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: fl
 
 
 def scan(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout) -> Tensor:
-    """`iquants_search.scan` on CUDA."""
+    """`search.scan` on CUDA."""
     return _search(x, weight, scales, layout, DELTA, False)[0]
 
 
 def choose(x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float = DELTA) -> Choice:
-    """`iquants_search.choose` on CUDA."""
+    """`search.choose` on CUDA."""
     return Choice(*_search(x, weight, scales, layout, delta, True))
