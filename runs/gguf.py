@@ -44,8 +44,8 @@ def write_gguf(
 ) -> Path:
     """Write `variant` of `source` into the folder `out`; returns the file to give to llama.cpp (the first part).
 
-    With `calibration` its text (calibration/gguf/run.py) or stored statistics (run_stored.py) steer the codes; without, every weight
-    goes to the nearest point.
+    With `calibration` its text or its stored statistics steer the codes; without, every weight goes to the nearest
+    point.
 
     A finished folder of the same run is left alone, an unfinished one continued at its layer. InputError when `out`
     holds something else, FitError when the disk is too small.
