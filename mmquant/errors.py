@@ -7,9 +7,16 @@ from contextlib import contextmanager
 
 
 class MmquantError(Exception):
-    """One line for the user: where, what was found, what was expected. Exit code 1."""
+    """One line for the user: where, what was found, what was expected. Exit code 1.
+
+    What it quotes may come from outside, so line breaks become blanks and terminal codes are not printed.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in line))
 
 
 class InputError(MmquantError, ValueError):

@@ -44,18 +44,17 @@ WORDS = [
 def mutants(valid: bytes, count: int, seed: str, header: int | None = None) -> Iterator[bytes]:
     """`count` damaged forms of `valid`; JSON when `header` is None, else a binary file with so many bytes of header."""
     draw = random.Random(seed)
-    value = json.loads(valid) if header is None else None
     for _ in range(count):
-        yield broken_bytes(draw, valid, header) if header is not None else broken_json(draw, value, valid)
+        yield broken_bytes(draw, valid, header) if header is not None else broken_json(draw, valid)
 
 
-def broken_json(draw: random.Random, value: Any, valid: bytes) -> bytes:
+def broken_json(draw: random.Random, valid: bytes) -> bytes:
     kind = draw.randrange(10)
     if kind == 0:
         return draw.choice(RAW)
     if kind == 1:
         return broken_bytes(draw, valid, len(valid))
-    changed = copy.deepcopy(value) if len(valid) < 4000 else _shallow(value)
+    changed = json.loads(valid)
     for _ in range(draw.randint(1, 2)):
         changed = changed_once(draw, changed)
     text = json.dumps(changed).encode()
@@ -67,17 +66,10 @@ def broken_json(draw: random.Random, value: Any, valid: bytes) -> bytes:
     return text
 
 
-def _shallow(value: Any, depth: int = 3) -> Any:
-    """A copy of the upper levels: what lies below is replaced, not changed."""
-    if depth and isinstance(value, dict):
-        return {k: _shallow(v, depth - 1) for k, v in value.items()}
-    return [_shallow(v, depth - 1) for v in value] if depth and isinstance(value, list) else value
-
-
 def changed_once(draw: random.Random, value: Any) -> Any:
     """One place of the tree changed: replaced, removed, added to or given another type."""
     if not isinstance(value, dict | list) or not value or draw.random() < 0.05:
-        return draw.choice(VALUES)
+        return copy.deepcopy(draw.choice(VALUES))
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = draw.choice(keys)
     inner = value[key]
@@ -96,7 +88,7 @@ def changed_once(draw: random.Random, value: Any) -> Any:
     elif how == 3:
         value[key] = {"a": inner}
     else:
-        value[key] = draw.choice(VALUES)
+        value[key] = copy.deepcopy(draw.choice(VALUES))
     return value
 
 
