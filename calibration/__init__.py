@@ -1,1 +1,1 @@
-"""Activations: calibration text, the reference forward one layer at a time, statistics, evaluation."""
+"""Run the model: calibration text, the reference forward layer by layer, statistics, evaluation."""

@@ -1,1 +1,1 @@
-"""Perplexity, KL divergence and agreement, streamed layer by layer."""
+"""Measure perplexity, KL divergence and agreement, layer by layer."""

@@ -1,4 +1,4 @@
-"""How far a variant is from its reference: per position, and what a sample of positions says, with its uncertainty.
+"""Metrics of a candidate against its reference, per position and over a sample, with uncertainty.
 
 Per scored position: negative log-likelihood of both, Kullback-Leibler divergence KL(reference || variant) in nats,
 whether the most probable token is the same, and the change of the next token's probability. All sums run in float64;

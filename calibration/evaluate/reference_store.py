@@ -1,4 +1,4 @@
-"""The reference's next-token distributions in one file: the most probable tokens of each position and the rest's mass.
+"""Store the reference's next-token distributions in one file: top tokens and the mass of the rest.
 
 Per position the smallest set of tokens that leaves at most `tail` of the probability, log-probabilities in steps of
 2^-11 (16 bits); `tail` starts at 5e-5 and is tightened block by block until the KLD of a probe (the reference's own

@@ -1,5 +1,4 @@
-"""What an interrupted evaluation leaves: every rank's hidden states after some layer, so that the next run goes on
-there.
+"""Checkpoint of an evaluation: hidden states of every rank, per layer.
 
 A folder with one safetensors file per rank, layer and run, which carries the SHA-256 of its values. Files are written
 at most every `EVERY` seconds, when the first rank says so, and an older layer's file goes only once all ranks have

@@ -1,4 +1,4 @@
-"""One pass over a reference and any number of candidates: layer by layer, each with its own hidden states.
+"""Evaluate a reference and any number of candidates in one pass, layer by layer.
 
 The layer of the reference and of each candidate is read in turn, applied to all windows and dropped, so memory is that
 of one layer plus hidden states. After each layer the candidate's hidden state and chosen experts are compared with the

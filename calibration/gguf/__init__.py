@@ -1,1 +1,1 @@
-"""A layer of a GGUF file from its weights and the calibration text."""
+"""Quantize one layer of a GGUF file from its weights and the calibration text."""

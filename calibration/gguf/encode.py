@@ -1,4 +1,4 @@
-"""Tensors of one step of a GGUF file, from weights (and what calibration saw of them) to bytes."""
+"""Encode the tensors of one step of a GGUF file, with or without calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts of a layer of a GGUF file: w1 and w3, then w2 on what they give; with effort high codes are learned."""
+"""Quantize the experts of one GGUF layer: w1 and w3, then w2 on their output, then SignRound with effort high."""
 
 from __future__ import annotations
 

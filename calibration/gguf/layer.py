@@ -1,5 +1,4 @@
-"""Calibrated tensors of a GGUF file, step by step: each matrix corrected for what came before it, then rounded with
-feedback."""
+"""Quantize the matrices of one GGUF layer in order, each corrected for the error of those before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest sums of inputs of every expert's down projection, by running text through the file itself."""
+"""Measure the largest block sums of every expert's down projection input by running the GGUF file itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many experts of a GGUF layer a device calibrates and solves at once, and the memory that this takes.
+"""Plan how many experts of a GGUF layer a device calibrates and solves at once.
 
 On the device lie, at the peak of a layer: its weights twice (as they were and as they are written), own and cross
 moments of `chunk` experts and of their pool, and either the work of a solve of `step` experts or the activations of a

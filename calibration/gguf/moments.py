@@ -1,4 +1,4 @@
-"""Own and cross moments of matrices in two streams, the pool of a layer's experts, and the correction they give."""
+"""Second and cross moments of two streams, the pool of a layer's experts, and the correction from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A calibrated GGUF file in one pass: both residual streams go through the layers while the writer follows.
+"""Write a calibrated GGUF file in one pass: both residual streams advance with the writer.
 
 Interrupted, it continues at its layer with the same bytes: the streams are kept on disk (raw float32) as they enter the
 layer that is next.

@@ -1,4 +1,4 @@
-"""--effort fast: one stream, the reference's; a search under the diagonals of what each matrix saw of the text."""
+"""Write a GGUF file with --effort fast: search under the diagonals of the reference stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF tensors from statistics that were made before: what `mmquant calibrate` wrote, or anybody's imatrix.gguf.
+"""Write a GGUF file from stored statistics: those of `mmquant calibrate`, or any imatrix.gguf.
 
 One stream only: there are no tokens, so nothing is corrected for what earlier layers lost (streams.py does that), and
 the head is not calibrated. Full moments give error feedback, diagonals a search weighted by importance.

@@ -1,4 +1,4 @@
-"""--effort high for GGUF: the experts' codes learned against what the layer should add to the written stream."""
+"""SignRound of a GGUF layer's experts (--effort high), against the output that the layer should add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How matrices of a GGUF file are solved: corrected for what came before them, then rounded with feedback."""
+"""Round matrices of a GGUF file: correct them for earlier errors, then quantize with error feedback."""
 
 from __future__ import annotations
 

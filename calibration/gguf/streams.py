@@ -1,4 +1,4 @@
-"""One layer quantized on what the quantized layers before it really deliver: two residual streams, side by side.
+"""Advance two residual streams through a layer: the reference stream and the quantized stream.
 
 The reference stream runs through the original weights, the other through what was written so far. With x the reference
 input of a matrix W and z the other's, sum |W x - Q z|^2 is least, before rounding, at T = W X (H + l)^-1 with

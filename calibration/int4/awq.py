@@ -1,4 +1,4 @@
-"""Equalization of a MiniMax-M2 layer, exact but for rounding of what absorbs it.
+"""AWQ scales of a MiniMax-M2 layer: equalize inputs exactly, up to rounding of what absorbs the scale.
 
 Four pairs: post_attention_layernorm -> router, w1 and w3 of all experts (one scale per channel for the layer; the
 router is compensated, so that the same experts are chosen); w3 -> w2, per expert; input_layernorm -> q, k, v; v -> o,

@@ -1,4 +1,4 @@
-"""--effort high: a layer learned against what the unquantized model computes from its own, unquantized stream.
+"""SignRound of an INT4 layer (--effort high), against the unquantized layer on the unquantized stream.
 
 Two streams go through the model: the reference's, and the one that the quantized layers leave behind. A layer is to
 turn the second into the first: its attention (when INT4), then its router, then its experts, chunk by chunk, each

@@ -1,4 +1,4 @@
-"""One layer's INT4: from its weights and what calibration saw of it to codes, scales and the layer as it is read back.
+"""Quantize one layer to INT4: codes, scales, and the layer as it reads back.
 
 Experts are taken in chunks, so that the working memory is bounded whatever the layer's size. Every expert has its own
 second moments, scales and error feedback; all share bits and group size, as the engines want.

@@ -1,4 +1,4 @@
-"""What the user should know of a quantized layer, in words."""
+"""Report of one quantized INT4 layer, in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INT4 folders computed from statistics: the calibrated methods in the layout of `convert.int4_variant`."""
+"""INT4 folders computed from statistics, in any layout of `convert/folder/int4_layouts.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routed rows back at their tokens: out[n] = sum over k of share[n, k] * y[place[n, k]], in float32.
+"""Add routed rows to their tokens: out[n] = sum over k of share[n, k] * y[place[n, k]], in float32.
 
 On CUDA one Triton kernel reads each row once and writes each token once; elsewhere plain torch. No atomics: a token's
 terms are added in the order of k, so results do not change from run to run.

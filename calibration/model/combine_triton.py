@@ -1,4 +1,4 @@
-"""The kernel of `combine`: a program owns a token and a stretch of channels."""
+"""Kernel of `combine`: one program per token and range of channels."""
 
 from __future__ import annotations
 

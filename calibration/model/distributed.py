@@ -1,4 +1,4 @@
-"""Several processes on one pass (torchrun): windows and bytes are split over ranks, sums are added in rank order.
+"""Split a pass over several processes (torchrun): windows and bytes by rank, sums in rank order.
 
 Without torchrun everything here is a no-op for one process. Backends: NCCL on CUDA, gloo on CPU. Sums never go through
 all-reduce: they are sent to their owner and added in the order of the ranks, so that equal runs give equal bits.

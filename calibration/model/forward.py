@@ -1,4 +1,4 @@
-"""The reference forward of MiniMax-M2, one layer at a time, with a place to watch what enters each matrix.
+"""The reference forward of MiniMax-M2, one layer at a time, with observers of every matrix's input.
 
 Matrices run in the weights' dtype (float32 or bfloat16); router, softmax, norms and the residual stream in float32.
 Never float16: the last layer of M2.7 overflows it. Follows transformers 5.23 `MiniMaxM2DecoderLayer` (RoPE on the first

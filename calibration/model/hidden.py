@@ -1,4 +1,4 @@
-"""The residual stream of all windows, kept between layers: in RAM, or in a memory-mapped file beyond a limit."""
+"""The residual stream of all windows between layers, in RAM or in a memory-mapped file."""
 
 from __future__ import annotations
 

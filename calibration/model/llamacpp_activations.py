@@ -1,4 +1,4 @@
-"""What llama.cpp's CPU backend makes of each matrix's input before it multiplies; by itself a pass rounds nothing.
+"""Emulate how llama.cpp's CPU backend rounds the activations of each matrix. Off by default.
 
 A GGUF matrix is multiplied by activations in the type that goes with its own: blocks of 32 or 256 values of 8 bits,
 float16 or bfloat16; keys, values and queries are float16. A model that is no GGUF counts as its BF16 conversion.

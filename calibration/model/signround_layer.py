@@ -1,4 +1,4 @@
-"""Learned rounding of a layer: its attention against what attention adds, its experts against their routed output.
+"""SignRound of one layer: attention and experts, each against the output of the unquantized layer.
 
 The reference is the unquantized layer on the unquantized stream; the quantized layer works on the stream that the
 quantized layers before it leave behind, when that is known, and so makes good part of their error.

@@ -1,4 +1,4 @@
-"""The residual stream on its way through the layers: embedded, advanced, checkpointed, restored or replayed."""
+"""Carry the residual stream through the layers: embed, advance, checkpoint, restore or replay."""
 
 from __future__ import annotations
 

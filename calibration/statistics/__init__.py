@@ -1,1 +1,1 @@
-"""Statistics of every expert: collected, summed, stored, reported."""
+"""Statistics of every expert: collect, sum, store, report."""

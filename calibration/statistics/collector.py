@@ -1,4 +1,4 @@
-"""The observer that sums statistics during a forward pass, with fixed order and no atomics: equal runs, equal bits.
+"""Sum statistics during a forward pass, in fixed order and without atomics: equal runs give equal bits.
 
 Token-level quantities (the experts' input) are computed once per token, not once per routed row; per-expert sums of
 them are products with the routing matrix [N, E]. Only w2's input is read row by row.

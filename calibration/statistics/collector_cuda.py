@@ -1,4 +1,4 @@
-"""The collector with fused CUDA kernels: routed rows are read once for all sums, x^T x of all experts in one launch."""
+"""Collect statistics by fused CUDA kernels: one reading of the rows, one launch for all x^T x."""
 
 from __future__ import annotations
 

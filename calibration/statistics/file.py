@@ -1,4 +1,4 @@
-"""One layer's statistics as a safetensors file, tensor by tensor; second moments come from the ranks that own them."""
+"""Write and read one layer's statistics as a safetensors file, tensor by tensor, from the ranks that own them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between statistics and llama.cpp's importance matrix: unweighted sums of x^2, per expert."""
+"""Convert between statistics and llama.cpp's importance matrix: unweighted sums of x^2 per expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one pass learns of a layer: the moments of every matrix's input, the router's habits, the extremes."""
+"""Statistics of one layer from one pass: input moments, routing counts, maxima."""
 
 from __future__ import annotations
 

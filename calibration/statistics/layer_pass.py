@@ -1,4 +1,4 @@
-"""The streamed pass: layer by layer, the calibration tokens go through and leave every expert's statistics behind.
+"""Run calibration tokens through the model and collect statistics, layer by layer.
 
 Memory: one layer's weights, the hidden states (stream.py) and the accumulators of one layer. When those of all experts
 do not fit, experts are taken in chunks, one forward for each chunk; when the finished sums do not fit in memory either,

@@ -1,4 +1,4 @@
-"""The two providers of a quantizer's inputs (provider.py): a live pass that stores nothing, and stored statistics."""
+"""The two statistics providers: a live pass that stores nothing, and stored statistics."""
 
 from __future__ import annotations
 

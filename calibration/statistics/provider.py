@@ -1,4 +1,4 @@
-"""The seam between a calibration pass and a quantizer: what a layer's quantizer is handed, wherever it comes from.
+"""Interface that gives a quantizer the statistics of one layer, from a live pass or from disk.
 
 Two providers exist: stored statistics (`mmquant calibrate --out`, read back) and a live pass, which runs the reference
 forward and hands each layer over before it moves on, storing nothing.

@@ -1,4 +1,4 @@
-"""Sums over routed rows on CUDA, in one reading of them: per-channel squares and extremes, and x^T x of every expert.
+"""Reduce routed rows on CUDA in one reading: squares and maxima per channel, x^T x per expert.
 
 Rows are sorted by expert, expert e owning offsets[e]:offsets[e+1]. One program adds a part of one expert's rows in a
 fixed order: no atomics, equal runs give equal bits. Shapes: R rows, n inputs, E experts.

@@ -1,4 +1,4 @@
-"""What a calibration found, in words and numbers: one summary a layer, and the findings of the whole."""
+"""Summarize a calibration: one summary per layer, and findings over all layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calibration report as one HTML file with its plots inside, drawn as SVG: no library, no network."""
+"""Calibration report as one HTML file with inline SVG plots; it needs no library and no network."""
 
 from __future__ import annotations
 

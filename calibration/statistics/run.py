@@ -1,4 +1,4 @@
-"""`mmquant calibrate`: every layer's statistics into a folder, killed and continued at will."""
+"""Collect every layer's statistics into a folder (`mmquant calibrate`); a killed run continues."""
 
 from __future__ import annotations
 

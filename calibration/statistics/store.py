@@ -1,4 +1,4 @@
-"""Statistics on disk: one safetensors file a layer and statistics.json, which names what they are of; all atomic.
+"""Statistics on disk: one safetensors file per layer, and statistics.json with their identity.
 
 Second moments are stored as upper triangles, row by row [E, n(n+1)/2], float32 or bfloat16. statistics.json is written
 after every layer: the layers that it lists are whole.

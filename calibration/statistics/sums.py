@@ -1,4 +1,4 @@
-"""Running sums of moments, and the row and column reductions that feed them."""
+"""Running sums of moments, and the reductions over rows and columns that feed them."""
 
 from __future__ import annotations
 

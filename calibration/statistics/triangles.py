@@ -1,4 +1,4 @@
-"""Second moments as they are stored: upper triangles, in float32 or bfloat16; and what a layer's file takes."""
+"""Store second moments as upper triangles in float32 or bfloat16; sizes of a layer's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats as the model sees them: conversations rendered with the checkpoint's own chat template."""
+"""Render conversations with the checkpoint's own chat template."""
 
 from __future__ import annotations
 

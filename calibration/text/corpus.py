@@ -1,4 +1,4 @@
-"""Which text a pass sees: named sets, mixed by weight, seed and budget, packed into windows and identified by hashes.
+"""Calibration corpora: named text sets, mixed by weight, packed into windows, identified by hashes.
 
 A set is made of documents: a text file, every text of a folder, a row of a JSON or JSONL file (rows.py; chats are
 rendered with the checkpoint's template). Its domain is the file's stem, or the subfolder's name.

@@ -1,4 +1,4 @@
-"""Documents of files: found in one pass that keeps nothing but their places, and read again when they are used."""
+"""Index the documents of text files in one pass, and read each again on use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text files of any size, read in parts: what a file holds by its content, its decoded parts, its rows."""
+"""Read text files of any size in parts: content type, decoded text, rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation text that was calibrated on is found by hashed 13-word shingles.
+"""Detect evaluation text that was calibrated on, by hashed 13-word shingles.
 
 A word is a run of letters or digits, or a single CJK character. Two texts overlap when a passage of 50 words appears in
 both, or when more than 1 % of the evaluation text's shingles do: licence headers pass, a copied page does not.

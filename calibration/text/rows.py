@@ -1,4 +1,4 @@
-"""One row of a data set as text or as a conversation: the forms in which people publish them.
+"""Parse one row of a data set as text or conversation, in the published forms.
 
 Known: text; messages (role, content); conversations of ShareGPT (from, value); Alpaca (instruction, input, output,
 system, history); prompt and completion, as text or as messages. Empty and null fields are absent fields.

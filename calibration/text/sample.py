@@ -1,4 +1,4 @@
-"""What is scored: windows of tokens cut from texts, each with its domain, its document and its first scored position.
+"""Evaluation samples: token windows with domain, document and first scored position.
 
 Position p of a window predicts token p + 1. By default every position but the last is scored; with `stride` below the
 window's length only the tokens that the window before did not score; by llama-perplexity's convention the second half:

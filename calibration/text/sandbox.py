@@ -1,4 +1,4 @@
-"""Jinja2 for templates from outside: sandboxed, and bounded in steps and in the sizes of what they make."""
+"""Run chat templates from outside in a Jinja2 sandbox, with limits on steps and sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to token windows with the checkpoint's own tokenizer."""
+"""Tokenize text into windows with the checkpoint's own tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of any length to tokens, piece by piece: the same tokens as the whole text gives, in memory of a piece.
+"""Tokenize texts of any length piece by piece, with the same tokens as in one piece.
 
 A piece ends after a letter that white space or punctuation of CJK follows. There byte-level BPE starts anew: its
 patterns end a run of letters, and no token reaches over. Tokenizers of another kind (one that marks the start of a

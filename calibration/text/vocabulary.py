@@ -1,4 +1,4 @@
-"""Whether a candidate is the reference's model and speaks its tokens: the checks before two are compared."""
+"""Check that a candidate and its reference are the same model and share their tokens."""
 
 from __future__ import annotations
 
