@@ -1,4 +1,4 @@
-"""mmquant awq: int4 --method awq --format awq."""
+"""`mmquant awq`: the same as `int4 --method awq --format awq`."""
 
 from __future__ import annotations
 

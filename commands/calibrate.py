@@ -1,4 +1,4 @@
-"""mmquant calibrate."""
+"""`mmquant calibrate`: collect and store every expert's statistics."""
 
 from __future__ import annotations
 

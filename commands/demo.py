@@ -1,4 +1,4 @@
-"""mmquant demo."""
+"""`mmquant demo`: run the whole pipeline on the bundled model."""
 
 from __future__ import annotations
 

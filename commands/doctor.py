@@ -1,4 +1,4 @@
-"""mmquant doctor."""
+"""`mmquant doctor`: check and repair a GGUF file."""
 
 from __future__ import annotations
 

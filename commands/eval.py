@@ -1,4 +1,4 @@
-"""mmquant eval."""
+"""`mmquant eval`: score artifacts against a reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mmquant fp8."""
+"""`mmquant fp8`: write an FP8 folder."""
 
 from __future__ import annotations
 

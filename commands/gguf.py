@@ -1,4 +1,4 @@
-"""mmquant gguf."""
+"""`mmquant gguf`: write a GGUF file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mmquant inspect: the census of a checkpoint."""
+"""`mmquant inspect`: show the census of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mmquant int4."""
+"""`mmquant int4`: write an INT4 folder."""
 
 from __future__ import annotations
 

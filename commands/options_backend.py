@@ -1,4 +1,4 @@
-"""The option of the commands that llm-compressor can do as well."""
+"""The option --backend, for commands that llm-compressor can do as well."""
 
 from __future__ import annotations
 

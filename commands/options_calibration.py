@@ -1,4 +1,4 @@
-"""Options of commands that calibrate in their own pass, or read what `calibrate --out` wrote."""
+"""Options of commands that calibrate in their own pass or read stored statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of every command that may read its model from a hub, and the opening of it."""
+"""Options of commands that read a model from a hub, and opening that model."""
 
 from __future__ import annotations
 

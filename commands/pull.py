@@ -1,4 +1,4 @@
-"""mmquant pull: a repository into a folder, verified."""
+"""`mmquant pull`: download a repository into a folder, verified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mmquant push: publish a finished folder."""
+"""`mmquant push`: publish a finished folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terminal's monitor, on stderr: bars on a terminal, lines into a pipe, messages on lines of their own."""
+"""Show progress and messages on stderr: bars on a terminal, lines in a pipe."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files: checkpoints and hubs, the names of MiniMax-M2, writers and readers of every format."""
+"""Read and write files: checkpoints, hubs, and every storage format."""

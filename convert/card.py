@@ -1,4 +1,4 @@
-"""The front matter of a model card: what the owner wrote stays, licence and base model are never invented."""
+"""Front matter of a model card: keep the owner's fields, never invent a licence or a base model."""
 
 from __future__ import annotations
 

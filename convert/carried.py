@@ -1,4 +1,4 @@
-"""The small files that an artifact takes over from its source, read and checked before anything is written."""
+"""Read and check the small files that an artifact takes over from its source, before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat templates of a model, wherever it keeps them: one answer for every command and format.
+"""Find a model's chat templates, by the same rules for every command and format.
 
 As transformers' tokenizers find them: chat_template.jinja with the named ones of additional_chat_templates/ wins, then
 tokenizer_config.json's chat_template, one or a list of named ones. A processor's chat_template.json comes last. Empty

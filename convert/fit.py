@@ -1,4 +1,4 @@
-"""Does it fit: simple arithmetic for 2x A100-80GB and for one 24 GB card with system RAM, every number an estimate.
+"""Estimate whether a model fits 2x A100-80GB, or one 24 GB card with system RAM.
 
 Sizes in bytes. Formulas and constants: KV cache of one sequence, activations and runtime as measured by others
 (vLLM: 3-4.5 GiB a GPU beyond weights and cache; llama.cpp: ubatch x vocabulary x 4 bytes, 0.6 GiB CUDA context).

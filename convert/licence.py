@@ -1,4 +1,4 @@
-"""What a licence file permits, judged by its words: for manifests and model cards."""
+"""Judge by a licence file's words what it permits, for manifests and model cards."""
 
 from __future__ import annotations
 

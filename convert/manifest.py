@@ -1,4 +1,4 @@
-"""mmquant.fit.json: which files, how good, what they fit, how made. Written last: its presence means whole."""
+"""Build and read the manifest (mmquant.fit.json): files, quality, fit, provenance. It is written last."""
 
 from __future__ import annotations
 

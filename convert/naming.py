@@ -1,4 +1,4 @@
-"""What a model is called: after its repository where that is known, never after a commit."""
+"""Name a model after its repository where that is known, never after a commit."""
 
 from __future__ import annotations
 

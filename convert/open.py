@@ -1,4 +1,4 @@
-"""From what a user types after --model to a Source."""
+"""Open the model named by `--model`."""
 
 from __future__ import annotations
 

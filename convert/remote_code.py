@@ -1,4 +1,4 @@
-"""The Python files that `auto_map` names: carried together with it, or its entries are removed.
+"""Find the Python files that `auto_map` names: carry them, or remove its entries.
 
 With trust_remote_code an engine imports MODULE.py of the folder for "MODULE.Class", and what that file imports
 relatively; a missing one ends the start. Source: transformers dynamic_module_utils.py.

@@ -1,4 +1,4 @@
-"""What a model is to the rest of mmquant: dequantized weights by release name, layer by layer."""
+"""Interface of a readable model: dequantized weights by release name, layer by layer."""
 
 from __future__ import annotations
 

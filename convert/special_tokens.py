@@ -1,4 +1,4 @@
-"""The special tokens of a model, wherever it names them: one answer for every command and format.
+"""Find a model's special tokens, by the same rules for every command and format.
 
 By text: tokenizer_config.json, then special_tokens_map.json, each as a string or an object with `content`. Else by
 number: generation_config.json (the first of a list), then config.json. Empty and null are absent.

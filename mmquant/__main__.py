@@ -1,4 +1,4 @@
-"""python -m mmquant."""
+"""Run the command line: python -m mmquant."""
 
 from mmquant.commands.cli import main
 

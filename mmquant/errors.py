@@ -1,4 +1,4 @@
-"""Errors that carry their exit code (the table in the README)."""
+"""Errors with their exit codes (the table in the README)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who watches a run: progress and messages go to one object, by default to nobody.
+"""The monitor of a run: one object gets progress and messages; by default nobody does.
 
 A run asks for `current()` and tells it what it does. The command line watches with the terminal's monitor
 (commands/terminal.py); a caller of the Python API hands its own to `watching`, or to a function's `monitor`.

@@ -1,4 +1,4 @@
-"""Calibration text through the model into stored statistics, or into a live pass that a quantizer reads."""
+"""Calibrate: build the corpus, then store statistics or hand them to a quantizer in a live pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on the bundled model: every kind of artifact, scored in one pass, with manifests and a report."""
+"""Run the whole pipeline on the bundled model: every variant, one evaluation, manifests, a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a GGUF file, and its cure."""
+"""Diagnose a GGUF file and repair its float16 overflow."""
 
 from __future__ import annotations
 

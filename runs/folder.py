@@ -1,4 +1,4 @@
-"""One pass over a checkpoint into a folder: validate, plan, write layer by layer, manifest last; can be continued."""
+"""Write a folder in one pass over a checkpoint: validate, plan, layer by layer, manifest last; resumable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass over a checkpoint into a GGUF file (or a set of parts): header first, layer by layer, manifest last."""
+"""Write a GGUF file (or its parts) in one pass over a checkpoint: headers, layer by layer, manifest last."""
 
 from __future__ import annotations
 

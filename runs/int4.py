@@ -1,4 +1,4 @@
-"""What `mmquant int4` was asked for, checked, and carried out."""
+"""Check the options of `mmquant int4` and write the folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--backend llmcompressor: a second opinion by llm-compressor's model_free_ptq, checked by our self-check.
+"""Quantize by llm-compressor (--backend llmcompressor) as a second opinion, and check the result.
 
 llm-compressor pins versions that exclude ours, so it runs in a Python of its own, named by MMQUANT_LLMCOMPRESSOR (by
 default this one). It works on local folders, writes beside the target, and what it wrote counts once it was checked.

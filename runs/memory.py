@@ -1,4 +1,4 @@
-"""Memory that runs out, in words: what was being done, what was asked for, what is free, what helps."""
+"""Explain out-of-memory errors: what was being done, what was asked for, what is free, what helps."""
 
 from __future__ import annotations
 

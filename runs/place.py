@@ -1,4 +1,4 @@
-"""The folder that a run writes: what else may lie in it, and starting over."""
+"""Check the output folder of a run: what else may lie in it, and starting over."""
 
 from __future__ import annotations
 

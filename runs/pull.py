@@ -1,4 +1,4 @@
-"""A repository into a folder, verified and resumable."""
+"""Download a repository into a folder, verified and resumable."""
 
 from __future__ import annotations
 

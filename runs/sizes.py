@@ -1,4 +1,4 @@
-"""Sizes as users write them, and places that can be written."""
+"""Parse sizes as users write them, and check that an output path can be written."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Reading safetensors checkpoints: headers, tensors, quantized folders, the order of shards."""
+"""Read safetensors checkpoints: headers, tensors, quantized folders, the order of shards."""

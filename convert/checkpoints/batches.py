@@ -1,4 +1,4 @@
-"""Many equal tensors read at once: one staging buffer, several readers, one copy to the device; and the way back."""
+"""Copy many equal tensors at once between files and a device, through one staging buffer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counting what is in a checkpoint: tensors by kind and dtype."""
+"""Count a checkpoint's tensors by kind and dtype."""
 
 from __future__ import annotations
 

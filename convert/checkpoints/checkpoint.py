@@ -1,5 +1,4 @@
-"""A MiniMax-M2 checkpoint that can be quantized, opened from headers alone: plain BF16, or FP8 in tiles as released or
-with a scale a channel or a matrix, by its native config or compressed-tensors'."""
+"""Open a MiniMax-M2 checkpoint that can be quantized (BF16 or FP8) from its headers alone."""
 
 from __future__ import annotations
 

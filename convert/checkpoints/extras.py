@@ -1,4 +1,4 @@
-"""Tensors that other tools leave in a checkpoint and that no weight depends on: known, skipped, reported."""
+"""Recognize tensors that other tools add and no weight depends on; skip and report them."""
 
 from __future__ import annotations
 

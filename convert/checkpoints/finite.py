@@ -1,4 +1,4 @@
-"""NaN and infinity in tensors as they are stored, found by their bits: nothing is converted, each byte is read once."""
+"""Find NaN and infinity in stored tensors by their bits, without conversion."""
 
 from __future__ import annotations
 

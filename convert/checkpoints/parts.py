@@ -1,4 +1,4 @@
-"""The tensors that a scheme stores a matrix in: their names, shapes and dtypes."""
+"""Names, shapes and dtypes of the tensors in which a scheme stores one matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which scheme config.json gives a matrix, as vLLM, SGLang and transformers read it.
+"""Find the scheme that config.json gives a matrix, as vLLM, SGLang and transformers read it.
 
 compressed-tensors: a name or pattern wins over the class name "Linear" whatever their order (vLLM
 compressed_tensors/utils.py). GPTQ `dynamic`: the first rule that matches wins, "-:" leaves unquantized (vLLM

@@ -1,4 +1,4 @@
-"""Quantized folders (compressed-tensors FP8 and INT4/8, AWQ GEMM, GPTQ v1) as a Source: what engines would multiply by.
+"""Open a quantized folder (compressed-tensors, AWQ GEMM, GPTQ v1) as a Source of dequantized weights.
 
 Values are exact products of stored codes and scales in float32. A matrix must be stored as config.json says: engines
 trust the config, so a folder in which the two disagree is refused rather than guessed at.

@@ -1,4 +1,4 @@
-"""Which bytes a pass over the layers needs next, and which it has done with: read off from the tensors it reads.
+"""Track which bytes a pass over the layers reads next, and which it no longer needs.
 
 Shards of a hub are fetched ahead and released; of local files the next layer's bytes are brought into the system's
 cache. They are read and forgotten: asking the system to do so (posix_fadvise) fetches only the first megabytes of a

@@ -1,4 +1,4 @@
-"""Which matrices a skip list names, as each engine matches it: modules_to_not_convert, ignored_layers, ignore, dynamic.
+"""Match skip lists (modules_to_not_convert, ignored_layers, ignore, dynamic) as each engine does.
 
 Engines look matrices up under names of their own and match lists by rules of their own, per quantization method:
 vLLM      fp8: whole names, for experts any entry that contains its own name of them; AWQ: an entry inside the name

@@ -1,4 +1,4 @@
-"""How matrices are stored, beside what config.json says of them; and what to say when the two disagree."""
+"""Tell how matrices are stored from their tensors, and report where config.json disagrees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes lie: the seam between a folder and a hub, and safetensors headers read with care."""
+"""Storage interface of a checkpoint (local folder or hub) and a validating safetensors header parser."""
 
 from __future__ import annotations
 

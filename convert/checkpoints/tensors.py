@@ -1,4 +1,4 @@
-"""Reading one tensor, one config, and the list of all tensors of a store."""
+"""Read one tensor, one config, or the list of all tensors from a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that appear whole: a temporary name in the same folder, fsync, rename, fsync of the folder.
+"""Write files that appear whole: temporary name in the same folder, fsync, rename, fsync of the folder.
 
 Every file that mmquant leaves behind is written by one of these functions, or grown by `growing.py`;
 tests/convert/files holds the tree to that. A file under its own name is complete and survives a power failure.

@@ -1,4 +1,4 @@
-"""Child processes in Python: no module of the current folder is theirs, no secret that they do not need."""
+"""Start Python child processes without modules of the current folder and without secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first thing in which two runs differ, as their user wrote it."""
+"""Name the first setting in which two runs differ, as the user wrote it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that grow over several runs under a temporary name, and get their own when they are whole."""
+"""Grow a file over several runs under a temporary name, and rename it when it is whole."""
 
 from __future__ import annotations
 

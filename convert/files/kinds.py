@@ -1,4 +1,4 @@
-"""What a file is that is not what its name says: git-lfs pointers, web pages, archives. Errors name it."""
+"""Recognize files that are not what their name says: git-lfs pointers, web pages, archives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""git-lfs pointers: the few lines that stand where a file was cloned without `git lfs pull`."""
+"""Recognize git-lfs pointers, which stand in for files cloned without `git lfs pull`."""
 
 from __future__ import annotations
 

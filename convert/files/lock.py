@@ -1,4 +1,4 @@
-"""One process a folder: an advisory lock that names its holder."""
+"""One process per folder, by an advisory lock that records its owner."""
 
 from __future__ import annotations
 

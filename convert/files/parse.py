@@ -1,4 +1,4 @@
-"""JSON from outside, read with care: one parser, and typed access to what it holds.
+"""Parse JSON from outside: one checked parser, and typed access to its values.
 
 What a hub or a file says is hostile until it is checked. Every fault is an InputError of one line that names the place.
 """

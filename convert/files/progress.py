@@ -1,4 +1,4 @@
-"""How far a run got: one file, one form, and one policy for what is damaged.
+"""Record how far a run got, in one file with one policy for damage.
 
 The policy: nothing that was finished is deleted or used on a guess. A progress file that cannot be read, or that does
 not agree with the files beside it, is one line that names the file and what starts over.

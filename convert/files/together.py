@@ -1,4 +1,4 @@
-"""Several files of a folder that change together: all of them or none, and continued after a kill at any point.
+"""Change several files of a folder together: all or none, also when killed at any point.
 
 First every new file is whole under its temporary name, then a journal names them all, then they get their names. Before
 the journal nothing has changed; from the journal on, `complete` finishes what is left of the renames.

@@ -1,1 +1,1 @@
-"""Writing safetensors folders: one module per format, the writer, the check."""
+"""Write safetensors folders: one module per format, the writer, the check."""

@@ -1,4 +1,4 @@
-"""Read a quantized folder again as an engine would, after it was written.
+"""Read a quantized folder back as an engine would, after it was written.
 
 Engines load what they find and keep quiet about the rest: experts under other names, or schemes that a name does not
 match, leave weights uninitialised. So: every tensor has its place and every place its tensor, both engines find the

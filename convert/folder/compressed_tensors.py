@@ -1,4 +1,4 @@
-"""compressed-tensors folders for vLLM and SGLang: what each scheme stores and how config.json names it.
+"""The compressed-tensors format for vLLM and SGLang: stored tensors and config.json entries per scheme.
 
 Layouts as the engines' loaders take them (compressed-tensors 0.17-0.20): float-quantized FP8 with 128x128 tiles or a
 scale per output channel; pack-quantized integers with bfloat16 group scales. Targets are regular expressions that match

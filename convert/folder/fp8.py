@@ -1,4 +1,4 @@
-"""FP8 folders from a checkpoint: compressed-tensors tiles (exact from a native FP8 release) or a scale per channel."""
+"""FP8 folders: compressed-tensors tiles (exact from a native FP8 release) or one scale per channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INT4 folders (compressed-tensors pack-quantized): experts in groups, attention bfloat16, FP8 or INT4 as well."""
+"""INT4 folders by round to nearest: experts in groups, attention in bfloat16, FP8 or INT4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an INT4 matrix lies in a folder: compressed-tensors, AWQ (GEMM) or GPTQ (v1), and what config.json says of it.
+"""Layouts of an INT4 matrix (compressed-tensors, AWQ GEMM, GPTQ v1) and their config.json entries.
 
 Names are the release's (w1, w2, w3): engines skip others without a word. AWQ and GPTQ keep float16 scales, which
 engines cast to bfloat16 when they serve in it: scales are exact in both or refused. Layouts: vLLM 0.33 auto_awq.py and

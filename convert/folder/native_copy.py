@@ -1,4 +1,4 @@
-"""A verified copy of a checkpoint as released: every file is copied, read back and compared by SHA-256.
+"""Copy a released checkpoint; read every file back and compare it by SHA-256.
 
 Two things differ from the release: an artifact with NaN or infinity is not made, and config.json loses entries of
 auto_map whose code is not there.

@@ -1,4 +1,4 @@
-"""What a folder artifact must be able to say and do, and what all of them share."""
+"""Interface of a folder variant, and what all variants share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A safetensors folder written step by step: sizes are known first, so a killed run continues where it stopped.
+"""Write a safetensors folder step by step, with sizes known first, so that a killed run continues.
 
 A step is what one layer (or what stands outside the layers) contributes. Shards are filled in that order up to a size
 limit; a shard grows under a temporary name and is renamed when whole. A progress file says how many steps are durable;

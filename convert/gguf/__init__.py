@@ -1,1 +1,1 @@
-"""The GGUF file format in both directions."""
+"""Read and write the GGUF file format."""

@@ -1,4 +1,4 @@
-"""What is wrong with a GGUF of MiniMax-M2, and the exact cure of its float16 overflow.
+"""Check a MiniMax-M2 GGUF file and repair float16 overflow without changing its output.
 
 On CUDA llama.cpp keeps the sum of 32 (Q2_K: 16) inputs of a block in float16 for some types: beyond 65504 the result is
 NaN. An expert's output does not change when its up projection is divided and its down projection multiplied by the same

@@ -1,4 +1,4 @@
-"""NaN and infinity in tensors as a GGUF file stores them: the blocks' float16 scales, or the values themselves."""
+"""Find NaN and infinity in GGUF tensors: in float16 block scales, or in the values themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cured model on disk: all files of a set change together, or none does."""
+"""Write the rescaled model to disk: all files of a set change together, or none does."""
 
 from __future__ import annotations
 

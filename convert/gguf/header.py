@@ -1,4 +1,4 @@
-"""GGUF headers read with care: every length is checked against the file before anything is allocated.
+"""Parse GGUF headers, checking every length against the file before anything is allocated.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (little-endian, versions 2 and 3). Data stays where it
 is: a tensor is a view of the mapped file.

@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix as GGUF: sums of squared activations per input channel and rows seen, both ways.
+"""Read and write llama.cpp's importance matrix as GGUF: sums of squared activations and rows seen.
 
 For every weight W: `W.in_sum2` F32 [matrices, inputs] = sum of x^2, `W.counts` F32 [matrices, 1] = rows. gate and up
 of the experts share their input. Keys: general.type, imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size.

@@ -1,4 +1,4 @@
-"""The importance matrix's older binary form (imatrix.dat), as llama-imatrix wrote it and ik_llama.cpp still does.
+"""Read the older binary importance matrix (imatrix.dat) of llama-imatrix and ik_llama.cpp.
 
 int32 entries; of each: int32 length, name, int32 calls, int32 values, float32 values (mean of x^2 times calls);
 then, in later ones, int32 chunks, int32 length, name of the text. Little endian.

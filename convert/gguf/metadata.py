@@ -1,9 +1,7 @@
-"""GGUF metadata of a minimax-m2 file: what llama.cpp's converter and llama-quantize write, and where mmquant made it
-from.
+"""GGUF metadata of a minimax-m2 file: keys of llama.cpp's converter, and the origin of the file.
 
-Source: llama.cpp conversion/base.py, conversion/minimax.py, gguf-py/gguf/vocab.py (facts only). The pre-tokenizer is
-chosen by the
-architecture, not by a hash of the vocabulary, so that any MiniMax-M2 vocabulary tokenizes right.
+Source: llama.cpp conversion/base.py, conversion/minimax.py, gguf-py/gguf/vocab.py (facts only). The
+architecture chooses the pre-tokenizer, not a hash of the vocabulary, so any MiniMax-M2 vocabulary tokenizes right.
 """
 
 from __future__ import annotations

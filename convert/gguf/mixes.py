@@ -1,8 +1,7 @@
-"""Stock mixes of llama.cpp by name: which type llama-quantize gives each tensor of a minimax-m2 model.
+"""Stock mixes of llama.cpp by name: the type that llama-quantize gives each minimax-m2 tensor.
 
 Source of the rules: llama.cpp src/llama-quant.cpp (llama_tensor_get_type and its fallback), stated here as tables per
-tensor role;
-the tests hold the tables that llama.cpp's own dry run prints for the shapes of M2.7 and of the demo.
+tensor role. The tests hold the tables that llama.cpp's own dry run prints for the shapes of M2.7 and of the demo.
 """
 
 from __future__ import annotations
@@ -31,17 +30,14 @@ class Mix:
 
 
 _MIXES = (
-    ("F32", 0, "F32"), ("F16", 1, "F16"), ("BF16", 32, "BF16"), ("Q4_0", 2, "Q4_0"), ("Q4_1", 3, "Q4_1"), ("Q8_0", 7,
-    "Q8_0"),
-    ("Q5_0", 8, "Q5_0"), ("Q5_1", 9, "Q5_1"), ("Q2_K", 10, "Q2_K"), ("Q2_K_S", 21, "Q2_K"), ("Q3_K_S", 11, "Q3_K"),
-    ("Q3_K_M", 12, "Q3_K"), ("Q3_K_L", 13, "Q3_K"), ("Q4_K_S", 14, "Q4_K"), ("Q4_K_M", 15, "Q4_K"), ("Q5_K_S", 16,
-    "Q5_K"),
-    ("Q5_K_M", 17, "Q5_K"), ("Q6_K", 18, "Q6_K"), ("IQ2_XXS", 19, "IQ2_XXS"), ("IQ2_XS", 20, "IQ2_XS"), ("IQ2_S", 28,
-    "IQ2_XS"),
-    ("IQ2_M", 29, "IQ2_S"), ("IQ3_XS", 22, "IQ3_S"), ("IQ3_XXS", 23, "IQ3_XXS"), ("IQ3_S", 26, "IQ3_S"), ("IQ3_M", 27,
-    "IQ3_S"),
-    ("IQ1_S", 24, "IQ1_S"), ("IQ1_M", 31, "IQ1_M"), ("IQ4_NL", 25, "IQ4_NL"), ("IQ4_XS", 30, "IQ4_XS"), ("MXFP4_MOE",
-    38, "MXFP4"),
+    ("F32", 0, "F32"), ("F16", 1, "F16"), ("BF16", 32, "BF16"), ("Q4_0", 2, "Q4_0"), ("Q4_1", 3, "Q4_1"),
+    ("Q8_0", 7, "Q8_0"), ("Q5_0", 8, "Q5_0"), ("Q5_1", 9, "Q5_1"), ("Q2_K", 10, "Q2_K"), ("Q2_K_S", 21, "Q2_K"),
+    ("Q3_K_S", 11, "Q3_K"), ("Q3_K_M", 12, "Q3_K"), ("Q3_K_L", 13, "Q3_K"), ("Q4_K_S", 14, "Q4_K"),
+    ("Q4_K_M", 15, "Q4_K"), ("Q5_K_S", 16, "Q5_K"), ("Q5_K_M", 17, "Q5_K"), ("Q6_K", 18, "Q6_K"),
+    ("IQ2_XXS", 19, "IQ2_XXS"), ("IQ2_XS", 20, "IQ2_XS"), ("IQ2_S", 28, "IQ2_XS"), ("IQ2_M", 29, "IQ2_S"),
+    ("IQ3_XS", 22, "IQ3_S"), ("IQ3_XXS", 23, "IQ3_XXS"), ("IQ3_S", 26, "IQ3_S"), ("IQ3_M", 27, "IQ3_S"),
+    ("IQ1_S", 24, "IQ1_S"), ("IQ1_M", 31, "IQ1_M"), ("IQ4_NL", 25, "IQ4_NL"), ("IQ4_XS", 30, "IQ4_XS"),
+    ("MXFP4_MOE", 38, "MXFP4"),
 )  # fmt: skip
 MIXES = {name: Mix(name, file_type, base) for name, file_type, base in _MIXES}
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}

@@ -1,5 +1,4 @@
-"""Names of minimax-m2 tensors in GGUF beside those of the release, with shapes: numpy order, as llama.cpp's loader
-expects them.
+"""Map release tensor names to GGUF names and shapes (numpy order, as llama.cpp's loader expects).
 
 Source: llama.cpp src/models/minimax-m2.cpp (809 tensors for 62 layers). Expert matrices of a layer are stacked into
 one tensor per projection.

@@ -1,4 +1,4 @@
-"""A GGUF model of MiniMax-M2 (ours or anyone's, split or whole) as a Source: weights by release name, dequantized."""
+"""Open a GGUF model of MiniMax-M2 (split or whole, by any tool) as a Source of dequantized weights."""
 
 from __future__ import annotations
 

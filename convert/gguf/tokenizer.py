@@ -1,4 +1,4 @@
-"""tokenizer.json out of a GGUF file's metadata: byte-level BPE with MiniMax-M2's pre-tokenizer."""
+"""Rebuild tokenizer.json from GGUF metadata: byte-level BPE with MiniMax-M2's pre-tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GGUF artifact before its values are known: types, sizes, parts and metadata."""
+"""A GGUF variant before its values are known: types, sizes, parts and metadata."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Streaming GGUF v3 writer: headers first from known sizes, tensor data in order, split by size, resumable.
+"""Write GGUF v3 as a stream: headers from known sizes, data in order, split by size, resumable.
 
 Why not gguf-py's writer: it wants every tensor (or its spill file) before it writes the first byte of data, and cannot
 resume.
+
 Layout: magic, version 3, tensor count, key count, keys, tensor infos (offsets from the aligned start of the data),
-padding, data; every
-tensor starts at a multiple of 32. Source: ggml docs/gguf.md.
+padding, data. Every tensor starts at a multiple of 32. Source: ggml docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -107,10 +107,9 @@ def plan_parts(stem: str, metadata: Metadata, tensors: tuple[TensorInfo, ...], l
 class GgufWriter:
     """Writes a set of parts into `folder`, tensor by tensor in the planned order.
 
-    A part carries its final name only when it is whole. `checkpoint()` makes what is written durable; a writer opened
-    again on the same
-    plan continues behind the last checkpoint (`done` tensors) and the finished set has the same bytes as an
-    uninterrupted one.
+    A part carries its final name only when it is whole. `checkpoint()` makes what is written durable. A writer opened
+    again on the same plan continues behind the last checkpoint (`done` tensors); the finished set has the same bytes
+    as an uninterrupted one.
     """
 
     def __init__(self, folder: Path, parts: list[Part], run: Mapping[str, Any] | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Hugging Face and ModelScope: listing, fetching, publishing."""
+"""Hugging Face and ModelScope: list, fetch, publish."""

@@ -1,4 +1,4 @@
-"""What a user types for a model: a path, hf:ORG/NAME[@REV][:TYPE], ms:..., or a hub's own address of it."""
+"""Parse what a user types for a model: a path, hf:ORG/NAME[@REV][:TYPE], ms:..., or a hub's URL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of an answer as they arrive, with stalls found out; and small ranges of a file, in memory."""
+"""Read the body of an HTTP answer, detect stalls, and fetch small ranges into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that the hubs' own clients have on this machine already; used only when size and digest are right."""
+"""Use files from the hub clients' own caches when size and digest match."""
 
 from __future__ import annotations
 

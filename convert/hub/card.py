@@ -1,4 +1,4 @@
-"""The model card: front matter and a generated part between markers, made from the manifest; the user's text stays."""
+"""Generate the model card from the manifest, between markers; the owner's text stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One file from a hub: parallel ranges, resumable after kill -9, its SHA-256 checked before it gets its name.
+"""Fetch one file from a hub in parallel ranges: resumable after kill -9, named only after its SHA-256 matches.
 
 NAME.part holds the bytes at their places; NAME.part.json says which blocks are safely on disk (fsync first, then the
 record). Both belong to one digest: a file that changed on the hub cannot be spliced onto the remains of another.

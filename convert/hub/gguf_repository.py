@@ -1,4 +1,4 @@
-"""A GGUF model in a repository: which files a type means, and those files on this machine."""
+"""Open a GGUF model from a repository: pick the files of a type and fetch them."""
 
 from __future__ import annotations
 

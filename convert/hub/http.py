@@ -1,4 +1,4 @@
-"""HTTP as both hubs need it: a token that stays with its own host, retries that listen, errors of one line.
+"""HTTP client for both hubs: tokens stay with their host, retries obey the server, errors take one line.
 
 `requests` is the library because modelscope-hub already brings it; huggingface_hub changed its own between 1.x and 2.x.
 Redirects are followed here, by hand, so that what crosses to another host is decided in one place.

@@ -1,4 +1,4 @@
-"""Names and folders that every client of a repository finds: llama.cpp -hf, Ollama, LM Studio, vLLM, hub pages."""
+"""File names and folders that clients of a repository find: llama.cpp -hf, Ollama, LM Studio, vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a repository holds at one commit: names, sizes and digests, from either hub."""
+"""List a repository at one commit: names, sizes and digests, from either hub."""
 
 from __future__ import annotations
 

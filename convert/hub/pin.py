@@ -1,4 +1,4 @@
-"""Options of fetching, and the commit that a work folder began with."""
+"""Fetch options, and the commit a work folder is pinned to."""
 
 from __future__ import annotations
 

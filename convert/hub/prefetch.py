@@ -1,4 +1,4 @@
-"""Shards in flight: fetched in the order of use, ahead of it, within a limit of bytes and of files."""
+"""Fetch shards ahead of use, in order, within a limit of bytes and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publishing: large files first, card and manifest last, few commits, continued after a crash from a ledger."""
+"""Publish: large files first, card and manifest last, few commits, resumable from a ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A repository to publish into, on either hub: create it, upload one large file, commit a batch."""
+"""Write to a repository on either hub: create it, upload one large file, commit a batch."""
 
 from __future__ import annotations
 

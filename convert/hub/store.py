@@ -1,4 +1,4 @@
-"""A checkpoint on a hub as a ShardStore: headers by ranges, shards fetched ahead of use and deleted after it."""
+"""A checkpoint on a hub as a ShardStore: headers by ranges, shards fetched before and deleted after use."""
 
 from __future__ import annotations
 

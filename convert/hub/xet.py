@@ -1,4 +1,4 @@
-"""--transport xet: huggingface_hub's own accelerated download in a process of its own, stopped when it stalls.
+"""Download by huggingface_hub's Xet transport in a separate process, killed when it stalls.
 
 Xet transfers have been seen to hang without an error (xet-core 800, 850, 883), so bytes on disk are watched from
 outside; without progress the process is killed and the caller goes on by plain ranges. Digests are checked either way.

@@ -1,4 +1,4 @@
-"""The one module that knows MiniMax-M2: geometry from config.json, names and shapes of its tensors."""
+"""MiniMax-M2: geometry from config.json, names and shapes of its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RoPE as config.json states it: theta, how many dimensions turn, and what stretches the context (YaRN, linear).
+"""Parse RoPE from config.json: theta, rotary dimensions, context scaling (YaRN, linear).
 
 Both spellings are read: `rope_parameters` (transformers 5, with theta and partial_rotary_factor inside) and
 `rope_scaling` beside top-level keys. Source of the formulas: transformers modeling_rope_utils.py; ggml ops.cpp

@@ -1,4 +1,4 @@
-"""Run by the Python that has llm-compressor, with one JSON document as its argument; imports nothing of ours.
+"""Quantize by llm-compressor, run by its own Python with one JSON argument; imports nothing of mmquant.
 
 {"model", "out", "scheme", "group_size" (null: the preset's), "ignore", "device", "tile" (null: not in FP8 tiles)}
 """

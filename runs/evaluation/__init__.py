@@ -1,1 +1,1 @@
-"""An evaluation: texts, engines, result, report."""
+"""Evaluate artifacts: texts, engines, result, report."""

@@ -1,4 +1,4 @@
-"""The same numbers from a real engine, beside the streamed pass: llama.cpp on GGUF files, vLLM on folders.
+"""Evaluate with a real engine beside the streamed pass: llama.cpp on GGUF files, vLLM on folders.
 
 llama.cpp gives whole logits through its C API (llamacpp.py); where the reference is a GGUF file too, its logits
 come from llama.cpp as well, and the numbers are those of llama-perplexity. vLLM gives the log-probabilities of a

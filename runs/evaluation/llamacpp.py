@@ -1,4 +1,4 @@
-"""A real llama.cpp through the C API of the `llamacpp` extra's wheel: tokens, logits, text, and ggml's own quantizer.
+"""Call llama.cpp through its C API (extra `llamacpp`): tokens, logits, text, ggml's quantizer.
 
 The wheel (xllamacpp) carries one shared library with llama.cpp linked in; ctypes opens it without importing the module.
 Only the leading fields of the parameter structs are named here; a struct larger than the library's is safe to return

@@ -1,4 +1,4 @@
-"""The evaluation as one HTML file with plots inside it, for people who were not there."""
+"""Write an evaluation as one HTML file with plots."""
 
 from __future__ import annotations
 

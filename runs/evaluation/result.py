@@ -1,6 +1,4 @@
-"""What `mmquant eval` says: one JSON document (schema in data/schema), a table for people, gates, the manifest's
-block.
-"""
+"""The result of an evaluation: JSON document, table, gates, and the manifest's block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score artifacts against a reference: what `mmquant eval` does."""
+"""Evaluate artifacts against a reference (`mmquant eval`)."""
 
 from __future__ import annotations
 

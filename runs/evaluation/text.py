@@ -1,4 +1,4 @@
-"""The text of an evaluation: what is scored by default, and that no artifact was calibrated on it."""
+"""Choose the evaluation text, and check that no artifact was calibrated on it."""
 
 from __future__ import annotations
 
