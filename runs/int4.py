@@ -75,7 +75,7 @@ class Int4Request:
         """The artifact to write. ValueError when its groups do not fit the model at the tensor parallelism."""
         check_groups(source.geometry, self.group_size, self.tp, self.attention)
         for note in notes({"command": "int4", "group_size": self.group_size}, source.geometry):
-            current().message(f"mmquant: {note}")
+            current().message(note)
         shape = {"group_size": self.group_size, "attention": self.attention, "layout": self.layout}
         shape |= {"eight_bit": self.eight_bit, "kv_cache": self.kv_cache}
         if self.method == "rtn":

@@ -17,10 +17,12 @@ import yaml
 
 from helpers.hub_server import TOKEN, HubServer
 from helpers.killed import kill, until
+from mmquant.commands.terminal import Terminal
 from mmquant.convert.hub.card import BEGIN, END
 from mmquant.convert.hub.http import Client, HubError, Retry, endpoint_of
 from mmquant.convert.hub.layout import check_layout, find_by_tag
 from mmquant.convert.hub.remote import remote_of, same_site
+from mmquant.monitor import watching
 from mmquant.runs.push import CardOptions, push
 
 LICENSE = "NON-COMMERCIAL LICENSE\n\nCopyright (c) 2026 MiniMax\n\nCommercial use requires authorization.\n"
@@ -114,7 +116,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 def publish(folder: Path, hub: str = "hf", revision: str | None = None, **more: Any) -> dict[str, Any]:
     options = {"private": False, "request": False, "delete": False, "dry_run": False, **more}
     card = CardOptions(options.pop("base_card", None), options.pop("base_model", None), options.pop("license", None))
-    return push(folder, remote_of(Client(endpoint_of(hub), QUICK), "me/q", revision), card, **options)
+    with watching(Terminal()):
+        return push(folder, remote_of(Client(endpoint_of(hub), QUICK), "me/q", revision), card, **options)
 
 
 def files_of(server: HubServer, repo: str = "me/q", revision: str = "main") -> dict[str, bytes]:
