@@ -1,4 +1,4 @@
-"""Make `mmquant` importable from a bare checkout (for benchmarks on a machine where nothing can be installed)."""
+"""Make `mmquant` importable from a bare checkout, for machines on which nothing can be installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration speed: the MoE forward of one layer of M2.7's shape with and without statistics; the demo's pass.
+"""Calibration speed: MoE forward of one M2.7-shaped layer with and without statistics; the demo's pass.
 
 python bench/calibrate.py --device cuda          one layer of random FP8 weights, 262,144 tokens
 python bench/calibrate.py --demo                 wall time of `mmquant calibrate --model demo` on this machine

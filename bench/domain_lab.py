@@ -1,4 +1,4 @@
-"""The judge's machine: a model by layers, quantized by us or as stock, and its distance to itself on each domain.
+"""Quantize a model by mmquant or as stock llama.cpp, and measure its KLD on each domain.
 
 Everything is mmquant's own streamed forward in float32 (`mmquant eval` does the same; activations are not rounded), so
 that one GPU judges a type in seconds. Stock is ggml's own encoder (`llamacpp.quantize`) under importance as

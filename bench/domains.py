@@ -1,4 +1,4 @@
-"""Quality that holds: calibrated on one domain or on all, judged on each; ours against stock at equal bytes.
+"""Quality across domains: calibrate on one or all, judge on each, against stock at equal bytes.
 
     python bench/domains.py --model MODEL --text TEXT --calibrate code mix --type Q4_K_M INT4 --out rows.jsonl
 

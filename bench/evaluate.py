@@ -1,4 +1,4 @@
-"""Evaluation speed at M2.7's real shapes: reference FP8 and one INT4 candidate through one layer, floors beside it.
+"""Evaluation speed at M2.7's shapes: FP8 reference and one INT4 candidate through one layer, with floors.
 
     python bench/evaluate.py --device cuda --folder /dev/shm
 

@@ -1,4 +1,4 @@
-"""Encoders of the ggml types beside ggml's own: error and speed. Prints tables in Markdown.
+"""Error and speed of the ggml encoders beside ggml's own. Prints tables in Markdown.
 
 python bench/ggml_encode.py --errors             error ratios on three kinds of rows (needs the llamacpp extra)
 python bench/ggml_encode.py --cpu                Mweights/s of one thread (needs the llamacpp extra)

@@ -1,4 +1,4 @@
-"""Time and memory of error feedback for all experts of one layer, by the shipped solve in its own chunks.
+"""Time and memory of error feedback for all experts of one GGUF layer, in the shipped chunks.
 
 python bench/gguf_layer.py [--experts 256] [--kind Q4_K ...] [--passes 0 1 2]   (CUDA; random weights and moments)
 

@@ -1,4 +1,4 @@
-"""Distance of GGUF types to the demo model, with parts of the method left out: an ablation that needs no llama.cpp.
+"""Ablation: KLD of GGUF types on the demo model with parts of the method left out, without llama.cpp.
 
 python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy] [--mix Q2_K ...] [--method NAME ...]
                              [--move 0.6]

@@ -1,4 +1,4 @@
-"""GPTQ of one real-size layer with the moments given: 256 experts, w1+w3 stacked [3072, 3072] and w2 [3072, 1536].
+"""GPTQ of one real-size layer with given moments: 256 experts, w1+w3 [3072, 3072] and w2 [3072, 1536].
 
     python bench/int4_layer.py [--experts 256] [--chunk 128] [--group 128] [--tune]
 

@@ -1,4 +1,4 @@
-"""INT4 as typed: every row is one `mmquant int4` command; its folder is read back and judged against the source.
+"""INT4 quality: each row runs one `mmquant int4` command and scores its folder against the source.
 
     python bench/int4_quality.py --text calibration.txt --judge evaluation.txt --judge tuning.txt [--only high,awq]
 

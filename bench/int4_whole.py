@@ -1,4 +1,4 @@
-"""One layer of M2.7's size from FP8 files to INT4 files, each part beside its floor, and the step as it is shipped.
+"""INT4 of one M2.7-size layer from FP8 files to INT4 files: each part with its floor, and the shipped step.
 
     python bench/int4_whole.py [--tokens 524288] [--effort high] [--device cuda] [--folder DIR]
 

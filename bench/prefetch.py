@@ -1,4 +1,4 @@
-"""How much of the transfer hides behind the work: `mmquant fp8` from a server of limited rate, against each part alone.
+"""How much transfer hides behind work: `mmquant fp8` from a server of limited rate, against each alone.
 
     python bench/prefetch.py [--scheme block channel] [--max-shards 8] [--runs 2] [--folder /dev/shm]
 

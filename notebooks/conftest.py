@@ -1,4 +1,4 @@
-"""A test run writes the notebooks' artifacts afresh; by hand, a finished folder is left alone."""
+"""Delete the notebooks' artifacts before a test run, so that they are written afresh."""
 
 from __future__ import annotations
 

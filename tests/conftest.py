@@ -1,6 +1,6 @@
-"""Tests import their shared helpers by name; one thread a process keeps two workers off each other's cores.
+"""Put one thread in each test process, so that two workers do not fight for cores.
 
-Where there is no GPU, Triton kernels run in its interpreter.
+Where there is no GPU, Triton kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Benchmarks that need a graphics card at full size: their code path at a small size on the CPU."""
+"""Benchmarks that need a graphics card run their code path at a small size on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and docs: commands run in the order in which they stand and print the figures that stand beside them.
+"""Commands in README and docs parse, run in their order, and print the figures that stand beside them.
 
 Every command line of README.md and docs/*.md is parsed (make test). README.md and docs/gguf.md are executed as well,
 each in one folder: the README's first block in make test, everything in make test-slow. A server of both hubs stands in

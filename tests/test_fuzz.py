@@ -1,4 +1,4 @@
-"""What comes from a hub or a file either loads to something valid or is refused in one line that names it.
+"""Hostile hub answers and files load to something valid, or are refused in one line that names them.
 
 Never another exception, never a write outside the folder, never memory beyond a small multiple of the file.
 """

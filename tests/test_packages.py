@@ -1,4 +1,4 @@
-"""The rooms keep to their trade: imports go one way, each room has its libraries, nothing runs at import."""
+"""Imports between packages go one way; each package keeps to its libraries; no error is swallowed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A room may import itself and every room to its right.
-ROOMS = ("commands", "runs", "calibration", "convert", "quantize")
-# Modules of the package itself that every room may import: they import nothing.
+# A package may import itself and every package to its right.
+PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")
+# Modules of the package itself that every package may import: they import nothing.
 SHARED = ("mmquant", "mmquant.errors", "mmquant.monitor")
-# Third-party libraries of each room. What is not listed is a decision that has not been made yet.
+# Third-party libraries of each package. What is not listed is a decision that has not been made yet.
 LIBRARIES = {
     "quantize": {"torch", "numpy", "numba", "llvmlite", "triton"},
     "convert": {
@@ -46,19 +46,19 @@ MODULES = {
 NEVER = {"llmcompressor", "auto_gptq", "compressed_tensors", "transformers", "accelerate"}  # tests and peers only
 
 
-def modules(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
 
 
-ALL = [path for room in ROOMS for path in modules(room)]
+ALL = [path for package in PACKAGES for path in modules(package)]
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0]
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names that a module imports, `mmquant.ROOM...` for our own, relative ones resolved."""
+    """Dotted names that a module imports, `mmquant.PACKAGE...` for our own, relative ones resolved."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     package = ("mmquant", *parts[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -69,37 +69,37 @@ def imported(path: Path) -> Iterator[str]:
             stem = ".".join([*base, *([node.module] if node.module else [])])
             yield stem
             if stem == "mmquant":  # a package, or what mmquant/__init__.py itself defines
-                yield from (f"mmquant.{alias.name}" for alias in node.names if alias.name in ROOMS)
+                yield from (f"mmquant.{alias.name}" for alias in node.names if alias.name in PACKAGES)
 
 
-def own_room(name: str) -> str:
+def own_package(name: str) -> str:
     """The package of one of our dotted names."""
     return name.split(".")[1]
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    room = room_of(path)
-    allowed = set(ROOMS[ROOMS.index(room) :])
+    package = package_of(path)
+    allowed = set(PACKAGES[PACKAGES.index(package) :])
     for name in imported(path):
         if name.split(".")[0] == "mmquant":
-            assert name in SHARED or own_room(name) in allowed, f"{room} imports {name}"
-        assert name.split(".")[0] not in ROOMS, f"import mmquant.{name} (or relatively), not the bare folder"
+            assert name in SHARED or own_package(name) in allowed, f"{package} imports {name}"
+        assert name.split(".")[0] not in PACKAGES, f"import mmquant.{name} (or relatively), not the bare folder"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
-def test_libraries_of_a_room(path: Path) -> None:
+def test_libraries_of_a_package(path: Path) -> None:
     for name in imported(path):
         top = name.split(".")[0]
         if top == "mmquant" or top in sys.stdlib_module_names:
             continue
         assert top not in NEVER, f"{top} is for tests"
-        allowed = LIBRARIES[room_of(path)] | MODULES.get(path.relative_to(ROOT).as_posix(), set())
-        assert top in allowed, f"{top} is not a library of {room_of(path)}/"
+        allowed = LIBRARIES[package_of(path)] | MODULES.get(path.relative_to(ROOT).as_posix(), set())
+        assert top in allowed, f"{top} is not a library of {package_of(path)}/"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.name))
-def test_rooms_import_each_other_relatively(path: Path) -> None:
+def test_packages_import_each_other_relatively(path: Path) -> None:
     """Absolute names would be invisible to editors, which follow files (package-dir maps them only at run time)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level and n.module]
@@ -130,17 +130,17 @@ def test_no_error_is_swallowed(path: Path) -> None:
 def test_every_package_is_installed() -> None:
     """The wheel is told its folders one by one; one that is forgotten would be missing from it."""
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert set(tool["only-include"]) == {"mmquant", *ROOMS}
-    assert tool["sources"] == {room: f"mmquant/{room}" for room in ROOMS}
+    assert set(tool["only-include"]) == {"mmquant", *PACKAGES}
+    assert tool["sources"] == {package: f"mmquant/{package}" for package in PACKAGES}
     for folder in {path.parent for path in ALL}:
         assert (folder / "__init__.py").is_file(), folder
 
 
-def test_editors_find_the_rooms() -> None:
-    """pyright reads typings/mmquant, where each room is a link to its folder."""
-    for room in ROOMS:
-        link = ROOT / "typings" / "mmquant" / room
-        assert link.resolve() == (ROOT / room).resolve(), f"typings/mmquant/{room} should link to {room}"
+def test_editors_find_the_packages() -> None:
+    """pyright reads typings/mmquant, where each package is a link to its folder."""
+    for package in PACKAGES:
+        link = ROOT / "typings" / "mmquant" / package
+        assert link.resolve() == (ROOT / package).resolve(), f"typings/mmquant/{package} should link to {package}"
 
 
 def test_import_is_light() -> None:
@@ -160,7 +160,7 @@ def test_a_checkout_called_mmquant_does_not_hide_the_package(tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr
 
 
-def test_a_bare_room_cannot_be_imported_twice() -> None:
+def test_a_bare_package_cannot_be_imported_twice() -> None:
     """`import convert.x` from the checkout fails loudly instead of loading a second copy of the module."""
     code = "import convert.open"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

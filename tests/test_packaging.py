@@ -1,4 +1,4 @@
-"""What users install: checkout -> sdist -> wheel holds exactly the checkout's modules and data, and works elsewhere."""
+"""Wheel and sdist hold exactly the checkout's modules and data, and work elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")
-ROOMS = {"mmquant": "mmquant", **{name: f"mmquant/{name}" for name in PACKAGES}}
+INSTALLED = {"mmquant": "mmquant", **{name: f"mmquant/{name}" for name in PACKAGES}}
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.slow
 def expected_members() -> set[str]:
     """Paths inside the wheel of every tracked or new module, and of every data file."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *ROOMS],
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *INSTALLED],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
     paths = [path for path in listed.stdout.splitlines() if (ROOT / path).is_file()]
-    return {path.replace(path.split("/")[0], ROOMS[path.split("/")[0]], 1) for path in paths}
+    return {path.replace(path.split("/")[0], INSTALLED[path.split("/")[0]], 1) for path in paths}
 
 
 @pytest.fixture(scope="module")

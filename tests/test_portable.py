@@ -1,4 +1,4 @@
-"""The core commands where Linux's own calls are missing: on Windows, and on file systems without locks or fsync.
+"""The core commands run without Linux's own calls, and on file systems without locks or fsync.
 
 A module that Python loads at its start takes the modules and calls away that Windows lacks, or makes calls fail as
 CIFS, FUSE and NFS do. It shows what mmquant itself needs; Windows itself is not run here.

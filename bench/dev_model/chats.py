@@ -1,4 +1,4 @@
-"""Conversations in MiniMax-M2's format, made by rule from dictionaries, Python's documentation and arithmetic."""
+"""Generate conversations in MiniMax-M2's format from dictionaries, Python's documentation and arithmetic."""
 
 from __future__ import annotations
 

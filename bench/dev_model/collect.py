@@ -1,4 +1,4 @@
-"""Collect the text of the development model from Debian packages: seven domains, a list of documents each.
+"""Collect the development model's text from Debian packages: seven domains, one document list per domain.
 
     python collect.py DEBS corpus.json
 

@@ -1,4 +1,4 @@
-"""Split the collected text by document, train the tokenizer, and encode: what train.py and the judge read.
+"""Split the collected text by document, train the tokenizer, and encode for train_model.py and the judge.
 
     python pack.py corpus.json OUT
 

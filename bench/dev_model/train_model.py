@@ -1,4 +1,4 @@
-"""Train the development model from scratch for a fixed time; the release's layout, with the demo's planted overflow.
+"""Train the development model from scratch for a fixed time, in the release's layout.
 
     python train_model.py TEXT OUT [--seconds 390] [--batch 128]
 

@@ -1,4 +1,4 @@
-"""Bad input gets one line and the right exit code, and leaves nothing under a final name."""
+"""Bad input gets one line and the right exit code, and leaves no file under a final name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user types: the commands as processes, their folders, their exit codes, and kill -9 at any point."""
+"""Commands as processes: their folders, their exit codes, and kill -9 at any point."""
 
 from __future__ import annotations
 

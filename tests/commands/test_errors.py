@@ -1,4 +1,4 @@
-"""What users get wrong is one line with its exit code; what mmquant gets wrong is a traceback."""
+"""A user's mistake gives one line and its exit code; a fault of mmquant gives a traceback."""
 
 from __future__ import annotations
 

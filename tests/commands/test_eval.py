@@ -1,4 +1,4 @@
-"""mmquant eval as typed: numbers, gates and exit codes, stored references, engines, the report, bad input."""
+"""`mmquant eval`: numbers, gates, exit codes, stored references, engines, the report, bad input."""
 
 from __future__ import annotations
 

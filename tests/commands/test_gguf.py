@@ -1,4 +1,4 @@
-"""`mmquant gguf` on the demo model, and a real llama.cpp on what it writes."""
+"""`mmquant gguf` on the demo model; a real llama.cpp loads what it writes."""
 
 from __future__ import annotations
 

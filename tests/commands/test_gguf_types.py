@@ -1,4 +1,4 @@
-"""Every type in the real llama.cpp: it loads, and its perplexity is the one that our streaming evaluation predicts."""
+"""A real llama.cpp loads every type; its perplexity equals that of our streamed evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mmquant int4 and awq: what contradicts itself is one line before any work; --dry-run tells the bytes."""
+"""`mmquant int4` and `awq`: contradicting options end in one line before any work; --dry-run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line from a hub to an artifact: little disk, killed and continued, with identical bytes at the end."""
+"""From a hub to an artifact: little disk, killed and continued, with identical bytes."""
 
 from __future__ import annotations
 

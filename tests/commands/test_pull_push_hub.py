@@ -1,4 +1,4 @@
-"""push against a real HTTP server of both hubs: what arrives, in which commits, and what is refused."""
+"""`mmquant push` against a real HTTP server of both hubs: content, commits, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users type for a model, and what a model is called."""
+"""Addresses of models are parsed, and models are named after their repository."""
 
 from __future__ import annotations
 

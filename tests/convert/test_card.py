@@ -1,4 +1,4 @@
-"""Licences by their words, and what a front matter may say beside them."""
+"""Licences by their words, and the front matter that may stand beside them."""
 
 from __future__ import annotations
 

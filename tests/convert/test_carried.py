@@ -1,4 +1,4 @@
-"""What an artifact takes over from its source is read before anything is written, and refused when it is not itself."""
+"""Files that an artifact takes over are read before anything is written, and refused when damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates and special tokens: found where transformers finds them, carried into GGUF, back out of it."""
+"""Chat templates and special tokens: found as transformers finds them, carried to GGUF and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manifests are valid, add up, and say of M2.7's real sizes what arithmetic by hand says."""
+"""Manifests are valid and add up; M2.7's sizes equal arithmetic by hand."""
 
 from __future__ import annotations
 

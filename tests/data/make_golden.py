@@ -1,4 +1,4 @@
-"""Cut other tools' checkpoints of a small random MiniMax-M2 to layer 0, four experts and 128 tokens of vocabulary.
+"""Cut other tools' checkpoints of a small random MiniMax-M2 to layer 0, four experts and 128 tokens.
 
     python tests/data/make_golden.py FULL tests/data/golden
 

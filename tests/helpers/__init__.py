@@ -1,1 +1,1 @@
-"""What several tests share: small models, servers, readers of other people's formats."""
+"""Test helpers: small models, servers, readers of other tools' formats."""

@@ -1,4 +1,4 @@
-"""Bytes of tensors that live at once, on any device: what CUDA's allocator counts, less what kernels take inside."""
+"""Count the tensor bytes that live at once, on any device, as CUDA's allocator does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by the calibration's tests: a tiny model, a corpus of random tokens, and runs in processes of their own."""
+"""Calibration cases: a tiny model, a corpus of random tokens, and runs in separate processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by the tests: compressed-tensors itself reads a folder back, by the folder's own config.json."""
+"""Read a folder back with compressed-tensors itself, by the folder's own config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by the evaluation's tests: a tiny reference, a perturbed candidate, and a sample without text.
+"""Evaluation cases: a tiny reference, a perturbed candidate, and a sample without text.
 
 Also run by torch's spawned processes, which import it by name.
 """

@@ -1,4 +1,4 @@
-"""Damaged files on purpose: structured mutations of valid JSON and of binary headers, all from one seed.
+"""Damage files on purpose: seeded structured mutations of valid JSON and of binary headers.
 
     for data in mutants(valid, 1000, seed="config.json"): ...
 

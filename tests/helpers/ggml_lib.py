@@ -1,4 +1,4 @@
-"""Shared by the tests: ggml itself, from the wheel of the `llamacpp` extra, as reference for encoders and decoders."""
+"""Call ggml itself, from the wheel of the `llamacpp` extra, as reference for encoders and decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An HTTP server of both hubs for tests: the endpoints their clients use, with faults on demand.
+"""An HTTP server of both hubs for tests: their clients' endpoints, with faults on demand.
 
     with HubServer() as hub:
         hub.seed("org/m", {"config.json": b"{}"})

@@ -1,4 +1,4 @@
-"""Processes that kill themselves at a counted change of a folder: no test of a kill depends on a clock.
+"""Processes that kill themselves at a counted change of a folder, so no kill depends on a clock.
 
 A change is what Python reports to its audit hooks: a file opened for writing, a rename, a removal. The process gets
 SIGKILL just before the change happens, so nothing of it is cleaned up. BYTES as the pattern kills it in the middle of

@@ -1,4 +1,4 @@
-"""Shared by the tests: what a real llama.cpp says about a GGUF file.
+"""Load GGUF files with a real llama.cpp: logits, tokens, perplexity.
 
 `logits`, `tokens` and `perplexity` open the file with the library of the `llamacpp` extra; a test that uses them starts
 with `llamacpp.need()`, which skips where the extra is not installed.

@@ -1,4 +1,4 @@
-"""A small random layer of awkward shapes whose expert DEAD is never chosen, and hidden states to send through it."""
+"""A small random layer of awkward shapes with a DEAD expert, and hidden states to send through it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by auto-gptq's own Python: read every GPTQ matrix of a file with its QuantLinear, and pack the values again.
+"""Read every GPTQ matrix of a file by auto-gptq's QuantLinear, and pack the values again.
 
     .peers/auto-gptq/bin/python -W ignore auto_gptq_read.py IN.safetensors OUT.safetensors BITS GROUP_SIZE
 

@@ -1,4 +1,4 @@
-"""Run by llm-compressor's own Python: quantize a checkpoint without calibration, release names kept.
+"""Quantize a checkpoint by llm-compressor without calibration, keeping release names.
 
 .peers/llmcompressor/bin/python llmcompressor_write.py MODEL OUT SCHEME...
 """

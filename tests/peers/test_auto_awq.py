@@ -1,4 +1,4 @@
-"""AutoAWQ 0.2.9's own dequantization of our folders and of AutoRound's equals our decoder's (make test-peers)."""
+"""AutoAWQ 0.2.9's dequantization of our folders and AutoRound's equals our decoder's (make test-peers)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""auto-gptq 0.7.1 itself reads our GPTQ tensors, and would have written the same words (make test-peers)."""
+"""auto-gptq 0.7.1 reads our GPTQ tensors and would have written the same words (make test-peers)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own imatrix loader (`common_imatrix_load`, what llama-quantize calls) takes our files.
+"""llama.cpp's own imatrix loader (`common_imatrix_load`, used by llama-quantize) reads our files.
 
 The libraries come from npm's @node-llama-cpp/linux-x64 (`make test-peers` unpacks them): no wheel carries llama-common.
 """

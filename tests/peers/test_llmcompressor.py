@@ -1,4 +1,4 @@
-"""llm-compressor itself writes the golden files that our folders are compared with (make test-peers).
+"""llm-compressor itself writes the golden files with which our folders are compared (make test-peers).
 
 test_golden_formats.py compares our writers with files in tests/data/golden. Here it is shown that those files are, to
 the bit, what llm-compressor makes of the same weights today; and what --backend llmcompressor writes is compared with

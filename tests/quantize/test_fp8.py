@@ -1,4 +1,4 @@
-"""FP8 against its bit layout and against loops over tiles."""
+"""FP8 equals its bit layout and slow loops over tiles."""
 
 from __future__ import annotations
 

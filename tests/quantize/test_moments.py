@@ -1,4 +1,4 @@
-"""The rule that shrinks an expert's moments towards the layer's."""
+"""Shrinkage of an expert's moments towards the layer's."""
 
 from __future__ import annotations
 

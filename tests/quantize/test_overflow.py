@@ -1,4 +1,4 @@
-"""Float16 overflow of an expert: which experts are rescaled, by how much, and that the function stays the same."""
+"""Overflow rescaling: which experts, by how much, and that the function stays the same."""
 
 from __future__ import annotations
 

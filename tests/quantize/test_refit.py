@@ -1,4 +1,4 @@
-"""Repair that costs no bytes: each fit against its definition, solved another way."""
+"""Refits of stored scales and norms equal the same fits solved another way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned rounding, AWQ scales and exact rewritings: each against its definition."""
+"""SignRound, AWQ scales and exact rewritings equal their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundled checkpoint is the one its record describes, and it is whole."""
+"""The bundled checkpoint is whole and is the one that its record describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--backend llmcompressor: what it cannot do, and that it is not there, is one line; the work is in tests/peers."""
+"""--backend llmcompressor refuses in one line what it cannot do; tests/peers tests the work itself."""
 
 from __future__ import annotations
 

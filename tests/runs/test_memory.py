@@ -1,4 +1,4 @@
-"""Memory that runs out, really: one line that says where, how much was asked for and what is free."""
+"""Real out-of-memory errors give one line: where, what was asked for, what is free."""
 
 from __future__ import annotations
 

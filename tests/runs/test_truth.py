@@ -1,4 +1,4 @@
-"""Nothing untrue goes out: NaN anywhere in a model stops every command by name, and what failed is never finished."""
+"""NaN anywhere in a model stops every command by name; a failed run never looks finished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics against their definitions, written out slowly in float64, and llama-perplexity's formulas."""
+"""Metrics equal their definitions in float64 and llama-perplexity's formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two and three processes by gloo give one process's numbers; a process that dies ends the run, which can go on."""
+"""Two and three gloo processes give one process's numbers; a dead process ends a run that can go on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streamed pass against whole models one window at a time; stored references; runs that stop and go on."""
+"""The streamed pass equals whole models window by window; stored references; interrupted runs continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices of one layer rounded in the pass: chunks, shared sweeps, plain types."""
+"""Matrices of one GGUF layer: chunks change nothing, shared sweeps, plain types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of writing a GGUF file: one layer, whatever their number, and of its experts as many as the device holds."""
+"""Writing a GGUF file holds one layer in memory, and as many experts as the device has room for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--effort fast: what it knows is what `calibrate` collects, one stream, and a run that goes on where it ended."""
+"""--effort fast uses what `calibrate` collects, one stream, and continues an interrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF from stored statistics and from an imatrix: what is rounded under which moments, and what is refused."""
+"""GGUF from stored statistics and from an imatrix: which moments round which tensor, what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned rounding of a GGUF layer: the experts come closer to what they should add, scales and codebooks stay."""
+"""SignRound of a GGUF layer lowers the error of the experts' output; scales and codebooks stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the paired pass against their definitions."""
+"""The parts of the two-stream pass equal their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A layer's INT4 end to end on a small random model: better than rounding, exact where it must be."""
+"""INT4 of a small random layer beats rounding, and is exact where it must be."""
 
 from __future__ import annotations
 

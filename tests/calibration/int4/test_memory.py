@@ -1,4 +1,4 @@
-"""The working memory of a layer's solve: bounded by chunks of experts, counted by CUDA's own allocator."""
+"""Chunks of experts bound the working memory of a layer's solve, by CUDA's own allocator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing of one run is seen by the next in the same process: equal runs of one variant write equal bytes."""
+"""Runs in one process do not affect each other: equal runs of a variant write equal bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmquant.convert.open import open_native
 from mmquant.quantize.integer.gptq import Grid
 from mmquant.runs.folder import write_folder
 
-ROOMS = ("mmquant", "commands", "runs", "calibration", "convert", "quantize")
+PACKAGES = ("mmquant", "commands", "runs", "calibration", "convert", "quantize")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ ALLOWED |= {"calibration/model/forward.py EXACT"}  # a default that nobody fills
 def test_frozen_dataclasses_hold_no_state_and_modules_no_globals() -> None:
     classes: dict[str, bool] = {}
     found: list[str] = []
-    for path in (p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py"))):
+    for path in (p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))):
         tree = ast.parse(path.read_text("utf-8"))
         classes |= {n.name: frozen(n) for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
         found += [f"{path.relative_to(ROOT).as_posix()} {line}" for line in state_of(tree)]

@@ -1,4 +1,4 @@
-"""Routed rows are summed at their tokens as the definition says, in torch and by the kernel."""
+"""`combine` equals its definition, in torch and by the Triton kernel."""
 
 from __future__ import annotations
 

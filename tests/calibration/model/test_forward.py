@@ -1,4 +1,4 @@
-"""The streamed forward against transformers (the independent implementation), slow loops, and its memory promise."""
+"""The streamed forward equals transformers and slow loops, and holds one layer in memory."""
 
 from __future__ import annotations
 

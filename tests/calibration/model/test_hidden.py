@@ -1,4 +1,4 @@
-"""Hidden states in RAM and on disk are the same thing; windows are the tokenizer's tokens in order."""
+"""Hidden states in RAM and on disk are equal; windows hold the tokenizer's tokens in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activations as llama.cpp's CPU backend sees them: bit by bit against ggml, and at every matrix of the forward."""
+"""Activations equal ggml's rounding bit by bit, at every matrix of the forward."""
 
 from __future__ import annotations
 

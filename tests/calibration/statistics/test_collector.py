@@ -1,4 +1,4 @@
-"""The collector against the definition: slow loops in float64 over tokens and experts, on awkward shapes."""
+"""The collector equals slow loops in float64 over tokens and experts, on awkward shapes."""
 
 from __future__ import annotations
 

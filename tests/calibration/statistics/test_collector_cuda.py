@@ -1,4 +1,4 @@
-"""The fused collector on a GPU gives the plain collector's statistics, and equal runs give equal bits."""
+"""The fused CUDA collector equals the plain one; equal runs give equal bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our sums of x^2 against transformers' own modules, and (with MMQUANT_GOLDEN) against llama-imatrix."""
+"""Sums of x^2 equal those of transformers' modules and (with MMQUANT_GOLDEN) of llama-imatrix."""
 
 from __future__ import annotations
 

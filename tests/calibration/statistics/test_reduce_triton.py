@@ -1,4 +1,4 @@
-"""The fused sums against float64: by Triton's interpreter on CPU, compiled where there is a GPU."""
+"""The fused reductions equal float64 sums, in Triton's interpreter and compiled on a GPU."""
 
 from __future__ import annotations
 

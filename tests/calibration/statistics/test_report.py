@@ -1,4 +1,4 @@
-"""`mmquant calibrate` from the outside: the demo's overflowing experts are named, bad input is one line, fakes show."""
+"""`mmquant calibrate` names the demo's overflowing experts and refuses bad input in one line."""
 
 from __future__ import annotations
 

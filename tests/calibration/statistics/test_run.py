@@ -1,4 +1,4 @@
-"""The streamed pass: chunks under a memory limit, propagation, resume after SIGKILL, several processes, storage."""
+"""The calibration pass: memory-limited chunks, propagation, resume after SIGKILL, processes, storage."""
 
 from __future__ import annotations
 

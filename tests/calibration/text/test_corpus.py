@@ -1,4 +1,4 @@
-"""Corpora: what is read, how it is mixed and packed, what is refused."""
+"""Corpora: reading, mixing, packing, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people feed in as text: data sets in their usual forms, other encodings, other formats, files of any size."""
+"""Text as people have it: published data sets, other encodings, other formats, files of any size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows: what is scored, by every convention, and texts that cannot be."""
+"""Evaluation windows: scored positions by every convention, and texts that cannot be scored."""
 
 from __future__ import annotations
 

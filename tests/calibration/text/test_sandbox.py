@@ -1,4 +1,4 @@
-"""A chat template is a program from outside: it ends, makes no more than a conversation, and reaches nothing."""
+"""A hostile chat template ends, makes bounded output, and reaches nothing outside."""
 
 from __future__ import annotations
 

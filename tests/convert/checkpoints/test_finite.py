@@ -1,4 +1,4 @@
-"""NaN and infinity by their bits, against torch's own conversion."""
+"""NaN and infinity found by bits agree with torch's own conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized folders: values against compressed-tensors' decompressor and against AWQ and GPTQ unpacked by hand."""
+"""Quantized folders decode as compressed-tensors does, and as AWQ and GPTQ unpacked by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever reads a checkpoint is followed: shards are announced in their order of use and released after the last."""
+"""Shards are announced in their order of use and released after the last use."""
 
 from __future__ import annotations
 

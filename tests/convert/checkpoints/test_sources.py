@@ -1,4 +1,4 @@
-"""What people feed in: FP8 of every sort, skip lists, extra tensors, configs that were lost or left behind."""
+"""Checkpoints as people have them: every FP8, skip lists, extra tensors, missing or stale configs."""
 
 from __future__ import annotations
 

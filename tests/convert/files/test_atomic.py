@@ -1,4 +1,4 @@
-"""Files appear whole by one helper, everywhere; locks name their holder and let nobody in."""
+"""Files appear whole, by one helper everywhere; a lock names its owner and admits nobody else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmquant.convert.files.atomic import copy_whole, replace_folder, sha256_file
 from mmquant.convert.files.lock import HOLDER, LOCK, hold
 from mmquant.errors import InputError
 
-ROOMS = ("commands", "runs", "calibration", "convert", "quantize")
+PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")
 CALLS = {
     "write_bytes",
     "write_text",
@@ -69,7 +69,7 @@ def writes(tree: ast.Module) -> Iterator[str]:
 
 def test_product_code_writes_files_by_the_helpers_alone() -> None:
     found = set()
-    for path in (p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py"))):
+    for path in (p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))):
         name = path.relative_to(ROOT).as_posix()
         if not name.startswith("convert/files/"):
             found |= {(name, call) for call in writes(ast.parse(path.read_text("utf-8")))}

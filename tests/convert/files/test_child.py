@@ -68,10 +68,10 @@ def test_llmcompressor_is_not_looked_for_in_the_current_folder(trap: Path) -> No
     assert not (trap / "caught").exists()
 
 
-@pytest.mark.parametrize("room", ["commands", "runs", "calibration", "convert", "quantize", "mmquant"])
-def test_every_child_process_is_started_this_way(room: str) -> None:
+@pytest.mark.parametrize("package", ["commands", "runs", "calibration", "convert", "quantize", "mmquant"])
+def test_every_child_process_is_started_this_way(package: str) -> None:
     """Every call of subprocess in the product names its environment, and Python gets -P."""
-    for path in (ROOT / room).rglob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("subprocess."):

@@ -1,4 +1,4 @@
-"""One policy for damaged progress: a line that names the file and what starts over; finished work is never touched."""
+"""Damaged progress gives a line that names the file and what starts over; finished work stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our FP8 and INT4 folders against those that other tools wrote from the same weights, tensor by tensor.
+"""Our FP8 and INT4 folders equal those of other tools from the same weights, tensor by tensor.
 
 Two differences are on purpose. From a native FP8 release our block scales keep the release's float32 (its values must
 come back bit by bit); from BF16 they are bfloat16 as the peer's. Our FP8 scales are the largest magnitude / 448 rounded

@@ -1,4 +1,4 @@
-"""transformers loads our folders and sees the weights that compressed-tensors sees.
+"""transformers loads our folders with the same weights as compressed-tensors.
 
 transformers 5.23 is a valid reader of FP8 per channel, symmetric INT4 and native FP8. It cannot read FP8 tiles of
 experts (its conversion fails on the peers' folder as on ours) nor asymmetric INT4; those have other readers.

@@ -1,4 +1,4 @@
-"""Folders are what safetensors reads, whole or continued to the same bytes, and shards obey their limit."""
+"""safetensors reads our folders, whole or continued to the same bytes; shards obey their limit."""
 
 from __future__ import annotations
 

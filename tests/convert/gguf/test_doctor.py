@@ -1,4 +1,4 @@
-"""`mmquant doctor`: faults that are put into real files are found; the overflow of the demo model is cured exactly."""
+"""`mmquant doctor` finds faults put into real files and rescales the demo model's overflow exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block's scales are finite exactly when what it decodes to is: every type, random bytes."""
+"""Block scales are finite exactly when the decoded values are: every type, random bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`doctor --fix` over several parts is all or nothing: a real process is killed at every change of the folder."""
+"""`doctor --fix` over several parts is all or nothing: a real process is killed at every change."""
 
 from __future__ import annotations
 

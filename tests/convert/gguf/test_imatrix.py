@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix: the bytes of llama-imatrix itself, read back by gguf, refused when it is broken."""
+"""Importance matrices equal llama-imatrix's bytes, are read back by gguf, and are refused when broken."""
 
 from __future__ import annotations
 

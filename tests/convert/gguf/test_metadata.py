@@ -1,5 +1,4 @@
-"""Metadata against gguf-py's own reading of the same tokenizer, and against the keys that llama.cpp's converter
-writes."""
+"""Metadata equals gguf-py's reading of the same tokenizer and the keys of llama.cpp's converter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types per tensor against llama-quantize's own dry run.
+"""Types per tensor equal llama-quantize's own dry run.
 
 tests/data/llama_quantize_types.json: `llama_model_quantize(dry_run)` of llama.cpp v0.5.0 (npm
 @node-llama-cpp/linux-x64 3.22.1) over sparse BF16 files of these shapes, with an importance matrix and without: runs of

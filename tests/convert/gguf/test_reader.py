@@ -1,4 +1,4 @@
-"""GGUF read by us against gguf-py, and headers written to hurt."""
+"""The GGUF reader equals gguf-py's, and refuses hostile headers."""
 
 from __future__ import annotations
 

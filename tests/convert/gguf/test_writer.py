@@ -1,4 +1,4 @@
-"""The container against gguf-py's reader, splits, resume after SIGKILL, memory."""
+"""gguf-py reads the written container; splits, resume after SIGKILL, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fetcher against a real HTTP server: every fault ends in the right bytes or in one line saying what is wrong."""
+"""The fetcher against a real HTTP server: every fault ends in the right bytes or in one line."""
 
 from __future__ import annotations
 

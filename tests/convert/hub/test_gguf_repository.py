@@ -1,4 +1,4 @@
-"""A type of a GGUF repository: its parts are fetched, verified, read as a local file is, and deleted in the end."""
+"""A GGUF repository by type: parts are fetched, verified, read as local files, and deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hub that lies in its listing writes nothing outside the work folder: names, digests and sizes are checked first."""
+"""A lying hub writes nothing outside the work folder: names, digests and sizes are checked first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of the prefetcher: after its shutdown nothing waits for ever."""
+"""After the prefetcher's pool shuts down, nothing waits for ever."""
 
 from __future__ import annotations
 

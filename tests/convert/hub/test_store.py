@@ -1,4 +1,4 @@
-"""A checkpoint on a hub behaves as a folder does, in little traffic and little disk."""
+"""A checkpoint on a hub behaves as a folder does, with little traffic and little disk."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""RoPE and its scaling: read in both spellings, computed as transformers and llama.cpp compute it, written in each
-format."""
+"""RoPE scaling: both spellings are read, computed as transformers and llama.cpp do, and written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layout of the ggml types with a reconstruction grid, against ggml itself and the gguf package."""
+"""Layouts of the ggml grid types equal those of ggml itself and of the gguf package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ against its textbook form (inverse Hessian, one matrix at a time), and on matrices that have no factor."""
+"""GPTQ equals its textbook form (inverse Hessian), also on matrices that have no factor."""
 
 from __future__ import annotations
 

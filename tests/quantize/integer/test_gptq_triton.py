@@ -1,4 +1,4 @@
-"""The fused kernels against the torch path: by Triton's interpreter on CPU, compiled where there is a GPU."""
+"""The fused GPTQ kernels equal torch, in Triton's interpreter and compiled on a GPU."""
 
 from __future__ import annotations
 

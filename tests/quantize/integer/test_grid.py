@@ -1,4 +1,4 @@
-"""Integer grids and packings against their definitions."""
+"""Integer grids and packings equal their definitions."""
 
 from __future__ import annotations
 

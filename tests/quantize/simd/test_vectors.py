@@ -1,5 +1,6 @@
+"""SIMD vector operations in compiled code equal NumPy on the same numbers."""
+
 # pyright: reportCallIssue=false
-"""Lanes in compiled code: each operation against NumPy on the same numbers."""
 
 from __future__ import annotations
 

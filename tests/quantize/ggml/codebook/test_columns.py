@@ -1,4 +1,4 @@
-"""Columns of a super-block of a vector codebook: the fused kernel against the form in torch, that by definition."""
+"""Columns of a codebook super-block: the fused kernel equals torch, and torch its definition."""
 
 from __future__ import annotations
 

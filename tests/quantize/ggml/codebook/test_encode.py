@@ -1,4 +1,4 @@
-"""Vector-codebook types: layouts against gguf-py and ggml, search against brute force, errors against ggml's."""
+"""Codebook types: layouts against gguf-py and ggml, search against brute force, errors against ggml's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block LDLQ and descent into vector codebooks: the factor by its definition, the objective against plain encoding."""
+"""Block LDLQ and descent into codebooks: the factor's definition, the objective against plain encoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns of a super-block: the numba and the Triton form against the one in torch, column by column."""
+"""Columns of a super-block: numba and Triton equal torch, column by column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Error feedback into scalar grids against its definition: the objective, ggml's own decoder, and a slow GPTQ."""
+"""LDLQ into scalar grids: the objective's definition, ggml's own decoder, and a slow GPTQ."""
 
 from __future__ import annotations
 

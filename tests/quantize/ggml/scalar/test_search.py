@@ -1,4 +1,4 @@
-"""The scale searches of the ggml grid types, against ggml's own encoders, brute force and the error's definition."""
+"""Scale searches of the ggml grid types: ggml's own encoders, brute force, the error's definition."""
 
 from __future__ import annotations
 
