@@ -20,6 +20,7 @@ from mmquant.calibration.evaluate.reference_store import StoredReference
 from mmquant.calibration.evaluate.streamed import Outcome, Settings, evaluate
 from mmquant.calibration.model.distributed import current_ranks
 from mmquant.calibration.text.sample import Sample
+from mmquant.convert.checkpoints.census import Kind
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.convert.open import open_native
@@ -58,6 +59,9 @@ class Noisy:
 
     def validate(self) -> None:
         self.source.validate()
+
+    def census(self) -> list[Kind]:
+        return self.source.census()
 
     def close(self, finished: bool = False) -> None:
         self.source.close(finished)
