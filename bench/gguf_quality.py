@@ -1,7 +1,6 @@
 """Ablation: KLD of GGUF types on the demo model with parts of the method left out, without llama.cpp.
 
 python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy] [--mix Q2_K ...] [--method NAME ...]
-                             [--move 0.6]
 
 Values are decoded and scored by the reference forward in float32 (activations unquantized), second half of each window.
 Tokens: uint16 [W, T]; without files the bundled texts are used. "search" weighs by importance in the
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmquant.calibration.gguf import experts as gguf_experts
 from mmquant.calibration.gguf.layer import quantize_head, quantize_layer
 from mmquant.calibration.gguf.solve import METHODS, Method, Report
 from mmquant.calibration.gguf.streams import Streams
@@ -46,12 +44,12 @@ STEPS = {
     "descent": Method(correct=False),
     "correction": Method(repair=False),
     "default": METHODS["default"],
-    "high": METHODS["high"],
     "damping.02": Method(damping=0.02),
     "prior.1": Method(prior=0.1),
-    "prior.4": Method(prior=4.0),
+    "prior1": Method(prior=1.0),
+    "floor0": Method(floor=0.0),
     "sampling0": Method(sampling=0.0),
-    "sampling4": Method(sampling=4.0),
+    "sampling1.5": Method(sampling=1.5),
     "damping.10": Method(damping=0.10),
 }
 ROLES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
@@ -134,9 +132,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mix", nargs="*", default=["Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS"])
     parser.add_argument("--method", nargs="*", default=list(STEPS))
-    parser.add_argument("--move", type=float, default=gguf_experts.MOVE, help="of method high, in codes")
     options = parser.parse_args()
-    device, gguf_experts.MOVE = options.device, options.move
+    device = options.device
     calibration = tokens_of(options.calibration, "calibration", options.windows)
     lab = Lab(calibration, tokens_of(options.evaluation, "evaluation", options.evaluation_windows), device)
     print(

@@ -59,7 +59,7 @@ FILE = click.Path(path_type=Path)
     type=click.Choice(["fast", "default", "high"]),
     default="default",
     show_default=True,
-    help="fast: a weighted search; default: correction and error feedback; high: codes learned after that.",
+    help="fast: a weighted search; default: correction and error feedback; high: on four times as many windows.",
 )
 @click.option("--no-calibration", is_flag=True, help="Every weight to its nearest point; no text is read.")
 @device_option()

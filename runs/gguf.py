@@ -33,6 +33,8 @@ from .calibrate import context_of, generic_at_most, make_corpus, windows_at_most
 from .folder import check_disk, check_place, claim, finish_folder, is_finished, step_name, written_bytes
 from .memory import memory_for
 
+HIGH = 4  # times as many windows with --effort high
+
 
 def write_gguf(
     source: Checkpoint,
@@ -90,7 +92,7 @@ def check_memory(source: Checkpoint, calibration: Calibration | Stored | None, d
     """FitError before anything is written, when a calibrated layer needs more memory than is free."""
     if isinstance(calibration, Calibration) and calibration.effort != "fast":
         windows, length = calibration.tokens.shape
-        plan_memory(source.geometry, windows, length, device, calibration.effort)
+        plan_memory(source.geometry, windows, length, device)
 
 
 def check_gguf(
@@ -104,7 +106,8 @@ def check_gguf(
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
     check_place(out, size, {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes})
     if options["calibrated"] and options["effort"] != "fast":
-        plan_memory(source.geometry, windows_at_most(options), context_of(source, options), device, options["effort"])
+        options = at_effort(options, options["effort"])
+        plan_memory(source.geometry, windows_at_most(options), context_of(source, options), device)
 
 
 def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
@@ -158,12 +161,18 @@ def maker(
     return lambda missing: stored_tensors(source, calibration, missing, device, report), report
 
 
+def at_effort(text: dict[str, Any], effort: str) -> dict[str, Any]:
+    """The text's options; high effort reads HIGH times as many windows."""
+    return text | {"windows": int(text["windows"]) * (HIGH if effort == "high" else 1)}
+
+
 def make_calibration(
     source: Checkpoint, effort: str, statistics: Path | None, text: dict[str, Any]
 ) -> Calibration | Stored:
     """Open the statistics, or read, check and pack the calibration text."""
     if statistics is not None:
         return open_stored(statistics, source, effort)
+    text = at_effort(text, effort)
     corpus = make_corpus(source, {"evaluation": (), **text})
     names = ", ".join(Path(spec.split("=")[0]).name for spec in text["texts"]) or "default"
     names += " and bundled text" if generic_at_most(text) else ""

@@ -1,8 +1,8 @@
-"""Quantize the experts of one GGUF layer: w1 and w3, then w2 on their output, then SignRound with effort high."""
+"""Quantize the experts of one GGUF layer: w1 and w3, then w2 on their output."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from ...convert.gguf.names import EXPERT_TENSORS
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.ggml.types import GGMLType
 from ...quantize.overflow import rescale_exponents
-from ..model.signround_layer import LearnOptions
 from .moments import Pair, each_pooled
-from .signround import learn_experts
 from .solve import Method, Report, solve_part
 from .streams import (
     Streams,
@@ -28,15 +26,12 @@ from .streams import (
     rescaled,
 )
 
-MOVE = 0.6  # of LearnOptions: better than 0.3 and 1 for Q2_K to Q4_K (docs/quality.md)
-
 
 @dataclass(frozen=True)
 class Experts:
     """The experts of a layer on their way: `new` and `out` (bytes by short name) are filled, chunk by chunk.
 
     largest  [E] the reference's largest sums of 32 inputs of w2, known when all inputs were collected
-    wanted   [E, O, n] by role where rounding is learned: see `solve_part`
     """
 
     streams: Streams
@@ -47,7 +42,6 @@ class Experts:
     method: Method
     out: dict[str, np.ndarray]
     largest: Tensor
-    wanted: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def exponents(self) -> Tensor:
@@ -90,11 +84,9 @@ class Experts:
             weight = torch.cat([getattr(source, role) for role in roles], 1)
             with naming(" and ".join(names)):
                 found = solve_part(weight, self.kinds[names[0]], pair, part, self.method)
-            data, values, wanted = np.split(found[0], len(names), 1), *(f.chunk(len(names), 1) for f in found[1:])
+            data, values = np.split(found[0], len(names), 1), found[1].chunk(len(names), 1)
             for index, (name, role) in enumerate(zip(names, roles, strict=True)):
                 self.out[name][few], getattr(self.new, role)[few] = data[index], values[index]
-                if self.method.learned:
-                    self.wanted[role][few] = wanted[index]
 
 
 def quantize_experts(
@@ -117,8 +109,6 @@ def quantize_experts(
         out[name] = np.empty((*empty[role].shape[:2], kinds[name].row_bytes(empty[role].shape[2])), np.uint8)
     new, largest = replace(new, **empty), torch.zeros(g.experts, device=streams.device)
     experts = Experts(streams, weights, new, g, kinds, method, out, largest)
-    if method.learned:
-        experts.wanted.update({role: torch.empty_like(matrix) for role, matrix in empty.items()})
     chunks = streams.plan(g).chunks(g.experts)
     rows = each_pooled(chunks, experts.inputs, experts.solve_inputs)
     report.unseen |= {(layer, e) for e, count in enumerate(rows.tolist()) if count == 0}
@@ -126,8 +116,4 @@ def quantize_experts(
     each_pooled(chunks, experts.leaving if len(chunks) == 1 else experts.middle, experts.solve_middle)
     if len(chunks) > 1:
         pass_experts(streams, streams.reference, weights, g)
-    if method.learned:
-        source = rescaled(weights, experts.exponents)
-        options = LearnOptions(memory=streams.learning, move=MOVE)
-        new, report.learned[layer] = learn_experts(streams, source, new, experts.wanted, g, kinds, out, options)
     return new

@@ -16,7 +16,6 @@ from mmquant.errors import FitError
 from ...convert.models.minimax_m2 import Geometry
 from ..int4.layer import working_memory
 from ..model.forward import rows_at_once
-from ..model.signround_layer import LARGEST_WORK, LEARNING_BYTES
 from ..model.stream import batch_windows
 from ..statistics.layer_pass import free_memory, layer_bytes
 
@@ -27,7 +26,6 @@ USABLE = 0.9  # of what is free: the allocator's blocks have gaps
 # Bytes of activations: of a routed row by hidden and inner channel, of a token by hidden channel and by attention's.
 ROW_HIDDEN, ROW_INNER, TOKEN_HIDDEN, TOKEN_HEADS = 8, 18, 32, 8
 LESS = "--effort fast, a shorter --context or another --device need less"
-LEARNED_HIDDEN = 24  # of a token that rounding is learned on: its input, what is wanted and what is left of it
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def activation_bytes(g: Geometry, device: torch.device | str, tokens: int) -> in
 
 
 def layer_peak(g: Geometry, dtype: torch.dtype, plan: ExpertPlan, work: int, activations: int) -> int:
-    """Bytes on the device while a layer is quantized (without learning)."""
+    """Bytes on the device while a layer is quantized."""
     return 2 * layer_bytes(g, dtype) + (plan.chunk + 1) * pair_bytes(g.hidden) + max(work, activations)
 
 
@@ -92,17 +90,13 @@ def plan_experts(g: Geometry, moments: int, work: int) -> ExpertPlan:
     return ExpertPlan(chunk - chunk % step, step)
 
 
-def moment_memory(
-    g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0, learned: bool = False
-) -> int:
+def moment_memory(g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0) -> int:
     """Bytes that moments may take beside everything else that a layer needs, by what is free now.
 
-    tokens: of a batch; held: bytes that will be taken and are not yet; learned: what each weight would be alone is kept
-    for learning, a third layer. Raises FitError when one expert's do not fit.
+    tokens: of a batch; held: bytes that will be taken and are not yet. Raises FitError when one expert's do not fit.
     """
     free = free_memory(device)
-    layers = (3 if learned else 2) * layer_bytes(g, dtype)
-    other = layers + max(solve_memory(device), activation_bytes(g, device, tokens))
+    other = 2 * layer_bytes(g, dtype) + max(solve_memory(device), activation_bytes(g, device, tokens))
     left, least = int((free - held) * USABLE) - other - pair_bytes(g.hidden), pair_bytes(g.hidden)
     if left < least:
         needed = (other + 2 * least) / USABLE + held
@@ -110,33 +104,6 @@ def moment_memory(
             f"layer 0: {device} has {free / 1e9:.1f} GB of memory free, a layer needs {needed / 1e9:.1f} GB; {LESS}"
         )
     return left
-
-
-def learning_memory(
-    g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0
-) -> int | None:
-    """Bytes that learning on `tokens` tokens may take beside what it works on, by the card alone; None on a CPU.
-
-    held: bytes that lie there beside the layer. The layer lies there three times, and with rescaled experts two of its
-    matrices once more. Raises FitError when nothing is left.
-    """
-    if torch.device(device).type != "cuda":
-        return None
-    total = total_memory(device)
-    other = 11 * layer_bytes(g, dtype) // 3 + tokens * LEARNED_HIDDEN * g.hidden + held
-    left, least = int(total * USABLE) - other, LEARNING_BYTES["cuda"] * 3 * g.hidden * g.expert_width
-    if left < least:
-        needed = (other + least) / USABLE
-        raise FitError(
-            f"layer 0: --effort high needs a card of {needed / 1e9:.1f} GB, {device} has {total / 1e9:.1f} GB; "
-            "--effort default needs less"
-        )
-    return min(left, LARGEST_WORK)
-
-
-def total_memory(device: torch.device | str) -> int:
-    """Bytes of a CUDA card."""
-    return torch.cuda.get_device_properties(device).total_memory
 
 
 def stream_place(g: Geometry, device: torch.device | str, moments: int, size: int) -> torch.device:

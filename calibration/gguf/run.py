@@ -30,11 +30,10 @@ from ...convert.source import read_layer
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
 from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving
-from ..model.signround_layer import LearnOptions
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest
 from .layer import quantize_head, quantize_layer
-from .memory import learning_memory, moment_memory, stream_place, text_batch
+from .memory import moment_memory, stream_place, text_batch
 from .solve import METHODS, Report
 from .streams import Streams
 
@@ -59,25 +58,22 @@ class Calibration:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Windows in a batch, where the streams lie, and the bytes that moments and learning may take."""
+    """Windows in a batch, where the streams lie, and the bytes that moments may take."""
 
     batch: int
     place: torch.device
     moments: int
-    learning: int | None
 
 
-def plan_memory(g: Geometry, windows: int, length: int, device: torch.device | str, effort: str) -> MemoryPlan:
+def plan_memory(g: Geometry, windows: int, length: int, device: torch.device | str) -> MemoryPlan:
     """How a calibrated run of `windows` x `length` tokens shares what is free now. FitError when it is too little."""
-    dtype, learned = default_dtype(device), METHODS[effort].learned
+    dtype = default_dtype(device)
     size, batch = 2 * 4 * windows * length * g.hidden, text_batch(length, device)
     held = size if torch.device(device).type == "cpu" and size <= 2 * RAM_LIMIT else 0
-    memory = moment_memory(g, dtype, device, batch * length, held, learned)
+    memory = moment_memory(g, dtype, device, batch * length, held)
     place = stream_place(g, device, memory, size)
     memory -= 0 if place.type == "cpu" else size
-    tokens = min(windows * length, LearnOptions().tokens)
-    learning = learning_memory(g, dtype, device, tokens, size) if learned else None
-    return MemoryPlan(batch, place, memory, learning)
+    return MemoryPlan(batch, place, memory)
 
 
 class CalibratedRun:
@@ -98,9 +94,9 @@ class CalibratedRun:
         self.label, self.report = variant.label, Report()
         self.dtype = default_dtype(device)
         g, (windows, length) = source.geometry, calibration.tokens.shape
-        plan = plan_memory(g, windows, length, device, calibration.effort)
+        plan = plan_memory(g, windows, length, device)
         hidden = [HiddenStates(windows, length, g.hidden, folder=writer.folder, device=plan.place) for _ in range(2)]
-        self.streams = Streams(hidden[0], hidden[1], plan.batch, device, plan.moments, plan.learning)
+        self.streams = Streams(hidden[0], hidden[1], plan.batch, device, plan.moments)
 
     def write(self) -> None:
         """All steps from the first that is missing."""

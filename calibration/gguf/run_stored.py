@@ -109,9 +109,7 @@ def open_stored(path: Path, source: Checkpoint, effort: str) -> Stored:
             stored.moments(layer, source.geometry)
         return stored
     if effort == "high":
-        raise InputError(
-            f"{path}: holds sums; --effort high learns on the calibration tokens, expected default or fast"
-        )
+        raise InputError(f"{path}: holds sums of a text; --effort high reads more of it, expected default or fast")
     known = open_statistics(path)
     known.check(source.fingerprint, source.geometry.layers)
     if not known.full and effort != "fast":

@@ -29,7 +29,6 @@ class Method:
     correct   let each matrix make good what the layers before it lost
     repair    so do the router and the head
     passes    rounds of coordinate descent after the sweep
-    learned   the experts' codes are learned on the layer's output after that (signround.py)
     damping   share of the mean diagonal added to the moments
     prior     strength of the pooled moments; floor, sampling: ridge of the moments (Pair.means)
     """
@@ -38,7 +37,6 @@ class Method:
     correct: bool = True
     repair: bool = True
     passes: int = 2
-    learned: bool = False
     damping: float = 0.05
     prior: float = PRIOR
     floor: float = FLOOR
@@ -52,26 +50,21 @@ class Method:
 METHODS = {
     "fast": Method(feedback=False, correct=False, passes=0),
     "default": Method(),
-    "high": Method(learned=True),
+    "high": Method(),  # on more text (runs/gguf.py)
 }
 
 
 @dataclass
 class Report:
-    """What a run did beyond rounding: exponents of the overflow cure by (layer, expert), experts that saw no token, and
-    by layer what learning left of the held-out error."""
+    """What a run did beyond rounding: exponents of the overflow cure by (layer, expert), experts that saw no token."""
 
     rescaled: dict[tuple[int, int], int] = field(default_factory=dict)
-    learned: dict[int, float | None] = field(default_factory=dict)
     unseen: set[tuple[int, int]] = field(default_factory=set)
 
     def of_layer(self, layer: int) -> Iterator[str]:
         """What the user should know of a layer, a line each."""
         rescaled = [f"{expert} (2^{k})" for (place, expert), k in sorted(self.rescaled.items()) if place == layer]
         unseen = [str(expert) for place, expert in sorted(self.unseen) if place == layer]
-        gained = self.learned.get(layer)
-        if gained is not None:
-            yield f"layer {layer}: held-out error of the experts' output {gained:.3f} of what it was before learning"
         if rescaled:
             yield f"layer {layer}: experts {', '.join(rescaled)} rescaled, their sums would overflow float16 on CUDA"
         if unseen:
@@ -87,7 +80,7 @@ def solve(
     step = step if step is not None else experts_at_once(weight)
     for start in range(0, experts, step):
         part = slice(start, start + step)
-        out[part], values[part], _ = solve_part(weight[part], kind, pair, part, method)
+        out[part], values[part] = solve_part(weight[part], kind, pair, part, method)
     return out, values
 
 
@@ -103,32 +96,23 @@ def rows_at_once(weight: Tensor) -> int:
     return max(256, (solve_memory(weight.device) - solve_bytes(0, n)) // (4 * WEIGHT_COPIES * n))
 
 
-def solve_part(
-    weight: Tensor, kind: GGMLType, pair: Pair, part: slice, method: Method
-) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Bytes [E, O, b] uint8, values and wanted values [E, O, n] float32 of the matrices `part` of a pair, all at once.
-
-    wanted: where each weight would go if it alone were free (the values themselves unless rounding is learned)
-    """
+def solve_part(weight: Tensor, kind: GGMLType, pair: Pair, part: slice, method: Method) -> tuple[np.ndarray, Tensor]:
+    """Bytes [E, O, b] uint8 and values [E, O, n] float32 of the matrices `part` of a pair, all at once."""
     if kind in PLAIN_TYPES:
         stored = encode(weight.float().flatten(0, 1), kind).view(*weight.shape[:2], -1)
         values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(weight)
-        return to_host(stored).numpy(), values, values
+        return to_host(stored).numpy(), values
     block = rows_at_once(weight)
     if len(weight) == 1 and block < weight.shape[1]:  # larger than the working memory
         pieces = [solve_part(few, kind, pair, part, method) for few in weight.split(block, 1)]
-        data, values, wanted = zip(*pieces, strict=True)
-        return np.concatenate(data, 1), torch.cat(values, 1), torch.cat(wanted, 1)
+        data, values = zip(*pieces, strict=True)
+        return np.concatenate(data, 1), torch.cat(values, 1)
     own, cross = method.moments(pair, part)
     target = weight.float()
     if method.correct:
         target = corrected(target, own, cross, method.damping)
     stored = _rounded(target, kind, own, method)
-    values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(target)
-    wanted = values
-    if method.learned and kind in FORMS:
-        wanted = values + (target - values) @ own / own.diagonal(dim1=1, dim2=2).unsqueeze(1)
-    return to_host(stored).numpy(), values, wanted
+    return to_host(stored).numpy(), decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(target)
 
 
 def _rounded(target: Tensor, kind: GGMLType, own: Tensor, method: Method) -> Tensor:

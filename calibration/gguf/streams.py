@@ -50,7 +50,6 @@ class Streams:
     """The residual stream before a layer: of the reference, and of the model as written; `batch` windows at a time.
 
     memory: bytes of the device for the moments of a layer's experts; None: there is room for all
-    learning: bytes of it for learning; None: by the device (model/signround_layer.py)
     """
 
     reference: HiddenStates
@@ -58,7 +57,6 @@ class Streams:
     batch: int
     device: torch.device | str
     memory: int | None = None
-    learning: int | None = None
 
     def plan(self, g: Geometry) -> ExpertPlan:
         """Experts whose moments are held, and that are solved, at once."""

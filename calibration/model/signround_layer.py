@@ -111,26 +111,21 @@ def learn_experts(
     first: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    fixed: Mapping[str, Tensor] | None = None,
 ) -> Learned:
-    """Learn w1, w3, w2 of experts first.. against the wanted output of `tokens`, stopped early on `held`.
-
-    fixed: those of the three that stay as they are, in `dtype`.
-    """
-    others = dict(fixed or {})
+    """Learn w1, w3, w2 of experts first.. against the wanted output of `tokens`, stopped early on `held`."""
     generator = torch.Generator().manual_seed(seed)
     scale = held.target.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def loss(weights: Weights, step: int) -> Tensor:
         chosen = torch.randint(tokens.x.shape[0], (min(batch, tokens.x.shape[0]),), generator=generator)
         part = take(tokens, chosen.to(tokens.x.device))
-        return (routed_output(others | weights, part, first) - part.target).square().mean() / scale
+        return (routed_output(weights, part, first) - part.target).square().mean() / scale
 
     def held_out(weights: Weights) -> float:
         total = torch.zeros((), device=held.x.device)
         for start in range(0, held.x.shape[0], batch):
             part = take(held, slice(start, start + batch))
-            total += (routed_output(others | weights, part, first) - part.target).square().sum()
+            total += (routed_output(weights, part, first) - part.target).square().sum()
         return float(total / held.target.numel() / scale)
 
     return learn(starts, loss, held_out, schedule, dtype)
@@ -172,12 +167,11 @@ def learn_chunks(
     tokens: Routed,
     train: int,
     options: LearnOptions,
-    fixed: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[dict[str, Result]], float]:
     """The experts, some at a time: each chunk is to give what its reference gives, and what is still unexplained.
 
-    tokens.target [N, H] is what all experts together should add; the first `train` rows are learned on. `fixed` holds
-    the matrices [E, ...] that are not learned. Results by chunk, and the held-out loss after over before.
+    tokens.target [N, H] is what all experts together should add; the first `train` rows are learned on.
+    Results by chunk, and the held-out loss after over before.
     """
     device, count = weights.w1.device, weights.w1.shape[0]
     batch = options.tokens_a_step(device)
@@ -191,7 +185,6 @@ def learn_chunks(
         mine = {name: matrix[chosen] for name, matrix in matrices.items()}
         part = dataclasses.replace(tokens, target=left + _outputs(mine, tokens, start, batch))
         starts = starts_of(chosen)
-        others = {name: matrix[chosen] for name, matrix in (fixed or {}).items()}
         held, trained = take(part, slice(train, None)), take(part, slice(0, train))
         learned = learn_experts(
             starts,
@@ -202,10 +195,9 @@ def learn_chunks(
             first=start,
             seed=options.seed,
             dtype=weights.w1.dtype,
-            fixed=others,
         )
         dtype = weights.w1.dtype
-        values = others | {n: values_of(starts[n], w.levels, w.scales, dtype) for n, w in learned.weights.items()}
+        values = {n: values_of(starts[n], w.levels, w.scales, dtype) for n, w in learned.weights.items()}
         left = part.target - _outputs(values, tokens, start, batch)
         parts.append(learned.weights)
         losses.append((learned.before, learned.after))

@@ -8,16 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmquant.quantize.ggml import codec
-from mmquant.quantize.ggml.scalar.grid import FORMS
-from mmquant.quantize.ggml.scalar.signround import grid_start, stored
-from mmquant.quantize.ggml.types import GGMLType
 from mmquant.quantize.integer.awq import output_error, round_scaled, search_equalization
 from mmquant.quantize.integer.gptq import Grid
 from mmquant.quantize.integer.grid import dequantize
 from mmquant.quantize.integer.rtn import rtn_int
 from mmquant.quantize.signround import (
-    Result,
     Schedule,
     Start,
     begin,
@@ -113,26 +108,6 @@ def test_one_step_goes_against_the_sign_of_the_gradient() -> None:
     pull = (grad * levels_of(start, position)).view(4, 3, 8).sum(-1) * scales
     assert state.gain is not None
     assert torch.allclose(state.gain, 1 - 0.01 * pull.sign())
-
-
-@pytest.mark.parametrize("kind", list(FORMS), ids=lambda k: k.name)
-def test_learning_in_a_grid_begins_at_its_codes(kind: GGMLType) -> None:
-    wanted = draw(2, 3, 512) * 0.02
-    data = codec.encode(wanted.flatten(0, 1), kind).view(2, 3, -1)
-    values = codec.decode(data.flatten(0, 1), kind, 512).view(wanted.shape)
-    start = grid_start(data, kind, wanted + 0.01 * draw(2, 3, 512))
-    levels = levels_of(start, start.position)
-    assert torch.equal(values_of(start, levels, start.scales), values)
-    assert torch.equal(stored(data, kind, Result(levels.to(torch.int8), start.scales)), data)
-    # A weight that lies in its cell keeps its place, others begin at the edge.
-    plain = grid_start(data, kind, wanted)
-    exact = values_of(plain, plain.position, plain.scales)
-    inside = (plain.position - levels_of(plain, plain.position)).abs() < 0.4
-    assert torch.allclose(exact[inside], wanted[inside], atol=1e-6)
-    scale = start.scales.repeat_interleave(512 // start.scales.shape[-1], -1)
-    pulled = grid_start(data, kind, values + 3 * start.width * scale)
-    turned = levels_of(pulled, pulled.position + 0.1 * start.width)
-    assert bool(((turned > levels) | (levels == start.high) | (scale == 0)).all())
 
 
 def test_equalization_lowers_the_error_and_is_exact_before_rounding() -> None:

@@ -18,7 +18,6 @@ from mmquant.calibration.gguf.memory import (
     ExpertPlan,
     activation_bytes,
     layer_peak,
-    learning_memory,
     moment_memory,
     pair_bytes,
     plan_experts,
@@ -172,21 +171,6 @@ def test_m27_fits_a_card_of_24_gb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_memory, "free_memory", lambda device: int(16e9))
     with pytest.raises(FitError, match=r"layer 0: cpu has 16\.0 GB of memory free, a layer needs 21\.2 GB"):
         moment_memory(M27, torch.bfloat16, "cpu", tokens)
-
-
-def test_learning_takes_what_the_card_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = 1 << 17, 2 * 4 * 3072 << 17  # learned on, and the bytes of both streams
-    monkeypatch.setattr(gguf_memory, "total_memory", lambda device: int(85e9))
-    assert learning_memory(M27, torch.bfloat16, "cpu", *text) is None
-    assert (
-        learning_memory(M27, torch.bfloat16, "cuda", *text)
-        == int(76.5e9) - 11 * 7335837696 // 3 - text[0] * 72 * 1024 - text[1]
-    )
-    monkeypatch.setattr(gguf_memory, "total_memory", lambda device: int(150e9))
-    assert learning_memory(M27, torch.bfloat16, "cuda", *text) == 40 << 30
-    monkeypatch.setattr(gguf_memory, "total_memory", lambda device: int(25.8e9))
-    with pytest.raises(FitError, match=r"--effort high needs a card of 4\d\.\d GB, cuda has 25\.8 GB"):
-        learning_memory(M27, torch.bfloat16, "cuda", *text)
 
 
 @pytest.mark.parametrize("chunk", [4, 12])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from mmquant.calibration.gguf.run import Calibration
 from mmquant.calibration.text.corpus import DEFAULT, pack, read_sets
 from mmquant.calibration.text.generic import generic_texts, generic_windows, together
 from mmquant.calibration.text.tokenizer import load_tokenizer
-from mmquant.convert.open import open_source
+from mmquant.convert.open import open_native
 from mmquant.runs.calibrate import generic_at_most, make_corpus, tokens_at_most, windows_at_most
+from mmquant.runs.gguf import make_calibration
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix potions "
 
@@ -27,7 +30,7 @@ def options(text: Path, **changes: object) -> dict[str, object]:
 
 
 def test_half_as_many_windows_of_bundled_text_stand_evenly_among_the_users(tmp_path: Path) -> None:
-    source, file = open_source("demo"), tmp_path / "mine.txt"
+    source, file = open_native("demo"), tmp_path / "mine.txt"
     file.write_text(WORDS * 200)
     corpus = make_corpus(source, options(file))
     assert len(corpus.tokens) == windows_at_most(options(file)) == 12
@@ -50,7 +53,7 @@ def test_no_bundled_text_twice_and_none_where_it_is_unwanted(tmp_path: Path) -> 
 
 
 def test_without_a_template_the_chats_stay_out() -> None:
-    corpus = pack(read_sets(generic_texts(chats=False)), load_tokenizer(open_source("demo")), 64, 40)
+    corpus = pack(read_sets(generic_texts(chats=False)), load_tokenizer(open_native("demo")), 64, 40)
     assert "chat" not in corpus.domains
     assert {"code", "docs", "prose", "laozi"} <= set(corpus.domains)
     both = together(corpus, corpus)
@@ -58,6 +61,16 @@ def test_without_a_template_the_chats_stay_out() -> None:
 
 
 def test_dry_runs_count_the_bundled_windows(tmp_path: Path) -> None:
-    source = open_source("demo")
+    source = open_native("demo")
     assert tokens_at_most(source, options(tmp_path)) == 64 * 12
     assert generic_windows(1) == 1
+
+
+@pytest.mark.parametrize(("effort", "windows"), [("fast", 12), ("default", 12), ("high", 48)])
+def test_high_effort_reads_four_times_as_much(tmp_path: Path, effort: str, windows: int) -> None:
+    source, file = open_native("demo"), tmp_path / "mine.txt"
+    file.write_text(WORDS * 800)
+    chosen = make_calibration(source, effort, None, options(file))
+    assert isinstance(chosen, Calibration)
+    assert len(chosen.tokens) == windows
+    assert chosen.name == "mine.txt and bundled text"
