@@ -165,12 +165,12 @@ def test_named_templates_go_into_gguf_and_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"added_tokens": [{"id": 3}]}, "added token"),
-        ({"added_tokens": ["x"]}, "added token"),
-        ({"added_tokens": [{"id": "3", "content": "x"}]}, "names id"),
-        ({"model": {"type": "BPE", "vocab": {"a": None}}}, "names id"),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [[1, 2]]}}, "a merge is"),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [3]}}, "a merge is"),
+        ({"added_tokens": [{"id": 3}]}, "content is missing"),
+        ({"added_tokens": ["x"]}, r"added_tokens\[0\] is"),
+        ({"added_tokens": [{"id": "3", "content": "x"}]}, "id is '3'"),
+        ({"model": {"type": "BPE", "vocab": {"a": None}}}, "is None, expected an integer"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [[1, 2]]}}, "the merge .*, expected two tokens"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [3]}}, "the merge .*, expected two tokens"),
     ],
 )
 def test_a_vocabulary_of_another_form_is_one_line(tmp_path: Path, change: dict[str, Any], reason: str) -> None:

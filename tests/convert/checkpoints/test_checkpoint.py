@@ -182,7 +182,7 @@ def test_every_flipped_header_byte_is_an_error_or_harmless(tiny: Path) -> None:
     ("changes", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "architecture is LlamaForCausalLM"),
-        ({"scoring_func": "softmax"}, "scoring_func is softmax, expected sigmoid"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax', expected sigmoid"),
         ({"num_local_experts": 0}, "num_local_experts is 0"),
         ({"num_key_value_heads": 4}, "6 heads are not a multiple of 4"),
         ({"num_experts_per_tok": 9}, "9 experts per token of 5"),
