@@ -9,12 +9,13 @@ from pathlib import Path
 
 import click
 
+from ..convert.hub.hubs import DEFAULT_HUB, HUBS
 from .options import DEFAULT_MODEL, dry_run_option, json_option
 
 
 @click.command(short_help="Fetch a repository, verified and resumable.")
 @click.option("--model", default=None, help=f"hf:ORG/NAME[@REV] or ms:ORG/NAME[@REV].  [default: {DEFAULT_MODEL}]")
-@click.option("--hub", type=click.Choice(["hf", "ms"]), default=None, help="With --repo, instead of --model.")
+@click.option("--hub", type=click.Choice(list(HUBS)), default=None, help="With --repo, instead of --model.")
 @click.option("--repo", default=None, metavar="ORG/NAME")
 @click.option("--revision", default=None, help="Branch, tag or commit; with --repo.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -67,4 +68,4 @@ def _spec(model: str | None, hub: str | None, repo: str | None, revision: str | 
         return model or DEFAULT_MODEL
     if model is not None:
         raise click.UsageError("--model and --repo name a repository twice, expected one of them")
-    return f"{hub or 'hf'}:{repo}" + (f"@{revision}" if revision else "")
+    return f"{hub or DEFAULT_HUB.key}:{repo}" + (f"@{revision}" if revision else "")

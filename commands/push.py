@@ -7,13 +7,18 @@ from pathlib import Path
 
 import click
 
+from ..convert.hub.hubs import DEFAULT_HUB, HUBS, SPEC
 from .options import dry_run_option, json_option
 
 
 @click.command(short_help="Publish a finished folder.")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
-    "--hub", type=click.Choice(["hf", "ms"]), default="hf", show_default=True, help="Hugging Face, ModelScope."
+    "--hub",
+    type=click.Choice(list(HUBS)),
+    default=DEFAULT_HUB.key,
+    show_default=True,
+    help=", ".join(hub.name for hub in HUBS.values()) + ".",
 )
 @click.option("--repo", required=True, metavar="ORG/NAME", help="Repository; made when it does not exist.")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
@@ -46,14 +51,14 @@ def command(
     Example: mmquant push ./m27-gguf --hub hf --repo me/MiniMax-M2.7-GGUF
     """
     from ..convert.files.lock import hold
-    from ..convert.hub.http import Client, endpoint_of
-    from ..convert.hub.remote import remote_of
+    from ..convert.hub.http import Client
+    from ..convert.hub.hubs import endpoint_of, remote_of
     from ..runs.push import CardOptions, push
 
     _check_repo(repo)
     if base_model is not None:
         _check_repo(base_model, "--base-model")
-    if request and (hub == "ms" or revision):
+    if request and (not HUBS[hub].pull_requests or revision):
         raise click.UsageError("--pr: Hugging Face only, and without --revision")
     client = Client(endpoint_of(hub))
     remote = remote_of(client, repo, revision)
@@ -68,7 +73,5 @@ def command(
 
 
 def _check_repo(repo: str, option: str = "--repo") -> None:
-    from ..convert.hub.listing import SPEC
-
-    if not SPEC.fullmatch(f"hf:{repo}") or "@" in repo or ".." in repo:
+    if not SPEC.fullmatch(f"{DEFAULT_HUB.key}:{repo}") or "@" in repo or ".." in repo:
         raise click.BadParameter(f"{repo!r}, expected ORG/NAME", param_hint=option)

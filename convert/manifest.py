@@ -19,6 +19,7 @@ from .files.atomic import sha256_file, write_whole
 from .files.lock import hold
 from .files.parse import one_line, parse_json
 from .fit import Weights
+from .hub.hubs import HUBS
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
 from .models.minimax_m2 import Geometry
 from .requires import requires
@@ -122,7 +123,7 @@ def build(source: Source, artifact: Artifact, version: str) -> dict[str, Any]:
     """The manifest of one artifact of `source`."""
     origin = source.origin
     base_model = origin.repo or UNKNOWN_BASE
-    hub = {"hf": "huggingface", "ms": "modelscope"}.get(origin.hub, origin.hub)
+    hub = HUBS[origin.hub].manifest_name if origin.hub in HUBS else origin.hub
     g = source.geometry
     return {
         "schema": "mmquant-fit",

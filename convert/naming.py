@@ -6,20 +6,19 @@ import os
 import re
 from pathlib import Path
 
-HF_SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)(?:/.*)?")
-MS_CACHE = re.compile(r"(?:.*/)?modelscope/(?:hub/)?(?:models/)?([\w.-]+)/([\w.-]+)(?:/.*)?", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
-_SPEC = re.compile(r"(hf|ms):([^@:]+)(?:@([^:]+))?(?::(.+))?")
+from .hub.hubs import HUBS, KEYS
+from .hub.listing import COMMIT
+
+_SPEC = re.compile(rf"({KEYS}):([^@:]+)(?:@([^:]+))?(?::(.+))?")
 
 
 def cached_repository(path: str | Path) -> tuple[str, str, str] | None:
     """(hub, ORG/NAME, commit or "") of a folder or file in the cache of a hub's client; None elsewhere."""
     for text in dict.fromkeys((os.path.abspath(path), os.path.realpath(path))):
         text = text.replace(os.sep, "/")
-        if match := HF_SNAPSHOT.fullmatch(text):
-            return "hf", f"{match[1]}/{match[2]}", match[3] if COMMIT.fullmatch(match[3]) else ""
-        if match := MS_CACHE.fullmatch(text):
-            return "ms", f"{match[1]}/{match[2].replace('___', '.')}", ""
+        for hub in HUBS.values():
+            if found := hub.cached_repository(text):
+                return hub.key, *found
     return None
 
 

@@ -13,6 +13,7 @@ from .checkpoints.quantization_config import SchemeBook, quantization_of
 from .checkpoints.store import LocalFolder, ShardStore
 from .checkpoints.tensors import read_config
 from .hub.address import Address, parse_address
+from .hub.hubs import DEFAULT_HUB
 from .source import Source
 
 if TYPE_CHECKING:
@@ -105,5 +106,5 @@ def _base_of(store: ShardStore) -> str:
 
     base = card_fields(store.small("README.md")).get("base_model")
     first = base[0] if isinstance(base, list) and base else base
-    original = f"hf:{first}" if isinstance(first, str) else "the original"
+    original = f"{DEFAULT_HUB.key}:{first}" if isinstance(first, str) else "the original"
     return f", expected safetensors in FP8 or BF16: quantize {original} instead (eval reads hf:ORG/NAME:TYPE)"

@@ -157,8 +157,8 @@ def _drafted(draft: Draft, remote: Remote) -> tuple[dict[str, Any], str]:
 
 
 def _url(remote: Remote) -> str:
-    base = remote.client.endpoint.url
-    return f"{base}/{remote.spec.repo}" if remote.spec.hub == "hf" else f"{base}/models/{remote.spec.repo}"
+    endpoint = remote.client.endpoint
+    return endpoint.hub.page_url(endpoint.url, remote.spec.repo)
 
 
 def _local_files(folder: Path) -> list[str]:
@@ -239,7 +239,7 @@ def _stage(
 
 
 def _remote_small(remote: Remote, name: str) -> bytes | None:
-    from ..convert.hub.listing import file_url
+    from ..convert.hub.hubs import file_url
 
     listing = remote.listing()
     if name not in listing.files:

@@ -30,7 +30,7 @@ from mmquant.convert.files.progress import read_state
 from mmquant.convert.gguf.header import read_header
 from mmquant.convert.gguf.imatrix import Imatrix, Importance, read_imatrix, write_imatrix
 from mmquant.convert.gguf.metadata import tokenizer_keys
-from mmquant.convert.hub.listing import hf_files, ms_files, ms_page
+from mmquant.convert.hub import huggingface, modelscope
 from mmquant.convert.open import demo_folder, open_source
 from mmquant.errors import MmquantError
 
@@ -50,12 +50,12 @@ class Kind:
 
 
 def listing_hf(path: Path) -> None:
-    hf_files(path.read_bytes(), path.name)
+    huggingface.files_of(path.read_bytes(), path.name)
 
 
 def listing_ms(path: Path) -> None:
-    entries, _ = ms_page(path.read_bytes(), path.name)
-    ms_files(entries, path.name)
+    entries, _ = modelscope.page_of(path.read_bytes(), path.name)
+    modelscope.files_of(entries, path.name)
 
 
 def checkpoint(path: Path) -> None:

@@ -18,6 +18,7 @@ from mmquant.errors import InputError
 from ..carried import read_object
 from ..chat_templates import DEFAULT, chat_templates
 from ..files.parse import short, take, take_list, take_map
+from ..hub.hubs import DEFAULT_HUB, HUBS
 from ..models.minimax_m2 import Geometry
 from ..naming import short_name
 from ..source import Source
@@ -190,14 +191,14 @@ def _base_model(source: Source, card: dict[str, Any]) -> Metadata:
     repositories = [origin.repo] if origin.repo else named
     if not repositories:
         return {}
-    host = "https://modelscope.cn/models/" if origin.repo and origin.hub == "ms" else "https://huggingface.co/"
+    hub = HUBS.get(origin.hub, DEFAULT_HUB) if origin.repo else DEFAULT_HUB
     keys = {"general.base_model.count": Value("u32", len(repositories))}
     for index, repository in enumerate(repositories):
         organization, _, model = repository.partition("/")
         prefix = f"general.base_model.{index}."
         keys[prefix + "name"] = Value("str", model.replace("-", " "))
         keys[prefix + "organization"] = Value("str", organization)
-        keys[prefix + "repo_url"] = Value("str", host + repository)
+        keys[prefix + "repo_url"] = Value("str", hub.page_url(hub.endpoint, repository))
     return keys
 
 

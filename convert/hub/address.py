@@ -10,18 +10,12 @@ from urllib.parse import unquote, urlsplit
 
 from mmquant.errors import InputError
 
-HUBS = ("hf", "ms")
-HOSTS = {
-    "huggingface.co": "hf",
-    "hf.co": "hf",
-    "hf-mirror.com": "hf",
-    "modelscope.cn": "ms",
-    "modelscope.ai": "ms",
-}
+from .hubs import DEFAULT_HUB, HUBS, KEYS, NAME, expected
+
+HOSTS = {host: hub.key for hub in HUBS.values() for host in hub.hosts}
 OTHERS = ("datasets", "spaces", "docs", "blog", "papers", "collections", "api", "studios", "organization")
-EXPECTED = "expected hf:ORG/NAME[@REV][:TYPE] or ms:ORG/NAME[@REV][:TYPE]"
-_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_SPEC = re.compile(r"(hf|ms):(?://)?([^:@]+)(?:@([^:]+))?(?::([\w-]+))?(?:@([^:]+))?/?", re.ASCII | re.IGNORECASE)
+EXPECTED = f"expected {expected('ORG/NAME[@REV][:TYPE]')}"
+_SPEC = re.compile(rf"({KEYS}):(?://)?([^:@]+)(?:@([^:]+))?(?::([\w-]+))?(?:@([^:]+))?/?", re.ASCII | re.IGNORECASE)
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?([\w.-]+(?::\d+)?)/(.+)", re.ASCII | re.IGNORECASE)
 
 
@@ -36,7 +30,7 @@ class Address:
 
 def parse_address(text: str) -> Address:
     """What is meant. InputError for a repository's name without its hub, and for addresses of something else."""
-    if text[:3].lower() in ("hf:", "ms:"):
+    if text.lower().startswith(tuple(f"{key}:" for key in HUBS)):
         return _repository(text)
     if Path(text).exists():
         return Address(path=Path(text))
@@ -45,9 +39,11 @@ def parse_address(text: str) -> Address:
     if address and hub:
         return _page(text, hub, address[2])
     if re.match(r"https?://", text, re.IGNORECASE):
-        raise InputError(f"{text}: not an address of huggingface.co or modelscope.cn, {EXPECTED} or a folder")
-    if _NAME.fullmatch(text) and not text.startswith("."):
-        raise InputError(f"{text}: no such folder; a repository is hf:{text} (or ms:{text} on ModelScope)")
+        hosts = " or ".join(hub.hosts[0] for hub in HUBS.values())
+        raise InputError(f"{text}: not an address of {hosts}, {EXPECTED} or a folder")
+    if NAME.fullmatch(text) and not text.startswith("."):
+        others = ", ".join(f"{hub.key}:{text} on {hub.name}" for hub in HUBS.values() if hub != DEFAULT_HUB)
+        raise InputError(f"{text}: no such folder; a repository is {DEFAULT_HUB.key}:{text} (or {others})")
     return Address(path=Path(text))
 
 
@@ -57,17 +53,17 @@ def is_repository(text: str) -> bool:
 
 
 def _hub_of(host: str) -> str | None:
-    endpoints = {"hf": os.environ.get("HF_ENDPOINT", ""), "ms": os.environ.get("MODELSCOPE_ENDPOINT", "")}
+    endpoints = {hub.key: os.environ.get(hub.endpoint_variable, "") for hub in HUBS.values()}
     own = {urlsplit(url if "//" in url else f"//{url}").netloc: hub for hub, url in endpoints.items() if url}
     return {**HOSTS, **own}.get(host.lower())
 
 
 def _repository(text: str) -> Address:
-    inner = text[3:].lstrip("/")
+    inner = text.partition(":")[2].lstrip("/")
     if re.match(r"https?:", inner, re.IGNORECASE):
         return parse_address(inner)
     match = _SPEC.fullmatch(text.rstrip("/"))
-    if not match or not _NAME.fullmatch(match[2]) or ".." in match[2] or (match[3] and match[5]):
+    if not match or not NAME.fullmatch(match[2]) or ".." in match[2] or (match[3] and match[5]):
         raise InputError(f"{text}: {EXPECTED}")
     return _address(match[1].lower(), match[2], match[3] or match[5], match[4])
 
@@ -82,7 +78,7 @@ def _page(text: str, hub: str, rest: str) -> Address:
     if parts[:1] == ["models"]:
         parts = parts[1:]
     repo = "/".join(parts[:2])
-    if (parts[:1] and parts[0] in OTHERS) or not _NAME.fullmatch(repo) or ".." in repo:
+    if (parts[:1] and parts[0] in OTHERS) or not NAME.fullmatch(repo) or ".." in repo:
         raise InputError(f"{text}: not the address of a model, {EXPECTED}")
     if len(parts) > 3 and parts[2] in ("blob", "resolve", "raw"):
         raise InputError(f"{text}: the address of a file, expected the repository: {hub}:{repo}@{parts[3]}")

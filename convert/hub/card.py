@@ -17,7 +17,7 @@ from mmquant.errors import InputError
 
 from ..card import LICENSE_FIELDS
 from ..files.parse import parse_json
-from .http import HF, MANIFEST_NAMES
+from .hubs import BY_MANIFEST_NAME, HUBS
 from .layout import quant_label, split_of
 
 MANIFEST = "mmquant.fit.json"
@@ -69,7 +69,7 @@ def published(manifest: dict[str, Any], place: Place, moved: Mapping[str, str]) 
         artifact["entry"] = moved.get(artifact["entry"], artifact["entry"])
         for file in artifact["files"]:
             file["path"] = moved.get(file["path"], file["path"])
-        artifact["repo"] = {**artifact.get("repo", {}), MANIFEST_NAMES[place.hub]: place.repo}
+        artifact["repo"] = {**artifact.get("repo", {}), HUBS[place.hub].manifest_name: place.repo}
     return data
 
 
@@ -80,10 +80,10 @@ def _launch(target: dict[str, Any], artifact: dict[str, Any], place: Place, labe
     for at, word in enumerate(argv):
         if word == artifact["entry"] and at and argv[at - 1] in ("-m", "--model") and artifact["format"] == "gguf":
             argv[at - 1 : at + 1] = ["-hf", f"{place.repo}:{quant_label(artifact['entry'], labels)}"]
-            environment |= {} if place.hub == HF else {"MODEL_ENDPOINT": "https://www.modelscope.cn"}
+            environment |= HUBS[place.hub].llamacpp_environment
         elif word == artifact["entry"]:
             argv[at] = place.repo
-            environment |= {} if place.hub == HF else {"VLLM_USE_MODELSCOPE": "True"}
+            environment |= HUBS[place.hub].vllm_environment
     return {**launch, "argv": argv, "env": environment}
 
 
@@ -151,7 +151,7 @@ def _generated(manifest: dict[str, Any], place: Place, notice: str) -> str:
     known = [k for a in manifest["artifacts"] for k in a.get("requires", {}).get("known_bad", [])]
     if known := list(dict.fromkeys([*known, *_splits(manifest)])):
         parts += ["## Known issues", "\n".join(f"- {k}" for k in known)]
-    download = "hf download" if place.hub == HF else "ms-hub download"
+    download = HUBS[place.hub].download
     parts += ["## Check", f"```\n{download} {place.repo} --local-dir {name}\ncd {name} && sha256sum -c SHA256SUMS\n```"]
     return "\n\n".join(p for p in parts if p)
 
@@ -244,8 +244,8 @@ def _made(manifest: dict[str, Any]) -> str:
 
 def base_spec(model: Mapping[str, Any]) -> str | None:
     """hf:ORG/NAME@REV of a manifest's model; None when it came from a folder."""
-    prefix = {name: hub for hub, name in MANIFEST_NAMES.items()}.get(model.get("source", ""))
-    return f"{prefix}:{model['base_model']}@{model['base_revision']}" if prefix else None
+    hub = BY_MANIFEST_NAME.get(model.get("source", ""))
+    return f"{hub.key}:{model['base_model']}@{model['base_revision']}" if hub else None
 
 
 def _splits(manifest: dict[str, Any]) -> list[str]:

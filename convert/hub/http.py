@@ -7,7 +7,6 @@ Redirects are followed here, by hand, so that what crosses to another host is de
 from __future__ import annotations
 
 import email.utils
-import os
 import random
 import re
 import threading
@@ -21,9 +20,8 @@ import urllib3
 
 from mmquant.errors import InputError
 
-HF, MS = "hf", "ms"
-MANIFEST_NAMES = {HF: "huggingface", MS: "modelscope"}  # as the manifest calls them
-DEFAULT_ENDPOINTS = {HF: "https://huggingface.co", MS: "https://modelscope.cn"}
+from .interface import Hub
+
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 NETWORK_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError, TimeoutError)
 MAX_REDIRECTS = 8
@@ -54,38 +52,14 @@ class Retry:
 class Endpoint:
     """Where a hub is and who asks. The token has no place in any text made of this object."""
 
-    hub: str
+    hub: Hub
     url: str
     token: str | None = field(default=None, repr=False)
 
     @property
     def offline(self) -> bool:
-        """HF_HUB_OFFLINE, as huggingface_hub reads it; ModelScope has no such switch."""
-        return self.hub == HF and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def endpoint_of(hub: str) -> Endpoint:
-    """The endpoint and token of a hub, read now from where its own client keeps them.
-
-    Hugging Face: HF_ENDPOINT; HF_TOKEN or the login file. ModelScope: MODELSCOPE_ENDPOINT; MODELSCOPE_API_TOKEN or
-    the login file.
-    """
-    if hub == HF:
-        from huggingface_hub import get_token
-
-        url, token = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINTS[HF], get_token()
-    else:
-        from modelscope_hub.config import HubConfig
-
-        config = HubConfig()
-        url, token = str(config.endpoint), config.token or None
-    where, secret = {HF: ("HF_ENDPOINT", "HF_TOKEN"), MS: ("MODELSCOPE_ENDPOINT", "MODELSCOPE_API_TOKEN")}[hub]
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise HubError(f"{where} is {url!r}, expected an address such as {DEFAULT_ENDPOINTS[hub]}")
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise HubError(f"{secret} (or the stored login) holds blanks or letters that no token has, copy it again")
-    return Endpoint(hub, url.rstrip("/"), token)
+        """Whether the user has forbidden to reach it."""
+        return self.hub.offline
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
@@ -181,13 +155,13 @@ class Client:
     def once(self, method: str, url: str, headers: dict[str, str], body: object = None) -> requests.Response:
         """One request, redirects followed by hand, body unread. The token goes to the endpoint's origin only."""
         if self.endpoint.offline:
-            raise HubError(f"{self.endpoint.url}: HF_HUB_OFFLINE is set, unset it to reach the hub")
+            switch = self.endpoint.hub.offline_variable
+            raise HubError(f"{self.endpoint.url}: {switch} is set, unset it to reach the hub")
         for _ in range(MAX_REDIRECTS):
             sent = {**AGENT, **headers}
             if self.endpoint.token and origin(url) == origin(self.endpoint.url):
                 sent["Authorization"] = f"Bearer {self.endpoint.token}"
-                if self.endpoint.hub == MS:
-                    sent["Cookie"] = f"m_session_id={self.endpoint.token}"
+                sent |= self.endpoint.hub.token_headers(self.endpoint.token)
             response = self._session.request(
                 method,
                 url,
@@ -280,10 +254,7 @@ def explain(response: requests.Response, endpoint: Endpoint, what: str) -> HubEr
     """The error for a refusal, with what to do about it; closes the response."""
     status, code = response.status_code, response.headers.get("X-Error-Code", "")
     response.close()
-    variable, login = {
-        HF: ("HF_TOKEN", "hf auth login"),
-        MS: ("MODELSCOPE_API_TOKEN", "ms-hub login"),
-    }[endpoint.hub]
+    variable, login = endpoint.hub.token_variable, endpoint.hub.login
     signed_in = (
         f"{variable} or the stored login is sent" if endpoint.token else f"no token: set {variable} or run `{login}`"
     )

@@ -15,7 +15,8 @@ from ..files.parse import parse_json, take, take_list
 from .cache import offline_listing
 from .fetch import BLOCK
 from .http import Client, HubError, Retry, TransferError
-from .listing import COMMIT, Listing, RepoFile, RepoSpec, list_repo
+from .hubs import list_repo
+from .listing import COMMIT, Listing, RepoFile, RepoSpec
 
 log = logging.getLogger("mmquant.hub")
 

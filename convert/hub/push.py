@@ -14,8 +14,9 @@ from mmquant.errors import InputError
 from ..files.atomic import sha256_file, write_whole
 from ..files.parse import parse_json, take, take_map
 from .http import TransferError
+from .hubs import HUBS
 from .listing import Listing, RepoFile, digest_matches
-from .remote import Conflict, HuggingFace, Remote, Upload, is_inline
+from .remote import Conflict, Remote, Upload, is_inline
 
 BATCH_FILES = 50  # Hugging Face recommends fewer than 100 files a commit; 128 commits an hour are its limit
 BATCH_BYTES = 20 * 10**9  # with --delete-after-upload: what waits on disk for its commit
@@ -165,7 +166,7 @@ def start(remote: Remote, ledger: Ledger, private: bool, request: bool) -> Remot
     if ledger.request is None:
         ledger.request = remote.open_request("Add quantized files (mmquant)")
         ledger.save()
-    return HuggingFace(remote.client, replace(remote.spec, revision=ledger.request))
+    return HUBS[remote.spec.hub].repository(remote.client, replace(remote.spec, revision=ledger.request))
 
 
 def push_files(publisher: Publisher, weights: Sequence[Upload], last: Sequence[Upload]) -> None:

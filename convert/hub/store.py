@@ -21,11 +21,11 @@ from ..files.parse import SMALL_LIMIT
 from .body import fetch_range
 from .cache import cached, candidates
 from .fetch import Job, fetch, need_disk
-from .http import Client, TransferError, endpoint_of
-from .listing import Listing, RepoFile, digest_matches, file_url, parse_spec
+from .http import Client, TransferError
+from .hubs import HUBS, endpoint_of, file_url, parse_spec
+from .listing import Listing, RepoFile, digest_matches
 from .pin import FetchOptions, default_work, pinned_listing
 from .prefetch import DaemonPool, Prefetcher
-from .xet import fetch_xet
 
 HEADER_GUESS = 128 << 10
 HEADER_READERS = 8
@@ -246,9 +246,10 @@ class HubFolder:
             return local, local == self._target(file)
         target = self._target(file)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if self.options.transport == "xet" and self.hub == "hf":
+        transport = HUBS[self.hub].transports.get(self.options.transport)
+        if transport is not None:
             need_disk(target.parent, file.size, what)
-            if fetch_xet(self._client, self.listing.pinned, file, target, self.options.retry.stall):
+            if transport(self._client, self.listing.pinned, file, target, self.options.retry.stall):
                 self._check_header(file, target)
                 return target, True
         job = Job(self._url(name), file, target, what, self.options.block, self._count)

@@ -19,9 +19,10 @@ from helpers.hub_server import TOKEN, HubServer
 from helpers.killed import kill, until
 from mmquant.commands.terminal import Terminal
 from mmquant.convert.hub.card import BEGIN, END
-from mmquant.convert.hub.http import Client, HubError, Retry, endpoint_of
+from mmquant.convert.hub.http import Client, HubError, Retry
+from mmquant.convert.hub.hubs import endpoint_of, remote_of
 from mmquant.convert.hub.layout import check_layout, find_by_tag
-from mmquant.convert.hub.remote import remote_of, same_site
+from mmquant.convert.hub.modelscope import same_site
 from mmquant.monitor import watching
 from mmquant.runs.push import CardOptions, push
 

@@ -8,7 +8,8 @@ import pytest
 
 from mmquant.convert.checkpoints.store import LocalFolder
 from mmquant.convert.hub.address import parse_address
-from mmquant.convert.hub.http import HubError, endpoint_of
+from mmquant.convert.hub.http import HubError
+from mmquant.convert.hub.hubs import endpoint_of
 from mmquant.convert.naming import short_name
 from mmquant.errors import InputError
 

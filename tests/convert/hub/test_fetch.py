@@ -28,8 +28,9 @@ from helpers.killed import kill, until
 from helpers.paths import ROOT
 from mmquant.convert.hub.body import body, fetch_range
 from mmquant.convert.hub.fetch import Job, fetch
-from mmquant.convert.hub.http import Client, Endpoint, HubError, Retry, TransferError, endpoint_of
-from mmquant.convert.hub.listing import RepoSpec, file_url, list_repo, parse_spec
+from mmquant.convert.hub.http import Client, Endpoint, HubError, Retry, TransferError
+from mmquant.convert.hub.hubs import HUBS, endpoint_of, file_url, list_repo, parse_spec
+from mmquant.convert.hub.listing import RepoSpec
 from mmquant.convert.hub.prefetch import DaemonPool
 
 DATA = random.Random(1).randbytes(300_007)
@@ -317,8 +318,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from mmquant.convert.hub.fetch import Job, fetch
-from mmquant.convert.hub.http import Client, Retry, endpoint_of
-from mmquant.convert.hub.listing import file_url, list_repo, parse_spec
+from mmquant.convert.hub.http import Client, Retry
+from mmquant.convert.hub.hubs import endpoint_of, file_url, list_repo, parse_spec
 from mmquant.convert.hub.prefetch import DaemonPool
 client = Client(endpoint_of("hf"), Retry(attempts=2, base=0.01, stall=5))
 listing = list_repo(client, parse_spec("hf:org/m"))
@@ -409,12 +410,12 @@ hub_fetch._begin = begin_then_fill
 def test_the_endpoint_and_token_are_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://one.example/")
     monkeypatch.setenv("HF_TOKEN", "hf_a")
-    assert endpoint_of("hf") == Endpoint("hf", "http://one.example", "hf_a")
+    assert endpoint_of("hf") == Endpoint(HUBS["hf"], "http://one.example", "hf_a")
     monkeypatch.setenv("HF_ENDPOINT", "")
     assert endpoint_of("hf").url == "https://huggingface.co"
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "two.example")
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms-b")
-    assert endpoint_of("ms") == Endpoint("ms", "https://two.example", "ms-b")
+    assert endpoint_of("ms") == Endpoint(HUBS["ms"], "https://two.example", "ms-b")
 
 
 @pytest.fixture
@@ -451,7 +452,7 @@ def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_records_of_tls_are_read_together(secure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One read a record, 16 KiB, takes five times the time of the processor."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    client = Client(Endpoint("hf", secure), Retry(stall=30))
+    client = Client(Endpoint(HUBS["hf"], secure), Retry(stall=30))
     pieces = list(body(client, client.once("GET", secure, {}), 16 * len(DATA)))
     assert b"".join(pieces) == 16 * DATA
     assert len(pieces) < 16 * len(DATA) / (16 << 10) / 2
