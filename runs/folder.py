@@ -27,7 +27,9 @@ from ..convert.fit import Weights
 from ..convert.folder.check import check_folder
 from ..convert.folder.native_copy import check_native, copy_native
 from ..convert.folder.variant import FolderVariant, global_specs, global_tensors, quantized_config
-from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, TensorSpec
+from ..convert.folder.writer import SHARD_LIMIT, FolderWriter
+from ..convert.formats import fp8_native
+from ..convert.formats.spec import TensorSpec
 from ..convert.manifest import Artifact, FileEntry
 from ..convert.models.minimax_m2 import EMBED, layer_of
 from .memory import memory_for
@@ -243,6 +245,14 @@ def write_native(source: Checkpoint, out: Path) -> Path:
             if layer is not None and ".experts." in tensor.name:
                 sizes[layer] += tensor.size
         experts = tuple(sizes[layer] for layer in layers)
-        finish_folder(out, source, "fp8-block", "FP8-native", files, Weights(source.bytes - sum(experts), experts), run)
+        finish_folder(
+            out,
+            source,
+            fp8_native.FORMAT.manifest,
+            "FP8-native",
+            files,
+            Weights(source.bytes - sum(experts), experts),
+            run,
+        )
         progress.clear()
     return out

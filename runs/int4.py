@@ -15,7 +15,8 @@ from ..calibration.int4.layer import Int4Options
 from ..calibration.int4.variant import CalibratedInt4
 from ..calibration.statistics.live import moment_plan
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.folder.int4 import Int4Variant, check_groups
+from ..convert.folder.int4 import ATTENTION_FP8, Int4Variant, check_groups
+from ..convert.formats.table import choices
 from ..convert.requires import notes
 from ..quantize.integer.gptq import Grid
 from .calibrate import NAMES, make_provider, pass_of, tokens_at_most
@@ -43,20 +44,17 @@ class Int4Request:
     @classmethod
     def from_options(cls, options: dict[str, Any], device: str) -> Int4Request:
         """Check what contradicts itself (InputError)."""
-        layout, asymmetric = options["layout"], options["asymmetric"] or options["layout"] == "awq"
-        if layout == "gptq" and options["asymmetric"]:
-            raise InputError("--format gptq --asymmetric: engines read symmetric GPTQ only; use --format awq")
-        if layout != "compressed-tensors" and options["attention"].startswith("fp8"):
-            raise InputError(
-                f"--format {layout} --attention {options['attention']}: only compressed-tensors holds FP8 beside INT4"
-            )
+        layout = options["layout"]
+        asymmetric = not symmetric_of(options)
+        check_mixture(options)
         if options["effort"] == "high" and options["method"] == "rtn":
             raise InputError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
         if options["effort"] == "high" and options["method"] == "gptq" and asymmetric:
             raise InputError("--effort high: learned rounding is for symmetric grids, leave --asymmetric out")
         if options["method"] == "rtn" and options["statistics"] is not None:
             raise InputError("--method rtn --statistics: round to nearest uses no statistics")
-        check_cache(options)
+        if options["kv_cache"] == "fp8" and options["method"] == "rtn":
+            raise InputError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
         return cls(
             options["method"],
             layout,
@@ -93,12 +91,25 @@ class Int4Request:
         )
 
 
-def check_cache(options: dict[str, Any]) -> None:
-    """InputError for cache scales that nothing calibrates, or that no engine reads from the format."""
-    if options["kv_cache"] == "fp8" and options["method"] == "rtn":
-        raise InputError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
-    if options["kv_cache"] == "fp8" and options["layout"] != "compressed-tensors":
-        raise InputError(f"--kv-cache fp8 --format {options['layout']}: expected compressed-tensors")
+def symmetric_of(options: dict[str, Any]) -> bool:
+    """Whether the grid has no zero points: the format's habit unless asked otherwise. InputError if it has no such."""
+    layout, row = options["layout"], choices("int4")[options["layout"]]
+    if options["asymmetric"] and False not in row.symmetric:
+        other = " or ".join(word for word, row in choices("int4").items() if False in row.symmetric)
+        raise InputError(f"--format {layout} --asymmetric: engines read symmetric {layout} only; use --format {other}")
+    return row.symmetric[0] and not options["asymmetric"]
+
+
+def check_mixture(options: dict[str, Any]) -> None:
+    """InputError for FP8 attention or an FP8 cache beside integers of a format that holds nothing beside them."""
+    if choices("int4")[options["layout"]].mixes:
+        return
+    mixing = " or ".join(word for word, row in choices("int4").items() if row.mixes)
+    if options["attention"] in ATTENTION_FP8:
+        said = f"--format {options['layout']} --attention {options['attention']}"
+        raise InputError(f"{said}: only {mixing} holds FP8 beside INT4")
+    if options["kv_cache"] == "fp8":
+        raise InputError(f"--kv-cache fp8 --format {options['layout']}: expected {mixing}")
 
 
 def layers_of(text: str | None) -> tuple[int, ...]:

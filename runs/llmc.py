@@ -27,6 +27,7 @@ from ..convert.files.lock import hold
 from ..convert.files.parse import parse_json
 from ..convert.fit import Weights
 from ..convert.folder.check import check_folder
+from ..convert.formats.compressed_tensors import NAME
 from ..convert.manifest import FileEntry
 from ..convert.models.minimax_m2 import layer_of
 from ..convert.remote_code import with_code
@@ -48,7 +49,7 @@ def fp8_job(scheme: str) -> dict[str, Any]:
 
 def int4_job(options: dict[str, Any]) -> dict[str, Any]:
     """What the worker is told for `mmquant int4`. InputError for what llm-compressor does only with calibration."""
-    wanted = {"method": ("rtn",), "layout": ("compressed-tensors",), "attention": ("bf16", "int4")}
+    wanted = {"method": ("rtn",), "layout": (NAME,), "attention": ("bf16", "int4")}
     names = {"layout": "format"}
     for key, allowed in wanted.items():
         if options[key] not in allowed:
@@ -102,7 +103,7 @@ def write_with_llmcompressor(
             _mend_config(made)
             check_folder(made, source)
             files = tuple(FileEntry(p.name, p.stat().st_size, sha256_file(p)) for p in sorted(made.iterdir()))
-            finish_folder(made, source, "compressed-tensors", job["scheme"], files, _weights(made), run)
+            finish_folder(made, source, NAME, job["scheme"], files, _weights(made), run)
             replace_folder(made, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""INT4 folders computed from statistics, in any layout of `convert/folder/int4_layouts.py`."""
+"""INT4 folders computed from statistics, in any integer format of `convert/formats`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mmquant.errors import InputError
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.folder.int4 import Int4Variant
-from ...convert.folder.int4_layouts import batch_tensors, matrix_tensors
+from ...convert.folder.packing import batch_tensors, matrix_tensors
 from ...convert.folder.variant import plain_tensors
-from ...convert.folder.writer import TensorSpec
+from ...convert.formats.spec import TensorSpec
 from ...convert.models.minimax_m2 import (
     ATTENTION,
     LayerWeights,
@@ -98,7 +98,7 @@ class CalibratedInt4(Int4Variant):
         for projection in ATTENTION:
             name = attention_name(layer, projection)
             if projection in quantized.attention:
-                tensors |= matrix_tensors(self.layout, name, quantized.attention[projection])
+                tensors |= matrix_tensors(self.storage, name, quantized.attention[projection])
             elif self.attention == "bf16":  # the layer's own matrices, read already
                 matrix = getattr(weights, projection.removesuffix("_proj"))
                 tensors[name + ".weight"] = matrix.to(torch.bfloat16).cpu()
@@ -126,7 +126,7 @@ class CalibratedInt4(Int4Variant):
         tensors: dict[str, Tensor] = {}
         for projection, batch in quantized.experts.items():
             names = [expert_name(layer, expert, projection) for expert in range(len(batch.codes))]
-            tensors |= batch_tensors(self.layout, names, batch)
+            tensors |= batch_tensors(self.storage, names, batch)
         return tensors
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...convert.checkpoints.finite import check_finite
-from ...convert.checkpoints.store import DTYPE_BYTES
+from ...convert.formats.spec import DTYPE_BYTES
 from ...quantize.moments import Moments
 from ..model.distributed import share, sum_everywhere, world
 from .layer import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics

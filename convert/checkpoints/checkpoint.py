@@ -15,6 +15,9 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...quantize.fp8 import E4M3_MAX, dequantize_tiles
+from ..formats.format import Scheme
+from ..formats.fp8_native import SCALES
+from ..formats.plain import PLAIN
 from ..models.minimax_m2 import (
     FINAL_NORM,
     HEAD,
@@ -32,9 +35,9 @@ from .batches import batches, read_batch
 from .census import Kind, count_kinds
 from .extras import extra_kind, extra_notes
 from .finite import check_finite, first_bad
-from .quantization_config import FLOAT, Scheme, SchemeBook, quantization_of
+from .quantization_config import SchemeBook, quantization_of
 from .schedule import Schedule
-from .storage import PLAIN, SCALES, check_method, check_storage, engine_notes, modules_of, no_source, scheme_for
+from .storage import check_method, check_storage, engine_notes, modules_of, no_source, scheme_for
 from .store import LocalFolder, ShardStore, TensorInfo
 from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
 
@@ -70,7 +73,7 @@ class Checkpoint:
         """How the matrix of this name (without .weight) is quantized, None for plain. InputError for less than FP8."""
         if name not in self._schemes:
             found = scheme_for(self.book, name, self._modules.get(name, {}))
-            if found is not None and found.format != FLOAT:
+            if found is not None and not found.format.requantizable:
                 raise no_source(self.label, found)
             self._schemes[name] = found
         return self._schemes[name]

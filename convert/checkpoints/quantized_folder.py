@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...quantize.fp8 import expand_tiles
-from ...quantize.integer.pack import unpack_awq, unpack_gptq, unpack_gptq_zeros, unpack_rows, unpack_zeros_ct
+from ..formats.format import Fetch, PartError, Scheme
+from ..formats.plain import PLAIN
+from ..formats.skip_lists import SGLANG_NAMES
 from ..models.minimax_m2 import (
     EMBED,
     HEAD,
@@ -32,18 +32,16 @@ from ..models.minimax_m2 import (
 from .batches import batches, read_batch
 from .census import Kind, count_kinds
 from .extras import extra_kind, extra_notes
-from .parts import Stored, fits, known_parts, parts_of
-from .quantization_config import SGLANG, Scheme, SchemeBook, quantization_of
+from .parts import ONE_VALUE, Stored, fits, known_parts
+from .quantization_config import SchemeBook, quantization_of
 from .schedule import Schedule
-from .storage import PLAIN, check_storage, engine_notes, scheme_for
+from .storage import check_storage, engine_notes, scheme_for
 from .store import ShardStore, TensorInfo
 from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
 
 SAMPLED = 512  # tensors whose first bytes are in the fingerprint
 SAMPLE = 256
-ALIASES = {theirs: ours for ours, theirs in SGLANG.items()}
-
-Fetch = Callable[[str], Tensor]  # a part by its suffix, on the device
+ALIASES = {theirs: ours for ours, theirs in SGLANG_NAMES.items()}
 
 
 class QuantizedFolder:
@@ -101,15 +99,15 @@ class QuantizedFolder:
                 raise InputError(f"{self.label}: {name} is stored as {found}, config.json leaves it unquantized")
             self._check(name, parts["weight"], shape, PLAIN)
             return Stored(name, shape, None, parts)
-        for suffix, expected, dtypes in parts_of(scheme, shape):
-            if suffix not in parts:
+        for part in scheme.format.parts(scheme, shape):
+            if not part.needed:
+                continue
+            if part.suffix not in parts:
                 found = ", ".join(sorted(parts)) or "nothing"
-                raise InputError(
-                    f"{self.label}: {name}.{suffix} is missing ({found} is there, {scheme.format} wants it)"
-                )
-            single = scheme.group == -1 and scheme.block is None and parts[suffix].shape in ((), (1,), (1, 1))
-            if not (single and suffix == "weight_scale"):
-                self._check(f"{name}.{suffix}", parts[suffix], expected, dtypes)
+                wanted = f"({found} is there, {scheme.format.name} wants it)"
+                raise InputError(f"{self.label}: {name}.{part.suffix} is missing {wanted}")
+            if not (part.single and parts[part.suffix].shape in ONE_VALUE):
+                self._check(f"{name}.{part.suffix}", parts[part.suffix], part.shape, part.dtypes)
         return Stored(name, shape, scheme, parts)
 
     def _check(self, name: str, info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
@@ -139,12 +137,6 @@ class QuantizedFolder:
         if strange := [n for n in self.tensors if n not in known and extra_kind(n) is None]:
             raise InputError(f"{self.label}: {len(strange)} tensors are not part of this model, first {strange[0]}")
 
-    def _scales(self, stored: Stored, suffix: str, fetch: Fetch) -> Tensor:
-        scales = fetch(suffix).float()
-        if not bool(torch.isfinite(scales).all()):
-            raise InputError(f"{stored.parts[suffix].shard}: {stored.name}.{suffix} is not finite")
-        return scales
-
     def dequantize(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """[out, in] float32 of a matrix by its release name without .weight."""
         stored = self.matrices[name]
@@ -168,45 +160,12 @@ class QuantizedFolder:
 
     def _values(self, stored: Stored, fetch: Fetch) -> Tensor:
         """[..., out, in] float32 from parts with any leading dimensions."""
-        scheme = stored.scheme
-        if scheme is None:
+        if stored.scheme is None:
             return fetch("weight").float()
-        if scheme.format in ("float-quantized", "int-quantized"):
-            scales, codes = self._scales(stored, "weight_scale", fetch), fetch("weight").float()
-            if scheme.block is not None:
-                return codes * expand_tiles(scales, *stored.shape, scheme.block)
-            return codes * (scales if scales.dim() == codes.dim() else scales.view(*scales.shape[:-1], 1, 1))
-        if scheme.format == "pack-quantized":
-            return self._packed(stored, scheme, fetch)
-        return self._awq(stored, scheme, fetch) if scheme.format == "awq" else self._gptq(stored, scheme, fetch)
-
-    def _packed(self, stored: Stored, scheme: Scheme, fetch: Fetch) -> Tensor:
-        codes, zeros = unpack_rows(fetch("weight_packed"), scheme.bits, stored.shape[1]), None
-        if not scheme.symmetric:
-            zeros = unpack_zeros_ct(fetch("weight_zero_point"), scheme.bits, stored.shape[0])
-        return _scaled(codes, self._scales(stored, "weight_scale", fetch), zeros, scheme.group)
-
-    def _awq(self, stored: Stored, scheme: Scheme, fetch: Fetch) -> Tensor:
-        codes = unpack_awq(fetch("qweight"))
-        zeros = None if scheme.symmetric else unpack_awq(fetch("qzeros"))
-        return _scaled(codes, self._scales(stored, "scales", fetch).transpose(-1, -2), zeros, scheme.group)
-
-    def _gptq(self, stored: Stored, scheme: Scheme, fetch: Fetch) -> Tensor:
-        codes = unpack_gptq(fetch("qweight"), scheme.bits)
-        scales, zeros = self._scales(stored, "scales", fetch).transpose(-1, -2), None
-        if not scheme.symmetric:
-            zeros = unpack_gptq_zeros(fetch("qzeros"), scheme.bits)
-            if not scheme.zeros_plus_one:
-                half = 1 << (scheme.bits - 1)
-                zeros = (zeros.int() - 1 + half) % (2 * half) - half
-        if not scheme.act_order:
-            return _scaled(codes, scales, zeros, scheme.group)
-        index = fetch("g_idx").long()
-        if not bool(((index >= 0) & (index < scales.shape[1])).all()):
-            shard = stored.parts["g_idx"].shard
-            raise InputError(f"{shard}: {stored.name}.g_idx names groups beyond {scales.shape[1]}")
-        moved = codes.float() if zeros is None else codes.float() - zeros.float()[:, index]
-        return moved * scales[:, index]
+        try:
+            return stored.scheme.format.unpack(stored.scheme, stored.shape, fetch)
+        except PartError as error:
+            raise InputError(f"{stored.parts[error.suffix].shard}: {stored.name}.{error}") from None
 
     def read(self, name: str) -> Tensor:
         """Dequantized float32 CPU tensor by release name."""
@@ -263,16 +222,3 @@ class QuantizedFolder:
             info = self.tensors[name]
             digest.update(self.store.read(info.shard, info.offset, min(SAMPLE, info.size)))
         return digest.hexdigest()
-
-
-def _scaled(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
-    """(codes [..., O, I] - zeros [..., O, G]) * scales [..., O, G], groups of `group` inputs (-1: one)."""
-    inputs = codes.shape[-1]
-    size = inputs if group == -1 else group
-    if inputs % size == 0:
-        blocks = codes.unflatten(-1, (-1, size)).float()
-        moved = blocks if zeros is None else blocks - zeros.float().unsqueeze(-1)
-        return (moved * scales.unsqueeze(-1)).flatten(-2)
-    spread = scales.repeat_interleave(size, -1)[..., :inputs]
-    moved = codes.float() if zeros is None else codes.float() - zeros.float().repeat_interleave(size, -1)[..., :inputs]
-    return moved * spread

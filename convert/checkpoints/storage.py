@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from mmquant.errors import InputError
 
-from .quantization_config import Scheme, SchemeBook
-from .skip_lists import SGLANG, VLLM
+from ..formats.format import Scheme
+from ..formats.fp8_native import SCALES
+from ..formats.plain import PLAIN
+from ..formats.skip_lists import SGLANG, VLLM
+from .quantization_config import SchemeBook
 from .store import TensorInfo
 
-PLAIN = ("BF16", "F32", "F16")
-SCALES = ("weight_scale_inv", "weight_scale")  # of FP8, the release's name first
 Parts = Mapping[str, TensorInfo]  # the tensors of one module, by the last part of their names
 
 
@@ -48,8 +49,8 @@ def words(scheme: Scheme | None) -> str:
     if scheme is None:
         return "unquantized"
     if scheme.block is not None:
-        return f"{scheme.format} of {scheme.bits} bits, tiles {scheme.block[0]}x{scheme.block[1]}"
-    return f"{scheme.format} of {scheme.bits} bits, group {scheme.group}"
+        return f"{scheme.format.name} of {scheme.bits} bits, tiles {scheme.block[0]}x{scheme.block[1]}"
+    return f"{scheme.format.name} of {scheme.bits} bits, group {scheme.group}"
 
 
 def check_storage(label: str, book: SchemeBook | None, found: Mapping[str, tuple[Parts, Scheme | None]]) -> None:

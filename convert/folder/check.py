@@ -18,9 +18,9 @@ from mmquant.errors import InputError
 from ..checkpoints.batches import batches
 from ..checkpoints.finite import check_finite
 from ..checkpoints.quantized_folder import QuantizedFolder
-from ..checkpoints.skip_lists import SGLANG, VLLM
 from ..checkpoints.storage import words
 from ..checkpoints.store import LocalFolder
+from ..formats.skip_lists import SGLANG, VLLM
 from ..models.minimax_m2 import ATTENTION, PROJECTIONS, attention_name, expert_name, global_shapes, is_mtp, plain_shapes
 from ..source import Source
 

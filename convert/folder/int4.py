@@ -10,8 +10,12 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...quantize.integer.rtn import rtn_int
 from ..checkpoints.checkpoint import Checkpoint
+from ..formats import compressed_tensors as ct
+from ..formats.format import Format, Scheme, check_writable, specs
+from ..formats.plain import plain_spec, plain_tensor
+from ..formats.spec import TensorSpec
+from ..formats.table import choices
 from ..models.minimax_m2 import (
     ATTENTION,
     PROJECTIONS,
@@ -21,13 +25,12 @@ from ..models.minimax_m2 import (
     matrix_shapes,
     plain_shapes,
 )
-from . import compressed_tensors as ct
-from .fp8 import TILE, fp8_specs, fp8_tensors
-from .int4_layouts import MANIFEST_FORMAT, batch_tensors, check_format, matrix_specs, matrix_tensors, other_config
+from .fp8 import fp8_scheme, fp8_specs, fp8_tensors
+from .packing import folder_config, nearest_tensors
 from .variant import plain_specs, plain_tensors
-from .writer import TensorSpec
 
-ATTENTION_CHOICES = ("bf16", "fp8", "fp8-channel", "int4")
+ATTENTION_FP8 = {"fp8": "block", "fp8-channel": "channel"}  # of attention -> the format that `mmquant fp8` calls so
+ATTENTION_CHOICES = ("bf16", *ATTENTION_FP8, "int4")
 
 
 def check_groups(g: Geometry, group_size: int, parallel: int = 1, attention: str = "bf16") -> None:
@@ -83,7 +86,22 @@ class Int4Variant:
 
     @property
     def format(self) -> str:
-        return MANIFEST_FORMAT[self.layout]
+        return self.storage.manifest
+
+    @property
+    def storage(self) -> Format:
+        """The storage format of its integers."""
+        return choices("int4")[self.layout]
+
+    def scheme(self, bits: int) -> Scheme:
+        """How its integers of some width lie in the folder."""
+        return Scheme(self.storage, bits, self.group_size, self.symmetric)
+
+    def attention_scheme(self, source: Checkpoint) -> Scheme | None:
+        """How attention lies in the folder, None for bfloat16."""
+        if self.attention in ATTENTION_FP8:
+            return fp8_scheme(source, choices("fp8")[ATTENTION_FP8[self.attention]])
+        return self.scheme(self.bits) if self.attention == "int4" else None
 
     def run(self) -> dict[str, Any]:
         return {
@@ -100,20 +118,19 @@ class Int4Variant:
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         check_groups(source.geometry, self.group_size, attention=self.attention)
-        check_format(self.layout, self.bits, self.attention, self.symmetric)
-        check_widths(self, source.geometry)
-        specs = plain_specs(source, plain_shapes(source.geometry, layer))
+        check_mixture(self, source.geometry)
+        found, experts = plain_specs(source, plain_shapes(source.geometry, layer)), self.scheme(self.bits_of(layer))
         for name, shape in matrix_shapes(source.geometry, layer):
-            if ".experts." in name or self.attention == "int4":
-                bits = self.bits_of(layer) if ".experts." in name else self.bits
-                specs.extend(matrix_specs(self.layout, name, shape, bits, self.group_size, self.symmetric))
-            elif self.attention == "bf16":
-                specs.append(TensorSpec(name + ".weight", "BF16", shape))
+            scheme = experts if ".experts." in name else self.attention_scheme(source)
+            if scheme is None:
+                found.append(plain_spec(name, shape))
+            elif scheme.format.requantizable:
+                found.extend(fp8_specs(source, name, shape, scheme))
             else:
-                specs.extend(fp8_specs(source, name, shape, self.attention == "fp8-channel"))
+                found.extend(specs(scheme, name, shape))
         if self.kv_cache == "fp8":
-            specs.extend(ct.cache_specs(attention_name(layer, "k_proj"), attention_name(layer, "v_proj")))
-        return specs
+            found.extend(ct.cache_specs(attention_name(layer, "k_proj"), attention_name(layer, "v_proj")))
+        return found
 
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
@@ -125,12 +142,12 @@ class Int4Variant:
 
     def attention_tensors(self, source: Checkpoint, name: str, device: torch.device | str) -> dict[str, Tensor]:
         """One attention matrix as this variant stores it."""
-        if self.attention == "bf16":
-            return {name + ".weight": source.read(name + ".weight").to(torch.bfloat16)}
-        if self.attention == "int4":
-            weight = source.read(name + ".weight").to(device)
-            return matrix_tensors(self.layout, name, rtn_int(weight, self.bits, self.group_size, self.symmetric))
-        return fp8_tensors(source, name, device, self.attention == "fp8-channel")
+        scheme = self.attention_scheme(source)
+        if scheme is None:
+            return plain_tensor(name, source.read(name + ".weight"))
+        if scheme.format.requantizable:
+            return fp8_tensors(source, name, device, scheme)
+        return nearest_tensors(scheme, [name], source.read(name + ".weight").to(device).unsqueeze(0))
 
     def _experts(
         self, source: Checkpoint, layer: int, projection: str, device: torch.device | str
@@ -141,54 +158,55 @@ class Int4Variant:
         for start in range(0, g.experts, step):
             chosen = range(start, min(start + step, g.experts))
             weights = source.read_experts(layer, projection, chosen, device, torch.float32)
-            packed = rtn_int(weights, self.bits_of(layer), self.group_size, self.symmetric)
-            tensors |= batch_tensors(self.layout, [expert_name(layer, e, projection) for e in chosen], packed)
+            names = [expert_name(layer, e, projection) for e in chosen]
+            tensors |= nearest_tensors(self.scheme(self.bits_of(layer)), names, weights)
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
-        if self.layout != "compressed-tensors":
-            return other_config(self.layout, self.bits, self.group_size, self.attention)
-        return int4_config(self, source)
+        if not self.storage.mixes:
+            return folder_config(self.scheme(self.bits), self.attention == "int4")
+        return mixed_config(self, source)
 
 
-def check_widths(variant: Int4Variant, g: Geometry) -> None:
-    """ValueError for 8-bit layers that do not exist, or that the format or its kernels cannot hold."""
+def check_mixture(variant: Int4Variant, g: Geometry) -> None:
+    """InputError for what the format cannot hold, and for 8-bit layers that do not exist."""
+    check_writable(variant.scheme(variant.bits))
+    row, mixing = variant.storage, " or ".join(word for word, row in choices("int4").items() if row.mixes)
+    if variant.attention in ATTENTION_FP8 and not row.mixes:
+        said = f"attention {variant.attention}, expected bf16 or int4 ({mixing} holds FP8 too)"
+        raise InputError(f"format {variant.layout}: {said}")
     outside = [layer for layer in variant.eight_bit if not 0 <= layer < g.layers]
     if outside:
         raise InputError(f"8-bit layer {outside[0]}: the model has layers 0 to {g.layers - 1}")
-    if variant.eight_bit and (variant.layout != "compressed-tensors" or not variant.symmetric):
-        raise InputError("8-bit layers: expected format compressed-tensors, symmetric (no engine reads others)")
-    if variant.kv_cache == "fp8" and variant.layout != "compressed-tensors":
-        raise InputError(f"format {variant.layout}: scales of an FP8 KV cache, expected format compressed-tensors")
+    if variant.eight_bit and not (row.mixes and variant.symmetric):
+        raise InputError(f"8-bit layers: expected format {mixing}, symmetric (no engine reads others)")
+    if variant.kv_cache == "fp8" and not row.mixes:
+        raise InputError(f"format {variant.layout}: scales of an FP8 KV cache, expected format {mixing}")
 
 
-def int4_config(variant: Int4Variant, source: Checkpoint) -> dict[str, Any]:
+def mixed_config(variant: Int4Variant, source: Checkpoint) -> dict[str, Any]:
     """quantization_config: one group for experts (and attention), groups by width, an FP8 group beside them.
 
     Top level pack-quantized: SGLang refuses "mixed-precision" for INT4 experts, so every group names its own format.
     """
-    v, attention = variant, variant.attention
-    if attention == "int4" and not v.eight_bit:
-        return ct.quantization_config(
-            {ct.INT: ct.int_group(["Linear"], v.bits, v.group_size, v.symmetric)},
-            "pack-quantized",
-            kv_cache=v.kv_cache == "fp8",
-        )
-    groups = {}
+    v, cache, attention = variant, variant.kv_cache == "fp8", variant.attention_scheme(source)
+    scheme, row = v.scheme(v.bits), v.storage
+    whole = attention == scheme
+    if whole and not v.eight_bit:
+        return ct.one_group(scheme, True, cache)
+    groups: dict[str, dict[str, Any]] = {}
     if v.eight_bit:
-        groups["W8A16"] = ct.int_group([layers_target(v.eight_bit)], 8, v.group_size)
+        groups[v.scheme(8).label] = ct.entry(v.scheme(8), [layers_target(v.eight_bit)])
     rest = tuple(layer for layer in range(source.geometry.layers) if layer not in v.eight_bit)
     targets = [layers_target(rest)] if v.eight_bit else [ct.EXPERTS_TARGET]
-    if attention == "int4":
+    if whole:
         targets.append(ct.ATTENTION_TARGET)
-    if not v.eight_bit or rest or attention == "int4":
-        groups[ct.INT] = ct.int_group(targets, v.bits, v.group_size, v.symmetric)
-    if attention == "fp8":
-        groups[ct.FP8_BLOCK] = ct.fp8_block_group([ct.ATTENTION_TARGET], source.tile or TILE)
-    if attention == "fp8-channel":
-        groups[ct.FP8_CHANNEL] = ct.fp8_channel_group([ct.ATTENTION_TARGET])
-    ignore = (*ct.IGNORE, ct.ATTENTION_TARGET) if attention == "bf16" else ct.IGNORE
-    return ct.quantization_config(groups, "pack-quantized", ignore, v.kv_cache == "fp8")
+    if not v.eight_bit or rest or whole:
+        groups[scheme.label] = ct.entry(scheme, targets)
+    if attention is not None and not whole:
+        groups[attention.label] = ct.entry(attention, [ct.ATTENTION_TARGET])
+    ignore = (*ct.IGNORE, ct.ATTENTION_TARGET) if attention is None else ct.IGNORE
+    return ct.quantization_config(groups, row.name, ignore, cache)
 
 
 def layers_target(layers: tuple[int, ...]) -> str:

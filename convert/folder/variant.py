@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization_config import QUANTIZATION_KEYS
+from ..formats.spec import TensorSpec
 from ..models.minimax_m2 import EMBED, HEAD, global_shapes
 from ..models.rope import DEFAULT
 from ..remote_code import with_code
-from .writer import TensorSpec
 
 
 class FolderVariant(Protocol):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,27 +24,15 @@ from mmquant.errors import InputError
 
 from ..checkpoints.checkpoint import TORCH_DTYPES
 from ..checkpoints.finite import check_finite
-from ..checkpoints.store import DTYPE_BYTES, INDEX
+from ..checkpoints.store import INDEX
 from ..files.atomic import replace_whole, sync_file, temporary_of, write_whole
 from ..files.growing import begin, go_on
 from ..files.progress import Progress
+from ..formats.spec import TensorSpec
 
 SHARD_LIMIT = 5_000_000_000
 ALIGNMENT = 8
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor that will be written: safetensors dtype name and shape, known before any value is."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mmquant.errors import InputError
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--format", "gptq", "--asymmetric"], "engines read symmetric GPTQ only"),
+        (["--format", "gptq", "--asymmetric"], "engines read symmetric gptq only"),
         (["--format", "awq", "--attention", "fp8"], "only compressed-tensors holds FP8"),
         (["--method", "rtn", "--effort", "high"], "--effort has no effect with --method rtn"),
         (["--method", "rtn", "--statistics", "x"], "--statistics has no effect with --method rtn"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mmquant.convert.files.progress import PROGRESS, Progress
-from mmquant.convert.folder.writer import FolderWriter, TensorSpec
+from mmquant.convert.folder.writer import FolderWriter
+from mmquant.convert.formats.spec import TensorSpec
 from mmquant.convert.gguf.metadata import Value
 from mmquant.convert.gguf.writer import GgufWriter, TensorInfo, plan_parts
 from mmquant.errors import InputError

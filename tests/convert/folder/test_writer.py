@@ -12,7 +12,8 @@ from safetensors import safe_open
 from mmquant.convert.files.atomic import sha256_file, whole_file, write_whole
 from mmquant.convert.files.lock import hold
 from mmquant.convert.files.progress import PROGRESS, unfinished_run
-from mmquant.convert.folder.writer import FolderWriter, TensorSpec, plan_shards
+from mmquant.convert.folder.writer import FolderWriter, plan_shards
+from mmquant.convert.formats.spec import TensorSpec
 
 RUN = {"command": "test"}
 STEPS = [

@@ -1,0 +1,147 @@
+"""The envelope of compressed-tensors: config groups out, and the group of a matrix in. Its formats are other modules.
+
+As the engines' loaders take it (compressed-tensors 0.17-0.20). Targets are regular expressions that match both engines'
+prefixes (vLLM: mlp.experts, SGLang: block_sparse_moe.experts); vLLM would ignore exact expert names. Reading: a name or
+pattern wins over the class name "Linear" whatever their order (vLLM compressed_tensors/utils.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmquant.errors import InputError
+
+from .format import Format, Method, Scheme
+from .settings import block_of, is_group
+from .skip_lists import matches, strings
+from .spec import TensorSpec
+
+IGNORE = ("lm_head", r"re:.*block_sparse_moe.gate$", r"re:.*mlp\.gate$", "re:.*embed_tokens$")
+ATTENTION_TARGET = "re:.*self_attn.*"
+EXPERTS_TARGET = r"re:.*experts\..*"
+VERSION = "0.17.0"  # the oldest compressed-tensors whose reader takes these files (pinned by vLLM 0.33)
+STRATEGIES = ("tensor", "channel", "group", "block")
+
+
+def arguments(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    """How weights or activations are quantized, all keys spelled out."""
+    base = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": None,
+        "num_bits": bits,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "strategy": strategy,
+        "symmetric": True,
+        "type": kind,
+        "zp_dtype": None,
+    }
+    return {**base, **more}
+
+
+def group(
+    format: str, targets: list[str], weights: dict[str, Any], activations: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """An entry of config_groups."""
+    return {
+        "format": format,
+        "input_activations": activations,
+        "output_activations": None,
+        "targets": targets,
+        "weights": weights,
+    }
+
+
+def quantization_config(
+    groups: Mapping[str, dict[str, Any]], format: str, ignore: tuple[str, ...] = IGNORE, kv_cache: bool = False
+) -> dict[str, Any]:
+    """The quantization_config of config.json; `format` is the top-level one, each group names its own."""
+    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    return {
+        "config_groups": dict(groups),
+        "format": format,
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": scheme if kv_cache else None,
+        "quant_method": NAME,
+        "quantization_status": "compressed",
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def entry(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """The entry of config_groups for a scheme of any of its formats."""
+    assert scheme.format.group is not None, scheme.format
+    return scheme.format.group(targets, scheme)
+
+
+def one_group(scheme: Scheme, attention: bool, kv_cache: bool = False) -> dict[str, Any]:
+    """quantization_config of a folder whose experts, and attention or not, are stored by one scheme."""
+    targets, ignore = (["Linear"], IGNORE) if attention else ([EXPERTS_TARGET], (*IGNORE, ATTENTION_TARGET))
+    return quantization_config({scheme.label: entry(scheme, targets)}, scheme.format.name, ignore, kv_cache)
+
+
+def cache_specs(keys: str, values: str) -> list[TensorSpec]:
+    """Scales of an FP8 KV cache, under the names that both engines read; `keys`, `values`: names of k_proj, v_proj."""
+    return [TensorSpec(keys + ".k_scale", "F32", (1,)), TensorSpec(values + ".v_scale", "F32", (1,))]
+
+
+def _read(
+    formats: Sequence[Format], quantization: dict[str, Any], names: tuple[str, ...], engine: str
+) -> Scheme | None:
+    del engine  # all match alike, by names of their own
+    if any(matches(target, names) for target in strings(quantization.get("ignore"), "ignore")):
+        return None
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise InputError("config.json: config_groups is missing or empty")
+    by_class = None
+    for label, said in groups.items():
+        if not isinstance(said, dict):
+            raise InputError(f"config.json: config_groups.{label} is not an object")
+        targets = strings(said.get("targets"), f"config_groups.{label}.targets")
+        if any(matches(target, names) for target in targets):
+            return _scheme(formats, said, quantization, label)
+        if "Linear" in targets and by_class is None:
+            by_class = (said, label)
+    return None if by_class is None else _scheme(formats, by_class[0], quantization, by_class[1])
+
+
+def _scheme(formats: Sequence[Format], said: dict[str, Any], quantization: dict[str, Any], label: str) -> Scheme:
+    weights = said.get("weights")
+    if not isinstance(weights, dict):
+        raise InputError(f"config.json: config_groups.{label}.weights is missing")
+    kind = said.get("format") or quantization.get("format")
+    bits, strategy = weights.get("num_bits", 0), weights.get("strategy")
+    rows = [row for row in formats if row.name == kind and bits in row.bits]
+    if not rows:
+        raise InputError(f"config.json: {kind} of {bits} bits in {label}, expected {_list(formats)}")
+    if strategy not in STRATEGIES:
+        raise InputError(f"config.json: strategy {strategy!r} in {label}, expected tensor, channel, group or block")
+    size = weights.get("group_size") if strategy == "group" else -1
+    if not is_group(size):
+        raise InputError(f"config.json: group_size {size!r} in {label}, expected a positive integer")
+    if weights.get("actorder") in ("group", "dynamic"):
+        raise InputError(
+            f"config.json: actorder {weights['actorder']!r} in {label}: engines refuse it, expected static"
+        )
+    block = block_of(weights.get("block_structure"), f"block_structure in {label}") if strategy == "block" else None
+    row = next((row for row in rows if strategy in row.strategies), None)
+    if row is None:
+        read = " or ".join(dict.fromkeys(s for row in rows for s in row.strategies))
+        raise InputError(f"config.json: {kind} by strategy {strategy!r} in {label}, expected {read}")
+    return Scheme(row, bits, size, bool(weights.get("symmetric", True)), block)
+
+
+def _list(formats: Sequence[Format]) -> str:
+    known = dict.fromkeys((row.name, row.bits) for row in formats)
+    return ", ".join(f"{name} of {' or '.join(map(str, bits))}" for name, bits in known)
+
+
+NAME = "compressed-tensors"
+METHOD = Method((NAME,), _read, single=True)

@@ -1,0 +1,145 @@
+"""What a storage format must say and do. A module of this folder fills in one `Format`; table.py lists them.
+
+Shapes are logical: a matrix is [O, I], outputs by inputs. Stacks of matrices have leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmquant.errors import InputError
+
+from ...quantize.integer.grid import IntWeight
+from .spec import TensorSpec
+
+Shape = tuple[int, int]  # (outputs, inputs)
+Fetch = Callable[[str], Tensor]  # a part by its suffix, on the device, with any leading dimensions
+FLOATS = ("BF16", "F16", "F32")  # what scales may be
+
+
+class PartError(InputError):
+    """A tensor of a matrix holds what no reader can use; whoever reads adds the file and the matrix."""
+
+    def __init__(self, suffix: str, fault: str) -> None:
+        super().__init__(f"{suffix} {fault}")
+        self.suffix = suffix
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a stored matrix. `dtypes`: those that are read, the first is written."""
+
+    suffix: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    needed: bool = True  # False: it is written for engines that want to see it, and not read
+    single: bool = False  # one value for the whole matrix is read as well
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a matrix is stored. `group`: inputs that share a scale, -1 a whole row; `block`: (rows, columns) of FP8."""
+
+    format: Format
+    bits: int
+    group: int = -1
+    symmetric: bool = True
+    block: tuple[int, int] | None = None
+    act_order: bool = False
+    zeros_plus_one: bool = True  # GPTQ v1 stores zero points minus one
+
+    @property
+    def label(self) -> str:
+        """What compressed-tensors usually calls a config group of it."""
+        return self.format.label.format(bits=self.bits)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A quant_method of config.json and how engines look matrices up under it.
+
+    read      (its formats, quantization_config, an engine's names of a matrix, engine) -> Scheme, None: left as it is
+    single    one lookup per projection of a layer's experts, else one for all of them
+    fused     q, k and v are looked up as qkv_proj
+    list_key  the key whose absence makes vLLM go by the dtypes in the files
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[Sequence[Format], dict[str, Any], tuple[str, ...], str], Scheme | None]
+    single: bool = False
+    fused: bool = False
+    list_key: str | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Format:
+    """One storage format: the functions that read and write it, and what is true of it.
+
+    parts    the tensors of a matrix, in the order in which they are written
+    unpack   their values -> [..., O, I] float32. PartError for values that make no sense
+    nearest  weights [E, O, I] float32 rounded to nearest -> tensors [E, ...] by suffix; names for messages
+    pack     the same of integer codes that a calibrated method found; None: no such method
+    group    its entry of compressed-tensors' config_groups for some targets; None: the format is no part of a mixture
+    config   quantization_config of a folder whose experts (True: attention too) are stored so, the rest unquantized
+    """
+
+    name: str  # in messages; with compressed-tensors the `format` of config.json
+    method: Method
+    bits: tuple[int, ...]
+    parts: Callable[[Scheme, Shape], list[Part]]
+    unpack: Callable[[Scheme, Shape, Fetch], Tensor]
+    nearest: Callable[[list[str], Tensor, Scheme], dict[str, Tensor]] | None = None
+    pack: Callable[[list[str], IntWeight], dict[str, Tensor]] | None = None
+    group: Callable[[list[str], Scheme], dict[str, Any]] | None = None
+    config: Callable[[Scheme, bool], dict[str, Any]] | None = None
+    label: str = ""  # of its config group, {bits} filled in
+    manifest: str = "safetensors"  # the manifest's format
+    command: str = ""  # the command that writes it, and the word of its --format or --scheme
+    choice: str = ""
+    strategies: tuple[str, ...] = ("tensor", "channel", "group")  # of compressed-tensors that it stands for
+    symmetric: tuple[bool, ...] = (True,)  # that may be written; the first is the default
+    whole_words: bool = False  # outputs and inputs must fill 32-bit words
+    beside: tuple[str, ...] = ()  # more suffixes that may lie beside its parts
+    requantizable: bool = False  # FP8: close enough to the original to be quantized again
+
+    def __repr__(self) -> str:
+        return f"Format({self.name!r})"
+
+    @property
+    def tiled(self) -> bool:
+        """Whether its scales are those of two-dimensional tiles."""
+        return self.strategies == ("block",)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether other formats, and scales of an FP8 KV cache, may stand beside it in one folder."""
+        return self.group is not None
+
+
+def specs(scheme: Scheme, name: str, shape: Shape, scale_dtype: str | None = None) -> list[TensorSpec]:
+    """The tensors that are written of a matrix `name` (without .weight); `scale_dtype`: of scales carried as they are.
+
+    InputError for a shape that the format cannot hold.
+    """
+    per_word = 32 // scheme.bits
+    if scheme.format.whole_words and (shape[0] % per_word or shape[1] % per_word):
+        where = f"for format {scheme.format.name}"
+        raise InputError(f"{name}: {shape[0]} x {shape[1]}, expected multiples of {per_word} {where}")
+    return [
+        TensorSpec(f"{name}.{p.suffix}", scale_dtype if scale_dtype and p.dtypes == FLOATS else p.dtypes[0], p.shape)
+        for p in scheme.format.parts(scheme, shape)
+    ]
+
+
+def check_writable(scheme: Scheme) -> None:
+    """InputError for bits or zero points that are not written in a format."""
+    row = scheme.format
+    if scheme.bits not in row.bits:
+        raise InputError(f"format {row.name}: {scheme.bits} bits, expected {' or '.join(map(str, row.bits))}")
+    if scheme.symmetric not in row.symmetric:
+        found, wanted = ("symmetric", "asymmetric") if scheme.symmetric else ("asymmetric", "symmetric")
+        raise InputError(f"format {row.name}: {found}, expected {wanted} (engines read no other)")

@@ -1,0 +1,19 @@
+"""Single values of a quantization_config, checked."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from mmquant.errors import InputError
+
+
+def is_group(size: object) -> TypeGuard[int]:
+    """Whether a group size is a positive integer, or -1 for a whole row."""
+    return isinstance(size, int) and not isinstance(size, bool) and (size == -1 or size > 0)
+
+
+def block_of(value: object, where: str) -> tuple[int, int]:
+    """(rows, columns) of a tile. InputError for anything but two positive integers."""
+    if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int and v > 0 for v in value):
+        raise InputError(f"config.json: {where} is {value!r}, expected two positive integers")
+    return value[0], value[1]
