@@ -51,12 +51,14 @@ def command(
         return
     from ..convert.folder.fp8 import Fp8Variant
     from ..convert.folder.native_copy import check_native
+    from ..convert.formats.table import choices
     from ..runs.folder import check_place, describe, prepare, write_folder, write_native
 
-    if scheme == "native":
+    copied = choices("fp8")[scheme].nearest is None  # the release as it is
+    if copied:
         refuse_without_effect("with --scheme native, which copies shards as they are", "limit")
     source = open_model(model, fetch, begin(out, dry_run))
-    if scheme == "native":
+    if copied:
         check_native(source)
         if dry_run:
             click.echo(describe(out, "FP8-native", source.bytes))

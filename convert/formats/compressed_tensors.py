@@ -135,6 +135,8 @@ def _scheme(formats: Sequence[Format], said: dict[str, Any], quantization: dict[
     if row is None:
         read = " or ".join(dict.fromkeys(s for row in rows for s in row.strategies))
         raise InputError(f"config.json: {kind} by strategy {strategy!r} in {label}, expected {read}")
+    if row.group_sizes is not None and size not in row.group_sizes:
+        raise InputError(f"config.json: {kind} in groups of {size} in {label}, expected {row.group_sizes[0]}")
     return Scheme(row, bits, size, bool(weights.get("symmetric", True)), block)
 
 

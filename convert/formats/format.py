@@ -101,6 +101,7 @@ class Format:
     command: str = ""  # the command that writes it, and the word of its --format or --scheme
     choice: str = ""
     strategies: tuple[str, ...] = ("tensor", "channel", "group")  # of compressed-tensors that it stands for
+    group_sizes: tuple[int, ...] | None = None  # that may be; None: any
     symmetric: tuple[bool, ...] = (True,)  # that may be written; the first is the default
     whole_words: bool = False  # outputs and inputs must fill 32-bit words
     beside: tuple[str, ...] = ()  # more suffixes that may lie beside its parts
@@ -136,8 +137,11 @@ def specs(scheme: Scheme, name: str, shape: Shape, scale_dtype: str | None = Non
 
 
 def check_writable(scheme: Scheme) -> None:
-    """InputError for bits or zero points that are not written in a format."""
+    """InputError for bits, groups or zero points that are not written in a format."""
     row = scheme.format
+    if row.group_sizes is not None and scheme.group not in row.group_sizes:
+        wanted = " or ".join(map(str, row.group_sizes))
+        raise InputError(f"format {row.name}: groups of {scheme.group}, expected {wanted}")
     if scheme.bits not in row.bits:
         raise InputError(f"format {row.name}: {scheme.bits} bits, expected {' or '.join(map(str, row.bits))}")
     if scheme.symmetric not in row.symmetric:
