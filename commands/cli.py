@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": "Perplexity, KL divergence and agreement with the reference.",
     "pull": "Fetch a repository, verified and resumable.",
     "push": "Publish a finished folder to a hub.",
-    "doctor": "Finds and cures what breaks a GGUF file.",
+    "doctor": "Finds and repairs what breaks a GGUF file.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
 }

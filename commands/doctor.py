@@ -14,7 +14,7 @@ from .options import device_option, json_option, refuse_without_effect
 FILE = click.Path(path_type=Path)
 
 
-@click.command(short_help="Finds and cures what breaks a GGUF file.")
+@click.command(short_help="Finds and repairs what breaks a GGUF file.")
 @click.argument("file")
 @click.option("--statistics", type=FILE, help="What `mmquant calibrate --out` wrote: its maxima show what overflows.")
 @click.option("--text", "texts", multiple=True, help="Measure by running this text (or `default`) through the file.")
@@ -39,7 +39,7 @@ def command(
 
     FILE may be hf:ORG/NAME:TYPE as well: its parts are fetched, and deleted in the end (no --fix then).
 
-    Exit code 4 when something is found that gives wrong results and is not cured by --fix.
+    Exit code 4 when something is found that gives wrong results and is not repaired by --fix.
 
     Example: mmquant doctor ./m27-gguf/demo-Q4_K_M.gguf --text default --fix
     """

@@ -1,4 +1,4 @@
-"""Float16 overflow inside an expert, and its exact cure: powers of two moved from up (w3) to down (w2).
+"""Rescale experts against float16 overflow, exactly: powers of two move from up (w3) to down (w2).
 
 An expert computes w2 (silu(w1 x) * (w3 x)). A row of w3 and a column of w2 may be scaled by t and 1 / t, and a power of
 two is exact in every format. Engines that keep w2's input, or a block's sum of it, in float16 overflow where it passes

@@ -23,7 +23,7 @@ class Diagnosis:
 
     file: str
     findings: list[Finding]
-    cured: dict[tuple[int, int], int]  # (layer, expert) -> k: up / 2^k, down * 2^k
+    rescaled: dict[tuple[int, int], int]  # (layer, expert) -> k: up / 2^k, down * 2^k
     written: list[Path]
     sums: Tensor | None  # [L, E]: the largest sum of inputs of each expert's down projection
 
@@ -37,7 +37,9 @@ class Diagnosis:
         return {
             "file": self.file,
             "findings": [asdict(finding) for finding in self.findings],
-            "cured": [{"layer": layer, "expert": expert, "power": k} for (layer, expert), k in self.cured.items()],
+            "rescaled": [
+                {"layer": layer, "expert": expert, "power": k} for (layer, expert), k in self.rescaled.items()
+            ],
             "written": [str(path) for path in self.written],
             "largest_sum32": None if self.sums is None else float(self.sums.max()),
         }
@@ -48,14 +50,14 @@ class Diagnosis:
         for finding in self.findings:
             experts = f" (experts {', '.join(map(str, finding.experts))})" if finding.experts else ""
             found.append(f"{finding.level}: {finding.where}: {finding.text}{experts}")
-        found += [self._cure_line(*where, power) for where, power in self.cured.items()]
+        found += [self._rescaled_line(*where, power) for where, power in self.rescaled.items()]
         found += [str(path) for path in self.written]
         return found or [f"{self.file}: nothing found"]
 
-    def _cure_line(self, layer: int, expert: int, power: int) -> str:
+    def _rescaled_line(self, layer: int, expert: int, power: int) -> str:
         from ..quantize.overflow import FP16_MAX
 
-        line = f"cured: layer {layer} expert {expert}: up / 2^{power}, down * 2^{power}"
+        line = f"rescaled: layer {layer} expert {expert}: up / 2^{power}, down * 2^{power}"
         if self.sums is None:
             return line
         sum_ = float(self.sums[layer, expert])
@@ -90,13 +92,13 @@ def examine(
         raise InputError("--fix: needs --statistics or --text to know which experts overflow")
     sums = measure(source, statistics, text, device)
     faults = check_metadata(source) + check_tensors(source) + check_overflow(source, sums)
-    cures = exponents(sums) if fix and sums is not None else {}
+    powers = exponents(sums) if fix and sums is not None else {}
     written: list[Path] = completed
-    if cures:
-        written, cures, left = cure(source, cures, out, in_place)
+    if powers:
+        written, powers, left = rescale(source, powers, out, in_place)
         faults = [fault for fault in faults if fault.code != OVERFLOW] + left
     source.close(finished=True)
-    return Diagnosis(source.label, faults, cures, written, sums)
+    return Diagnosis(source.label, faults, powers, written, sums)
 
 
 def measure(source: GgufSource, statistics: Path | None, text: dict[str, Any], device: str) -> Tensor | None:
@@ -125,10 +127,10 @@ def measure(source: GgufSource, statistics: Path | None, text: dict[str, Any], d
     )
 
 
-def cure(
-    source: GgufSource, cures: dict[tuple[int, int], int], out: Path | None, in_place: bool
+def rescale(
+    source: GgufSource, powers: dict[tuple[int, int], int], out: Path | None, in_place: bool
 ) -> tuple[list[Path], dict[tuple[int, int], int], list[Finding]]:
-    """Write the fixed model: its files, what was cured, what was left alone. Refuses to write over something else."""
+    """Write the fixed model: its files, what was rescaled, what was left alone. Refuses to write over something else."""
     from ..convert.gguf.doctor import plan_fix
     from ..convert.gguf.fix import apply_fix
 
@@ -136,6 +138,6 @@ def cure(
     if in_place and out is not None:
         raise InputError("--in-place and --out: choose one")
     target = None if in_place else out or first.parent.with_name(first.resolve().parent.name + "-fixed")
-    patches, done, left = plan_fix(source, cures)
-    what = {"model": source.fingerprint, "cures": [[*where, power] for where, power in sorted(done.items())]}
+    patches, done, left = plan_fix(source, powers)
+    what = {"model": source.fingerprint, "powers": [[*where, power] for where, power in sorted(done.items())]}
     return apply_fix(source, patches, target, what) if patches else [], done, left

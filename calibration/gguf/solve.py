@@ -56,7 +56,7 @@ METHODS = {
 
 @dataclass
 class Report:
-    """What a run did beyond rounding: exponents of the overflow cure by (layer, expert), experts that saw no token."""
+    """What a run did beyond rounding: powers of rescaled experts by (layer, expert), experts that saw no token."""
 
     rescaled: dict[tuple[int, int], int] = field(default_factory=dict)
     unseen: set[tuple[int, int]] = field(default_factory=set)

@@ -16,17 +16,17 @@ LEAST_ROWS = 32  # an expert that saw fewer is reported
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What the user should know of a layer: experts without calibration, hard factorizations, cured overflows."""
+    """What the user should know of a layer: experts without calibration, hard factorizations, rescaled experts."""
 
     layer: int
     unseen: tuple[int, ...] = ()
     starved: tuple[int, ...] = ()
     damped: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
-    cured: dict[int, int] = field(default_factory=dict)
+    rescaled: dict[int, int] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
-        """One line a finding."""
+        """One line per finding."""
         if self.unseen:
             yield f"layer {self.layer}: experts {_some(self.unseen)} saw no token; the layer's pooled moments were used"
         if self.starved:
@@ -35,7 +35,7 @@ class LayerReport:
             yield f"layer {self.layer}: {_some(self.damped)} needed more damping"
         if self.rounded:
             yield f"layer {self.layer}: {_some(self.rounded)} could not be factored and were rounded to nearest"
-        for expert, power in self.cured.items():
+        for expert, power in self.rescaled.items():
             yield f"layer {self.layer}: expert {expert} overflowed float16; w3 * 2^-{power}, w2 * 2^{power}"
 
 
@@ -45,7 +45,7 @@ def _some(items: tuple[object, ...]) -> str:
 
 
 def make_report(
-    layer: int, statistics: LayerStatistics, cure: Tensor, solved: list[tuple[Solved, Solved]]
+    layer: int, statistics: LayerStatistics, powers: Tensor, solved: list[tuple[Solved, Solved]]
 ) -> LayerReport:
     """Findings of a layer from its statistics and the solves of its chunks."""
     count = statistics.expert_in.count
@@ -62,5 +62,5 @@ def make_report(
         tuple(((count > 0) & (count < LEAST_ROWS)).nonzero().flatten().tolist()),
         tuple(damped),
         tuple(rounded),
-        {e: int(cure[e]) for e in cure.nonzero().flatten().tolist()},
+        {e: int(powers[e]) for e in powers.nonzero().flatten().tolist()},
     )

@@ -41,7 +41,7 @@ class Finding:
     where: str
     text: str
     experts: tuple[int, ...] = ()
-    code: str = ""  # OVERFLOW: a sum beyond float16, which a cure mends
+    code: str = ""  # OVERFLOW: a sum beyond float16, which rescaling mends
 
 
 def check_metadata(source: GgufSource) -> list[Finding]:
@@ -194,27 +194,27 @@ class Patch:
 
 
 def plan_fix(
-    source: GgufSource, cures: dict[tuple[int, int], int]
+    source: GgufSource, powers: dict[tuple[int, int], int]
 ) -> tuple[list[Patch], dict[tuple[int, int], int], list[Finding]]:
-    """The bytes that change, which cures they are, and what was left alone.
+    """The bytes that change, which experts they rescale, and what was left alone.
 
     Each is proved equal: every decoded value is exactly the old one times the power of two. Raises ValueError when an
-    expert whose type is at risk cannot be cured; one whose type is harmless is then left alone.
+    expert whose type is at risk cannot be rescaled; one whose type is harmless is then left alone.
     """
     patches, done, left = [], {}, []
-    for (layer, expert), exponent in sorted(cures.items()):
+    for (layer, expert), exponent in sorted(powers.items()):
         try:
-            patches += _cured_expert(source, layer, expert, exponent)
+            patches += _rescaled_expert(source, layer, expert, exponent)
             done[layer, expert] = exponent
         except ValueError as error:
             name = f"blk.{layer}.ffn_down_exps.weight"
             if source.tensor_type(name) in AT_RISK:
                 raise
-            left.append(Finding("warning", name, f"left alone, its type needs no cure ({error})", (expert,)))
+            left.append(Finding("warning", name, f"left alone, its type needs no rescaling ({error})", (expert,)))
     return patches, done, left
 
 
-def _cured_expert(source: GgufSource, layer: int, expert: int, exponent: int) -> list[Patch]:
+def _rescaled_expert(source: GgufSource, layer: int, expert: int, exponent: int) -> list[Patch]:
     patches = []
     for stem, power in (("ffn_up_exps", -exponent), ("ffn_down_exps", exponent)):
         file, tensor = source.locate(f"blk.{layer}.{stem}.weight")

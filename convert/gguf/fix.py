@@ -28,7 +28,7 @@ def finish_interrupted(folder: Path) -> list[Path]:
 def apply_fix(source: GgufSource, patches: list[Patch], out: Path | None, what: Mapping[str, Any]) -> list[Path]:
     """Write the patched model: into folder `out` (same names), or over the files themselves when None; their paths.
 
-    what: the cure, by which a killed one is known again. In place, only parts that change are written, and the
+    what: the fix, by which a killed one is recognized. In place, only parts that change are written, and the
     manifest's digests with them. InputError when `out` holds something else, FitError when the disk is too small.
     """
     first = source.files[0].path

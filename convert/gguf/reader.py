@@ -78,7 +78,7 @@ def find_parts(path: Path) -> list[Path]:
     """
     if interrupted(folder_of(path)) is not None:
         raise InputError(
-            f"{folder_of(path)}: a fix of these files was interrupted, only some are cured; run the same "
+            f"{folder_of(path)}: a fix of these files was interrupted, only some are rescaled; run the same "
             f"mmquant doctor --fix again to complete it"
         )
     if path.is_dir():

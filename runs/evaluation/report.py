@@ -28,7 +28,7 @@ PUBLISHED = (
 )  # fmt: skip
 ANOTHER_RULER = (
     '<p class="note">Circles: what others published of MiniMax-M2.7 (Goldkoron\'s model card), on another ruler: the '
-    "reference had Q6_K experts, 10 chunks of 8192 tokens, corpus not stated. A guide to the slope, not to be "
+    "the reference had Q6_K experts, 10 chunks of 8192 tokens, corpus not stated. A guide to the slope, not to be "
     "compared with.</p>"
 )
 COMPARABLE = 20e9  # bytes; a smaller model's file cannot stand on the same axis as the published ones

@@ -16,7 +16,7 @@ from mmquant.commands.gguf import command as gguf_command
 from mmquant.quantize.ggml.types import GGMLType
 
 KINDS = [kind.name for kind in GGMLType if kind.name not in ("F32", "F16")]
-OVERFLOW = ("Q4_1", "Q5_1")  # sums in float16 in llama.cpp's CPU code too: the demo gives NaN until cured
+OVERFLOW = ("Q4_1", "Q5_1")  # sums in float16 in llama.cpp's CPU code too: the demo gives NaN until it is rescaled
 
 
 @pytest.mark.slow
@@ -31,8 +31,8 @@ def test_perplexity_is_as_predicted(tmp_path: Path, kind: str) -> None:
     types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert types == {"F32", kind}
     if kind in OVERFLOW:
-        cure = [path, "--text", "default", "--windows", "16", "--fix", "--in-place"]
-        assert CliRunner().invoke(doctor_command, cure, catch_exceptions=False).exit_code == 0
+        fix = [path, "--text", "default", "--windows", "16", "--fix", "--in-place"]
+        assert CliRunner().invoke(doctor_command, fix, catch_exceptions=False).exit_code == 0
     measure = ["--reference", "demo", "--windows", "40", "--convention", "llama.cpp", "--engine", "llama.cpp", "--json"]
     done = CliRunner().invoke(eval_command, [path, *measure], catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from mmquant.calibration.gguf.maxima import Largest, largest_sums
 from mmquant.calibration.text.chat import load_template
 from mmquant.calibration.text.corpus import bundled, pack, read_sets
 from mmquant.calibration.text.tokenizer import load_tokenizer
+from mmquant.calibration.text.tokenizer import windows as cut
 from mmquant.commands.calibrate import command as calibrate_command
 from mmquant.commands.doctor import command
 from mmquant.commands.gguf import command as gguf_command
@@ -29,7 +32,7 @@ from mmquant.quantize.overflow import FP16_MAX
 
 @pytest.fixture(scope="module")
 def risky(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo as Q4_0 with its last down projection in Q4_K, uncured, in several parts."""
+    """The demo as Q4_0 with its last down projection in Q4_K, not rescaled, in several parts."""
     folder = tmp_path_factory.mktemp("risky")
     options = ["--model", "demo", "--out", str(folder), "--no-calibration", "--type", "Q4_0", "--name", "m"]
     options += ["--tensor-type", r"blk\.3\.ffn_down=Q4_K", "--max-part-size", "3MB"]
@@ -39,10 +42,6 @@ def risky(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def windows() -> torch.Tensor:
-    import ast
-
-    from mmquant.calibration.text.tokenizer import windows as cut
-
     return cut(Path(str(ast.__file__)).read_text(), load_tokenizer(open_source("demo")), 256, 8)
 
 
@@ -50,23 +49,38 @@ def doctor(file: Path, *options: str) -> Result:
     return CliRunner().invoke(command, [str(file), *options])
 
 
-def test_the_demo_overflows_and_is_cured(risky: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.py"
-    import ast
-
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A text in which experts 3 and 11 of the last layer overflow."""
+    text = tmp_path_factory.mktemp("text") / "text.py"
     text.write_text(Path(str(ast.__file__)).read_text())
-    measure = ["--text", str(text), "--windows", "24", "--json"]
-    found = doctor(risky, *measure)
+    return ["--text", str(text), "--windows", "4"]
+
+
+@pytest.fixture(scope="module")
+def repaired(risky: Path, measure: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """`doctor --fix` of it: the new folder, and what the command printed."""
+    folder = tmp_path_factory.mktemp("repaired") / "m"
+    done = doctor(risky, *measure, "--json", "--fix", "--out", str(folder))
+    assert done.exit_code == 0, done.output
+    return folder, json.loads(done.stdout)
+
+
+def test_the_demo_overflows(risky: Path, measure: list[str]) -> None:
+    found = doctor(risky, *measure, "--json")
     assert isinstance(found.exception, GateError)
-    document = json.loads(found.stdout)
-    overflow = [f for f in document["findings"] if f["where"] == "blk.3.ffn_down_exps.weight"]
+    overflow = [f for f in json.loads(found.stdout)["findings"] if f["where"] == "blk.3.ffn_down_exps.weight"]
     assert overflow[0]["experts"] == [3, 11]
     assert overflow[0]["level"] == "error"
-    fixed = doctor(risky, *measure, "--fix", "--out", str(tmp_path / "fixed"))
-    assert fixed.exit_code == 0, fixed.output
-    assert {(c["layer"], c["expert"]) for c in json.loads(fixed.stdout)["cured"]} == {(3, 3), (3, 11)}
-    before, after = GgufSource(risky), GgufSource(tmp_path / "fixed")
-    for expert, power in ((c["expert"], c["power"]) for c in json.loads(fixed.stdout)["cured"]):
+
+
+def test_a_fix_rescales_exactly_and_nothing_else(
+    risky: Path, measure: list[str], repaired: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, document = repaired
+    assert {(c["layer"], c["expert"]) for c in document["rescaled"]} == {(3, 3), (3, 11)}
+    before, after = GgufSource(risky), GgufSource(folder)
+    for expert, power in ((c["expert"], c["power"]) for c in document["rescaled"]):
         for role, factor in (("w3", 2.0**-power), ("w2", 2.0**power)):
             name = f"model.layers.3.block_sparse_moe.experts.{expert}.{role}.weight"
             assert torch.equal(before.read(name) * factor, after.read(name))
@@ -74,28 +88,23 @@ def test_the_demo_overflows_and_is_cured(risky: Path, tmp_path: Path) -> None:
     assert 0 < changed < 20_000  # block scales of four matrices, nothing else
     sums = largest_sums(after, windows(), "cpu", [32] * 4)
     assert float(sums.max()) < FP16_MAX / 2
-    assert doctor(tmp_path / "fixed", *measure).exit_code == 0
+    assert doctor(folder, *measure).exit_code == 0
 
 
-def test_llamacpp_gives_the_same_logits(risky: Path, tmp_path: Path) -> None:
+def test_llamacpp_gives_the_same_logits(risky: Path, repaired: tuple[Path, dict[str, Any]]) -> None:
     llamacpp.need()
-    import ast
-
-    text = tmp_path / "text.py"
-    text.write_text(Path(str(ast.__file__)).read_text())
-    assert doctor(risky, "--text", str(text), "--fix", "--out", str(tmp_path / "fixed")).exit_code == 0
     tokens = windows()[:2].tolist()
     first = next(p.name for p in sorted(risky.glob("*.gguf")))
-    before, after = (llamacpp.logits(folder / first, tokens, 256) for folder in (risky, tmp_path / "fixed"))
+    before, after = (llamacpp.logits(folder / first, tokens, 256) for folder in (risky, repaired[0]))
     assert np.array_equal(before, after)  # and so is any perplexity
 
 
-def test_a_real_nan_is_cured(tmp_path: Path) -> None:
-    """Q4_1 keeps sums of 32 in float16 in llama.cpp's CPU code as well: the overflow as it is, and its cure."""
+def test_a_real_nan_is_repaired(tmp_path: Path) -> None:
+    """Q4_1 keeps sums of 32 in float16 in llama.cpp's CPU code as well: the overflow before and after rescaling."""
     llamacpp.need()
     options = ["--model", "demo", "--out", str(tmp_path / "m"), "--no-calibration", "--type", "Q8_0", "--name", "m"]
     CliRunner().invoke(gguf_command, [*options, "--tensor-type", r"blk\.3\.ffn_down_exps=Q4_1"], catch_exceptions=False)
-    measure = ["--text", "default", "--windows", "16", "--fix", "--out", str(tmp_path / "fixed")]
+    measure = ["--text", "default", "--windows", "4", "--fix", "--out", str(tmp_path / "fixed")]
     fixed = doctor(tmp_path / "m", *measure)
     assert fixed.exit_code == 0, fixed.output
     source = open_source("demo")
@@ -135,32 +144,28 @@ def test_a_scale_may_rise_from_below_the_normal_range() -> None:
         scaled_blocks(blocks[1], GGMLType.Q4_0, -2, "x")  # exact, but no longer normal
 
 
-def test_types_that_need_no_cure_never_stop_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Q6_K sums in float32: its experts are cured where scales allow it, and left alone where not."""
+def test_types_that_need_no_rescaling_never_stop_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q6_K sums in float32: its experts are rescaled where scales allow it, and left alone where not."""
     options = ["--model", "demo", "--out", str(tmp_path / "m"), "--no-calibration", "--type", "Q6_K", "--name", "m"]
     CliRunner().invoke(gguf_command, options, catch_exceptions=False)
     source = GgufSource(tmp_path / "m")
     patches, done, left = plan_fix(source, {(3, 3): 4, (3, 11): 12})
     assert (done, len(patches)) == ({(3, 3): 4}, 2)
     assert left[0].experts == (11,)
-    assert "left alone, its type needs no cure" in left[0].text
+    assert "left alone, its type needs no rescaling" in left[0].text
     assert left[0].level == "warning"
     monkeypatch.setitem(AT_RISK, "Q6_K", 32)
     with pytest.raises(ValueError, match=r"expert 11: .* would leave float16's normal range"):
         plan_fix(source, {(3, 11): 12})
 
 
-def test_maxima_of_statistics_decide(risky: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.py"
-    import ast
-
-    text.write_text(Path(str(ast.__file__)).read_text())
-    measure = ["--model", "demo", "--text", str(text), "--windows", "24", "--moments", "diagonal"]
-    done = CliRunner().invoke(calibrate_command, [*measure, "--out", str(tmp_path / "s")], catch_exceptions=False)
+def test_maxima_of_statistics_decide(risky: Path, measure: list[str], tmp_path: Path) -> None:
+    options = ["--model", "demo", *measure, "--moments", "diagonal", "--out", str(tmp_path / "s")]
+    done = CliRunner().invoke(calibrate_command, options, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     found = doctor(risky, "--statistics", str(tmp_path / "s"), "--fix", "--out", str(tmp_path / "fixed"))
     assert found.exit_code == 0, found.output
-    assert "cured: layer 3 expert 3: up / 2^" in found.stdout
+    assert "rescaled: layer 3 expert 3: up / 2^" in found.stdout
     assert "times below 65504" in found.stdout
 
 

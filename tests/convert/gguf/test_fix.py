@@ -19,7 +19,7 @@ from mmquant.convert.gguf.fix import apply_fix, finish_interrupted
 from mmquant.convert.gguf.reader import GgufSource
 from mmquant.errors import InputError
 
-CURES = {(3, 11): 3}
+POWERS = {(3, 11): 3}
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,16 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def fix(folder: Path, out: Path | None = None) -> None:
-    """What `doctor --fix` does with the cures of an unharmed model, and with one that an interrupted fix left."""
+    """What `doctor --fix` does with an unharmed model, and with one that an interrupted fix left."""
     if out is None and finish_interrupted(folder):
         return
     source = GgufSource(folder)
-    patches, done, _ = plan_fix(source, CURES)
-    apply_fix(source, patches, out, {"model": source.fingerprint, "cures": sorted([*k, v] for k, v in done.items())})
+    patches, done, _ = plan_fix(source, POWERS)
+    apply_fix(source, patches, out, {"model": source.fingerprint, "powers": sorted([*k, v] for k, v in done.items())})
 
 
-def cured(model: Path, tmp_path: Path, in_place: bool) -> tuple[Path, Path]:
-    """A copy of the model, and where its cure goes."""
+def copied(model: Path, tmp_path: Path, in_place: bool) -> tuple[Path, Path]:
+    """A copy of the model, and where its fix goes."""
     shutil.copytree(model, tmp_path / "copy")
     return tmp_path / "copy", tmp_path / "copy" if in_place else tmp_path / "out"
 
@@ -55,7 +55,7 @@ def changes(model: Path, tmp_path: Path, in_place: bool) -> Iterator[int]:
     for number in range(1, 100):
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
-        source, target = cured(model, tmp_path, in_place)
+        source, target = copied(model, tmp_path, in_place)
         pattern = "" if in_place else "rename|remove"
         if not killed_at(tmp_path, number, lambda: fix(source, None if in_place else target), pattern):  # noqa: B023
             return
@@ -67,7 +67,7 @@ def changes(model: Path, tmp_path: Path, in_place: bool) -> Iterator[int]:
 def test_killed_at_any_change_it_is_all_or_nothing_and_goes_on(model: Path, tmp_path: Path, in_place: bool) -> None:
     where = tmp_path / "tries"
     where.mkdir()
-    source, target = cured(model, tmp_path, in_place)
+    source, target = copied(model, tmp_path, in_place)
     fix(source, None if in_place else target)
     whole, before = files(target), files(model)
     assert sum(whole[name] != digest for name, digest in before.items() if name.endswith(".gguf")) >= 2
@@ -83,14 +83,14 @@ def test_killed_at_any_change_it_is_all_or_nothing_and_goes_on(model: Path, tmp_
             with pytest.raises(InputError, match="a fix of these files was interrupted"):
                 GgufSource(target)
         if not target.is_dir() or files(target) != whole or (target / JOURNAL).exists():
-            fix(source, None if in_place else target)  # whoever measures finds nothing to cure once it is whole
+            fix(source, None if in_place else target)  # whoever measures finds nothing to rescale once it is whole
         assert files(target) == whole
         assert not (target / JOURNAL).exists()
     assert mixed >= 1 or not in_place
 
 
 def test_the_manifest_names_the_new_bytes(model: Path, tmp_path: Path) -> None:
-    source, _ = cured(model, tmp_path, in_place=True)
+    source, _ = copied(model, tmp_path, in_place=True)
     fix(source)
     found = manifest.read(source)
     assert found is not None
@@ -99,7 +99,7 @@ def test_the_manifest_names_the_new_bytes(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_journal_that_does_not_fit_its_files_changes_nothing(model: Path, tmp_path: Path) -> None:
-    source, _ = cured(model, tmp_path, in_place=True)
+    source, _ = copied(model, tmp_path, in_place=True)
     before = files(source)
     for text, words in (
         ("{", "not readable"),
@@ -113,7 +113,7 @@ def test_a_journal_that_does_not_fit_its_files_changes_nothing(model: Path, tmp_
 
 
 def test_an_occupied_place_is_refused(model: Path, tmp_path: Path) -> None:
-    source, target = cured(model, tmp_path, in_place=False)
+    source, target = copied(model, tmp_path, in_place=False)
     fix(source, target)
     with pytest.raises(InputError, match="exists, expected a new place"):
         fix(source, target)
