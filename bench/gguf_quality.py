@@ -4,7 +4,7 @@ python bench/gguf_quality.py [--calibration TOKENS.npy] [--evaluation TOKENS.npy
 
 Values are decoded and scored by the reference forward in float32 (activations unquantized), second half of each window.
 Tokens: uint16 [W, T]; without files the bundled texts are used. "search" weighs by importance in the
-written model (--effort fast does so in the reference: no worse); "feedback" adds error feedback, "descent" two rounds
+quantized model (--effort fast does so in the reference: no worse); "feedback" adds error feedback, "descent" two rounds
 of coordinate descent, "correction" the two streams, "default" the repair of router and head.
 """
 

@@ -130,7 +130,7 @@ def measure(source: GgufSource, statistics: Path | None, text: dict[str, Any], d
 def rescale(
     source: GgufSource, powers: dict[tuple[int, int], int], out: Path | None, in_place: bool
 ) -> tuple[list[Path], dict[tuple[int, int], int], list[Finding]]:
-    """Write the fixed model: its files, what was rescaled, what was left alone. Refuses to write over something else."""
+    """Write the fixed model: its files, rescaled experts, what was left alone. InputError over other files."""
     from ..convert.gguf.doctor import plan_fix
     from ..convert.gguf.fix import apply_fix
 

@@ -68,7 +68,7 @@ def quantize_attention(
 
 
 def repaired_router(streams: Streams, weights: LayerWeights, g: Geometry, method: Method) -> Tensor:
-    """The router (float32 in the file) that on the written stream gives scores nearest to the reference's."""
+    """The router (float32 in the file) that on the quantized stream gives scores nearest to the reference's."""
     own, cross = method.moments(router_pair(streams, weights, g), slice(None))
     return corrected(weights.router.unsqueeze(0), own, cross, method.damping)[0]
 

@@ -96,7 +96,7 @@ def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: G
 
 
 def pass_attention(streams: Streams, new: LayerWeights, g: Geometry) -> None:
-    """Move the written stream past attention."""
+    """Move the quantized stream past attention."""
     for start, written in streams.written.batches(streams.batch, streams.device):
         streams.written.put(start, written + attention(new, g, written, Observer()))
 
@@ -172,7 +172,7 @@ def experts_of(weights: LayerWeights, kept: range) -> LayerWeights:
 
 @dataclass(frozen=True)
 class RoutedRows:
-    """Rows sorted by expert: x of the reference and z of the written stream [R, H], router weight [R], offsets."""
+    """Rows sorted by expert: x of the reference and z of the quantized stream [R, H], router weight [R], offsets."""
 
     x: Tensor
     z: Tensor

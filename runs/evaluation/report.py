@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Published mean KLD of MiniMax-M2.7 variants: label, GiB, bits per weight, nats. Another ruler: reference with Q6_K
+# Published mean KLD of MiniMax-M2.7 variants: label, GiB, bits per weight, nats. Another protocol: reference with Q6_K
 # experts, corpus not stated, context 8192, 10 chunks. Source: https://huggingface.co/Goldkoron/MiniMax-M2.7
 PUBLISHED = (
     ("K_G_5.00", 133.1, 5.00, 0.02241), ("K_G_4.50", 119.7, 4.50, 0.02942), ("K_G_4.00", 106.4, 4.00, 0.04405),
@@ -26,8 +26,8 @@ PUBLISHED = (
     ("UD-Q4_K_M", 130.0, 4.90, 0.02453), ("UD-IQ4_XS", 101.0, 3.79, 0.05108), ("UD-Q3_K_M", 94.0, 3.54, 0.06365),
     ("UD-IQ3_XXS", 74.5, 2.80, 0.11976), ("UD-IQ2_M", 65.0, 2.45, 0.19106),
 )  # fmt: skip
-ANOTHER_RULER = (
-    '<p class="note">Circles: what others published of MiniMax-M2.7 (Goldkoron\'s model card), on another ruler: the '
+ANOTHER_PROTOCOL = (
+    '<p class="note">Circles: what others published of MiniMax-M2.7 (Goldkoron\'s model card) by another protocol: '
     "the reference had Q6_K experts, 10 chunks of 8192 tokens, corpus not stated. A guide to the slope, not to be "
     "compared with.</p>"
 )
@@ -64,7 +64,7 @@ def write_report(path: Path, result: dict[str, Any]) -> None:
     check_plots(str(path))
     parts = [f"<h1>Distance to {html.escape(result['reference']['label'])}</h1>", _summary(result), _numbers(result)]
     if result["candidates"]:
-        parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size"), ANOTHER_RULER]
+        parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size"), ANOTHER_PROTOCOL]
         parts += ["<h2>By domain</h2>", _image(_domain_plot(result), "KL divergence by domain")]
     if any(candidate["layers"] for candidate in result["candidates"]):
         parts += ["<h2>Where it is lost</h2>", _image(_layer_plot(result), "relative error by layer")]
@@ -139,7 +139,7 @@ def _size_plot(result: dict[str, Any]) -> Figure:
     for axes, key, scale in ((left, "bytes", 1e-9), (right, "bits_per_weight", 1.0)):
         if key == "bits_per_weight" or large:
             at = [(gib * 1.073741824 if key == "bytes" else bpw, kld) for _, gib, bpw, kld in PUBLISHED]
-            axes.plot(*zip(*at, strict=True), "o", mfc="none", color="gray", label="published, on another ruler")
+            axes.plot(*zip(*at, strict=True), "o", mfc="none", color="gray", label="published, by another protocol")
         for c in measured:
             low, high = c["kld"]["mean_ci95"] or (c["kld"]["mean"],) * 2
             error = [[max(0.0, c["kld"]["mean"] - low)], [max(0.0, high - c["kld"]["mean"])]]
