@@ -26,7 +26,7 @@ PUBLISHED = (
     ("UD-Q4_K_M", 130.0, 4.90, 0.02453), ("UD-IQ4_XS", 101.0, 3.79, 0.05108), ("UD-Q3_K_M", 94.0, 3.54, 0.06365),
     ("UD-IQ3_XXS", 74.5, 2.80, 0.11976), ("UD-IQ2_M", 65.0, 2.45, 0.19106),
 )  # fmt: skip
-PUBLISHED_NOTE = (
+CIRCLES = (
     '<p class="note">Circles: what others published of MiniMax-M2.7 (Goldkoron\'s model card) by another protocol: '
     "the reference had Q6_K experts, 10 chunks of 8192 tokens, corpus not stated. A guide to the slope, not to be "
     "compared with.</p>"
@@ -64,7 +64,7 @@ def write_report(path: Path, result: dict[str, Any]) -> None:
     check_plots(str(path))
     parts = [f"<h1>Distance to {html.escape(result['reference']['label'])}</h1>", _summary(result), _numbers(result)]
     if result["candidates"]:
-        parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size"), PUBLISHED_NOTE]
+        parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size"), CIRCLES]
         parts += ["<h2>By domain</h2>", _image(_domain_plot(result), "KL divergence by domain")]
     if any(candidate["layers"] for candidate in result["candidates"]):
         parts += ["<h2>Where it is lost</h2>", _image(_layer_plot(result), "relative error by layer")]
