@@ -1,0 +1,66 @@
+"""Folders whose experts are rounded to nearest in any format of the table; nothing is calibrated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..formats.format import Format, Scheme, check_writable, specs
+from ..formats.plain import plain_spec, plain_tensor
+from ..formats.spec import TensorSpec
+from ..models.minimax_m2 import matrix_shapes, plain_shapes
+from .int4 import check_groups
+from .packing import folder_config, nearest_tensors
+from .variant import plain_specs, plain_tensors
+
+
+@dataclass(frozen=True)
+class NearestVariant:
+    """Experts in `storage`, in groups of `group` inputs; attention too, or bfloat16. The rest as it is."""
+
+    storage: Format
+    group: int
+    attention: bool = False
+
+    @property
+    def scheme(self) -> Scheme:
+        """How its matrices lie in the folder."""
+        return Scheme(self.storage, self.storage.bits[0], self.group, self.storage.symmetric[0])
+
+    @property
+    def label(self) -> str:
+        return f"{self.scheme.label or self.storage.name}-rtn"
+
+    @property
+    def format(self) -> str:
+        return self.storage.manifest
+
+    def run(self) -> dict[str, Any]:
+        return {"format": self.storage.name, "group_size": self.group, "attention": self.attention}
+
+    def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        check_writable(self.scheme)
+        check_groups(source.geometry, self.group)
+        found = plain_specs(source, plain_shapes(source.geometry, layer))
+        for name, shape in matrix_shapes(source.geometry, layer):
+            found += specs(self.scheme, name, shape) if self._rounded(name) else [plain_spec(name, shape)]
+        return found
+
+    def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
+        tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
+        for name, _ in matrix_shapes(source.geometry, layer):
+            weight = source.read(name + ".weight").to(device)
+            rounded = self._rounded(name)
+            tensors |= nearest_tensors(self.scheme, [name], weight[None]) if rounded else plain_tensor(name, weight)
+        return tensors
+
+    def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
+        del source
+        return folder_config(self.scheme, self.attention)
+
+    def _rounded(self, name: str) -> bool:
+        return self.attention or ".experts." in name
