@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import awq_gemm, fp8_block, fp8_channel, fp8_native, gptq_v1, int_quantized, pack_quantized
+from . import awq_gemm, fp8_block, fp8_channel, fp8_native, gptq_v1, int_quantized, mxfp4, pack_quantized
 from .format import Format, Method
 
 FORMATS: tuple[Format, ...] = (
@@ -15,6 +15,7 @@ FORMATS: tuple[Format, ...] = (
     int_quantized.FORMAT,
     awq_gemm.FORMAT,
     gptq_v1.FORMAT,
+    mxfp4.FORMAT,
 )
 METHODS: Mapping[str, Method] = {name: row.method for row in FORMATS for name in row.method.names}
 
