@@ -31,9 +31,4 @@ def requires(run: Mapping[str, Any], g: Geometry) -> dict[str, Any]:
 
 def notes(run: Mapping[str, Any], g: Geometry) -> list[str]:
     """What the user should know before such an artifact is written."""
-    found = list(requires(run, g).get("known_bad", []))
-    allowed = requires(run, g).get("tensor_parallel_allowed", PARALLEL)
-    if 2 not in allowed:
-        group, width = run["group_size"], g.expert_width
-        found.append(f"group size {group} does not divide {width}/2: engines load this on one GPU, or expert-parallel")
-    return found
+    return list(requires(run, g).get("known_bad", []))
