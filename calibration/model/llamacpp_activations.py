@@ -16,7 +16,6 @@ from ...convert.models.minimax_m2 import LayerWeights
 from ...convert.source import Source
 from .forward import CACHE, EXACT, HEAD_INPUT, Change, Rounding
 
-ACTIVATIONS = ("exact", "llama.cpp")
 BF16 = "BF16"
 
 

@@ -26,7 +26,6 @@ from ..models.minimax_m2 import (
     global_shapes,
     is_mtp,
     kind_of,
-    layer_of,
     layer_prefix,
     matrix_shapes,
     plain_shapes,
@@ -247,11 +246,6 @@ class Checkpoint:
 
     def close(self, finished: bool = False) -> None:
         self.store.close(finished)
-
-    def layer_shards(self, layer: int | None) -> list[str]:
-        """Shards that hold a layer's tensors (None: those outside the layers)."""
-        names = {t.shard for n, t in self.tensors.items() if n not in self.skipped and layer_of(n) == layer}
-        return sorted(names)
 
     @property
     def bytes(self) -> int:

@@ -30,7 +30,6 @@ from .packing import folder_config, nearest_tensors
 from .variant import plain_specs, plain_tensors
 
 ATTENTION_FP8 = {"fp8": "block", "fp8-channel": "channel"}  # of attention -> the format that `mmquant fp8` calls so
-ATTENTION_CHOICES = ("bf16", *ATTENTION_FP8, "int4")
 
 
 def check_groups(g: Geometry, group_size: int, parallel: int = 1, attention: str = "bf16") -> None:

@@ -42,7 +42,6 @@ _MIXES = (
 MIXES = {name: Mix(name, file_type, base) for name, file_type, base in _MIXES}
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 LOW = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M")  # one branch of their own in llama-quantize
-NEEDS_IMPORTANCE = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 
 OUTPUT_TYPE = {"IQ3_XXS": "Q5_K", **dict.fromkeys(LOW, "Q5_K"), "MXFP4_MOE": "Q8_0", "Q8_0": "Q8_0"}  # others Q6_K
 EMBED_TYPE = {

@@ -287,7 +287,7 @@ def within(_typing: object, value: types.Type, group: types.Type, name: types.Ty
     return value(value, group, name), generate
 
 
-def _over_lanes(name: str, intrinsic_name: str, *start: float) -> Callable[[Vector], np.float32]:
+def _over_lanes(name: str, intrinsic_name: str) -> Callable[[Vector], np.float32]:
     """An intrinsic from lanes to one float32."""
 
     def typed(_typing: object, a: types.Type) -> Typed:
@@ -296,10 +296,9 @@ def _over_lanes(name: str, intrinsic_name: str, *start: float) -> Callable[[Vect
             full = f"llvm.vector.reduce.{intrinsic_name}.v{kind.count}f32"
             function = builder.module.globals.get(full)
             if function is None:
-                declared = ir.FunctionType(_FLOAT, [*(_FLOAT for _ in start), kind])
+                declared = ir.FunctionType(_FLOAT, [kind])
                 function = ir.Function(builder.module, declared, full)
-            values = (*(ir.Constant(_FLOAT, v) for v in start), arguments[0])
-            return builder.call(function, values, fastmath=_FAST)
+            return builder.call(function, (arguments[0],), fastmath=_FAST)
 
         return types.float32(a), generate
 
@@ -308,7 +307,6 @@ def _over_lanes(name: str, intrinsic_name: str, *start: float) -> Callable[[Vect
 
 
 least_of = _over_lanes("least_of", "fmin")  # the least lane
-total_of = _over_lanes("total_of", "fadd", 0.0)  # the sum of the lanes
 
 
 @intrinsic

@@ -16,7 +16,6 @@ from helpers import ggml_lib
 from helpers.tiny import write_tiny
 from mmquant.calibration.model.forward import CACHE, embed, final_logits, layer_forward
 from mmquant.calibration.model.llamacpp_activations import (
-    ACTIVATIONS,
     as_converted,
     brain,
     change_of,
@@ -111,4 +110,3 @@ def test_every_matrix_sees_rounded_inputs(tmp_path: Path) -> None:
         assert not torch.equal(whole, outcome({k: v for k, v in rounding.items() if k != name}, dict(head))), name
     assert not torch.equal(whole, outcome(dict(rounding), {}))
     assert torch.equal(outcome({}, {}), final_logits(outside, g, layer_forward(weights, g, hidden)))
-    assert ACTIVATIONS[0] == "exact"
