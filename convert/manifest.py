@@ -33,6 +33,8 @@ UNKNOWN_REVISION = "0" * 40  # a local folder has no hub revision; provenance ca
 
 @dataclass(frozen=True)
 class FileEntry:
+    """One file of an artifact: path below its folder, bytes, SHA-256 in hex."""
+
     path: str
     size: int
     sha256: str

@@ -173,7 +173,8 @@ def encode_matrices_of(
     report: Report,
 ) -> dict[str, np.ndarray]:
     """Bytes of a layer's matrices by short name, each under its moments. Experts that would overflow float16 are
-    rescaled in `weights` and named in the report."""
+    rescaled in `weights` and named in the report.
+    """
     middle = moments["ffn_down_exps"]
     exponents = rescale_exponents(middle.sum32.to(weights.w1.device))
     report.rescaled |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}

@@ -197,7 +197,8 @@ def solve(
 
 def feedback_moments(moments: Moments, options: Int4Options, part: slice, pool: Tensor | None) -> Tensor:
     """Mean second moments [E, n, n] that errors are fed back under: what few rows say off the diagonal is noise, so
-    they lean on the layer's pool and get a ridge of sampling * n / rows of the mean diagonal (at most 1)."""
+    they lean on the layer's pool and get a ridge of sampling * n / rows of the mean diagonal (at most 1).
+    """
     second = shrunk(moments, options.prior, part, pool)
     n, rows = moments.inputs, moments.count[part]
     rows = rows + options.prior * n * (moments.matrices > 1)

@@ -110,7 +110,7 @@ def _has_rows(path: Path) -> bool:
 
 
 def decoded(path: Path, newlines: bool = True) -> Iterator[str]:
-    """The text in parts, without its byte order mark; `newlines`: all of them as \\n. InputError when not UTF-8."""
+    """The text in parts, without its byte order mark; `newlines`: all of them as LF. InputError when not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8-sig" if newlines else "utf-8")()
     ends = io.IncrementalNewlineDecoder(None, translate=True)
     done = 0

@@ -184,7 +184,8 @@ class Checkpoint:
 
     def native(self, name: str) -> tuple[Tensor, Tensor]:
         """(e4m3 codes [O, I], scales float32: [tiles], or [O, 1] of channels) of a quantized matrix by its name without
-        .weight."""
+        .weight.
+        """
         codes, scales = self.raw(name + ".weight"), self.read_scales(self.scale_name(name))
         return codes, scales if self.tile_of(name) is not None else scales.reshape(-1, 1).expand(len(codes), 1)
 

@@ -55,7 +55,8 @@ def words(scheme: Scheme | None) -> str:
 
 def check_storage(label: str, book: SchemeBook | None, found: Mapping[str, tuple[Parts, Scheme | None]]) -> None:
     """InputError when matrices are stored otherwise than config.json says: a quantization_config that was left behind,
-    lost, or whose skip list names others. `found`: of every matrix its tensors and its scheme."""
+    lost, or whose skip list names others. `found`: of every matrix its tensors and its scheme.
+    """
     there = {name: entry for name, entry in found.items() if entry[0]}
     wrong = [name for name, (parts, scheme) in there.items() if is_plain(parts) != (scheme is None)]
     if not wrong:

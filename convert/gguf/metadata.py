@@ -35,7 +35,8 @@ IMATRIX_TEXT_LIMIT = 127  # characters that llama-quantize keeps of a file or da
 @dataclass(frozen=True)
 class Value:
     """One value of the metadata: `kind` is str, bool, u16, u32, u64, i32, f32, or one of these in brackets for an
-    array."""
+    array.
+    """
 
     kind: str
     data: Any
@@ -228,7 +229,7 @@ def tokenizer_keys(source: Source) -> Metadata:
 
 
 def _merge(merge: Any, where: str) -> str:
-    """ "a b" from either form of tokenizer.json; a blank inside a part becomes U+0120, as byte-level BPE writes it."""
+    """One merge as "a b" from either form of tokenizer.json; a blank inside a part becomes U+0120 (byte-level BPE)."""
     if isinstance(merge, str):
         return merge
     if not isinstance(merge, list) or not all(isinstance(part, str) for part in merge):

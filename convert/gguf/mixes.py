@@ -182,7 +182,8 @@ def fitting(kind: str, columns: int) -> str:
 
 def parse_overrides(items: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
     """`--tensor-type REGEX=TYPE`: searched in the tensor's name, lower-cased; the first match wins, as in
-    llama-quantize."""
+    llama-quantize.
+    """
     found = []
     for item in items:
         pattern, separator, kind = item.rpartition("=")

@@ -28,7 +28,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def split_block(name: str) -> tuple[int | None, str]:
-    """ "blk.3.attn_q.weight" -> (3, "attn_q.weight"); a name outside the layers -> (None, name)."""
+    """Split a name: "blk.3.attn_q.weight" -> (3, "attn_q.weight"); a name outside the layers -> (None, name)."""
     match = _BLOCK.fullmatch(name)
     return (int(match.group(1)), match.group(2)) if match else (None, name)
 

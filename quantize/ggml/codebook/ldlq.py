@@ -167,7 +167,8 @@ def _searched(target: Tensor, importance: Tensor, layout: Layout, effort: Effort
 
 def descend(state: State, known: Factor, layout: Layout) -> None:
     """One round of coordinate descent on tr(E H E^T): every unit of columns again, all others held; the scale of each
-    super-block by least squares. A change is kept only where it lowers the objective."""
+    super-block by least squares. A change is kept only where it lowers the objective.
+    """
     unit = unit_of(layout)
     inverse = inv(_own(known.moments, unit)).contiguous()
     diagonal = known.moments.diagonal(dim1=-2, dim2=-1)

@@ -74,7 +74,8 @@ def factor(second: Tensor, damping: float = DAMPING) -> Factor:
 @dataclass(frozen=True)
 class State:
     """E matrices being rounded, columns first and in processing order: weight, decoded [n, E, R] float32; blocks by
-    place."""
+    place.
+    """
 
     weight: Tensor
     decoded: Tensor
