@@ -92,7 +92,7 @@ def command(
     from ..convert.gguf.mixes import PLAIN, find_mix, parse_overrides
     from ..convert.gguf.variant import GgufVariant
     from ..runs.folder import describe
-    from ..runs.gguf import check_gguf, make_calibration, model_stem, read_plan, write_gguf
+    from ..runs.gguf import check_gguf, check_stem, make_calibration, model_stem, read_plan, write_gguf
 
     if statistics is not None and (text["texts"] or no_calibration):
         raise InputError("--statistics: stands instead of --text, and contradicts --no-calibration")
@@ -103,9 +103,11 @@ def command(
         refuse_without_effect(why, "texts", "text_only", "context", "windows", "seed", "statistics", "effort")
     elif statistics is not None:
         refuse_without_effect("with --statistics, which stands for the text", "text_only", "context", "windows", "seed")
+    if name is not None:
+        check_stem(name)
     changed = parse_overrides(overrides)
     source = open_model(model, fetch, begin(out, dry_run))
-    stem = name or f"{model_stem(model)}-{mix.name}"
+    stem = name if name is not None else f"{model_stem(model)}-{mix.name}"
     variant = GgufVariant(mix, stem, calibrated, changed, read_plan(plan), part_bytes=max_part_size)
     if dry_run:
         size = sum(part.bytes for part in variant.parts(source, None))

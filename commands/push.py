@@ -58,6 +58,8 @@ def command(
     _check_repo(repo)
     if base_model is not None:
         _check_repo(base_model, "--base-model")
+    if license_id is not None and (not license_id.strip() or not license_id.isprintable() or len(license_id) > 96):
+        raise click.UsageError(f"--license {license_id[:96]!r}: expected a licence's id or its name, one line")
     if request and (not HUBS[hub].pull_requests or revision):
         raise click.UsageError("--pr: Hugging Face only, and without --revision")
     client = Client(endpoint_of(hub))

@@ -25,6 +25,8 @@ def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str
         data = yaml.safe_load(match[1]) or {}
     except yaml.YAMLError as error:
         raise InputError(f"{where}: the front matter is not YAML ({str(error).splitlines()[0]})") from None
+    except RecursionError:
+        raise InputError(f"{where}: the front matter is nested too deeply") from None
     if not isinstance(data, dict):
         raise InputError(f"{where}: the front matter is a {type(data).__name__}, expected keys and values")
     return data, text[match.end() :]

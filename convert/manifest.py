@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from mmquant.errors import InputError
 from . import fit
 from .files.atomic import sha256_file, write_whole
 from .files.lock import hold
-from .files.parse import one_line, parse_json
 from .fit import Weights
 from .hub.hubs import HUBS
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
+from .manifest_check import read_checked, schema
 from .models.minimax_m2 import Geometry
 from .requires import requires
 from .source import Source
@@ -51,12 +50,6 @@ class Artifact:
     files: tuple[FileEntry, ...]
     weights: Weights
     provenance: Mapping[str, Any]
-
-
-def schema() -> dict[str, Any]:
-    """The JSON Schema that every manifest satisfies."""
-    path = resources.files("mmquant").joinpath("data", "schema", "mmquant-fit-1.schema.json")
-    return json.loads(path.read_text())
 
 
 def license_block(source: Source) -> dict[str, Any]:
@@ -156,16 +149,11 @@ def as_bytes(manifest: dict[str, Any]) -> bytes:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest, None when there is none; ValueError when it is broken."""
+    """The folder's manifest, None when there is none; InputError when it is broken."""
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = parse_json(path.read_bytes(), str(path))
-    try:
-        jsonschema.validate(manifest, schema())
-    except jsonschema.ValidationError as error:
-        raise InputError(f"{path}: {error.json_path}: {one_line(error.message)}") from None
-    return manifest
+    return read_checked(path)
 
 
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:

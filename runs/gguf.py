@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..calibration.gguf.run_stored import Stored, open_stored, stored_tensors
 from ..calibration.gguf.solve import Report
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
-from ..convert.files.parse import parse_json
+from ..convert.files.parse import parse_json, path_fault, short
 from ..convert.gguf.doctor import check_metadata
 from ..convert.gguf.reader import GgufSource
 from ..convert.gguf.variant import GgufVariant
@@ -180,16 +181,24 @@ def make_calibration(
 
 
 def read_plan(path: Path | None) -> dict[str, str] | None:
-    """Types by tensor name of a plan file; ValueError when it is not one."""
+    """Types by tensor name of a plan file; InputError when it is not one."""
     if path is None:
         return None
     if not path.is_file():
         raise InputError(f"--plan {path}: no such file, expected types by tensor name")
-    document = parse_json(path.read_bytes(), str(path))
+    document = parse_json(path.read_bytes(), str(path), unique=True)
     types = document.get("tensors", document)
     if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
         raise InputError(f"{path}: expected an object of tensor names and types")
     return types
+
+
+def check_stem(name: str) -> str:
+    """A file's name without .gguf; InputError when it is no plain name, hidden, or too long for its parts' numbers."""
+    whole = f"{name}-00001-of-00001.gguf"
+    if not name or "/" in name or name.startswith(".") or path_fault(whole) or len(os.fsencode(whole)) > 240:
+        raise InputError(f"--name {short(name)}: expected a plain file name without .gguf")
+    return name
 
 
 def model_stem(model: str) -> str:

@@ -11,6 +11,7 @@ from mmquant.errors import InputError, PartialError
 from mmquant.monitor import current
 
 from ..convert.files.atomic import TEMPORARY
+from ..convert.files.parse import path_fault, short
 from ..convert.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Draft:
         """(manifest, README.md) for a repository that holds these two already (None: it does not)."""
         from ..convert.card import split_card
         from ..convert.files.parse import parse_json
-        from ..convert.hub.card import UNKNOWN_BASE, Place, card, check_manifest, front_matter, merge, published
+        from ..convert.hub.card import UNKNOWN_BASE, Place, card, front_matter, merge, published
+        from ..convert.manifest_check import check_manifest
 
         path = self.folder / CARD
         old = path.read_text(errors="replace") if path.is_file() else (card_there or b"").decode(errors="replace")
@@ -166,7 +168,11 @@ def _local_files(folder: Path) -> list[str]:
     made = {SUMS, CARD, MANIFEST}
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     shown = [n for n in names if not any(part.startswith(".") for part in n.parts)]
-    return sorted(n.as_posix() for n in shown if n.suffix not in (TEMPORARY, ".part") and n.as_posix() not in made)
+    found = sorted(n.as_posix() for n in shown if n.suffix not in (TEMPORARY, ".part") and n.as_posix() not in made)
+    for name in found:
+        if fault := path_fault(name):
+            raise InputError(f"{folder}: the file name {short(name)}: {fault}")
+    return found
 
 
 def _licence(folder: Path, manifest: dict[str, Any]) -> str:
@@ -178,9 +184,12 @@ def _licence(folder: Path, manifest: dict[str, Any]) -> str:
         raise InputError(
             f"{folder}: no licence file, expected the base model's LICENSE; without it nothing is published"
         )
+    text = found.read_text(errors="replace")
+    if not text.strip():
+        raise InputError(f"{found}: empty, expected the base model's licence")
     if manifest["license"]["commercial_use"] == PROHIBITED:
         current().message(NOTICE)
-    return found.read_text(errors="replace")
+    return text
 
 
 def _base_card(manifest: dict[str, Any], given: Path | None) -> str | None:

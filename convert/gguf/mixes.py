@@ -208,9 +208,12 @@ def tensor_types(
     """GGUF name -> type of every tensor, in writing order: plan first, then overrides, then the stock rule; shapes may
     force a fallback.
 
-    Raises ValueError for a name in `plan` that the model does not have.
+    Raises InputError for a name in `plan` that the model does not have, and for an override that names no tensor.
     """
     shapes = all_shapes(geometry)
+    for pattern, kind in overrides:
+        if not any(pattern.search(name) and is_quantizable(name, shape) for name, shape in shapes.items()):
+            raise InputError(f"--tensor-type {pattern.pattern}={kind}: no tensor that can be quantized has such a name")
     for name, kind in (plan or {}).items():
         if name not in shapes or not is_quantizable(name, shapes[name]) or kind not in GGMLType.__members__:
             raise InputError(

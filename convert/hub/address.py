@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from mmquant.errors import InputError
 
@@ -54,7 +54,7 @@ def is_repository(text: str) -> bool:
 
 def _hub_of(host: str) -> str | None:
     endpoints = {hub.key: os.environ.get(hub.endpoint_variable, "") for hub in HUBS.values()}
-    own = {urlsplit(url if "//" in url else f"//{url}").netloc: hub for hub, url in endpoints.items() if url}
+    own = {url.partition("//")[2].split("/")[0].lower(): hub for hub, url in endpoints.items() if "//" in url}
     return {**HOSTS, **own}.get(host.lower())
 
 

@@ -6,17 +6,15 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
 
 from mmquant.errors import InputError
 
 from ..card import LICENSE_FIELDS
-from ..files.parse import parse_json
+from ..manifest_check import read_checked
 from .hubs import BY_MANIFEST_NAME, HUBS
 from .layout import quant_label, split_of
 
@@ -40,18 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: {MANIFEST} is missing, expected a finished artifact of mmquant")
-    manifest = parse_json(path.read_bytes(), str(path))
-    check_manifest(manifest, str(path))
-    return manifest
-
-
-def check_manifest(manifest: dict[str, Any], where: str) -> None:
-    """ValueError unless the schema holds."""
-    schema = resources.files("mmquant").joinpath("data", "schema", "mmquant-fit-1.schema.json").read_text()
-    try:
-        jsonschema.validate(manifest, json.loads(schema))
-    except jsonschema.ValidationError as error:
-        raise InputError(f"{where}: {error.json_path}: {error.message}") from None
+    return read_checked(path)
 
 
 def published(manifest: dict[str, Any], place: Place, moved: Mapping[str, str]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import urlsplit
 
 from mmquant.errors import InputError
 
-from ..files.parse import path_fault
+from ..files.parse import one_line, path_fault, short
 from . import huggingface, modelscope
 from .http import Client, Endpoint, HubError
 from .interface import Hub
@@ -36,13 +37,27 @@ def parse_spec(text: str) -> RepoSpec:
     return RepoSpec(match[1], match[2], match[3] or HUBS[match[1]].branch)
 
 
+def check_site(hub: Hub, url: str) -> None:
+    """HubError unless this is a hub's address: http or https, a host, no user's name, query or control characters."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port beyond 65535, an open bracket
+        good = False
+    if not good or not url.isprintable() or any(c in url for c in "@?# "):
+        shown = short(url.rpartition("@")[2])  # what stands before may be a password
+        raise HubError(f"{hub.endpoint_variable} is {shown}, expected an address such as {hub.endpoint}")
+
+
 def endpoint_of(key: str) -> Endpoint:
     """The endpoint and token of a hub, read now from where its own client keeps them. HubError when they are none."""
     hub = HUBS[key]
-    url, token = hub.account()
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise HubError(f"{hub.endpoint_variable} is {url!r}, expected an address such as {hub.endpoint}")
+    check_site(hub, os.environ.get(hub.endpoint_variable) or hub.endpoint)  # before the hub's own client reads it
+    try:
+        url, token = hub.account()
+    except (OSError, ValueError) as error:
+        raise HubError(f"the stored login of {hub.name} cannot be read ({one_line(error)}): log in again") from None
+    check_site(hub, url)
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         secret = hub.token_variable
         raise HubError(f"{secret} (or the stored login) holds blanks or letters that no token has, copy it again")

@@ -182,6 +182,9 @@ def test_a_plan_decides_types(tmp_path: Path) -> None:
     "options, message",
     [
         (("--type", "Q9_K"), "--type Q9_K: unknown"),
+        (("--tensor-type", "nothing=Q4_K"), "no tensor that can be quantized"),
+        (("--name", "../x"), "--name '../x': expected a plain file name"),
+        (("--name", ""), "--name '': expected a plain file name"),
         (("--tensor-type", "x"), "--tensor-type x: expected REGEX=TYPE"),
         (("--type", "Q8_0", "--max-part-size", "1KB"), "do not fit a part of 1000 bytes"),
     ],

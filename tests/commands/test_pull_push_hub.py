@@ -525,6 +525,10 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "mmquant.fit.json").write_text("{}"), "mmquant.fit.json"),
     (lambda f: (f / ".mmquant-push.hf.me--q.json").write_text("{"), "not a ledger"),
     (lambda f: (f / "README.md").write_text("---\n[\n---\n"), "front matter is not YAML"),
+    (lambda f: (f / "README.md").write_text("---\nx: " + "[" * 5000 + "\n---\n"), "nested too deeply"),
+    (lambda f: (f / "LICENSE").write_text(" \n"), "LICENSE: empty, expected the base model's licence"),
+    (lambda f: (f / "a\nb.txt").write_text(""), "control characters"),
+    (lambda f: (f / "a\\b.txt").write_text(""), "a backslash or a colon"),
     (lambda f: (f / "README.md").write_text(BEGIN), "is missing after the generated part"),
 ]
 

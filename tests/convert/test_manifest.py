@@ -12,7 +12,9 @@ from helpers.tiny import write_tiny
 from mmquant.convert import manifest
 from mmquant.convert.files.lock import hold
 from mmquant.convert.fit import Device, Weights, kv_table, targets, verdict
+from mmquant.convert.hub import card
 from mmquant.convert.manifest import Artifact, FileEntry
+from mmquant.convert.manifest_check import schema
 from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.convert.open import open_native
 from mmquant.errors import InputError
@@ -83,12 +85,34 @@ def written(folder: Path) -> None:
 def test_a_manifest_is_valid_and_takes_a_quality_block(tmp_path: Path) -> None:
     written(tmp_path)
     found = json.loads((tmp_path / manifest.MANIFEST).read_text())
-    jsonschema.validate(found, manifest.schema())
+    jsonschema.validate(found, schema())
     assert found["license"]["commercial_use"] == "allowed"
     manifest.set_quality(tmp_path, {"status": "pass", "metrics": {"ppl": 1.5}})
     after = manifest.read(tmp_path)
     assert after is not None
     assert after["artifacts"][0]["quality"]["metrics"] == {"ppl": 1.5}
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a\\b", "x\0", "", ".git/config", "a\u202eb"])
+@pytest.mark.parametrize("key", ["path", "entry"])
+def test_paths_of_a_manifest_stay_in_its_folder(tmp_path: Path, path: str, key: str) -> None:
+    written(tmp_path)
+    found = json.loads((tmp_path / manifest.MANIFEST).read_text())
+    artifact = found["artifacts"][0]
+    (artifact if key == "entry" else artifact["files"][0])[key] = path
+    (tmp_path / manifest.MANIFEST).write_text(json.dumps(found))
+    for read in (manifest.read, card.read_manifest):
+        with pytest.raises(InputError, match="the path"):
+            read(tmp_path)
+
+
+def test_a_quality_block_has_a_status(tmp_path: Path) -> None:
+    written(tmp_path)
+    found = json.loads((tmp_path / manifest.MANIFEST).read_text())
+    found["artifacts"][0]["quality"] = {}
+    (tmp_path / manifest.MANIFEST).write_text(json.dumps(found))
+    with pytest.raises(InputError, match="status"):
+        card.read_manifest(tmp_path)
 
 
 def test_a_broken_manifest_is_one_line(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
+from mmquant.convert.hub.address import parse_address
+from mmquant.convert.hub.http import HubError
 from mmquant.convert.hub.hubs import DEFAULT_HUB, HUBS, endpoint_of, parse_spec
-from mmquant.convert.manifest import schema
+from mmquant.convert.manifest_check import schema
 
 ROOMS = ("mmquant", "commands", "runs", "calibration", "convert", "quantize")
 OWN = {ROOT / "convert" / "hub" / name for name in ("huggingface.py", "modelscope.py")}
@@ -53,6 +55,28 @@ def walk(value: object) -> list[object]:
     """The value and everything inside it."""
     inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     return [value, *(found for item in inside for found in walk(item))]
+
+
+BAD_SITES = ["http://[::1", "https://h:99999", "https://h\n/x", "ftp://x", "x", "https://h?x=y", "https://me:secret@h"]
+
+
+@pytest.mark.parametrize("url", BAD_SITES)
+def test_a_site_is_checked_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    for key, hub in HUBS.items():
+        monkeypatch.setenv(hub.endpoint_variable, url)
+        with pytest.raises(HubError, match=f"{hub.endpoint_variable} is .*, expected an address") as caught:
+            endpoint_of(key)
+        assert "secret" not in str(caught.value)
+        parse_address("https://huggingface.co/org/name")
+
+
+def test_a_stored_login_that_is_no_text_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for path in (tmp_path / "token", tmp_path):  # no UTF-8; a folder
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(path))
+        with pytest.raises(HubError, match="the stored login of Hugging Face cannot be read"):
+            endpoint_of("hf")
 
 
 def test_every_row_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
