@@ -18,7 +18,7 @@ from mmquant.errors import InputError
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ..model.forward import Observer, Routing
 from .layer import MARGIN_BINS, LayerStatistics, RoutingStatistics
-from .sums import Sums, add_gram, column_squares, expanded, peaks, row_extremes, scaled_rows
+from .sums import Sums, abs_max, add_gram, column_squares, expanded, row_extremes, scaled_rows
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class Collector(Observer):
     def keys_values(self, k: Tensor, v: Tensor) -> None:
         if self.first:
             for place, x in enumerate((k, v)):
-                peak = torch.linalg.vector_norm(x, torch.inf, dim=(0, 2), dtype=torch.float32).flatten()
+                largest = torch.linalg.vector_norm(x, torch.inf, dim=(0, 2), dtype=torch.float32).flatten()
                 # What is not finite is found where attention's output is read; here it must not hide the rest.
-                torch.maximum(self.kv_amax[place], peak.nan_to_num(0.0, 0.0), out=self.kv_amax[place])
+                torch.maximum(self.kv_amax[place], largest.nan_to_num(0.0, 0.0), out=self.kv_amax[place])
 
     def attention_output(self, x: Tensor) -> None:
         if self.first:
@@ -158,7 +158,7 @@ class Collector(Observer):
             self._all_experts(x, values, good)
         if self.first:
             self._router(routing, good)
-            torch.maximum(self.hidden_amax, peaks(x, 0), out=self.hidden_amax)
+            torch.maximum(self.hidden_amax, abs_max(x, 0), out=self.hidden_amax)
             if not self.shared:
                 self._token_level(x, values, good)
 
@@ -250,7 +250,7 @@ class Collector(Observer):
             if self.first:
                 rows = h[start:stop]
                 self.expert_mid.plain[expert] += column_squares(rows)
-                torch.maximum(self.mid_amax[expert], peaks(rows, 0), out=self.mid_amax[expert])
+                torch.maximum(self.mid_amax[expert], abs_max(rows, 0), out=self.mid_amax[expert])
                 if second_mid is None:
                     self.expert_mid.diagonal[expert] += column_squares(scaled[start:stop])
             if expert in self.kept and second_in is not None and second_mid is not None:

@@ -27,10 +27,10 @@ class FusedCollector(Collector):
     plain = False
 
     def moe_input(self, x: Tensor, routing: Routing) -> None:
-        from .reduce_triton import column_peaks
+        from .reduce_triton import column_abs_max
 
-        peak = column_peaks(x)
-        self.plain = not bool(torch.isfinite(peak).all())
+        abs_max = column_abs_max(x)
+        self.plain = not bool(torch.isfinite(abs_max).all())
         if self.plain:
             super().moe_input(x, routing)
             return
@@ -38,7 +38,7 @@ class FusedCollector(Collector):
         self.share = routing.weights if self.collect.weighting == "router" else torch.ones_like(routing.weights)
         if self.first:
             self._router(routing, None)
-            torch.maximum(self.hidden_amax, peak, out=self.hidden_amax)
+            torch.maximum(self.hidden_amax, abs_max, out=self.hidden_amax)
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
         if self.plain:
@@ -63,7 +63,7 @@ class FusedCollector(Collector):
             self.weight4 += segment_sums(share.square(), ends)[1]
             self._fold(self.expert_in, wide, ends, share)
             self._fold(self.expert_mid, mid, ends, share)
-            torch.maximum(self.mid_amax, mid.peak, out=self.mid_amax)
+            torch.maximum(self.mid_amax, mid.abs_max, out=self.mid_amax)
         if scaled_x is not None and scaled_h is not None:
             self._grams(scaled_x, scaled_h, ends, offsets)
 
@@ -83,7 +83,7 @@ class FusedCollector(Collector):
         sums.plain += found.plain
         if sums.second is None:
             sums.diagonal += found.weighted
-        sums.extremes((found.peak.amax(1), found.sum32, found.sum16))
+        sums.extremes((found.abs_max.amax(1), found.sum32, found.sum16))
 
     def _grams(self, x: Tensor, h: Tensor, ends: Tensor, offsets: list[int]) -> None:
         """Second moments of the kept experts from weighted rows."""

@@ -15,17 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS = 32, 128  # tile of the column sums; columns a multiple of 32
-PEAK_ROWS = 256  # of a program of the peaks
+ABS_MAX_ROWS = 256  # per program of `column_abs_max`
 GRAM = (128, 256, 64, 3)  # x^T x: tile height and width, rows at once, stages; measured on an H200
 
 
 @dataclass(frozen=True)
 class ColumnSums:
-    """plain, weighted [E, n]: sums of x^2 and s^2 x^2; peak [E, n]: largest |x|; sum16, sum32 [E]; bad: NaN and inf."""
+    """plain, weighted [E, n]: sums of x^2 and s^2 x^2; abs_max [E, n] of |x|; sum16, sum32 [E]; bad: NaN and inf."""
 
     plain: Tensor
     weighted: Tensor
-    peak: Tensor
+    abs_max: Tensor
     sum16: Tensor
     sum32: Tensor
     bad: Tensor
@@ -39,7 +39,7 @@ def _column_kernel(
     scaled,
     plain,
     weighted,
-    peak,
+    abs_max,
     largest16,
     largest32,
     bad,
@@ -80,7 +80,7 @@ def _column_kernel(
     out = expert.to(tl.int64) * n + column
     tl.store(plain + out, tl.sum(squares, 0), mask=inside)
     tl.store(weighted + out, tl.sum(heavy, 0), mask=inside)
-    tl.store(peak + out, tl.max(high, 0), mask=inside)
+    tl.store(abs_max + out, tl.max(high, 0), mask=inside)
     tl.store(largest16 + expert * tiles + tile, tl.max(tl.max(high16, 1), 0))
     tl.store(largest32 + expert * tiles + tile, tl.max(tl.max(high32, 1), 0))
     tl.store(bad + expert * tiles + tile, tl.sum(tl.sum(wrong, 1), 0))
@@ -97,7 +97,7 @@ def column_sums(x: Tensor, share: Tensor, offsets: Tensor, scaled: Tensor | None
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    plain, weighted, peak = empty(experts, n), empty(experts, n), empty(experts, n)
+    plain, weighted, abs_max = empty(experts, n), empty(experts, n), empty(experts, n)
     largest16, largest32, bad = empty(experts, tiles), empty(experts, tiles), empty(experts, tiles)
     launch: Any = _column_kernel[(tiles, experts)]  # type: ignore[reportIndexIssue]
     launch(
@@ -107,7 +107,7 @@ def column_sums(x: Tensor, share: Tensor, offsets: Tensor, scaled: Tensor | None
         x if scaled is None else scaled,
         plain,
         weighted,
-        peak,
+        abs_max,
         largest16,
         largest32,
         bad,
@@ -117,7 +117,7 @@ def column_sums(x: Tensor, share: Tensor, offsets: Tensor, scaled: Tensor | None
         C=COLUMNS,
         num_warps=4,
     )
-    return ColumnSums(plain, weighted, peak, largest16.amax(1), largest32.amax(1), bad.sum())
+    return ColumnSums(plain, weighted, abs_max, largest16.amax(1), largest32.amax(1), bad.sum())
 
 
 @triton.jit
@@ -223,22 +223,22 @@ def row_norms(y: Tensor) -> Tensor:
 
 
 @triton.jit
-def _peak_kernel(x, out, rows, n, R: tl.constexpr, C: tl.constexpr):
+def _abs_max_kernel(x, out, rows, n, R: tl.constexpr, C: tl.constexpr):
     part, column = tl.program_id(1), tl.program_id(0) * C + tl.arange(0, C)
     inside = column < n
-    peak = tl.zeros((C,), tl.float32)
+    abs_max = tl.zeros((C,), tl.float32)
     for step in range(R):
         row = tl.minimum(part.to(tl.int64) * R + step, rows - 1)
         size = tl.abs(tl.load(x + row * n + column, mask=inside, other=0.0).to(tl.float32))
-        peak = tl.maximum(peak, tl.where(size < float("inf"), size, float("inf")))  # NaN compares false
-    tl.store(out + part.to(tl.int64) * n + column, peak, mask=inside)
+        abs_max = tl.maximum(abs_max, tl.where(size < float("inf"), size, float("inf")))  # NaN compares false
+    tl.store(out + part.to(tl.int64) * n + column, abs_max, mask=inside)
 
 
-def column_peaks(x: Tensor) -> Tensor:
+def column_abs_max(x: Tensor) -> Tensor:
     """Largest magnitude [n] float32 of each column of x [R, n]; infinity where one is not finite."""
     rows, n = x.shape
-    out = torch.zeros(max(1, -(-rows // PEAK_ROWS)), n, dtype=torch.float32, device=x.device)
+    out = torch.zeros(max(1, -(-rows // ABS_MAX_ROWS)), n, dtype=torch.float32, device=x.device)
     if rows:
         grid = (-(-n // 512), len(out))
-        _peak_kernel[grid](x.contiguous(), out, rows, n, R=PEAK_ROWS, C=512, num_warps=4)
+        _abs_max_kernel[grid](x.contiguous(), out, rows, n, R=ABS_MAX_ROWS, C=512, num_warps=4)
     return out.amax(0)

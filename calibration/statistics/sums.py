@@ -65,7 +65,7 @@ def row_extremes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = F.pad(x, (0, ragged)) if ragged else x
     sixteen = blocks.unflatten(1, (-1, 16)).sum(-1, dtype=torch.float32)
     thirtytwo = sixteen.unflatten(1, (-1, 2)).sum(-1)
-    return peaks(x, 1), thirtytwo.abs().amax(1), sixteen.abs().amax(1)
+    return abs_max(x, 1), thirtytwo.abs().amax(1), sixteen.abs().amax(1)
 
 
 def column_squares(x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def column_squares(x: Tensor) -> Tensor:
     return x.float().square().sum(0)  # a norm over columns takes five times as long on CPU
 
 
-def peaks(x: Tensor, dim: int) -> Tensor:
+def abs_max(x: Tensor, dim: int) -> Tensor:
     """Largest |x| over one axis of x [R, n], float32."""
     if x.is_cuda:
         return torch.linalg.vector_norm(x, torch.inf, dim=dim, dtype=torch.float32)

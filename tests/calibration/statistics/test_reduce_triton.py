@@ -47,8 +47,8 @@ def test_column_sums(inputs: int) -> None:
         for size, largest in ((16, found.sum16[e]), (32, found.sum32[e])):
             true = blocks.unflatten(1, (-1, size)).sum(2).abs().amax() if len(v) else torch.zeros((), device=DEVICE)
             torch.testing.assert_close(largest.double(), true.double(), rtol=1e-5, atol=1e-5)
-        peak = v.abs().amax(0) if len(v) else torch.zeros_like(found.peak[e]).double()
-        assert torch.equal(found.peak[e].double(), peak)
+        peak = v.abs().amax(0) if len(v) else torch.zeros_like(found.abs_max[e]).double()
+        assert torch.equal(found.abs_max[e].double(), peak)
 
 
 @pytest.mark.usefixtures("loops_work")
@@ -90,11 +90,11 @@ def test_row_norms(rows: int, inputs: int) -> None:
 
 
 @pytest.mark.parametrize(("rows", "inputs"), [(0, 5), (1, 1), (257, 513), (600, 30)])
-def test_column_peaks(rows: int, inputs: int) -> None:
+def test_column_abs_max(rows: int, inputs: int) -> None:
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(inputs)).to(DEVICE, DTYPE)
     wanted = x.cpu().float().abs().amax(0) if rows else torch.zeros(inputs)
-    assert torch.equal(moments_triton.column_peaks(x).cpu(), wanted)
+    assert torch.equal(moments_triton.column_abs_max(x).cpu(), wanted)
     for index, bad in enumerate((float("nan"), float("inf"), -float("inf"))):
         if rows > 1:
             x[rows - 1, index] = bad
-            assert moments_triton.column_peaks(x)[index] == float("inf")
+            assert moments_triton.column_abs_max(x)[index] == float("inf")
