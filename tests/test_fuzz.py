@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import pytest
 from helpers.calibration_cases import model, run
 from helpers.fuzz import mutants
 from helpers.tiny import write_tiny
+from mmquant.calibration.evaluate.reference_store import MAGIC, StoredReference
 from mmquant.calibration.statistics.store import open_statistics
 from mmquant.calibration.text.chat import Chat, ChatTemplate, load_template
 from mmquant.calibration.text.tokenizer import load_tokenizer
@@ -27,12 +29,16 @@ from mmquant.convert import manifest
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.checkpoints.store import LocalFolder, shard_names
 from mmquant.convert.files.progress import read_state
+from mmquant.convert.files.together import JOURNAL, interrupted
 from mmquant.convert.gguf.header import read_header
 from mmquant.convert.gguf.imatrix import Imatrix, Importance, read_imatrix, write_imatrix
 from mmquant.convert.gguf.metadata import tokenizer_keys
 from mmquant.convert.hub import huggingface, modelscope
+from mmquant.convert.hub.listing import RepoSpec
+from mmquant.convert.hub.push import LEDGER, Ledger
 from mmquant.convert.open import demo_folder, open_source
 from mmquant.errors import MmquantError
+from mmquant.runs.gguf import read_plan
 
 QUICK, LONG = 300, 100_000  # inputs of each kind
 MEMORY = 256 << 20  # growth of the process over all inputs of a kind; the files are below 1 MiB
@@ -46,7 +52,7 @@ class Kind:
     file: str
     load: Callable[[Path], object]
     header: Callable[[bytes], int] | None = None
-    share: int = 1  # one in so many inputs: for readers that take milliseconds
+    share: int = 1  # one in so many inputs of the short form: for readers that take milliseconds
 
 
 def listing_hf(path: Path) -> None:
@@ -120,6 +126,13 @@ def statistics(path: Path) -> None:
     found.squares(0)
 
 
+def ledger(path: Path) -> None:
+    """As push opens it; the repository itself is not asked."""
+    remote: object = SimpleNamespace(spec=RepoSpec("hf", "me/m", "main"))
+    found = Ledger(path.parent, remote)  # type: ignore[arg-type]
+    found.committed()
+
+
 KINDS = {
     "listing of Hugging Face": Kind("hf.json", listing_hf),
     "listing of ModelScope": Kind("ms.json", listing_ms),
@@ -134,6 +147,10 @@ KINDS = {
     "progress": Kind(".mmquant-progress.json", lambda path: read_state(path.parent)),
     "manifest": Kind("mmquant.fit.json", lambda path: manifest.read(path.parent), share=4),
     "GGUF header": Kind("imatrix.gguf", read_header, lambda data: 600),
+    "plan": Kind("plan.json", read_plan),
+    "push ledger": Kind(f"{LEDGER}.hf.me--m.json", ledger),
+    "journal": Kind(JOURNAL, lambda path: interrupted(path.parent)),
+    "reference logits": Kind("reference", lambda path: StoredReference(path).rows(0, 4), len),
     "safetensors header": Kind("model-00001-of-00001.safetensors", shard, lambda data: 8 + word(data)),
 }
 
@@ -159,10 +176,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {"run": {"command": "fp8"}, "plan": "f" * 64, "done": 1, "sha256": {"a": "0" * 64}}
     (folder / ".mmquant-progress.json").write_text(json.dumps(state))
     shutil.copy(Path(__file__).parent / "data" / "fit-example.json", folder / "mmquant.fit.json")
+    (folder / "plan.json").write_text(json.dumps({"tensors": {"token_embd.weight": "Q8_0", "output.weight": "Q6_K"}}))
+    entry = {"size": 7, "mtime_ns": 9, "sha256": "1" * 64, "state": "committed"}
+    (folder / KINDS["push ledger"].file).write_text(json.dumps({"request": None, "files": {"a.gguf": entry}}))
+    (folder / JOURNAL).write_text(json.dumps({"what": {"model": "m"}, "files": {"a.gguf": "1" * 64}}))
+    (folder / "reference").write_bytes(reference_logits())
     ones = Importance(np.ones((2, 8), np.float32), np.ones(2, np.float32))
     write_imatrix(folder / "imatrix.gguf", Imatrix({"blk.0.attn_q.weight": ones}, ("text",), 1, 512))
     run(model(tmp_path_factory.mktemp("calibrated"), layers=1), folder / "stats", windows=2)
     return folder
+
+
+def reference_logits() -> bytes:
+    """A file of `eval --save-reference`: four positions of one token each, then the description."""
+    rows = struct.pack("<4I", 1, 1, 1, 1) + bytes(8 * 4 + 6 * 4)  # one token is kept of each
+    header = json.dumps({"blocks": [[4, 4]], "made_of": {"label": "m", "model": "f" * 64}}).encode()
+    return MAGIC + rows + header + struct.pack("<QQ", len(MAGIC) + len(rows), len(header)) + MAGIC
 
 
 def small_tokenizer() -> bytes:
@@ -189,7 +218,7 @@ def fuzz(kind: Kind, folder: Path, label: str, count: int) -> None:
     kind.load(path)
     around = {p for p in folder.parent.rglob("*")}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for data in mutants(valid, count // kind.share, label, None if kind.header is None else kind.header(valid)):
+    for data in mutants(valid, count, label, None if kind.header is None else kind.header(valid)):
         path.write_bytes(data)
         try:
             kind.load(path)
@@ -204,7 +233,7 @@ def fuzz(kind: Kind, folder: Path, label: str, count: int) -> None:
 @pytest.mark.parametrize("label", KINDS)
 def test_damaged_files_are_one_line(whole: Path, tmp_path: Path, label: str) -> None:
     shutil.copytree(whole, tmp_path / "box" / "model")
-    fuzz(KINDS[label], tmp_path / "box" / "model", label, QUICK)
+    fuzz(KINDS[label], tmp_path / "box" / "model", label, QUICK // KINDS[label].share)
 
 
 @pytest.mark.slow
