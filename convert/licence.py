@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from .models import ARCHITECTURES
+
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
-UNNAMED = "minimax-m2.7-non-commercial"
 UNKNOWN_NAME = "see-license-file"
 PROHIBITED = "prohibited-without-authorization"
 PERMISSIVE = re.compile(
@@ -28,8 +29,8 @@ def judge(text: str) -> Licence:
     """The licence that a file's text is; `other` where it is none of those that this family is published under."""
     words = " ".join(text.lower().split())
     if "non-commercial" in words:
-        name = UNNAMED if "minimax" in words else "non-commercial"
-        link = "https://huggingface.co/MiniMaxAI/MiniMax-M2.7/blob/main/LICENSE" if name == UNNAMED else ""
+        named = next((r.licence for r in ARCHITECTURES.values() if r.licence and r.licence.word in words), None)
+        name, link = ("non-commercial", "") if named is None else (named.name, named.link)
         return Licence("other", name, link, PROHIBITED)
     if "apache license" in words:
         return Licence("apache-2.0", None, "https://www.apache.org/licenses/LICENSE-2.0", "allowed")

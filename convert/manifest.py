@@ -20,6 +20,7 @@ from .fit import Weights
 from .hub.hubs import HUBS
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
 from .manifest_check import read_checked, schema
+from .models import architecture_of
 from .models.minimax_m2 import Geometry
 from .requires import requires
 from .source import Source
@@ -83,7 +84,7 @@ def model_block(source: Source, base_model: str, revision: str, origin: str) -> 
         "base_model": base_model,
         "base_revision": revision,
         "source": origin,
-        "architecture": "minimax_m2",
+        "architecture": architecture_of(source.config).model_type,
         "parameters": g.parameters,
         "active_parameters": g.active_parameters,
         "geometry": geometry_block(g),

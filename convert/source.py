@@ -9,7 +9,18 @@ from torch import Tensor
 
 from .checkpoints.census import Kind
 from .checkpoints.store import Origin
-from .models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, Globals, LayerWeights, attention_name, layer_prefix
+from .models import ARCHITECTURES
+from .models.minimax_m2 import (
+    EMBED,
+    FINAL_NORM,
+    HEAD,
+    Geometry,
+    Globals,
+    LayerWeights,
+    attention_name,
+    layer_prefix,
+    layer_weights,
+)
 
 CARRIED_FILES = (
     "tokenizer.json",
@@ -21,8 +32,7 @@ CARRIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "configuration_minimax_m2.py",
-    "modeling_minimax_m2.py",
+    *(name for row in ARCHITECTURES.values() for name in row.code_files),
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
@@ -93,21 +103,10 @@ def read_layer(
     def matrix(projection: str) -> Tensor:
         return source.read(attention_name(layer, projection) + ".weight").to(device=device, dtype=dtype)
 
-    return LayerWeights(
-        input_norm=plain("input_layernorm.weight"),
-        post_norm=plain("post_attention_layernorm.weight"),
-        q_norm=plain("self_attn.q_norm.weight"),
-        k_norm=plain("self_attn.k_norm.weight"),
-        q=matrix("q_proj"),
-        k=matrix("k_proj"),
-        v=matrix("v_proj"),
-        o=matrix("o_proj"),
-        router=plain("block_sparse_moe.gate.weight"),
-        router_bias=plain("block_sparse_moe.e_score_correction_bias"),
-        w1=source.read_experts(layer, "w1", chosen, device, dtype),
-        w3=source.read_experts(layer, "w3", chosen, device, dtype),
-        w2=source.read_experts(layer, "w2", chosen, device, dtype),
-    )
+    def stacked(projection: str) -> Tensor:
+        return source.read_experts(layer, projection, chosen, device, dtype)
+
+    return layer_weights(plain, matrix, stacked)
 
 
 def read_globals(source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Globals:

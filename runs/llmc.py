@@ -30,12 +30,13 @@ from ..convert.folder.check import check_folder
 from ..convert.formats.compressed_tensors import NAME
 from ..convert.manifest import FileEntry
 from ..convert.models.minimax_m2 import layer_of
+from ..convert.models.minimax_m2.names import IGNORE as ENGINES_IGNORE
 from ..convert.remote_code import with_code
 from .folder import check_disk, describe, finish_folder, is_finished
 
 PYTHON = "MMQUANT_LLMCOMPRESSOR"  # the environment variable that names its Python
 WORKER = Path(str(resources.files("mmquant").joinpath("data", "llmc_worker.py")))
-IGNORE = ("lm_head", "re:.*block_sparse_moe.gate$", "re:.*embed_tokens$")
+IGNORE = tuple(entry for entry in ENGINES_IGNORE if "mlp" not in entry)  # its own names are the release's
 ATTENTION = "re:.*self_attn.*"
 FP8 = {"block": "FP8_BLOCK", "channel": "FP8_DYNAMIC"}
 

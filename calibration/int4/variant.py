@@ -26,18 +26,13 @@ from ...convert.models.minimax_m2 import (
     layer_prefix,
     plain_shapes,
 )
+from ...convert.models.minimax_m2.names import PLAIN_NAMES
 from ...quantize.fp8 import cache_scale
 from ..statistics.layer import LayerStatistics, without_second
 from ..statistics.provider import LayerInputs
 from .high import LearnOptions, ReferenceStream, learn_layer, streams
 from .layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer
 
-PLAIN_NAMES = {
-    "input_norm": "input_layernorm.weight",
-    "post_norm": "post_attention_layernorm.weight",
-    "router": "block_sparse_moe.gate.weight",
-    "router_bias": "block_sparse_moe.e_score_correction_bias",
-}
 EXACT = ("router", "router_bias")  # written in float32 when changed: engines keep them so
 
 

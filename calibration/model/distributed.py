@@ -15,7 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...convert.models.minimax_m2 import ATTENTION, PROJECTIONS, LayerWeights, attention_name, layer_prefix
+from ...convert.models.minimax_m2 import (
+    ATTENTION,
+    LayerWeights,
+    attention_name,
+    attention_shapes,
+    expert_shape,
+    layer_prefix,
+    layer_weights,
+)
 from ...convert.source import Source, read_layer
 
 
@@ -64,42 +72,29 @@ def read_layer_shared(
     if size == 1:
         return read_layer(source, layer, device, dtype)
     g = source.geometry
-    prefix = layer_prefix(layer)
-    experts = share(g.experts, rank, size)
-    stacked = {}
-    for projection in PROJECTIONS:
-        rows, columns = (g.hidden, g.expert_width) if projection == "w2" else (g.expert_width, g.hidden)
-        whole = torch.empty(g.experts, rows, columns, dtype=dtype, device=device)
+    experts, shapes = share(g.experts, rank, size), attention_shapes(g)
+
+    def plain(name: str) -> Tensor:
+        return source.read(layer_prefix(layer) + name).to(device)
+
+    def matrix(name: str) -> Tensor:
+        owner = ATTENTION.index(name) % size
+        value = torch.empty(shapes[name], dtype=dtype, device=device)
+        if owner == rank:
+            value.copy_(source.read(attention_name(layer, name) + ".weight"))
+        broadcast(value, owner)
+        return value
+
+    def stacked(projection: str) -> Tensor:
+        whole = torch.empty(g.experts, *expert_shape(g, projection), dtype=dtype, device=device)
         if len(experts):
             whole[experts.start : experts.stop] = source.read_experts(layer, projection, experts, device, dtype)
         for owner in range(size):
             part = share(g.experts, owner, size)
             broadcast(whole[part.start : part.stop], owner)
-        stacked[projection] = whole
-    query, key = g.heads * g.head_dim, g.kv_heads * g.head_dim
-    shapes = ((query, g.hidden), (key, g.hidden), (key, g.hidden), (g.hidden, query))
-    matrices = {}
-    for index, (name, shape) in enumerate(zip(ATTENTION, shapes, strict=True)):
-        owner = index % size
-        value = torch.empty(shape, dtype=dtype, device=device)
-        if owner == rank:
-            value.copy_(source.read(attention_name(layer, name) + ".weight"))
-        broadcast(value, owner)
-        matrices[name[0]] = value
+        return whole
 
-    def plain(name: str) -> Tensor:
-        return source.read(prefix + name).to(device)
-
-    return LayerWeights(
-        input_norm=plain("input_layernorm.weight"),
-        post_norm=plain("post_attention_layernorm.weight"),
-        q_norm=plain("self_attn.q_norm.weight"),
-        k_norm=plain("self_attn.k_norm.weight"),
-        router=plain("block_sparse_moe.gate.weight"),
-        router_bias=plain("block_sparse_moe.e_score_correction_bias"),
-        **matrices,
-        **stacked,
-    )
+    return layer_weights(plain, matrix, stacked)
 
 
 def sum_to(tensor: Tensor, owner: int) -> Tensor:

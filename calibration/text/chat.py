@@ -15,12 +15,12 @@ from jinja2.parser import Parser
 from mmquant.errors import InputError
 
 from ...convert.chat_templates import DEFAULT, TOOL_USE, Template, chat_templates
+from ...convert.models import DEFAULT_ARCHITECTURE, architecture_of
+from ...convert.models.architecture import ChatNotation
 from ...convert.source import Source
 from ...convert.special_tokens import special_tokens
 from .rows import Chat
 from .sandbox import Sandbox, measured, render
-
-CALL_OPEN, CALL_CLOSE = "<minimax:tool_call>", "</minimax:tool_call>"
 
 
 class _Generation(Extension):
@@ -41,6 +41,7 @@ class ChatTemplate:
     tokens: dict[str, str]
     label: str
     with_tools: ChatTemplate | None = None  # another one for chats that have tools
+    notation: ChatNotation = DEFAULT_ARCHITECTURE.chat
 
     @cached_property
     def _compiled(self) -> Any:
@@ -72,8 +73,8 @@ class ChatTemplate:
         if not chat.tools or "tools" in self.source:
             return chat.messages
         head = chat.messages[0] if chat.messages[0]["role"] == "system" else {"role": "system", "content": ""}
-        tools = "\n".join(f"<tool>{_tojson(tool.get('function', tool))}</tool>" for tool in chat.tools)
-        content = f"{head['content']}\n\n# Tools\n<tools>\n{tools}\n</tools>".lstrip("\n")
+        tools = self.notation.tools_prompt([_tojson(tool.get("function", tool)) for tool in chat.tools])
+        content = f"{head['content']}\n\n{tools}".lstrip("\n")
         rest = chat.messages[1:] if head is chat.messages[0] else chat.messages
         return ({**head, "content": content}, *rest)
 
@@ -82,20 +83,10 @@ class ChatTemplate:
         message = dict(message)
         parts = [message.get("content") or ""]
         if "reasoning_content" in message and "reasoning_content" not in self.source:
-            parts.insert(0, f"<think>\n{message.pop('reasoning_content')}\n</think>\n")
+            parts.insert(0, self.notation.thinking(message.pop("reasoning_content")))
         if "tool_calls" in message and "tool_calls" not in self.source:
-            calls = "\n".join(invocation(call["function"]) for call in message.pop("tool_calls"))
-            parts.append(f"{CALL_OPEN}\n{calls}\n{CALL_CLOSE}")
+            parts.append(self.notation.tool_calls([call["function"] for call in message.pop("tool_calls")]))
         return {**message, "content": "\n".join(part for part in parts if part)}
-
-
-def invocation(function: dict[str, Any]) -> str:
-    """One tool call in M2's XML notation."""
-    lines = [f'<invoke name="{function["name"]}">']
-    for name, value in (function.get("arguments") or {}).items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        lines.append(f'<parameter name="{name}">{text}</parameter>')
-    return "\n".join([*lines, "</invoke>"])
 
 
 def _raise(message: str) -> None:
@@ -112,10 +103,11 @@ def load_template(source: Source) -> ChatTemplate | None:
     if not found:
         return None
     tokens = {f"{kind}_token": t.text for kind, t in special_tokens(source).items() if t.text is not None}
+    notation = architecture_of(source.config).chat
     tools = found.get(TOOL_USE)
-    with_tools = ChatTemplate(tools.text, tokens, tools.where) if tools is not None else None
+    with_tools = ChatTemplate(tools.text, tokens, tools.where, notation=notation) if tools is not None else None
     plain = found.get(DEFAULT)
     if plain is None:  # as transformers: only what was named can be asked for
         complaint = f"none is called {DEFAULT}, only {', '.join(sorted(found))}"
         plain = Template(f"{{{{ raise_exception({complaint!r}) }}}}", f"{source.label}: chat templates")
-    return ChatTemplate(plain.text, tokens, plain.where, with_tools)
+    return ChatTemplate(plain.text, tokens, plain.where, with_tools, notation)

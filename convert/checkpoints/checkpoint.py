@@ -18,10 +18,10 @@ from ...quantize.fp8 import E4M3_MAX, dequantize_tiles
 from ..formats.format import Scheme
 from ..formats.fp8_native import SCALES
 from ..formats.plain import PLAIN
+from ..models import architecture_of
 from ..models.minimax_m2 import (
     FINAL_NORM,
     HEAD,
-    Geometry,
     expert_name,
     global_shapes,
     is_mtp,
@@ -30,6 +30,7 @@ from ..models.minimax_m2 import (
     matrix_shapes,
     plain_shapes,
 )
+from ..models.minimax_m2.names import SAMPLED
 from .batches import batches, read_batch
 from .census import Kind, count_kinds
 from .extras import extra_kind, extra_notes
@@ -41,7 +42,6 @@ from .store import LocalFolder, ShardStore, TensorInfo
 from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
 
 LARGEST_SCALE = torch.finfo(torch.float32).max / E4M3_MAX
-SAMPLED = ("input_layernorm.weight", "self_attn.q_norm.weight", "block_sparse_moe.e_score_correction_bias")
 
 
 class Checkpoint:
@@ -52,7 +52,7 @@ class Checkpoint:
         self.label, self.origin = store.label, store.origin
         self.notes: list[str] = []
         self.config = read_config(store)
-        self.geometry = Geometry.from_config(self.config)
+        self.geometry = architecture_of(self.config).geometry(self.config)
         quantization = quantization_of(self.config)
         self.book = None if quantization is None else SchemeBook(quantization)
         check_method(self.book)

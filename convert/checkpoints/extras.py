@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..models.minimax_m2.names import MATRIX
+
 _LAYER = r"model\.layers\.\d+\."
-_MATRIX = (
-    rf"(?:{_LAYER}(?:self_attn\.[qkvo]_proj|block_sparse_moe\.experts\.\d+\.\w+|block_sparse_moe\.gate)|lm_head)\."
-)
 KINDS = {
     "rotary tables (computed from config.json)": re.compile(
         r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)"
@@ -17,7 +16,7 @@ KINDS = {
         rf"{_LAYER}self_attn\.(?:attn\.|[qkv]_proj\.)?(?:[qkv]|kv|prob|output)_(?:scale|zero_point)"
     ),
     "static scales of activations": re.compile(
-        rf"{_MATRIX}(?:input|act|activation|output)_(?:scale|zero_point|global_scale)"
+        rf"{MATRIX}\.(?:input|act|activation|output)_(?:scale|zero_point|global_scale)"
     ),
 }
 

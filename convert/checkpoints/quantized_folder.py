@@ -17,11 +17,10 @@ from mmquant.errors import InputError
 
 from ..formats.format import Fetch, PartError, Scheme
 from ..formats.plain import PLAIN
-from ..formats.skip_lists import SGLANG_NAMES
+from ..models import architecture_of
 from ..models.minimax_m2 import (
     EMBED,
     HEAD,
-    Geometry,
     expert_name,
     global_shapes,
     is_mtp,
@@ -29,6 +28,7 @@ from ..models.minimax_m2 import (
     matrix_shapes,
     plain_shapes,
 )
+from ..models.minimax_m2.names import SGLANG_NAMES
 from .batches import batches, read_batch
 from .census import Kind, count_kinds
 from .extras import extra_kind, extra_notes
@@ -50,7 +50,7 @@ class QuantizedFolder:
     def __init__(self, store: ShardStore) -> None:
         self.store, self.label, self.origin = store, store.label, store.origin
         self.config = read_config(store)
-        self.geometry = Geometry.from_config(self.config)
+        self.geometry = architecture_of(self.config).geometry(self.config)
         self.quantization = quantization_of(self.config) or {}
         self.book = SchemeBook(self.quantization)
         self.warnings: list[str] = []  # what engines would read otherwise

@@ -17,6 +17,7 @@ from mmquant.errors import InputError
 from ...quantize.integer.grid import IntWeight
 from ...quantize.integer.pack import pack_awq, unpack_awq
 from ...quantize.integer.rtn import rtn_int
+from ..models.minimax_m2.names import ROUTER
 from .format import Fetch, Format, Method, Part, Scheme, Shape
 from .scales import finite, groups_of, half_scales, scaled
 from .settings import is_group
@@ -59,7 +60,7 @@ def _config(scheme: Scheme, attention: bool) -> dict[str, Any]:
         "group_size": scheme.group,
         "zero_point": True,
         "version": "gemm",
-        SKIPPED: ["lm_head", "embed_tokens", "block_sparse_moe.gate", *([] if attention else ["self_attn"])],
+        SKIPPED: ["lm_head", "embed_tokens", ROUTER, *([] if attention else ["self_attn"])],
     }
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from mmquant.errors import InputError
 
+from ..models.minimax_m2.names import IGNORE as IGNORE
 from .format import Format, Method, Scheme
 from .settings import block_of, is_group
 from .skip_lists import matches, strings
 from .spec import TensorSpec
 
-IGNORE = ("lm_head", r"re:.*block_sparse_moe.gate$", r"re:.*mlp\.gate$", "re:.*embed_tokens$")
 ATTENTION_TARGET = "re:.*self_attn.*"
 EXPERTS_TARGET = r"re:.*experts\..*"
 VERSION = "0.17.0"  # the oldest compressed-tensors whose reader takes these files (pinned by vLLM 0.33)

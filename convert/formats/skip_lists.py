@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mmquant.errors import InputError
 
+from ..models.minimax_m2.names import EXPERT, MOE, SGLANG_NAMES, VLLM_MOE
+
 VLLM, SGLANG, TRANSFORMERS = "vLLM", "SGLang", "transformers"
 ENGINES = (VLLM, SGLANG, TRANSFORMERS)
-SGLANG_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])")
 _FUSED = re.compile(r"\.[qkv]_proj$")
 
 Skips = Callable[[Sequence[str], Sequence[str]], bool]  # entries, the engine's names of a matrix
@@ -31,16 +31,16 @@ def names_of(name: str, engine: str, single: bool = False, fused: bool = False) 
     single  one lookup a projection of a layer's experts (compressed-tensors), else one for all of them
     fused   q, k and v are looked up as qkv_proj
     """
-    match = _EXPERT.fullmatch(name)
+    match = EXPERT.fullmatch(name)
     if match is None:
         return (_FUSED.sub(".qkv_proj", name),) if fused and engine != TRANSFORMERS else (name,)
-    layer, expert, projection = match.groups()
+    layer, _, expert, projection = match.groups()
     if engine == VLLM:
-        return (f"{layer}.mlp.experts.0.{projection}" if single else f"{layer}.mlp.experts",)
+        return (f"{layer}.{VLLM_MOE}.experts.0.{projection}" if single else f"{layer}.{VLLM_MOE}.experts",)
     if engine == SGLANG:
-        stem = f"{layer}.block_sparse_moe.experts"
+        stem = f"{layer}.{MOE}.experts"
         return (f"{stem}.0.{SGLANG_NAMES[projection]}" if single else stem,)
-    return (name, f"{layer}.mlp.experts.{expert}.{projection}", f"{layer}.mlp.experts")
+    return (name, f"{layer}.{VLLM_MOE}.experts.{expert}.{projection}", f"{layer}.{VLLM_MOE}.experts")
 
 
 def whole_names(entries: Sequence[str], names: Sequence[str]) -> bool:

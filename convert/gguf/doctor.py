@@ -21,6 +21,7 @@ from mmquant.errors import InputError
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
 from ...quantize.overflow import FP16_MAX, rescale_exponents
+from ..models.minimax_m2.gguf import ARCH, PRE, SIGMOID
 from .finite import SCALES
 from .header import GgufFile, GgufTensor
 from .reader import GgufSource
@@ -52,9 +53,9 @@ def check_metadata(source: GgufSource) -> list[Finding]:
         if data.get(key) != wanted:
             found.append(Finding(level, key, f"{data.get(key)!r}, expected {wanted!r}"))
 
-    expect("tokenizer.ggml.pre", "minimax-m2")
+    expect("tokenizer.ggml.pre", PRE)
     expect("tokenizer.ggml.model", "gpt2")
-    expect("minimax-m2.expert_gating_func", 2)
+    expect(f"{ARCH}.expert_gating_func", SIGMOID)
     for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.bos_token_id", "tokenizer.chat_template"):
         if key not in data:
             found.append(Finding("warning", key, "missing"))

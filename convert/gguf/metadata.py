@@ -20,14 +20,13 @@ from ..chat_templates import DEFAULT, chat_templates
 from ..files.parse import short, take, take_list, take_map
 from ..hub.hubs import DEFAULT_HUB, HUBS
 from ..models.minimax_m2 import Geometry
+from ..models.minimax_m2.gguf import ARCH, PRE, SIGMOID
 from ..naming import short_name
 from ..source import Source
 from ..special_tokens import special_tokens
 from .rope_keys import scaling_values
 from .tokenizer import SPECIAL_TOKENS
 
-ARCH = "minimax-m2"
-SIGMOID = int(gguf.ExpertGatingFuncType.SIGMOID)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
 IMATRIX_TEXT_LIMIT = 127  # characters that llama-quantize keeps of a file or data-set name
 
@@ -215,7 +214,7 @@ def tokenizer_keys(source: Source) -> Metadata:
     merges = take(model, "merges", list, where, [])
     keys = {
         "tokenizer.ggml.model": Value("str", "gpt2"),
-        "tokenizer.ggml.pre": Value("str", ARCH),
+        "tokenizer.ggml.pre": Value("str", PRE),
         "tokenizer.ggml.tokens": Value("[str]", tokens),
         "tokenizer.ggml.token_type": Value("[i32]", types),
         "tokenizer.ggml.merges": Value("[str]", [_merge(merge, where) for merge in merges]),

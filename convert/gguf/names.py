@@ -11,19 +11,10 @@ import re
 from mmquant.errors import InputError
 
 from ..models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, attention_name, expert_name
+from ..models.minimax_m2.gguf import ARCH, ATTENTION_TENSORS, EXPERT_TENSORS, PLAIN_TENSORS
 
 TOKEN_EMBD, OUTPUT_NORM, OUTPUT = "token_embd.weight", "output_norm.weight", "output.weight"
 GLOBALS = {TOKEN_EMBD: EMBED, OUTPUT_NORM: FINAL_NORM, OUTPUT: HEAD}
-ATTENTION_TENSORS = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
-EXPERT_TENSORS = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
-PLAIN_TENSORS = {  # never quantized
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate_inp.weight": "block_sparse_moe.gate.weight",
-    "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
-}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -49,7 +40,7 @@ def release_name(name: str, expert: int | None = None) -> str:
             return attention_name(layer, ATTENTION_TENSORS[stem]) + ".weight"
         if stem in EXPERT_TENSORS and rest != stem and expert is not None:
             return expert_name(layer, expert, EXPERT_TENSORS[stem]) + ".weight"
-    raise InputError(f"{name}: not a tensor of minimax-m2")
+    raise InputError(f"{name}: not a tensor of {ARCH}")
 
 
 def layer_shapes(geometry: Geometry, layer: int) -> dict[str, tuple[int, ...]]:

@@ -20,15 +20,16 @@ from ..checkpoints.census import Kind, count_kinds
 from ..checkpoints.schedule import Range, ReadAhead
 from ..checkpoints.store import Origin
 from ..files.together import interrupted
-from ..models.minimax_m2 import ARCHITECTURE, HEAD, MODEL_TYPE, Geometry, kind_of
+from ..models import architecture_of
+from ..models.minimax_m2 import HEAD, kind_of
+from ..models.minimax_m2.geometry import CLASS_NAME, MODEL_TYPE
+from ..models.minimax_m2.gguf import ARCH, ATTENTION_TENSORS, EXPERT_TENSORS, PLAIN_TENSORS, SIGMOID
+from ..models.minimax_m2.names import EXPERT
 from ..naming import cached_repository
 from .header import GgufFile, GgufTensor, read_header
 from .names import (
-    ATTENTION_TENSORS,
-    EXPERT_TENSORS,
     GLOBALS,
     OUTPUT,
-    PLAIN_TENSORS,
     TOKEN_EMBD,
     all_shapes,
     release_name,
@@ -37,12 +38,9 @@ from .names import (
 from .rope_keys import rope_parameters
 from .tokenizer import tokenizer_config, tokenizer_json
 
-ARCH = "minimax-m2"
-SIGMOID = 2
 INPUT_SCALE = ".input_scale"  # of activations; llama.cpp's own kernels for them aside, no weight depends on it
 SAMPLE = 1024  # bytes of each tensor in the fingerprint
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -51,10 +49,10 @@ def gguf_name(name: str) -> tuple[str, int | None]:
     for theirs, ours in GLOBALS.items():
         if ours == name:
             return theirs, None
-    expert = _EXPERT.fullmatch(name)
-    if expert is not None:
-        stem = next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == expert[3])
-        return f"blk.{expert[1]}.{stem}.weight", int(expert[2])
+    expert = EXPERT.fullmatch(name.removesuffix(".weight"))
+    if expert is not None and name.endswith(".weight"):
+        stem = next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == expert[4])
+        return f"blk.{expert[2]}.{stem}.weight", int(expert[3])
     layer = _LAYER.fullmatch(name)
     if layer is not None:
         for theirs, ours in PLAIN_TENSORS.items():
@@ -117,7 +115,7 @@ class GgufSource:
                     raise InputError(f"{file.path}: {name} stands in {self._where[name][0].path.name} as well")
                 self._where[name] = (file, tensor)
         self.config = self._config()
-        self.geometry = Geometry.from_config(self.config)
+        self.geometry = architecture_of(self.config).geometry(self.config)
         # A hostile header must not make us list layers that no file could hold.
         if self.geometry.layers > len(self._where):
             raise InputError(f"{self.label}: {self.geometry.layers} layers, but only {len(self._where)} tensors")
@@ -163,7 +161,7 @@ class GgufSource:
         width = self._number(f"{ARCH}.expert_feed_forward_length", self._number(f"{ARCH}.feed_forward_length", 0))
         scaling = rope_parameters(self.metadata, ARCH, self.label)
         return {
-            "architectures": [ARCHITECTURE],
+            "architectures": [CLASS_NAME],
             "model_type": MODEL_TYPE,
             "scoring_func": "sigmoid",
             "num_hidden_layers": self._number(f"{ARCH}.block_count"),

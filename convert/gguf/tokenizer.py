@@ -6,25 +6,11 @@ import json
 from typing import Any
 
 from ..chat_templates import DEFAULT
+from ..models.minimax_m2.gguf import PATTERN, PRE
 
-PRE = "minimax-m2"
 # Kinds of special tokens as GGUF spells them.
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
-# What `tokenizer.ggml.pre` = minimax-m2 stands for: the pattern of the release's tokenizer.json.
-_MARKS = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PATTERN = "|".join(
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?[{_MARKS[0]}]*[{_MARKS[1]}]+{_ENDINGS}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?[{_MARKS[0]}]+[{_MARKS[1]}]*{_ENDINGS}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 
 
 def tokenizer_json(metadata: dict[str, Any]) -> bytes | None:
