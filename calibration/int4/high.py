@@ -11,13 +11,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.files.atomic import whole_file
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...convert.source import Source, read_layer
 from ...quantize.integer.grid import IntWeight, dequantize, join
@@ -72,15 +70,14 @@ class ReferenceStream:
         return self.hidden
 
     def _path(self, layer: int) -> Path | None:
-        return None if self.folder is None else self.folder / f"reference-{layer}.f32"
+        return None if self.folder is None else self.folder / f"reference-{layer}.hidden"
 
     def _load(self, layer: int) -> bool:
         path = self._path(layer)
         assert self.hidden is not None
-        if path is None or not path.is_file() or path.stat().st_size != self.hidden.bytes:
+        if path is None or not path.is_file():
             return False
-        values = np.fromfile(path, dtype=np.float32).reshape(self.hidden.shape)
-        self.hidden.all().copy_(torch.from_numpy(values))
+        self.hidden.load(path)
         return True
 
     def _save(self) -> None:
@@ -88,9 +85,7 @@ class ReferenceStream:
         if path is None or self.hidden is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            for _, values in self.hidden.batches(8):
-                file.write(values.numpy().data)
+        self.hidden.save(path)
         old = self._path(self.layer - 2)
         if old is not None:
             old.unlink(missing_ok=True)

@@ -1,18 +1,26 @@
-"""The residual stream of all windows between layers, in RAM or in a memory-mapped file."""
+"""The residual stream of all windows between layers, in RAM or in a memory-mapped file; saved for a continued run."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmquant.errors import InputError
 
+from ...convert.checkpoints.write import Entry, write_tensors
+from ...convert.files.atomic import whole_file
+from ...convert.files.progress import damaged
+
 RAM_LIMIT = 8 << 30
+WINDOWS = 8  # saved and loaded at a time
+SAVED_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 def place_of(device: torch.device | str, size: int) -> torch.device:
@@ -86,3 +94,70 @@ class HiddenStates:
     def all(self) -> Tensor:
         """The stored tensor itself [W, T, H]."""
         return self._values
+
+    def save(self, path: Path) -> None:
+        """Write the states to `path`, whole; see `save_states`."""
+        save_states(path, {"hidden": self})
+
+    def load(self, path: Path, remedy: str | None = None) -> None:
+        """Take up what `save` wrote. InputError, naming the file and the remedy, when it is damaged or another's."""
+        load_states(path, {"hidden": self}, remedy)
+
+
+def save_states(path: Path, states: Mapping[str, HiddenStates], others: Mapping[str, Tensor] | None = None) -> None:
+    """Write hidden states by name, and other tensors (float32 or float64), as one safetensors file.
+
+    The file appears whole and durable, and carries the SHA-256 of its values. InputError when a value is not finite.
+    """
+    parts = [_states_entry(name, found) for name, found in states.items()]
+    parts += [_tensor_entry(name, value) for name, value in sorted((others or {}).items())]
+    digest = hashlib.sha256()
+    for value in (value for part in parts for value in part.values()):
+        digest.update(_bytes(value))
+    with whole_file(path) as file:
+        write_tensors(file, parts, {"sha256": digest.hexdigest()})
+
+
+def load_states(path: Path, states: Mapping[str, HiddenStates], remedy: str | None = None) -> dict[str, Tensor]:
+    """Fill `states` from what `save_states` wrote under their names; the other tensors by name.
+
+    InputError, naming the file, when it cannot be read, holds other states or fails its SHA-256. remedy: what starts
+    over (convert/files/progress.py).
+    """
+    try:
+        return _load(path, states, remedy)
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, f"not readable ({error})", "the hidden states of an unfinished run", remedy) from None
+
+
+def _load(path: Path, states: Mapping[str, HiddenStates], remedy: str | None) -> dict[str, Tensor]:
+    digest, others = hashlib.sha256(), {}
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        for name, state in states.items():
+            if shapes.get(name) != state.shape:
+                raise damaged(path, f"{name} of shape {shapes.get(name)}", f"{state.shape}", remedy)
+            values = file.get_slice(name)
+            for start in range(0, state.shape[0], WINDOWS):
+                part = values[start : start + WINDOWS]
+                digest.update(_bytes(part))
+                state.put(start, part)
+        for name in sorted(name for name in shapes if name not in states):
+            others[name] = file.get_tensor(name)
+            digest.update(_bytes(others[name]))
+        known = (file.metadata() or {}).get("sha256")
+    if digest.hexdigest() != known:
+        raise damaged(path, f"SHA-256 {digest.hexdigest()[:16]}", f"{str(known)[:16]} as it was written", remedy)
+    return others
+
+
+def _states_entry(name: str, states: HiddenStates) -> Entry:
+    return Entry(name, "F32", states.shape, lambda: (values for _, values in states.batches(WINDOWS)))
+
+
+def _tensor_entry(name: str, value: Tensor) -> Entry:
+    return Entry(name, SAVED_DTYPES[value.dtype], tuple(value.shape), lambda: iter([value]))
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

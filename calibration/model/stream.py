@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.files.atomic import is_temporary, whole_file
+from ...convert.files.atomic import is_temporary
 from ...convert.models.minimax_m2 import EMBED, LayerWeights
 from ...convert.source import Source
 from .distributed import rank_device, read_layer_shared, world
@@ -24,8 +23,8 @@ DISK_LIMIT = 64 << 30
 class Stream:
     """The hidden states of one rank's windows; `layer` is the layer that they enter next.
 
-    Checkpoints are raw float32, one file a layer, kept in `folder` when their bytes (twice, for the exchange) stay
-    within `disk_limit`; without one, a later start replays the layers before it, with the same result.
+    Checkpoints (HiddenStates.save), one file per layer, are kept in `folder` when their bytes (twice, for the exchange)
+    stay within `disk_limit`; without one, a later start replays the layers before it, with the same result.
     """
 
     def __init__(
@@ -69,10 +68,8 @@ class Stream:
         """Take the latest checkpoint not behind `layer`, or the embedding; the layer that is entered next."""
         for candidate in range(layer, 0, -1):
             path = self._path(candidate)
-            if path is not None and path.is_file() and path.stat().st_size == self.hidden.bytes:
-                values = np.memmap(path, dtype=np.float32, mode="r", shape=self.hidden.shape)
-                for start in range(0, self.hidden.shape[0], self.batch):
-                    self.hidden.put(start, torch.from_numpy(values[start : start + self.batch].copy()))
+            if path is not None and path.is_file():
+                self.hidden.load(path, "delete it to compute the layers before it again")
                 return candidate
         embed = self.source.read(EMBED)
         for start in range(0, self.hidden.shape[0], self.batch):
@@ -96,9 +93,7 @@ class Stream:
         if path is None or self.layer == 0 or path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            for _, values in self.hidden.batches(self.batch):
-                file.write(values.numpy().data)
+        self.hidden.save(path)
 
     def keep_from(self, layer: int) -> None:
         """Delete this rank's checkpoints of layers before `layer`, and unfinished ones."""

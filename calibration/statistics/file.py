@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...convert.checkpoints.finite import check_finite
-from ...convert.formats.spec import DTYPE_BYTES
+from ...convert.checkpoints.write import Entry
 from ...quantize.moments import Moments
 from ..model.distributed import share, sum_everywhere, world
 from .layer import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics
@@ -23,20 +16,6 @@ from .triangles import STORED, triangle
 
 SQUARES = "squares"  # |S|_F^2 of each second moment, for the report without reading the moments
 SHARED = "shared"  # second moment of the experts' input when every expert saw every token
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written: its parts come one by one (on rank 0; other ranks send theirs while iterating)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    values: Callable[[], Iterator[Tensor]]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def entries(found: LayerStatistics, dtype: str) -> Iterator[Entry]:
@@ -98,34 +77,3 @@ def _second(set_name: str, moments: Moments, dtype: str) -> Entry:
                 yield value
 
     return Entry(f"{set_name}.second" + (f".{SHARED}" if one else ""), target[1], (matrices, packed), values)
-
-
-def write_tensors(file: BinaryIO, parts: list[Entry], metadata: Mapping[str, str] | None = None) -> str:
-    """A safetensors file (https://github.com/huggingface/safetensors#format), tensor by tensor; its SHA-256.
-
-    InputError names an entry that holds NaN or infinity.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for entry in parts:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.bytes],
-        }
-        offset += entry.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    for data in _bytes(struct.pack("<Q", len(text)) + text, parts):
-        digest.update(data)
-        file.write(data)
-    return digest.hexdigest()
-
-
-def _bytes(head: bytes, parts: list[Entry]) -> Iterator[bytes]:
-    yield head
-    for entry in parts:
-        for value in entry.values():
-            check_finite(value, entry.name)
-            yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
+from ...convert.checkpoints.write import write_tensors
 from ...convert.files.atomic import is_temporary, sha256_file, whole_file, write_whole
 from ...convert.files.difference import first_difference, short
 from ...convert.files.progress import damaged
 from ...convert.models.minimax_m2 import Geometry
 from ...quantize.moments import Moments
 from ..model.distributed import world
-from .file import SHARED, SQUARES, entries, write_tensors
+from .file import SHARED, SQUARES, entries
 from .layer import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics, RoutingStatistics
 from .triangles import STORED, square
 
