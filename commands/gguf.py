@@ -90,6 +90,7 @@ def command(
     Example: mmquant gguf --model demo --type Q4_K_M --out ./m27-gguf
     """
     from ..convert.gguf.mixes import PLAIN, find_mix, parse_overrides
+    from ..convert.gguf.plan import make_plan
     from ..convert.gguf.variant import GgufVariant
     from ..runs.folder import describe
     from ..runs.gguf import check_gguf, check_stem, make_calibration, model_stem, read_plan, write_gguf
@@ -110,7 +111,7 @@ def command(
     stem = name if name is not None else f"{model_stem(model)}-{mix.name}"
     variant = GgufVariant(mix, stem, calibrated, changed, read_plan(plan), part_bytes=max_part_size)
     if dry_run:
-        size = sum(part.bytes for part in variant.parts(source, None))
+        size = make_plan(source, variant, None).bytes
         click.echo(describe(out, variant.label, size))
         text |= {"calibrated": calibrated and statistics is None, "effort": effort}
         check_gguf(source, variant, out, size, device, text)

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mmquant.errors import InputError
 from mmquant.monitor import current, phase
 
-from ..calibration.gguf.encode import encode_tensors
+from ..calibration.gguf.provider import TensorProvider
 from ..calibration.gguf.run import CalibratedRun, Calibration, plan_memory
 from ..calibration.gguf.run_fast import FastRun
-from ..calibration.gguf.run_stored import Stored, open_stored, stored_tensors
-from ..calibration.gguf.solve import Report
+from ..calibration.gguf.run_nearest import NearestRun
+from ..calibration.gguf.run_stored import Stored, StoredRun, open_stored
+from ..calibration.model.stream import forget
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
 from ..convert.files.parse import parse_json, path_fault, short
+from ..convert.files.progress import damaged
 from ..convert.gguf.doctor import check_metadata
+from ..convert.gguf.plan import GgufPlan, make_plan
 from ..convert.gguf.reader import GgufSource
 from ..convert.gguf.variant import GgufVariant
-from ..convert.gguf.writer import GgufWriter, TensorInfo
+from ..convert.gguf.writer import GgufWriter
 from ..convert.hub.address import parse_address
 from ..convert.manifest import FileEntry
 from ..convert.naming import short_name
@@ -54,30 +55,63 @@ def write_gguf(
     holds something else, FitError when the disk is too small.
     """
     source.validate()
-    run = {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes}
-    run |= calibration.run() if calibration else {}
-    parts = variant.parts(source, calibration.importance(source.geometry) if calibration else None)
-    first = out / parts[0].name
+    plan = make_plan(source, variant, calibration.importance(source.geometry) if calibration else None)
+    run = run_of(source, variant) | (calibration.run() if calibration else {})
+    first = out / plan.parts[0].name
     if is_finished(out, run):
         return first
-    check_memory(source, calibration, device)
+    provider = provider_of(source, plan, calibration, device, out)
     with claim(out, run):
-        check_disk(out, sum(part.bytes for part in parts) - written_bytes(out), source)
-        writer = GgufWriter(out, parts, run)
-        if isinstance(calibration, Calibration) and calibration.effort != "fast":
-            CalibratedRun(source, variant, writer, calibration, device).write()
-        else:
-            write_steps(source, variant, writer, device, calibration)
+        check_disk(out, plan.bytes - written_bytes(out), source)
+        writer = GgufWriter(out, plan.parts, run)
+        write_steps(plan, writer, provider)
         paths = writer.finish()
         entries = [FileEntry(p.name, p.stat().st_size, writer.sha256[p.name]) for p in paths]
         entries += carry_licence(source, out)
         check_file(first)
-        weights = variant.weights(source.geometry)
-        finish_folder(out, source, "gguf", variant.label, tuple(entries), weights, run, entry=first.name)
-        for leftover in out.glob(".hidden-*"):
-            leftover.unlink()
+        finish_folder(out, source, "gguf", plan.label, tuple(entries), plan.weights(), run, entry=first.name)
+        forget(out)
         writer.clear_progress()
     return first
+
+
+def run_of(source: Checkpoint, variant: GgufVariant) -> dict[str, Any]:
+    """Everything that decides the bytes, apart from the calibration."""
+    return {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes}
+
+
+def provider_of(
+    source: Checkpoint, plan: GgufPlan, calibration: Calibration | Stored | None, device: torch.device | str, out: Path
+) -> TensorProvider:
+    """What makes the tensors of `plan`. FitError, before anything is written, when a layer needs more memory than is
+    free.
+    """
+    if calibration is None:
+        return NearestRun(source, plan, device)
+    if isinstance(calibration, Stored):
+        return StoredRun(source, plan, calibration, device)
+    if calibration.effort == "fast":
+        return FastRun(source, plan, calibration.tokens, device, out)
+    return CalibratedRun(source, plan, calibration, device, out)
+
+
+def write_steps(plan: GgufPlan, writer: GgufWriter, provider: TensorProvider) -> None:
+    """Write every step that is missing, each made durable before the next begins."""
+    first, steps = plan.first_step(writer.done), len(plan.steps)
+    if first is None:
+        raise damaged(writer.progress.path, f"{writer.done} tensors are done", "whole steps")
+    provider.begin(first)
+    with phase(plan.label, steps, "step", first) as bar:
+        for step in range(first, steps):
+            with memory_for(step_name(step, steps - 2)):
+                for name, data in provider.tensors(step):
+                    writer.write(name, data)
+            provider.save(step + 1)
+            writer.checkpoint()
+            provider.forget(step)
+            for line in provider.report.of_layer(step - 1):
+                current().message(line)
+            bar.advance()
 
 
 def check_file(first: Path) -> None:
@@ -89,23 +123,11 @@ def check_file(first: Path) -> None:
             raise InputError(f"{first}: {finding.where} is {finding.text}")
 
 
-def check_memory(source: Checkpoint, calibration: Calibration | Stored | None, device: torch.device | str) -> None:
-    """FitError before anything is written, when a calibrated layer needs more memory than is free."""
-    if isinstance(calibration, Calibration) and calibration.effort != "fast":
-        windows, length = calibration.tokens.shape
-        plan_memory(source.geometry, windows, length, device)
-
-
 def check_gguf(
-    source: Checkpoint,
-    variant: GgufVariant,
-    out: Path,
-    size: int,
-    device: str,
-    options: dict[str, Any],
+    source: Checkpoint, variant: GgufVariant, out: Path, size: int, device: str, options: dict[str, Any]
 ) -> None:
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
-    check_place(out, size, {**variant.run(), "source": source.fingerprint, "part_bytes": variant.part_bytes})
+    check_place(out, size, run_of(source, variant))
     if options["calibrated"] and options["effort"] != "fast":
         options = at_effort(options, options["effort"])
         plan_memory(source.geometry, windows_at_most(options), context_of(source, options), device)
@@ -120,46 +142,6 @@ def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
             write_whole(out / name, data)
             entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
     return entries
-
-
-def write_steps(
-    source: Checkpoint,
-    variant: GgufVariant,
-    writer: GgufWriter,
-    device: torch.device | str,
-    calibration: Calibration | Stored | None,
-) -> None:
-    """Everything that is still missing, a checkpoint after every step; at most one stream of text goes along."""
-    steps = variant.steps(source.geometry)
-    ends = [sum(len(step) for step in steps[: index + 1]) for index in range(len(steps))]
-    first = next((index for index, end in enumerate(ends) if end > writer.done), len(steps))
-    make, report = maker(source, writer.folder, device, calibration)
-    with phase(variant.label, len(steps), "step", first) as bar:
-        for step in range(first, len(steps)):
-            missing = steps[step][writer.done - (ends[step] - len(steps[step])) :]
-            with memory_for(step_name(step, source.geometry.layers)):
-                for name, data in make(missing):
-                    writer.write(name, data)
-            writer.checkpoint()
-            for line in report.of_layer(step - 1):
-                current().message(line)
-            bar.advance()
-
-
-Make = Callable[[list[TensorInfo]], Iterable[tuple[str, np.ndarray]]]
-
-
-def maker(
-    source: Checkpoint, folder: Path, device: torch.device | str, calibration: Calibration | Stored | None
-) -> tuple[Make, Report]:
-    """What makes the bytes of one step's tensors, and its report."""
-    if isinstance(calibration, Calibration):
-        fast = FastRun(source, calibration.tokens, device, folder)
-        return fast.tensors, fast.report
-    report = Report()
-    if calibration is None:
-        return lambda missing: encode_tensors(source, missing, device), report
-    return lambda missing: stored_tensors(source, calibration, missing, device, report), report
 
 
 def at_effort(text: dict[str, Any], effort: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,7 @@ def encode_plain(source: Source, info: TensorInfo) -> np.ndarray:
 
 
 def encode_tensors(
-    source: Source, tensors: list[TensorInfo], device: torch.device | str
+    source: Source, tensors: Sequence[TensorInfo], device: torch.device | str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, bytes) of the tensors in order, without calibration; a few experts are held at a time."""
     for info in tensors:

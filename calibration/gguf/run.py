@@ -1,12 +1,12 @@
-"""Write a calibrated GGUF file in one pass: both residual streams advance with the writer.
+"""Calibrated GGUF tensors in one pass: both residual streams go through the layers, and the tensors with them.
 
-Interrupted, it continues at its layer with the same bytes: the streams are kept on disk (raw float32) as they enter the
-layer that is next.
+An interrupted run continues at its layer with the same bytes: the streams are kept on disk as they enter the layer that
+is next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,21 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import naming
-from mmquant.monitor import current, phase
 
 from ...convert.checkpoints.checkpoint import Checkpoint
-from ...convert.files.atomic import whole_file
-from ...convert.files.progress import damaged
 from ...convert.gguf.metadata import Importance
 from ...convert.gguf.names import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
-from ...convert.gguf.variant import GgufVariant
-from ...convert.gguf.writer import GgufWriter, TensorInfo
+from ...convert.gguf.plan import GgufPlan
 from ...convert.models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry
 from ...convert.source import read_layer
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
-from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving
+from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving, load_states, save_states
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest
 from .layer import quantize_head, quantize_layer
 from .memory import moment_memory, stream_place, text_batch
+from .provider import TensorProvider
 from .solve import METHODS, Report
 from .streams import Streams
 
@@ -76,66 +73,77 @@ def plan_memory(g: Geometry, windows: int, length: int, device: torch.device | s
     return MemoryPlan(batch, place, memory)
 
 
-class CalibratedRun:
-    """Writes what is missing of one file; `report` says what was done beyond rounding."""
+class CalibratedRun(TensorProvider):
+    """The tensors of `plan`, each layer quantized on what the quantized layers before it deliver.
+
+    Both streams are kept in `folder` as they enter the step that is next.
+    """
+
+    streams: Streams
 
     def __init__(
-        self,
-        source: Checkpoint,
-        variant: GgufVariant,
-        writer: GgufWriter,
-        calibration: Calibration,
-        device: torch.device | str,
+        self, source: Checkpoint, plan: GgufPlan, calibration: Calibration, device: torch.device | str, folder: Path
     ) -> None:
-        self.source, self.writer, self.calibration, self.device = source, writer, calibration, device
-        self.method = METHODS[calibration.effort]
-        self.steps = variant.steps(source.geometry)
-        self.types = {tensor.name: tensor.type for step in self.steps for tensor in step}
-        self.label, self.report = variant.label, Report()
-        self.dtype = default_dtype(device)
-        g, (windows, length) = source.geometry, calibration.tokens.shape
-        plan = plan_memory(g, windows, length, device)
-        hidden = [HiddenStates(windows, length, g.hidden, folder=writer.folder, device=plan.place) for _ in range(2)]
-        self.streams = Streams(hidden[0], hidden[1], plan.batch, device, plan.moments)
+        """FitError when a layer needs more memory than is free; nothing is allocated before `begin`."""
+        self.source, self.plan, self.calibration, self.device, self.folder = source, plan, calibration, device, folder
+        self.method, self.dtype, self.report = METHODS[calibration.effort], default_dtype(device), Report()
+        windows, length = calibration.tokens.shape
+        self.memory = plan_memory(source.geometry, windows, length, device)
 
-    def write(self) -> None:
-        """All steps from the first that is missing."""
-        first = self._restore()
-        with phase(self.label, len(self.steps), "step", first) as bar:
-            for step in range(first, len(self.steps)):
-                data = self._values(step)
-                for tensor in self.steps[step]:
-                    self.writer.write(tensor.name, data.pop(tensor.name))
-                self._save(step + 1)
-                self.writer.checkpoint()
-                self._drop(step)
-                for line in self.report.of_layer(step - 1):
-                    current().message(line)
-                bar.advance()
+    def begin(self, step: int) -> None:
+        """Both streams as they enter `step`. InputError when their files are damaged or gone."""
+        (windows, length), hidden, memory = self.calibration.tokens.shape, self.source.geometry.hidden, self.memory
+        reference, written = (
+            HiddenStates(windows, length, hidden, folder=self.folder, device=memory.place) for _ in range(2)
+        )
+        self.streams = Streams(reference, written, memory.batch, self.device, memory.moments)
+        if 0 < step < len(self.plan.steps):
+            load_states(self._path(step), self._states())
+
+    def tensors(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, bytes) of the tensors of one step, in order."""
+        data = self._values(step)
+        for tensor in self.plan.steps[step]:
+            yield tensor.name, data.pop(tensor.name)
+
+    def save(self, step: int) -> None:
+        """Both streams as they enter `step`; behind the head nothing is left to keep."""
+        if step < len(self.plan.steps):
+            save_states(self._path(step), self._states())
+
+    def forget(self, step: int) -> None:
+        """Delete the streams that entered `step`."""
+        self._path(step).unlink(missing_ok=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f".hidden-{step:03d}-both"
+
+    def _states(self) -> dict[str, HiddenStates]:
+        return {"reference": self.streams.reference, "written": self.streams.written}
 
     def _values(self, step: int) -> dict[str, np.ndarray]:
-        g = self.source.geometry
+        g, types, layer = self.source.geometry, self.plan.types, self.plan.layer(step)
         if step == 0:
             return {TOKEN_EMBD: self._embed()}
-        if step <= g.layers:
-            weights = read_layer(self.source, step - 1, self.device, self.dtype)
-            with naming(f"layer {step - 1}"):
-                made = quantize_layer(self.streams, weights, step - 1, self.types, g, self.method, self.report)
-            self._check_streams(step - 1)
+        if layer is not None:
+            weights = read_layer(self.source, layer, self.device, self.dtype)
+            with naming(f"layer {layer}"):
+                made = quantize_layer(self.streams, weights, layer, types, g, self.method, self.report)
+            self._check_streams(layer)
             return made
         norm = self.source.read(FINAL_NORM).to(self.device)
-        head = quantize_head(self.streams, self.source.read(HEAD).to(self.device), norm, self.types, g, self.method)
+        head = quantize_head(self.streams, self.source.read(HEAD).to(self.device), norm, types, g, self.method)
         return {OUTPUT_NORM: norm.float().cpu().numpy(), OUTPUT: head}
 
     def _check_streams(self, layer: int) -> None:
         """InputError where the model, or what was made of it, left finite numbers."""
-        for label, hidden in ((self.source.label, self.streams.reference), (self.label, self.streams.written)):
+        for label, hidden in ((self.source.label, self.streams.reference), (self.plan.label, self.streams.written)):
             for start, values in hidden.batches(self.streams.batch, self.streams.device):
                 check_activations(values, leaving(label, layer), start)
 
     def _embed(self) -> np.ndarray:
         """The embeddings' bytes; both streams begin."""
-        info = self.steps[0][0]
+        info = self.plan.steps[0][0]
         stored = encode_nearest(Matrices(self.source, info), self.device)
         reference = self.source.read(EMBED)
         for start in range(0, self.streams.reference.shape[0], self.streams.batch):
@@ -144,46 +152,3 @@ class CalibratedRun:
             written = decode(rows, GGMLType[info.type], info.shape[-1]).view(*tokens.shape, -1)
             self.streams.put(start, torch.nn.functional.embedding(tokens, reference), written)
         return stored
-
-    def _paths(self, step: int) -> tuple[Path, Path]:
-        folder = self.writer.folder
-        return folder / f".hidden-{step:03d}-reference", folder / f".hidden-{step:03d}-written"
-
-    def _save(self, step: int) -> None:
-        """Both streams as they enter `step`, durable before the writer says that it got there."""
-        if step == len(self.steps):
-            return
-        for path, hidden in zip(self._paths(step), (self.streams.reference, self.streams.written), strict=True):
-            with whole_file(path) as file:
-                for _, values in hidden.batches(self.streams.batch):
-                    file.write(values.numpy().data)
-
-    def _drop(self, step: int) -> None:
-        for path in self._paths(step):
-            path.unlink(missing_ok=True)
-
-    def _restore(self) -> int:
-        """The first missing step, with the streams that enter it. InputError when they are not there."""
-        step = first_step(self.steps, self.writer.done)
-        if step == 0 or step == len(self.steps):
-            return step
-        paths = self._paths(step)
-        for path in paths:
-            size = path.stat().st_size if path.is_file() else "no file"
-            if size != self.streams.reference.bytes:
-                raise damaged(path, str(size), f"{self.streams.reference.bytes} bytes that the run left")
-        for path, hidden in zip(paths, (self.streams.reference, self.streams.written), strict=True):
-            values = np.memmap(path, dtype=np.float32, mode="r", shape=hidden.shape)
-            for start in range(0, hidden.shape[0], self.streams.batch):
-                hidden.put(start, torch.from_numpy(values[start : start + self.streams.batch].copy()))
-        return step
-
-
-def first_step(steps: list[list[TensorInfo]], done: int) -> int:
-    """The step that holds the first tensor not written yet; steps are written whole."""
-    for index, step in enumerate(steps):
-        if done < len(step):
-            assert done == 0, f"step {index} is half written"
-            return index
-        done -= len(step)
-    return len(steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...convert.checkpoints.checkpoint import Checkpoint
-from ...convert.gguf.names import OUTPUT, split_block
+from ...convert.gguf.names import OUTPUT
+from ...convert.gguf.plan import GgufPlan
 from ...convert.gguf.writer import TensorInfo
 from ...convert.models.minimax_m2 import FINAL_NORM
 from ...quantize.ggml.types import GGMLType
@@ -21,29 +22,40 @@ from ..statistics.layer_pass import calibrate_layer, plan_moments
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest, encode_tensors
 from .memory import text_batch
+from .provider import TensorProvider
 from .run_stored import INPUT_OF, encode_matrices_of, stem_of
 from .solve import METHODS, Report
 
 DIAGONALS = Collect(full=False)
 
 
-class FastRun:
-    """Tensors of a file, step by step in order; `report` says what was done beyond rounding.
+class FastRun(TensorProvider):
+    """The tensors of `plan`, each searched under the diagonals of one stream.
 
-    The stream is kept in `folder` as it enters each layer, so that a killed run goes on with the same bytes.
+    The stream is kept in `folder` as it enters each layer.
     """
 
-    def __init__(self, source: Checkpoint, tokens: Tensor, device: torch.device | str, folder: Path) -> None:
-        """tokens [W, T] int64."""
-        self.source, self.device, self.report = source, device, Report()
-        batch = text_batch(tokens.shape[1], device)
-        self.stream = Stream(source, tokens, device=device, dtype=default_dtype(device), batch=batch, folder=folder)
+    stream: Stream
 
-    def tensors(self, infos: list[TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, bytes) of tensors of one step, in order."""
-        layer = split_block(infos[0].name)[0]
-        ready = {} if layer is None else self._layer(layer, infos)
-        for info in infos:
+    def __init__(
+        self, source: Checkpoint, plan: GgufPlan, tokens: Tensor, device: torch.device | str, folder: Path
+    ) -> None:
+        """tokens [W, T] int64."""
+        self.source, self.plan, self.tokens, self.device, self.folder = source, plan, tokens, device, folder
+        self.report = Report()
+
+    def begin(self, step: int) -> None:
+        """The stream as it enters the layer of `step`: from the embedding, from its file, or by replaying layers."""
+        batch, dtype = text_batch(self.tokens.shape[1], self.device), default_dtype(self.device)
+        self.stream = Stream(self.source, self.tokens, device=self.device, dtype=dtype, batch=batch, folder=self.folder)
+        if step < len(self.plan.steps):
+            self.stream.start(max(0, step - 1))
+
+    def tensors(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, bytes) of the tensors of one step, in order."""
+        layer = self.plan.layer(step)
+        ready = {} if layer is None else self._layer(layer, self.plan.steps[step])
+        for info in self.plan.steps[step]:
             if info.name in ready:
                 yield info.name, ready[info.name]
             elif info.name == OUTPUT:
@@ -51,20 +63,20 @@ class FastRun:
             else:
                 yield from encode_tensors(self.source, [info], self.device)
 
-    def _enter(self, layer: int) -> None:
-        if self.stream.layer < 0:
-            self.stream.start(layer)
-        assert self.stream.layer == layer
+    def save(self, step: int) -> None:
+        """The stream as it leaves the layer before `step`."""
+        self.stream.save()
 
-    def _layer(self, layer: int, infos: list[TensorInfo]) -> dict[str, np.ndarray]:
+    def forget(self, step: int) -> None:
+        """Delete the streams that entered the layers up to that of `step`."""
+        self.stream.keep_from(step)
+
+    def _layer(self, layer: int, infos: Sequence[TensorInfo]) -> dict[str, np.ndarray]:
         """Bytes of a layer's matrices by name; the stream leaves the layer."""
-        self._enter(layer)
+        assert self.stream.layer == layer
         weights, g = self.stream.read_layer(layer), self.source.geometry
         domain = torch.zeros(self.stream.hidden.shape[0], dtype=torch.int64)
-        plan = plan_moments(g, DIAGONALS, 0)
-        statistics = calibrate_layer(self.stream, weights, domain, 1, DIAGONALS, plan)
-        self.stream.save()
-        self.stream.keep_from(layer)
+        statistics = calibrate_layer(self.stream, weights, domain, 1, DIAGONALS, plan_moments(g, DIAGONALS, 0))
         names = {stem: info for info in infos if (stem := stem_of(info.name)) in INPUT_OF}
         kinds = {stem: GGMLType[info.type] for stem, info in names.items()}
         moments = {stem: getattr(statistics, INPUT_OF[stem]) for stem in names}
@@ -73,7 +85,7 @@ class FastRun:
 
     def _head_importance(self) -> Tensor:
         """[H] mean square of what the head sees."""
-        self._enter(self.source.geometry.layers)
+        assert self.stream.layer == self.source.geometry.layers
         norm = self.source.read(FINAL_NORM).to(self.stream.device)
         total, rows = torch.zeros_like(norm), 0
         for _, hidden in self.stream.hidden.batches(self.stream.batch, self.stream.device):

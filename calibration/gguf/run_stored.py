@@ -22,7 +22,7 @@ from ...convert.files.atomic import sha256_file
 from ...convert.gguf.imatrix import Imatrix, read_imatrix, split_matrices
 from ...convert.gguf.metadata import Importance
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, split_block
-from ...convert.gguf.writer import TensorInfo
+from ...convert.gguf.plan import GgufPlan
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...convert.source import read_layer
 from ...quantize.ggml.codec import encode
@@ -35,6 +35,7 @@ from ..statistics.store import StoredStatistics, open_statistics
 from .encode import encode_tensors
 from .layer import ROLES
 from .moments import PRIOR, Pair
+from .provider import TensorProvider
 from .solve import METHODS, Method, Report, solve
 
 INPUT_OF = {
@@ -132,17 +133,23 @@ def check_imatrix(path: Path, imatrix: Imatrix, geometry: Geometry) -> None:
         )
 
 
-def stored_tensors(
-    source: Checkpoint, stored: Stored, tensors: list[TensorInfo], device: torch.device | str, report: Report
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, bytes) of tensors of one step, in order."""
-    layer = split_block(tensors[0].name)[0]
-    kinds = {stem_of(info.name): GGMLType[info.type] for info in tensors}
-    chosen = {name: kinds[name] for name in INPUT_OF if name in kinds}
-    ready = {} if layer is None else encode_layer(source, stored, layer, chosen, device, report)
-    for info in tensors:
-        data = ready.pop(stem_of(info.name), None)
-        yield from [(info.name, data)] if data is not None else encode_tensors(source, [info], device)
+class StoredRun(TensorProvider):
+    """The tensors of `plan` under stored statistics; nothing is carried from step to step."""
+
+    def __init__(self, source: Checkpoint, plan: GgufPlan, stored: Stored, device: torch.device | str) -> None:
+        self.source, self.plan, self.stored, self.device, self.report = source, plan, stored, device, Report()
+
+    def tensors(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, bytes) of the tensors of one step, in order."""
+        layer, infos = self.plan.layer(step), self.plan.steps[step]
+        kinds = {stem_of(info.name): GGMLType[info.type] for info in infos}
+        chosen = {name: kinds[name] for name in INPUT_OF if name in kinds}
+        ready = {}
+        if layer is not None:
+            ready = encode_layer(self.source, self.stored, layer, chosen, self.device, self.report)
+        for info in infos:
+            data = ready.pop(stem_of(info.name), None)
+            yield from [(info.name, data)] if data is not None else encode_tensors(self.source, [info], self.device)
 
 
 def stem_of(name: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,7 +112,7 @@ class GgufWriter:
     as an uninterrupted one.
     """
 
-    def __init__(self, folder: Path, parts: list[Part], run: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, parts: Sequence[Part], run: Mapping[str, Any] | None = None) -> None:
         """`run` names whatever else decides the bytes (settings, statistics).
 
         InputError when the folder holds an unfinished run of another one, or a damaged one.

@@ -36,12 +36,13 @@ import resource, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from mmquant.calibration.gguf.encode import encode_tensors
-from mmquant.calibration.gguf.run import CalibratedRun, Calibration
+from mmquant.calibration.gguf.run import Calibration
 from mmquant.convert.gguf.mixes import find_mix
+from mmquant.convert.gguf.plan import GgufPlan, plan_steps
 from mmquant.convert.gguf.variant import GgufVariant
 from mmquant.convert.gguf.writer import GgufWriter, plan_parts
 from mmquant.convert.models.minimax_m2 import Geometry
+from mmquant.runs.gguf import provider_of, write_steps
 
 class Made:
     geometry = Geometry(int(sys.argv[2]), 512, 4, 2, 64, 8, 2, 1024, 256, 32, 5e6, 1e-6, 128)
@@ -56,16 +57,13 @@ class Made:
 
 source = Made()
 variant = GgufVariant(find_mix("Q4_K" if sys.argv[3] == "calibrated" else "BF16"), "m", sys.argv[3] == "calibrated")
-steps = variant.steps(source.geometry)
-writer = GgufWriter(Path(sys.argv[1]), plan_parts("m", {}, tuple(t for s in steps for t in s)))
-if sys.argv[3] == "calibrated":
-    tokens = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(0))
-    CalibratedRun(source, variant, writer, Calibration(tokens, {}, "random"), "cpu").write()
-else:
-    for step in steps:
-        for name, data in encode_tensors(source, step, "cpu"):
-            writer.write(name, data)
-        writer.checkpoint()
+steps = plan_steps(variant, source.geometry)
+plan = GgufPlan("m", steps, tuple(plan_parts("m", {}, tuple(t for s in steps for t in s))))
+tokens = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(0))
+calibration = Calibration(tokens, {}, "random") if sys.argv[3] == "calibrated" else None
+folder = Path(sys.argv[1])
+writer = GgufWriter(folder, plan.parts)
+write_steps(plan, writer, provider_of(source, plan, calibration, "cpu", folder))
 writer.finish()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
