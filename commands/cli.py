@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -25,6 +27,19 @@ COMMANDS = {
     "doctor": "Finds and repairs what breaks a GGUF file.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
+}
+
+# What the system says of a path that the user chose wrongly.
+PLACES = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 }
 
 
@@ -100,6 +115,8 @@ def catch_signals() -> None:
 def main() -> None:
     """Run the command line; every user's error becomes one line on stderr and its exit code, a bug a traceback."""
     catch_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         cli.main(prog_name="mmquant", standalone_mode=False)
     except click.exceptions.Exit as done:
@@ -129,6 +146,8 @@ def explained(error: Exception) -> tuple[str, int]:
         raise error
     from ..runs.folder import disk_full
 
+    if error.errno in PLACES and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}, expected a place that can be read or written", 2
     return str(error), 5 if disk_full(error) else 1
 
 

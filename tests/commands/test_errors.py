@@ -200,3 +200,24 @@ def test_the_demo_ends_with_its_table_without_matplotlib(tmp_path: Path) -> None
     assert done.stdout.startswith("variant ")
     assert "no report.html: matplotlib is not installed" in done.stderr
     assert not (tmp_path / "o" / "report.html").exists()
+
+
+def test_a_place_that_cannot_be_is_the_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for place in (tmp_path / "file" / "a", tmp_path / "dangling", tmp_path / ("x" * 300)):
+        code, _, errors = run(monkeypatch, capsys, "fp8", "--model", tiny, "--out", place)
+        assert code == 2
+        assert errors.startswith(f"mmquant: {place}")
+        assert errors.count("\n") == 1
+
+
+def test_a_name_that_the_terminal_cannot_show_is_no_failure(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "\u00fc"
+    command = [sys.executable, "-m", "mmquant", "fp8", "--model", str(tiny), "--out", str(out), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\xfc" in done.stdout

@@ -41,6 +41,7 @@ class Geometry:
         Raises InputError naming the key that is missing or malformed. `models.architecture_of` has chosen this class.
         """
         check_scoring(config)
+        check_variants(config)
         head_dim, context = _positive(config, "head_dim"), _positive(config, "max_position_embeddings")
         rope = read_rope(config, head_dim, context)
         geometry = cls(
@@ -106,6 +107,17 @@ def check_scoring(config: dict[str, Any]) -> None:
     scoring = config.get("scoring_func", "sigmoid")
     if scoring != "sigmoid":
         raise InputError(f"config.json: scoring_func is {short(scoring)}, expected sigmoid")
+
+
+def check_variants(config: dict[str, Any]) -> None:
+    """InputError for a relative of MiniMax-M2 whose layers compute something else: the tensors alone do not tell."""
+    if config.get("hidden_act") not in (None, "silu", "swish"):
+        raise InputError(f"config.json: hidden_act is {short(config['hidden_act'])}, expected silu")
+    if config.get("use_qk_norm") not in (None, True):
+        raise InputError(f"config.json: use_qk_norm is {short(config['use_qk_norm'])}, expected true")
+    kinds = config.get("attn_type_list")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != 1 for kind in kinds)):
+        raise InputError(f"config.json: attn_type_list is {short(kinds)}, expected 1 (full attention) for every layer")
 
 
 def _epsilon(config: dict[str, Any]) -> float:

@@ -183,6 +183,9 @@ def test_every_flipped_header_byte_is_an_error_or_harmless(tiny: Path) -> None:
     [
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "architecture is LlamaForCausalLM"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax', expected sigmoid"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected silu"),
+        ({"use_qk_norm": False}, "use_qk_norm is False, expected true"),
+        ({"attn_type_list": [1, 0, 1]}, r"attn_type_list is \[1, 0, 1\], expected 1"),
         ({"num_local_experts": 0}, "num_local_experts is 0"),
         ({"num_key_value_heads": 4}, "6 heads are not a multiple of 4"),
         ({"num_experts_per_tok": 9}, "9 experts per token of 5"),
