@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class Experts:
     """The experts of a layer on their way: `new` and `out` (bytes by short name) are filled, chunk by chunk.
 
     largest  [E] the reference's largest sums of 32 inputs of w2, known when all inputs were collected
+    plain    by short name, the experts that were rounded without feedback after all
     """
 
     streams: Streams
@@ -42,6 +43,7 @@ class Experts:
     method: Method
     out: dict[str, np.ndarray]
     largest: Tensor
+    plain: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def exponents(self) -> Tensor:
@@ -83,10 +85,12 @@ class Experts:
             part = slice(few.start - kept.start, few.stop - kept.start)
             weight = torch.cat([getattr(source, role) for role in roles], 1)
             with naming(" and ".join(names)):
-                found = solve_part(weight, self.kinds[names[0]], pair, part, self.method)
+                found = solve_part(weight, self.kinds[names[0]], pair, part, self.method, len(names))
             data, values = np.split(found[0], len(names), 1), found[1].chunk(len(names), 1)
             for index, (name, role) in enumerate(zip(names, roles, strict=True)):
                 self.out[name][few], getattr(self.new, role)[few] = data[index], values[index]
+                if len(worse := found[2][:, index].nonzero().flatten().tolist()):
+                    self.plain.setdefault(name, []).extend(start + expert for expert in worse)
 
 
 def quantize_experts(
@@ -114,6 +118,7 @@ def quantize_experts(
     report.unseen |= {(layer, e) for e, count in enumerate(rows.tolist()) if count == 0}
     report.rescaled |= {(layer, e): int(k) for e, k in enumerate(experts.exponents.tolist()) if k > 0}
     each_pooled(chunks, experts.leaving if len(chunks) == 1 else experts.middle, experts.solve_middle)
+    report.plain |= {(layer, name): found for name, found in experts.plain.items()}
     if len(chunks) > 1:
         pass_experts(streams, streams.reference, weights, g)
     return new

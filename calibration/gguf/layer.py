@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmquant.errors import naming
@@ -34,7 +35,9 @@ def quantize_layer(
     prefix = f"blk.{layer}."
     kinds = {name: GGMLType[types[prefix + name + ".weight"]] for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}
     out: dict[str, np.ndarray] = {}
-    new = quantize_attention(streams, weights, kinds, g, method, out)
+    plain: dict[str, list[int]] = {}
+    new = quantize_attention(streams, weights, kinds, g, method, out, plain)
+    report.plain |= {(layer, name): found for name, found in plain.items()}
     if method.correct and method.repair:
         new = replace(new, router=repaired_router(streams, weights, g, method))
     new = quantize_experts(streams, weights, new, layer, kinds, g, method, report, out)
@@ -53,15 +56,19 @@ def quantize_attention(
     g: Geometry,
     method: Method,
     out: dict[str, np.ndarray],
+    plain: dict[str, list[int]],
 ) -> LayerWeights:
-    """q, k, v, then o on what they give; the streams move past attention. Bytes are added to `out`."""
+    """q, k, v, then o on what they give; the streams move past attention. Bytes are added to `out`,
+    what was rounded without feedback to `plain`.
+    """
     new = weights
     for names in (("attn_q", "attn_k", "attn_v"), ("attn_output",)):
         pair = output_pair(streams, weights, new, g) if names == ("attn_output",) else input_pair(streams, weights, g)
         for name in names:
             role = ROLES[ATTENTION_TENSORS[name]]
             with naming(name):
-                out[name], value = solve(getattr(weights, role).unsqueeze(0), kinds[name], pair, method)
+                matrix, noted = getattr(weights, role).unsqueeze(0), plain.setdefault(name, [])
+                out[name], value = solve(matrix, kinds[name], pair, method, plain=noted)
             new = replace(new, **{role: value[0]})
     pass_attention(streams, new, g)
     return new
@@ -69,8 +76,11 @@ def quantize_attention(
 
 def repaired_router(streams: Streams, weights: LayerWeights, g: Geometry, method: Method) -> Tensor:
     """The router (float32 in the file) that on the quantized stream gives scores nearest to the reference's."""
-    own, cross = method.moments(router_pair(streams, weights, g), slice(None))
-    return corrected(weights.router.unsqueeze(0), own, cross, method.damping)[0]
+    pair, exact = router_pair(streams, weights, g), weights.router.float().unsqueeze(0)
+    better = corrected(exact, *method.moments(pair, slice(None)), method.damping)
+    assert pair.held is not None
+    share = pair.held.share(slice(None), pair.held.agreement(slice(None), exact, better))
+    return torch.lerp(exact, better, share.unsqueeze(2))[0]
 
 
 def quantize_head(

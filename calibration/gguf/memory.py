@@ -18,6 +18,7 @@ from ..int4.layer import working_memory
 from ..model.forward import rows_at_once
 from ..model.stream import batch_windows
 from ..statistics.layer_pass import free_memory, layer_bytes
+from .held import HELD
 
 WEIGHT_COPIES, MOMENT_COPIES = 11, 8  # float32 copies of weights and of moments that a solve holds at once
 CPU_WORK = 1 << 29  # bytes of them on a CPU
@@ -51,8 +52,8 @@ def text_batch(length: int, device: torch.device | str) -> int:
 
 
 def pair_bytes(inputs: int) -> int:
-    """Own and cross moments of one matrix."""
-    return 2 * 4 * inputs**2
+    """Own and cross moments of one matrix, and its held-out rows."""
+    return 2 * 4 * inputs * (inputs + HELD)
 
 
 def solve_bytes(rows: int, inputs: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...quantize.linear_algebra import cholesky, full_float32
+from .held import Held
 
 PRIOR = 4.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
 # Ridge of both moments, as shares of the mean diagonal: for text of another kind, and at one row per input.
@@ -33,7 +34,7 @@ class Pool:
 @dataclass(frozen=True)
 class Pair:
     """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T, weight and rows
-    [E]. `pool`: of all matrices of the layer when these are only some of them.
+    [E]. `pool`: of all matrices of the layer when these are only some of them; `held`: rows that are in no sum.
     """
 
     own: Tensor
@@ -41,25 +42,31 @@ class Pair:
     weight: Tensor
     rows: Tensor
     pool: Pool | None = None
+    held: Held | None = None
 
     @classmethod
     def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Pair:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        return cls(zeros(matrices, inputs, inputs), zeros(matrices, inputs, inputs), zeros(matrices), zeros(matrices))
+        square, rows = (matrices, inputs, inputs), Held.empty(matrices, inputs, device)
+        return cls(zeros(*square), zeros(*square), zeros(matrices), zeros(matrices), held=rows)
 
     def add(self, matrix: int, x: Tensor, z: Tensor, share: Tensor | None = None) -> None:
         """Rows x, z [R, n] of one matrix, each counted by share^2 [R]."""
         if not len(x):
             return
         whole = x.dtype != torch.bfloat16  # sums over bfloat16 rows lose nothing that counts in TF32
-        x, z = (rows.float() if share is None else rows.float() * share.unsqueeze(1) for rows in (x, z))
+        weight = torch.ones(len(x), device=x.device) if share is None else share.float()
+        x, z = (rows.float() * weight.unsqueeze(1) for rows in (x, z))
+        if self.held is not None:
+            out = self.held.take(matrix, x, z)
+            x[out], z[out], weight[out] = 0.0, 0.0, 0.0
         with full_float32(whole):
             self.own[matrix].addmm_(z.T, z)
             self.cross[matrix].addmm_(x.T, z)
-        self.weight[matrix] += len(x) if share is None else share.square().sum()
-        self.rows[matrix] += len(x)
+        self.weight[matrix] += weight.square().sum()
+        self.rows[matrix] += (weight != 0).sum()
 
     def energy(self) -> Tensor:
         """[E] mean square of an input."""

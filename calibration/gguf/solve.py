@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from ...quantize.ggml.codec import decode, encode
 from ...quantize.ggml.scalar import ldlq as feedback
 from ...quantize.ggml.scalar.grid import FORMS
 from ...quantize.ggml.types import GGMLType
+from .held import Held
 from .memory import WEIGHT_COPIES, solve_bytes, solve_memory
 from .moments import FLOOR, PRIOR, SAMPLING, Pair, corrected
 
@@ -56,10 +57,13 @@ METHODS = {
 
 @dataclass
 class Report:
-    """What a run did beyond rounding: powers of rescaled experts by (layer, expert), experts that saw no token."""
+    """What a run did beyond rounding: powers of rescaled experts by (layer, expert), experts that saw no token,
+    and by layer and tensor the experts that were rounded plainly, since error feedback was worse on held-out rows.
+    """
 
     rescaled: dict[tuple[int, int], int] = field(default_factory=dict)
     unseen: set[tuple[int, int]] = field(default_factory=set)
+    plain: dict[tuple[int, str], list[int]] = field(default_factory=dict)
 
     def of_layer(self, layer: int) -> Iterator[str]:
         """What the user should know of a layer, a line each."""
@@ -67,20 +71,34 @@ class Report:
         unseen = [str(expert) for place, expert in sorted(self.unseen) if place == layer]
         if rescaled:
             yield f"layer {layer}: experts {', '.join(rescaled)} rescaled, their sums would overflow float16 on CUDA"
+        for (place, name), experts in self.plain.items():
+            if place == layer and experts:
+                whose = f" of experts {', '.join(map(str, experts))}" if name.endswith("_exps") else ""
+                yield f"layer {layer}: {name}{whose} rounded without error feedback, which held-out rows say is worse"
         if unseen:
             yield f"layer {layer}: experts {', '.join(unseen)} saw no token, the layer's pooled moments stand in"
 
 
 def solve(
-    weight: Tensor, kind: GGMLType, pair: Pair, method: Method, step: int | None = None
+    weight: Tensor,
+    kind: GGMLType,
+    pair: Pair,
+    method: Method,
+    step: int | None = None,
+    plain: list[int] | None = None,
 ) -> tuple[np.ndarray, Tensor]:
-    """Bytes [E, O, b] uint8 and values [E, O, n] (of weight's dtype) of E matrices [E, O, n], `step` at a time."""
+    """Bytes [E, O, b] uint8 and values [E, O, n] (of weight's dtype) of E matrices [E, O, n], `step` at a time.
+
+    plain takes those that were rounded without feedback after all.
+    """
     experts, rows, n = weight.shape
     out, values, pair = np.empty((experts, rows, kind.row_bytes(n)), np.uint8), torch.empty_like(weight), pair.pooled()
     step = step if step is not None else experts_at_once(weight)
     for start in range(0, experts, step):
         part = slice(start, start + step)
-        out[part], values[part] = solve_part(weight[part], kind, pair, part, method)
+        out[part], values[part], worse = solve_part(weight[part], kind, pair, part, method)
+        if plain is not None:
+            plain += [start + expert for expert in worse[:, 0].nonzero().flatten().tolist()]
     return out, values
 
 
@@ -96,23 +114,80 @@ def rows_at_once(weight: Tensor) -> int:
     return max(256, (solve_memory(weight.device) - solve_bytes(0, n)) // (4 * WEIGHT_COPIES * n))
 
 
-def solve_part(weight: Tensor, kind: GGMLType, pair: Pair, part: slice, method: Method) -> tuple[np.ndarray, Tensor]:
-    """Bytes [E, O, b] uint8 and values [E, O, n] float32 of the matrices `part` of a pair, all at once."""
+def solve_part(
+    weight: Tensor,
+    kind: GGMLType,
+    pair: Pair,
+    part: slice,
+    method: Method,
+    matrices: int = 1,
+    share: Tensor | None = None,
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Bytes [E, O, b] uint8 and values [E, O, n] float32 of the matrices `part` of a pair, all at once.
+
+    Also [E, matrices] which were rounded plainly after all (Held.worse); matrices: how many are stacked by rows; share
+    [E, matrices]: of the correction, where it is known (else held-out rows say).
+    """
+    none = torch.zeros(len(weight), matrices, dtype=torch.bool, device=weight.device)
     if kind in PLAIN_TYPES:
         stored = encode(weight.float().flatten(0, 1), kind).view(*weight.shape[:2], -1)
         values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(weight)
-        return to_host(stored).numpy(), values
+        return to_host(stored).numpy(), values, none
     block = rows_at_once(weight)
     if len(weight) == 1 and block < weight.shape[1]:  # larger than the working memory
-        pieces = [solve_part(few, kind, pair, part, method) for few in weight.split(block, 1)]
-        data, values = zip(*pieces, strict=True)
-        return np.concatenate(data, 1), torch.cat(values, 1)
+        share = correction_share(weight.split(block, 1), pair, part, method)
+        pieces = [solve_part(few, kind, pair, part, method, share=share) for few in weight.split(block, 1)]
+        data, values, plain = zip(*pieces, strict=True)
+        return np.concatenate(data, 1), torch.cat(values, 1), torch.stack(plain).any(0)
     own, cross = method.moments(pair, part)
-    target = weight.float()
+    exact = target = weight.float()
+    held = pair.held if method.feedback else None
     if method.correct:
-        target = corrected(target, own, cross, method.damping)
+        target = corrected(exact, own, cross, method.damping)
+        if held is not None and share is None:
+            share = held.share(part, held.agreement(part, exact, target, matrices))
+        if share is not None:
+            target = exact + share.repeat_interleave(weight.shape[1] // matrices, 1).unsqueeze(2) * (target - exact)
     stored = _rounded(target, kind, own, method)
-    return to_host(stored).numpy(), decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(target)
+    values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(target)
+    if held is not None:
+        none = replace_worse(exact, kind, (held, part), own, (stored, values), matrices)
+    return to_host(stored).numpy(), values, none
+
+
+def correction_share(blocks: Sequence[Tensor], pair: Pair, part: slice, method: Method) -> Tensor | None:
+    """[E, 1] share of the correction that held-out rows confirm, of a matrix that comes in blocks of rows."""
+    held = pair.held
+    if held is None or not (method.correct and method.feedback):
+        return None
+    moments, sums = method.moments(pair, part), torch.zeros(2, 1, 1, device=held.x.device)
+    for block in blocks:
+        exact = block.float()
+        sums += held.agreement(part, exact, corrected(exact, *moments, method.damping))
+    return held.share(part, sums)
+
+
+def replace_worse(
+    weight: Tensor,
+    kind: GGMLType,
+    rows: tuple[Held, slice],
+    own: Tensor,
+    made: tuple[Tensor, Tensor],
+    matrices: int,
+) -> Tensor:
+    """Round plainly, under the diagonal of `own`, what held-out rows say errs more than that; which [E, matrices].
+
+    made: bytes [E, O, b] and values [E, O, n], changed in place.
+    """
+    held, part = rows
+    diagonal = own.diagonal(dim1=1, dim2=2)
+    worse = held.worse(part, weight, made[1], kind, diagonal, matrices)
+    each = weight.shape[1] // matrices
+    for expert, matrix in worse.nonzero().tolist():
+        some = slice(matrix * each, (matrix + 1) * each)
+        data = encode(weight[expert, some], kind, diagonal[expert].contiguous())
+        made[0][expert, some], made[1][expert, some] = data, decode(data, kind, weight.shape[2])
+    return worse
 
 
 def _rounded(target: Tensor, kind: GGMLType, own: Tensor, method: Method) -> Tensor:

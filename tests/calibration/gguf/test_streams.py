@@ -30,7 +30,7 @@ def rows(count: int, n: int, seed: int = 0) -> Tensor:
 
 
 def filled(x: Tensor, z: Tensor, share: Tensor | None = None) -> Pair:
-    pair = Pair.empty(1, x.shape[1], "cpu")
+    pair = replace(Pair.empty(1, x.shape[1], "cpu"), held=None)
     for part in range(0, len(x), 7):  # added in pieces
         piece = slice(part, part + 7)
         pair.add(0, x[piece], z[piece], None if share is None else share[piece])
@@ -70,7 +70,7 @@ def test_without_moments_weights_stay(bad: float) -> None:
 
 
 def test_an_expert_without_rows_takes_the_pool() -> None:
-    pair = Pair.empty(2, 6, "cpu")
+    pair = replace(Pair.empty(2, 6, "cpu"), held=None)
     x, z = rows(500, 6), rows(500, 6, 1)
     pair.add(0, x, z)
     own, cross = pair.means(slice(None), prior=1.0, floor=0.0, sampling=0.0)
@@ -120,7 +120,8 @@ def test_both_streams_pass_a_layer_as_the_forward_does() -> None:
     pass_experts(both, both.written, weights, g)
     for pair in pairs:
         assert torch.allclose(pair.own, pair.cross, rtol=1e-4, atol=1e-3)
-    assert float(first.rows.sum()) == 2 * 64 * g.experts_per_token
+    assert first.held is not None
+    assert float(first.rows.sum()) + sum(first.held.count) == sum(first.held.met) == 2 * 64 * g.experts_per_token
     watch = Largest(g.experts)
     expected = layer_forward(weights, g, hidden, watch)
     assert torch.allclose(largest, watch.sums)

@@ -1,0 +1,88 @@
+"""Held-out rows: a few of each matrix that its moments never saw, and what they say of what was fitted to the others.
+
+The correction goes as far as they confirm, and a matrix that error feedback made worse than a plain search weighted by
+importance is rounded plainly. Rows are those of other tokens, of the same text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...quantize.ggml.codec import decode, encode
+from ...quantize.ggml.types import GGMLType
+
+HELD, STRIDE = 128, 16  # rows at most, every which row of a matrix
+FEWEST = 16  # rows that decide anything
+SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compared
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows of E matrices of n inputs: x of the reference, z of the written model [E, HELD, n], each times its router
+    weight, zero where there is none; how many were met and how many are held, by matrix.
+    """
+
+    x: Tensor
+    z: Tensor
+    met: list[int]
+    count: list[int] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Held:
+        x, z = (torch.zeros(matrices, HELD, inputs, device=device) for _ in range(2))
+        return cls(x, z, [0] * matrices, [0] * matrices)
+
+    def take(self, matrix: int, x: Tensor, z: Tensor) -> slice:
+        """Hold some of the next rows [R, n] of a matrix; which of them, for whoever sums the rest."""
+        first = (STRIDE // 2 - self.met[matrix]) % STRIDE
+        room = HELD - self.count[matrix]
+        chosen = slice(first, min(len(x), first + STRIDE * room) if room else 0, STRIDE)
+        rows = x[chosen]
+        place = slice(self.count[matrix], self.count[matrix] + len(rows))
+        self.x[matrix, place], self.z[matrix, place] = rows, z[chosen]
+        self.met[matrix] += len(x)
+        self.count[matrix] += len(rows)
+        return chosen
+
+    def enough(self, part: slice) -> Tensor:
+        """[E] which matrices of `part` have rows to decide by."""
+        return torch.tensor(self.count[part], device=self.x.device) >= FEWEST
+
+    def agreement(self, part: slice, weight: Tensor, target: Tensor, matrices: int = 1) -> Tensor:
+        """[2, E, matrices]: of what outputs lack and what target - weight [E, O, n] gives, the product and the latter's
+        square. Both add over blocks of rows. matrices: how many are stacked by rows.
+        """
+        x, z = self.x[part], self.z[part]
+        missing, given = (x - z) @ weight.mT, z @ (target - weight).mT
+        sums = torch.stack(((missing * given).sum(1), given.square().sum(1)))
+        return sums.unflatten(-1, (matrices, -1)).sum(-1)
+
+    def share(self, part: slice, agreement: Tensor) -> Tensor:
+        """[E, matrices] in 0..1: how much of the difference brings outputs nearest to the reference's."""
+        best = agreement[0] / agreement[1].clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.where(self.enough(part).unsqueeze(1), best.clamp(0, 1), torch.ones_like(best))
+
+    def errors(self, part: slice, weight: Tensor, values: Tensor) -> Tensor:
+        """[E, O] squared error of the outputs of `values` on z against those of `weight` on x."""
+        return (self.x[part] @ weight.mT - self.z[part] @ values.mT).square().sum(1)
+
+    def worse(
+        self, part: slice, weight: Tensor, values: Tensor, kind: GGMLType, importance: Tensor, matrices: int
+    ) -> Tensor:
+        """[E, matrices] where `values` [E, O, n] err more than a plain search under importance [E, n] would.
+
+        matrices: how many are stacked by rows. SAMPLE outputs of each decide.
+        """
+        experts, outputs, n = weight.shape
+        each = outputs // matrices
+        inside = torch.linspace(0, each - 1, min(SAMPLE, each), device=weight.device).round().long()
+        rows = (torch.arange(matrices, device=weight.device).unsqueeze(1) * each + inside).flatten()
+        some = weight[:, rows].float()
+        plain = decode(encode(some.flatten(0, 1), kind, importance.contiguous()), kind, n).view_as(some)
+        found, simple = (
+            self.errors(part, some, v).view(experts, matrices, -1).sum(-1) for v in (values[:, rows], plain)
+        )
+        return (found > simple) & self.enough(part).unsqueeze(1)
