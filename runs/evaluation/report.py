@@ -31,13 +31,15 @@ CIRCLES = (
     "the reference had Q6_K experts, 10 chunks of 8192 tokens, corpus not stated. A guide to the slope, not to be "
     "compared with.</p>"
 )
-COMPARABLE = 20e9  # bytes; a smaller model's file cannot stand on the same axis as the published ones
+M27_PARAMETERS = 228_689_764_864  # by its geometry; only beside that model are the published points drawn
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.2rem .7rem;text-align:right;
 border-bottom:1px solid #ddd;white-space:nowrap}.note{color:#555;font-size:.86rem}
 td:first-child,th:first-child{text-align:left}img{max-width:100%}
 .fail{color:#b00020;font-weight:600}.pass{color:#1b6e3c;font-weight:600}pre{overflow-x:auto;background:#f6f6f6;
-padding:.7rem}h2{margin-top:2.5rem}"""
+padding:.7rem}h2{margin-top:2.5rem}.wide{overflow-x:auto}
+@media(prefers-color-scheme:dark){body{background:#15181c;color:#dfe3e8}.note{color:#a5adb6}td,th{border-color:#3a4048}
+pre{background:#20252b}.fail{color:#ff7b86}.pass{color:#6fce97}}"""
 
 
 PLOTS = "matplotlib is not installed, expected pip install 'mmquant[report]'"
@@ -64,14 +66,16 @@ def write_report(path: Path, result: dict[str, Any]) -> None:
     check_plots(str(path))
     parts = [f"<h1>Distance to {html.escape(result['reference']['label'])}</h1>", _summary(result), _numbers(result)]
     if result["candidates"]:
-        parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size"), CIRCLES]
+        parts += ["<h2>Size and distance</h2>", _image(_size_plot(result), "KL divergence against size")]
+        parts += [CIRCLES] if is_m27(result) else []
         parts += ["<h2>By domain</h2>", _image(_domain_plot(result), "KL divergence by domain")]
     if any(candidate["layers"] for candidate in result["candidates"]):
         parts += ["<h2>Where it is lost</h2>", _image(_layer_plot(result), "relative error by layer")]
         parts += ["<h2>Chosen experts</h2>", _image(_overlap_plot(result), "overlap of the chosen experts")]
     parts += ["<h2>What was measured</h2>", f"<pre>{html.escape(json.dumps(result['sample'], indent=1))}</pre>"]
     parts += [f"<h2>As text</h2><pre>{html.escape(table(result))}</pre>"]
-    head = f'<meta charset="utf-8"><title>mmquant eval</title><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>mmquant eval</title>'
+    head += f"<style>{STYLE}</style>"
     body = "\n".join(parts)
     write_whole(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'.encode())
 
@@ -105,7 +109,7 @@ def _numbers(result: dict[str, Any]) -> str:
             _form(None if c["top1"] is None else 100 * c["top1"], ".2f"), str(c["nonfinite"]),
         )  # fmt: skip
         rows += "</tr><tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-    return f"<table><tr>{rows}</tr></table>"
+    return f'<div class="wide"><table><tr>{rows}</tr></table></div>'
 
 
 def _form(value: float | None, form: str) -> str:
@@ -132,20 +136,44 @@ def _short(label: str) -> str:
     return Path(label).name or label
 
 
+def _colour(index: int) -> str:
+    """The colour of a candidate in every plot, by its place in the result."""
+    return f"C{index % 10}"
+
+
+def is_m27(result: dict[str, Any]) -> bool:
+    """Whether the model that was scored has as many parameters as MiniMax-M2.7."""
+    sized = [c for c in result["candidates"] if c.get("bytes") and c.get("bits_per_weight")]
+    return any(round(8 * c["bytes"] / c["bits_per_weight"]) == M27_PARAMETERS for c in sized)
+
+
 def _size_plot(result: dict[str, Any]) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure, (left, right) = _figure(2)
     measured = [c for c in result["candidates"] if "bytes" in c and c["kld"]["mean"]]
-    large = any(c["bytes"] > COMPARABLE for c in measured)
+    published = is_m27(result)
     for axes, key, scale in ((left, "bytes", 1e-9), (right, "bits_per_weight", 1.0)):
-        if key == "bits_per_weight" or large:
+        if published:
             at = [(gib * 1.073741824 if key == "bytes" else bpw, kld) for _, gib, bpw, kld in PUBLISHED]
             axes.plot(*zip(*at, strict=True), "o", mfc="none", color="gray", label="published, by another protocol")
-        for c in measured:
+        for i, c in enumerate(result["candidates"]):
+            if c not in measured:
+                continue
             low, high = c["kld"]["mean_ci95"] or (c["kld"]["mean"],) * 2
             error = [[max(0.0, c["kld"]["mean"] - low)], [max(0.0, high - c["kld"]["mean"])]]
-            axes.errorbar(c[key] * scale, c["kld"]["mean"], yerr=error, fmt="s", capsize=3, label=_short(c["label"]))
+            axes.errorbar(
+                c[key] * scale,
+                c["kld"]["mean"],
+                yerr=error,
+                fmt="s",
+                capsize=3,
+                color=_colour(i),
+                label=_short(c["label"]),
+            )
         if result["floor"] and result["floor"]["kld"]["mean"]:
             axes.axhline(result["floor"]["kld"]["mean"], ls=":", color="black", label="noise floor")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))  # more would overlap: 0.0125, 0.0150
         axes.set_xlabel("GB" if key == "bytes" else "bits per weight")
         axes.set_ylabel("mean KL divergence, nats")
         if measured:
@@ -162,7 +190,9 @@ def _domain_plot(result: dict[str, Any]) -> Figure:
     names = [name for name, found in candidates[0]["domains"].items() if found["tokens"]]
     for i, c in enumerate(candidates):
         values = [c["domains"][name]["kld"]["mean"] or 0.0 for name in names]
-        axes.bar([at + i * width for at in range(len(names))], values, width, label=_short(c["label"]))
+        axes.bar(
+            [at + i * width for at in range(len(names))], values, width, color=_colour(i), label=_short(c["label"])
+        )
     axes.set_xticks([at + 0.4 - width / 2 for at in range(len(names))], names)
     axes.set_ylabel("mean KL divergence, nats")
     axes.grid(alpha=0.3, axis="y")
@@ -174,10 +204,10 @@ def _layer_plot(result: dict[str, Any]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = _figure(1)
-    for c in result["candidates"]:
+    for i, c in enumerate(result["candidates"]):
         shown = [(layer["layer"], layer["relative_error"]) for layer in c["layers"] if layer["relative_error"]]
         if shown:
-            axes.plot(*zip(*shown, strict=True), marker=".", label=_short(c["label"]))
+            axes.plot(*zip(*shown, strict=True), marker=".", color=_colour(i), label=_short(c["label"]))
             axes.set_yscale("log")
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -237,6 +237,9 @@ def test_the_report_stands_alone(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.exception
     text = report.read_text()
     assert text.count("data:image/png;base64,") == 4
+    assert '<meta name="viewport"' in text
+    assert "prefers-color-scheme:dark" in text
+    assert "what others published" not in text  # of another model
     assert "http" not in text.replace("http://www.w3.org", "").split("<body>")[0]
 
 
