@@ -6,7 +6,7 @@ import click
 
 from .int4 import command as int4
 
-FIXED = {"method": "awq", "layout": "awq", "backend": "mmquant"}
+FIXED = {"method": "awq", "format": "awq", "backend": "mmquant"}
 
 
 def _command() -> click.Command:

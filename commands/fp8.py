@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..runs.options import Fp8Options
 from .options import (
     begin,
-    device_option,
     dry_run_option,
     fresh_option,
     model_option,
+    options_of,
     out_option,
     refuse_without_effect,
-    shard_option,
+    show,
 )
 from .options_backend import backend_option
-from .options_fetch import fetch_options, open_model
+from .options_fetch import FETCHED, fetch_options
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -27,15 +28,13 @@ if TYPE_CHECKING:
 @click.command(short_help="FP8 for vLLM and SGLang.")
 @model_option()
 @out_option()
-@click.option("--scheme", type=click.Choice(["block", "channel", "native"]), default="block", show_default=True)
+@options_of(Fp8Options)
 @backend_option()
-@shard_option()
-@device_option()
 @fetch_options()
 @fresh_option()
 @dry_run_option()
 def command(
-    model: str, out: Path, scheme: str, backend: str, limit: int, device: str, fetch: FetchOptions, dry_run: bool
+    model: str, out: Path, options: Fp8Options, backend: str, device: str, fetch: FetchOptions, dry_run: bool
 ) -> None:
     """Write FP8: block (compressed-tensors 128x128, the release's exact values), channel (a scale per output channel)
     or native (verified copy).
@@ -43,33 +42,15 @@ def command(
     Example: mmquant fp8 --model demo --out ./m27-fp8
     """
     if backend == "llmcompressor":
-        fetched = ("max_disk", "max_shards", "keep_shards", "transport")
-        refuse_without_effect("with --backend llmcompressor", "limit", *fetched)
-        from ..runs.llmc import fp8_job, write_with_llmcompressor
+        refuse_without_effect("with --backend llmcompressor", "max_shard_size", *FETCHED)
+        from ..runs.llmc import fp8_job, quantize_llmcompressor
 
-        click.echo(write_with_llmcompressor(open_model(model, fetch, None), fp8_job(scheme), out, device, dry_run))
+        show(quantize_llmcompressor(model, out, fp8_job(options.scheme), device=device, dry_run=dry_run))
         return
-    from ..convert.folder.fp8 import Fp8Variant
-    from ..convert.folder.native_copy import check_native
     from ..convert.formats.table import choices
-    from ..runs.folder import check_place, describe, prepare, write_folder, write_native
+    from ..runs.fp8 import quantize_fp8
 
-    copied = choices("fp8")[scheme].nearest is None  # the release as it is
-    if copied:
-        refuse_without_effect("with --scheme native, which copies shards as they are", "limit")
-    source = open_model(model, fetch, begin(out, dry_run))
-    if copied:
-        check_native(source)
-        if dry_run:
-            click.echo(describe(out, "FP8-native", source.bytes))
-            check_place(out, source.bytes, {"command": "fp8", "scheme": scheme, "source": source.fingerprint})
-            return
-        click.echo(write_native(source, out))
-        return
-    variant = Fp8Variant(scheme)
-    if dry_run:
-        size = prepare(source, variant).bytes
-        click.echo(describe(out, variant.label, size))
-        check_place(out, size, {**variant.run(), "source": source.fingerprint, "shard_limit": limit})
-        return
-    click.echo(write_folder(source, variant, out, device=device, limit=limit))
+    if choices("fp8")[options.scheme].nearest is None:  # the release as it is
+        refuse_without_effect("with --scheme native, which copies shards as they are", "max_shard_size")
+    begin(out, dry_run)
+    show(quantize_fp8(model, out, options, device=device, fetch=fetch, dry_run=dry_run))

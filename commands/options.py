@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -13,11 +16,64 @@ from mmquant.errors import InputError
 
 from ..runs.sizes import parse_size
 
+if TYPE_CHECKING:
+    from ..runs.results import Quantized
+
 DEFAULT_MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
 
-SEED = click.IntRange(0, 2**32 - 1)  # what every generator takes
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+Options = TypeVar("Options")
+
+
+def options_of(options: type[Options], *, device: bool = True, skip: tuple[str, ...] = ()) -> Decorator:
+    """The click options of a class of runs/options.py; the command gets one argument, `options`, made of them.
+
+    device: --device as well. skip: fields that this command does not offer; they keep their defaults.
+    """
+    declared = [field for field in dataclasses.fields(options) if field.name not in skip]  # type: ignore[arg-type]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(**given: Any) -> Any:
+            values = {field.name: _value(field, given.pop(field.name)) for field in declared}
+            return function(options=options(**values), **given)
+
+        wrapped: Callable[..., Any] = device_option()(command) if device else command
+        for field in reversed(declared):
+            wrapped = _option(field)(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def _option(field: dataclasses.Field[Any]) -> Decorator:
+    """One field as a click option: its name, default and help are the field's."""
+    how = dict(field.metadata)
+    kind, choices, least, most, shown = (how.pop(name, None) for name in ("kind", "choices", "least", "most", "shown"))
+    if isinstance(field.default, bool):
+        how["is_flag"] = True
+    elif isinstance(field.default, tuple):
+        how["multiple"] = True
+    else:
+        plain = field.default is not None
+        how |= {"default": field.default if shown is None else shown, "show_default": plain}
+    if choices is not None:
+        how |= {"type": click.Choice([str(choice) for choice in choices])}
+        how["default"] = None if field.default is None else str(field.default)
+    elif least is not None:
+        how["type"] = click.IntRange(least, most)
+    elif kind in KINDS:
+        how |= KINDS[kind]
+    return click.option(f"--{field.name.replace('_', '-')}", field.name, **how)
+
+
+def _value(field: dataclasses.Field[Any], value: Any) -> Any:
+    """What was typed, as the field has it: click knows choices as text only."""
+    choices = field.metadata.get("choices")
+    return int(value) if choices is not None and isinstance(choices[0], int) else value
 
 
 def model_option() -> Decorator:
@@ -43,17 +99,30 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> st
         raise click.BadParameter(str(error)) from None
 
 
-def shard_option() -> Decorator:
-    text = "Largest output shard, for example 5GB."
-    return click.option("--max-shard-size", "limit", default="5GB", show_default=True, callback=size, help=text)
-
-
 def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Callback of options that take a size: bytes, or None where nothing was given."""
     try:
         return None if value is None else parse_size(value)
     except InputError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def layers(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
+    """Callback of --layers: 0:B, the first B layers."""
+    if value is None:
+        return None
+    match = re.fullmatch("0?:([0-9]{1,4})", value)
+    if match is None or int(match[1]) == 0:
+        raise click.BadParameter(f"{value!r}, expected 0:B (a calibration starts at the first layer)")
+    return range(int(match[1]))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "size": {"callback": size},
+    "layers": {"callback": layers},
+    "path": {"type": click.Path(path_type=Path)},
+    "file": {"type": click.Path(path_type=Path, exists=True, dir_okay=False)},
+}
 
 
 def fresh_option() -> Decorator:
@@ -75,6 +144,13 @@ def begin(out: Path, dry_run: bool) -> Path | None:
 
         start_over(out)
     return out
+
+
+def show(result: Quantized) -> None:
+    """The line of a result on stdout; then, of a dry run, what the real run would stop at."""
+    click.echo(result.line)
+    if result.refusal is not None:
+        raise result.refusal
 
 
 def refuse_without_effect(why: str, *names: str) -> None:

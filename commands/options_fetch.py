@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .options import Decorator, size
 
-if TYPE_CHECKING:
-    from ..convert.checkpoints.checkpoint import Checkpoint
-    from ..convert.hub.store import FetchOptions
+FETCHED = ("max_disk", "max_shards", "keep_shards", "transport")
 
 
 def fetch_options() -> Decorator:
@@ -48,13 +45,3 @@ def _options() -> list[Decorator]:
             "--transport", type=click.Choice(["http", "xet"]), default="http", show_default=True, help=transport
         ),
     ]
-
-
-def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Checkpoint:
-    """Open --model (runs/models.py) until the command ends."""
-    from ..runs.models import close_model
-    from ..runs.models import open_model as opened
-
-    source = opened(model, fetch, out)
-    click.get_current_context().call_on_close(lambda: close_model(source, out))
-    return source

@@ -1,9 +1,123 @@
-"""Quantize and convert MiniMax-M2.7 to FP8, INT4 and GGUF, checked against the reference."""
+"""Quantize and convert MiniMax-M2.7 to FP8, INT4 and GGUF, checked against the reference.
 
+    import mmquant
+    from mmquant import Int4Options
+
+    mmquant.quantize_int4("demo", "m27-int4", Int4Options(group_size=32))
+
+Every function does what the command of its name does, with the same options and defaults (docs/api.md). Names are
+imported on use, so that `import mmquant` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmquant.errors import FitError, GateError, InputError, MmquantError, PartialError
+from mmquant.monitor import Bar, Monitor
+
+if TYPE_CHECKING:
+    from mmquant.convert.hub.store import FetchOptions
+    from mmquant.runs.calibrate import Calibration, calibrate
+    from mmquant.runs.doctor import Diagnosis, doctor
+    from mmquant.runs.evaluation.run import Evaluation, evaluate
+    from mmquant.runs.fp8 import quantize_fp8
+    from mmquant.runs.gguf import quantize_gguf
+    from mmquant.runs.inspect import Census, inspect
+    from mmquant.runs.int4 import quantize_int4
+    from mmquant.runs.models import open_any as open_model
+    from mmquant.runs.options import (
+        CalibrateOptions,
+        DoctorOptions,
+        EvalOptions,
+        Fp8Options,
+        GgufOptions,
+        Int4Options,
+        PullOptions,
+        PushOptions,
+    )
+    from mmquant.runs.pull import Pulled, pull
+    from mmquant.runs.push import Pushed, push
+    from mmquant.runs.results import Quantized
 
 __version__ = "0.1.0"
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "quantize").is_dir():
     __path__.append(str(_CHECKOUT))  # in a checkout the packages lie beside this folder, in a wheel inside it
+
+_OPTIONS = "CalibrateOptions DoctorOptions EvalOptions Fp8Options GgufOptions Int4Options PullOptions PushOptions"
+# Public name -> the module that has it, and its name there.
+_PUBLIC = {
+    "Calibration": ("runs.calibrate", "Calibration"),
+    "Census": ("runs.inspect", "Census"),
+    "Diagnosis": ("runs.doctor", "Diagnosis"),
+    "Evaluation": ("runs.evaluation.run", "Evaluation"),
+    "FetchOptions": ("convert.hub.store", "FetchOptions"),
+    "Pulled": ("runs.pull", "Pulled"),
+    "Pushed": ("runs.push", "Pushed"),
+    "Quantized": ("runs.results", "Quantized"),
+    "calibrate": ("runs.calibrate", "calibrate"),
+    "doctor": ("runs.doctor", "doctor"),
+    "evaluate": ("runs.evaluation.run", "evaluate"),
+    "inspect": ("runs.inspect", "inspect"),
+    "open_model": ("runs.models", "open_any"),
+    "pull": ("runs.pull", "pull"),
+    "push": ("runs.push", "push"),
+    "quantize_fp8": ("runs.fp8", "quantize_fp8"),
+    "quantize_gguf": ("runs.gguf", "quantize_gguf"),
+    "quantize_int4": ("runs.int4", "quantize_int4"),
+    **{name: ("runs.options", name) for name in _OPTIONS.split()},
+}
+
+__all__ = [
+    "Bar",
+    "CalibrateOptions",
+    "Calibration",
+    "Census",
+    "Diagnosis",
+    "DoctorOptions",
+    "EvalOptions",
+    "Evaluation",
+    "FetchOptions",
+    "FitError",
+    "Fp8Options",
+    "GateError",
+    "GgufOptions",
+    "InputError",
+    "Int4Options",
+    "MmquantError",
+    "Monitor",
+    "PartialError",
+    "PullOptions",
+    "Pulled",
+    "PushOptions",
+    "Pushed",
+    "Quantized",
+    "__version__",
+    "calibrate",
+    "doctor",
+    "evaluate",
+    "inspect",
+    "open_model",
+    "pull",
+    "push",
+    "quantize_fp8",
+    "quantize_gguf",
+    "quantize_int4",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mmquant' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    value = getattr(importlib.import_module(f"mmquant.{module}"), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

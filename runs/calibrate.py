@@ -2,25 +2,133 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmquant.errors import FitError, InputError
-from mmquant.monitor import current, phase
+from mmquant.errors import FitError, InputError, MmquantError
+from mmquant.monitor import Monitor, current, phase, watching
+
+from .models import Model, choose_device, close_model, opened
+from .options import CalibrateOptions, Int4Options, TextOptions
+from .results import Result
+from .sizes import check_output
 
 if TYPE_CHECKING:
     from ..calibration.statistics.live import PassOptions
     from ..calibration.statistics.provider import Provider
+    from ..calibration.statistics.report import LayerSummary
     from ..calibration.statistics.run import Needs
     from ..calibration.text.corpus import Corpus
     from ..convert.checkpoints.checkpoint import Checkpoint
+    from ..convert.hub.store import FetchOptions
     from ..convert.source import Source
 
-NAMES = ("texts", "text_only", "evaluation", "context", "windows", "seed", "statistics", "propagate")
 FULL_BY_DEFAULT = 16 << 30  # full moments are kept by default while they take no more than this on disk
 
 
-def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
+@dataclass(frozen=True)
+class Calibration(Result):
+    """Stored statistics: `layers` holds one summary a layer, `corpus` says what text they come from."""
+
+    path: Path
+    corpus: dict[str, Any]
+    layers: list[LayerSummary]
+
+    def to_dict(self) -> dict[str, Any]:
+        from ..calibration.statistics.report import as_json
+
+        return as_json(self.layers, self.corpus)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a layer, what is a single number of it."""
+        found = [asdict(layer) for layer in self.layers]
+        return [{k: v for k, v in row.items() if isinstance(v, int | float | str)} for row in found]
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        from ..calibration.statistics.report import findings, table
+
+        done = f"{self.path}: {len(self.layers)} layers, report in {self.path / 'report.html'}"
+        return [table(self.layers), *findings(self.layers), done]
+
+
+@dataclass(frozen=True)
+class CalibrationPlan(Result):
+    """What a calibration would need, of a dry run; refusal: what the real one would stop at."""
+
+    corpus: dict[str, Any]
+    full: bool
+    need: Needs
+    text: str
+    refusal: MmquantError | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"corpus": self.corpus, "moments": self.full, "bytes": asdict(self.need)}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [asdict(self.need)]
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        return [self.text]
+
+
+def calibrate(
+    model: Model,
+    out: str | Path,
+    options: CalibrateOptions | None = None,
+    *,
+    device: str | None = None,
+    fetch: FetchOptions | None = None,
+    monitor: Monitor | None = None,
+) -> Calibration | None:
+    """Run text through the model and store every expert's statistics in `out`; an unfinished run is continued.
+
+    The result goes into `statistics` of Int4Options and GgufOptions. None on every rank of torchrun but the first.
+
+    Raises InputError for text or a folder that will not do, FitError when memory or disk is too small.
+    """
+    chosen, out = options or CalibrateOptions(), Path(out)
+    check_output("--imatrix", chosen.imatrix)
+    with watching(monitor), opened(model, fetch, out) as source:
+        corpus = make_corpus(source, chosen)
+        layers = collect(source, corpus, pass_options(source, chosen, choose_device(device)), out, chosen)
+        if isinstance(model, str | Path):
+            close_model(source, finished=True)
+        if not layers:
+            return None
+        if chosen.imatrix is not None:
+            export_imatrix(out, chosen.imatrix)
+        return Calibration(out, corpus.describe(), layers)
+
+
+def plan_calibration(
+    model: Model,
+    out: str | Path,
+    options: CalibrateOptions | None = None,
+    *,
+    device: str | None = None,
+    fetch: FetchOptions | None = None,
+) -> CalibrationPlan:
+    """What `calibrate` would need; nothing is written."""
+    from ..calibration.statistics.run import check_calibration, needs
+
+    chosen, out = options or CalibrateOptions(), Path(out)
+    with opened(model, fetch) as source:
+        corpus = make_corpus(source, chosen)
+        passes = pass_options(source, chosen, choose_device(device))
+        need, refusal = needs(source, corpus, passes, chosen.store), None
+        try:
+            check_calibration(source, corpus, passes, out, chosen.store)
+            check_room(out, need)
+        except MmquantError as error:
+            refusal = error
+        text = describe(out, corpus, passes, chosen.store, need)
+        return CalibrationPlan(corpus.describe(), passes.collect.full, need, text, refusal)
+
+
+def make_corpus(source: Source, options: TextOptions) -> Corpus:
     """Read, check and pack the calibration text; bundled text goes with it as far as `generic_at_most` says."""
     from ..calibration.text.chat import load_template
     from ..calibration.text.corpus import bundled, pack, read_sets
@@ -30,58 +138,58 @@ def make_corpus(source: Source, options: dict[str, Any]) -> Corpus:
 
     context = context_of(source, options)
     tokenizer, template, notes = load_tokenizer(source), load_template(source), []
-    sets = read_sets(list(options["texts"]), template, notes)
+    sets = read_sets(list(options.text), template, notes)
     for note in notes:
         current().message(note)
-    corpus = pack(sets, tokenizer, context, options["windows"], options["seed"])
+    corpus = pack(sets, tokenizer, context, options.windows, options.seed)
     if generic_at_most(options):
         more = read_sets(generic_texts(chats=template is not None), template)
-        extra = pack(more, tokenizer, context, generic_windows(len(corpus.tokens)), options["seed"])
+        extra = pack(more, tokenizer, context, generic_windows(len(corpus.tokens)), options.seed)
         corpus = together(corpus, extra)
-    held = read_sets(list(options["evaluation"]) or [str(bundled("evaluation"))], template)
+    held = read_sets(list(options.evaluation) or [str(bundled("evaluation"))], template)
     check_disjoint(((d.origin, d.parts()) for part in held for d in part.documents), corpus.seen)
     return corpus
 
 
-def generic_at_most(options: dict[str, Any]) -> int:
+def generic_at_most(options: TextOptions) -> int:
     """Windows of the bundled text that go with the user's own: none where it is part of that already, or unwanted."""
     from ..calibration.text.corpus import DEFAULT
     from ..calibration.text.generic import generic_windows
 
-    texts = [spec.partition("=")[0] for spec in options["texts"]]
-    wanted = texts and DEFAULT not in texts and not options.get("text_only", True)
-    return generic_windows(options["windows"]) if wanted else 0
+    texts = [spec.partition("=")[0] for spec in options.text]
+    wanted = texts and DEFAULT not in texts and not options.text_only
+    return generic_windows(options.windows) if wanted else 0
 
 
-def windows_at_most(options: dict[str, Any]) -> int:
+def windows_at_most(options: TextOptions) -> int:
     """Windows of the calibration text, the bundled part included, as far as that is known without reading it."""
-    return int(options["windows"]) + generic_at_most(options)
+    return options.windows + generic_at_most(options)
 
 
-def context_of(source: Source, options: dict[str, Any]) -> int:
+def context_of(source: Source, options: TextOptions) -> int:
     """Tokens in a window. InputError for more than the model takes."""
     longest = source.geometry.max_context
-    context = options["context"] or (512 if longest < 8192 else 2048)
+    context = options.context or (512 if longest < 8192 else 2048)
     if context > longest:
         raise InputError(f"--context {context}: the model has at most {longest}")
     return int(context)
 
 
-def tokens_at_most(source: Source, options: dict[str, Any]) -> int:
+def tokens_at_most(source: Source, options: TextOptions) -> int:
     """Tokens of the calibration text, as far as that is known without reading it."""
     return context_of(source, options) * windows_at_most(options)
 
 
-def pass_of(options: dict[str, Any], device: str, hidden: bool, full: bool) -> PassOptions:
+def pass_of(options: Int4Options, device: str, hidden: bool, full: bool) -> PassOptions:
     """How a quantizer's own pass is computed (`make_provider`)."""
     from ..calibration.statistics.collector import Collect
     from ..calibration.statistics.live import PassOptions, default_dtype
 
-    propagate = options["propagate"] or ("quantized" if hidden else "reference")
+    propagate = options.propagate or ("quantized" if hidden else "reference")
     return PassOptions(Collect(full), propagate, device, default_dtype(device))
 
 
-def pass_options(source: Checkpoint, options: dict[str, Any]) -> PassOptions:
+def pass_options(source: Checkpoint, options: CalibrateOptions, device: str) -> PassOptions:
     """The pass's options, with the defaults that depend on the model."""
     import torch
 
@@ -90,18 +198,18 @@ def pass_options(source: Checkpoint, options: dict[str, Any]) -> PassOptions:
     from ..calibration.statistics.triangles import stored_bytes
 
     g = source.geometry
-    kept = options["moments"]
+    kept = options.moments
     if kept is None:
-        whole = g.layers * stored_bytes(g, True, options["store"], options["experts"])
+        whole = g.layers * stored_bytes(g, True, options.store, options.experts)
         kept = "full" if whole <= FULL_BY_DEFAULT else "diagonal"
-    dtype = getattr(torch, options["dtype"]) if options["dtype"] else default_dtype(options["device"])
+    dtype = getattr(torch, options.dtype) if options.dtype else default_dtype(device)
     return PassOptions(
-        collect=Collect(kept == "full", options["weighting"], options["experts"], options["skip_nonfinite"]),
-        propagate="reference" if options["propagate"] == "reference" else "quantized",
-        device=options["device"],
+        collect=Collect(kept == "full", options.weighting, options.experts, options.skip_nonfinite),
+        propagate="reference" if options.propagate == "reference" else "quantized",
+        device=device,
         dtype=dtype,
-        memory=options["memory"],
-        disk_limit=options["disk"],
+        memory=options.memory,
+        disk_limit=options.disk,
     )
 
 
@@ -131,7 +239,9 @@ def check_room(out: Path, need: Needs) -> None:
         raise FitError(f"{out}: {needed:,} bytes are needed, the disk has {free:,} free")
 
 
-def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path, options: dict[str, Any]) -> list[Any]:
+def collect(
+    source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path, options: CalibrateOptions
+) -> list[LayerSummary]:
     """Run the pass into `out` with its report; summaries of all layers."""
     from ..calibration.model.distributed import world
     from ..calibration.statistics.report import summarise
@@ -141,10 +251,10 @@ def calibrate(source: Checkpoint, corpus: Corpus, chosen: PassOptions, out: Path
     from ..convert.files.atomic import write_whole
     from ..convert.open import open_source
 
-    store, layers = options["store"], options["layers"]
+    store, layers = options.store, options.layers
     if layers is not None and layers.stop > source.geometry.layers:
         raise InputError(f"--layers 0:{layers.stop}: the model has {source.geometry.layers} layers")
-    through = None if chosen.propagate == "reference" else open_source(options["propagate"])
+    through = None if chosen.propagate == "reference" else open_source(options.propagate)
     check_room(out, needs(source, corpus, chosen, store))
     steps = calibrate_into(source, corpus, out, chosen, dtype=store, through=through, layers=layers)
     rank, _ = world()
@@ -173,7 +283,7 @@ def export_imatrix(folder: Path, path: Path) -> None:
 
 
 def make_provider(
-    source: Checkpoint, options: dict[str, Any], device: str, folder: Path, hidden: bool, full: bool = True
+    source: Checkpoint, options: Int4Options, device: str, folder: Path, hidden: bool, full: bool = True
 ) -> Provider:
     """A live pass over the calibration text, or the stored statistics of --statistics.
 
@@ -184,7 +294,7 @@ def make_provider(
     from ..calibration.statistics.live import LivePass, StoredPass
 
     chosen = pass_of(options, device, hidden, full)
-    if options["statistics"] is None:
+    if options.statistics is None:
         return LivePass(
             source,
             make_corpus(source, options),
@@ -197,9 +307,7 @@ def make_provider(
         raise InputError(f"{what} needs the calibration tokens, --statistics holds only sums")
     from ..calibration.statistics.store import open_statistics
 
-    stored = open_statistics(options["statistics"])
+    stored = open_statistics(options.statistics)
     if full and not stored.full:
-        raise InputError(
-            f"{options['statistics']}: holds diagonals, expected second moments (calibrate --moments full)"
-        )
+        raise InputError(f"{options.statistics}: holds diagonals, expected second moments (calibrate --moments full)")
     return StoredPass(source, stored, chosen)

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
+from mmquant.monitor import Monitor, watching
 
 from .calibrate import make_corpus
+from .models import choose_device
+from .options import DoctorOptions, TextOptions
+from .results import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Result):
     """What was found in a GGUF file, and what was done about it."""
 
     file: str
@@ -44,6 +48,9 @@ class Diagnosis:
             "largest_sum32": None if self.sums is None else float(self.sums.max()),
         }
 
+    def rows(self) -> list[dict[str, Any]]:
+        return [asdict(finding) for finding in self.findings]
+
     def lines(self) -> list[str]:
         """The same for people."""
         found = []
@@ -65,16 +72,23 @@ class Diagnosis:
         return f"{line}, largest sum {sum_:.4g} -> {sum_ / 2**power:.4g}, {below}"
 
 
-def examine(
+def doctor(
     file: str | Path,
+    options: DoctorOptions | None = None,
     *,
-    statistics: Path | None = None,
-    text: dict[str, Any],
-    fix: bool = False,
-    out: Path | None = None,
-    in_place: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
+    monitor: Monitor | None = None,
 ) -> Diagnosis:
+    """Look for what gives wrong results in a GGUF file (or `hf:ORG/NAME:TYPE`); with `fix` rescale, exactly, the
+    experts whose sums overflow float16.
+
+    Raises InputError for a file that is none, or a place for the fixed copy that is taken.
+    """
+    with watching(monitor):
+        return examine(file, options or DoctorOptions(), choose_device(device))
+
+
+def examine(file: str | Path, options: DoctorOptions, device: str) -> Diagnosis:
     """Look for what gives wrong results in a GGUF file; with `fix` rescale the experts that overflow, exactly."""
     from ..convert.gguf.doctor import OVERFLOW, check_metadata, check_overflow, check_tensors, exponents
     from ..convert.gguf.fix import finish_interrupted
@@ -83,28 +97,27 @@ def examine(
     from ..convert.hub.gguf_repository import open_gguf_repository
 
     address = parse_address(str(file))
-    if address.spec is not None and fix:
+    if address.spec is not None and options.fix:
         raise InputError(f"{file}: --fix writes beside the file, expected one on this machine (mmquant pull)")
-    completed = finish_interrupted(folder_of(Path(file))) if fix and in_place else []
+    completed = finish_interrupted(folder_of(Path(file))) if options.fix and options.in_place else []
     source = GgufSource(Path(file)) if address.spec is None else open_gguf_repository(address.spec, address.kind)
     source.validate()
-    if fix and statistics is None and not text["texts"]:
-        raise InputError("--fix: needs --statistics or --text to know which experts overflow")
-    sums = measure(source, statistics, text, device)
+    sums = measure(source, options, device)
     faults = check_metadata(source) + check_tensors(source) + check_overflow(source, sums)
-    powers = exponents(sums) if fix and sums is not None else {}
+    powers = exponents(sums) if options.fix and sums is not None else {}
     written: list[Path] = completed
     if powers:
-        written, powers, left = rescale(source, powers, out, in_place)
+        written, powers, left = rescale(source, powers, options.out, options.in_place)
         faults = [fault for fault in faults if fault.code != OVERFLOW] + left
     source.close(finished=True)
     return Diagnosis(source.label, faults, powers, written, sums)
 
 
-def measure(source: GgufSource, statistics: Path | None, text: dict[str, Any], device: str) -> Tensor | None:
+def measure(source: GgufSource, options: DoctorOptions, device: str) -> Tensor | None:
     """[L, E] largest sums of inputs of w2, from statistics (always of 32) or from text; None without either."""
     import torch
 
+    statistics = options.statistics
     if statistics is not None:
         from ..calibration.statistics.store import open_statistics
 
@@ -116,12 +129,12 @@ def measure(source: GgufSource, statistics: Path | None, text: dict[str, Any], d
         if sums.shape[1] != source.geometry.experts:
             raise InputError(f"{statistics}: {sums.shape[1]} experts, the file has {source.geometry.experts}")
         return sums
-    if not text["texts"]:
+    if not options.text:
         return None
     from ..calibration.gguf.maxima import largest_sums
     from ..convert.gguf.doctor import summed
 
-    corpus = make_corpus(source, {"evaluation": (), "seed": 0, **text})
+    corpus = make_corpus(source, TextOptions(text=options.text, windows=options.windows, context=options.context))
     return largest_sums(
         source, corpus.tokens, device, [summed(source, layer) for layer in range(source.geometry.layers)]
     )
@@ -135,8 +148,6 @@ def rescale(
     from ..convert.gguf.fix import apply_fix
 
     first = source.files[0].path
-    if in_place and out is not None:
-        raise InputError("--in-place and --out: choose one")
     target = None if in_place else out or first.parent.with_name(first.resolve().parent.name + "-fixed")
     patches, done, left = plan_fix(source, powers)
     what = {"model": source.fingerprint, "powers": [[*where, power] for where, power in sorted(done.items())]}

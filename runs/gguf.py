@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmquant.errors import InputError
-from mmquant.monitor import current, phase
+from mmquant.monitor import Monitor, current, phase, watching
 
 from ..calibration.gguf.provider import TensorProvider
 from ..calibration.gguf.run import CalibratedRun, Calibration, plan_memory
@@ -23,6 +24,7 @@ from ..convert.files.atomic import write_whole
 from ..convert.files.parse import parse_json, path_fault, short
 from ..convert.files.progress import damaged
 from ..convert.gguf.doctor import check_metadata
+from ..convert.gguf.mixes import PLAIN, find_mix, parse_overrides
 from ..convert.gguf.plan import GgufPlan, make_plan
 from ..convert.gguf.reader import GgufSource
 from ..convert.gguf.variant import GgufVariant
@@ -34,8 +36,62 @@ from ..convert.source import CARRIED_FILES
 from .calibrate import context_of, generic_at_most, make_corpus, windows_at_most
 from .folder import check_disk, check_place, claim, finish_folder, is_finished, step_name, written_bytes
 from .memory import memory_for
+from .models import Model, choose_device, opened
+from .options import GgufOptions
+from .results import Quantized, planned, written
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
 
 HIGH = 4  # times as many windows with --effort high
+
+
+def quantize_gguf(
+    model: Model,
+    out: str | Path,
+    options: GgufOptions | None = None,
+    *,
+    device: str | None = None,
+    fetch: FetchOptions | None = None,
+    dry_run: bool = False,
+    monitor: Monitor | None = None,
+) -> Quantized:
+    """Write a GGUF file for llama.cpp into the folder `out`; `path` of the result is the (first) file.
+
+    Types below 8 bits are calibrated in the same pass. A finished folder of the same run is left alone, an unfinished
+    one continued. Arguments as of `quantize_fp8`.
+
+    Raises InputError when model, text, type or `out` is not what is needed, FitError when memory or disk is too small.
+    """
+    chosen, out, place = options or GgufOptions(), Path(out), choose_device(device)
+    check_options(chosen)
+    mix, changed = find_mix(chosen.type), parse_overrides(chosen.tensor_type)
+    with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
+        stem = chosen.name
+        if stem is None:
+            stem = f"{model_stem(str(model) if isinstance(model, str | Path) else source.label)}-{mix.name}"
+        types, calibrated = read_plan(chosen.plan), is_calibrated(chosen)
+        variant = GgufVariant(mix, stem, calibrated, changed, types, part_bytes=chosen.max_part_size)
+        size = make_plan(source, variant, None).bytes
+        if dry_run:
+            return planned(out, variant.label, size, lambda: check_gguf(source, variant, out, size, place, chosen))
+        calibration = make_calibration(source, chosen) if calibrated else None
+        path = write_gguf(source, variant, out, calibration=calibration, device=place)
+        return written(path, variant.label, size)
+
+
+def check_options(options: GgufOptions) -> None:
+    """InputError for a type, an override, a plan or a name that is none."""
+    find_mix(options.type)
+    parse_overrides(options.tensor_type)
+    read_plan(options.plan)
+    if options.name is not None:
+        check_stem(options.name)
+
+
+def is_calibrated(options: GgufOptions) -> bool:
+    """Whether the type is one that calibration helps, and wanted."""
+    return not options.no_calibration and find_mix(options.type).base not in (*PLAIN, "Q8_0")
 
 
 def write_gguf(
@@ -124,13 +180,13 @@ def check_file(first: Path) -> None:
 
 
 def check_gguf(
-    source: Checkpoint, variant: GgufVariant, out: Path, size: int, device: str, options: dict[str, Any]
+    source: Checkpoint, variant: GgufVariant, out: Path, size: int, device: str, options: GgufOptions
 ) -> None:
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
     check_place(out, size, run_of(source, variant))
-    if options["calibrated"] and options["effort"] != "fast":
-        options = at_effort(options, options["effort"])
-        plan_memory(source.geometry, windows_at_most(options), context_of(source, options), device)
+    if variant.importance and options.statistics is None and options.effort != "fast":
+        text = at_effort(options)
+        plan_memory(source.geometry, windows_at_most(text), context_of(source, text), device)
 
 
 def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
@@ -144,22 +200,20 @@ def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
     return entries
 
 
-def at_effort(text: dict[str, Any], effort: str) -> dict[str, Any]:
-    """The text's options; high effort reads HIGH times as many windows."""
-    return text | {"windows": int(text["windows"]) * (HIGH if effort == "high" else 1)}
+def at_effort(options: GgufOptions) -> GgufOptions:
+    """The options as the text is read: high effort reads HIGH times as many windows."""
+    return replace(options, windows=options.windows * (HIGH if options.effort == "high" else 1))
 
 
-def make_calibration(
-    source: Checkpoint, effort: str, statistics: Path | None, text: dict[str, Any]
-) -> Calibration | Stored:
+def make_calibration(source: Checkpoint, options: GgufOptions) -> Calibration | Stored:
     """Open the statistics, or read, check and pack the calibration text."""
-    if statistics is not None:
-        return open_stored(statistics, source, effort)
-    text = at_effort(text, effort)
-    corpus = make_corpus(source, {"evaluation": (), **text})
-    names = ", ".join(Path(spec.split("=")[0]).name for spec in text["texts"]) or "default"
-    names += " and bundled text" if generic_at_most(text) else ""
-    return Calibration(corpus.tokens, {"corpus": corpus.describe()}, names, effort)
+    if options.statistics is not None:
+        return open_stored(options.statistics, source, options.effort)
+    options = at_effort(options)
+    corpus = make_corpus(source, options)
+    names = ", ".join(Path(spec.split("=")[0]).name for spec in options.text) or "default"
+    names += " and bundled text" if generic_at_most(options) else ""
+    return Calibration(corpus.tokens, {"corpus": corpus.describe()}, names, options.effort)
 
 
 def read_plan(path: Path | None) -> dict[str, str] | None:

@@ -1,17 +1,16 @@
-"""Check the options of `mmquant int4` and write the folder."""
+"""Write INT4 folders for vLLM and SGLang."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
-from mmquant.monitor import current
+from mmquant.monitor import Monitor, current, watching
 
-from ..calibration.int4.layer import Int4Options
+from ..calibration.int4.layer import Int4Options as LayerOptions
 from ..calibration.int4.variant import CalibratedInt4
 from ..calibration.statistics.live import moment_plan
 from ..convert.checkpoints.checkpoint import Checkpoint
@@ -19,97 +18,96 @@ from ..convert.folder.int4 import ATTENTION_FP8, Int4Variant, check_groups
 from ..convert.formats.table import choices
 from ..convert.requires import notes
 from ..quantize.integer.gptq import Grid
-from .calibrate import NAMES, make_provider, pass_of, tokens_at_most
-from .folder import check_place, write_folder
+from .calibrate import make_provider, pass_of, tokens_at_most
+from .folder import check_place, prepare, write_folder
+from .models import Model, choose_device, opened
+from .options import Int4Options
+from .results import Quantized, planned, written
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
 
 STREAMS = ".mmquant-streams"  # what a killed run of high effort continues from
 
 
-@dataclass(frozen=True)
-class Int4Request:
-    """The options of one run; `calibration`: those of options_calibration."""
+def quantize_int4(
+    model: Model,
+    out: str | Path,
+    options: Int4Options | None = None,
+    *,
+    device: str | None = None,
+    fetch: FetchOptions | None = None,
+    dry_run: bool = False,
+    monitor: Monitor | None = None,
+) -> Quantized:
+    """Write INT4 weights (W4A16) into the folder `out`, calibrated in the same pass; for AWQ's own format
+    `Int4Options(method="awq", format="awq")`.
 
-    method: str
-    layout: str
-    group_size: int
-    attention: str
-    effort: str
-    symmetric: bool
-    tp: int
-    device: str
-    calibration: dict[str, Any]
-    eight_bit: tuple[int, ...] = ()
-    kv_cache: str = "bf16"
+    A finished folder of the same run is left alone, an unfinished one continued. Arguments as of `quantize_fp8`.
 
-    @classmethod
-    def from_options(cls, options: dict[str, Any], device: str) -> Int4Request:
-        """Check what contradicts itself (InputError)."""
-        layout = options["layout"]
-        asymmetric = not symmetric_of(options)
-        check_mixture(options)
-        if options["effort"] == "high" and options["method"] == "rtn":
-            raise InputError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
-        if options["effort"] == "high" and options["method"] == "gptq" and asymmetric:
-            raise InputError("--effort high: learned rounding is for symmetric grids, leave --asymmetric out")
-        if options["method"] == "rtn" and options["statistics"] is not None:
-            raise InputError("--method rtn --statistics: round to nearest uses no statistics")
-        if options["kv_cache"] == "fp8" and options["method"] == "rtn":
-            raise InputError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
-        return cls(
-            options["method"],
-            layout,
-            int(options["group_size"]),
-            options["attention"],
-            options["effort"],
-            not asymmetric,
-            options["tp"],
-            device,
-            {name: options[name] for name in NAMES},
-            layers_of(options["eight_bit"]),
-            options["kv_cache"],
-        )
-
-    def variant(self, source: Checkpoint, out: Path) -> Int4Variant:
-        """The artifact to write. ValueError when its groups do not fit the model at the tensor parallelism."""
-        check_groups(source.geometry, self.group_size, self.tp, self.attention)
-        for note in notes({"command": "int4", "group_size": self.group_size}, source.geometry):
-            current().message(note)
-        shape = {"group_size": self.group_size, "attention": self.attention, "layout": self.layout}
-        shape |= {"eight_bit": self.eight_bit, "kv_cache": self.kv_cache}
-        if self.method == "rtn":
-            return Int4Variant(**shape, symmetric=self.symmetric)
-        options = Int4Options(
-            method=self.method,
-            effort=self.effort,
-            grid=Grid(4, self.group_size, self.symmetric),
-            attention=self.attention,
-            seed=self.calibration["seed"],
-        )
-        folder = out / STREAMS if options.learned else None
-        return CalibratedInt4(
-            **shape, symmetric=self.symmetric, options=options, report=current().message, streams=folder
-        )
+    Raises InputError when model, text or `out` is not what is needed, FitError when memory or disk is too small.
+    """
+    chosen, out, place = options or Int4Options(), Path(out), choose_device(device)
+    check_options(chosen)
+    with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
+        variant = variant_of(source, chosen, out)
+        size = prepare(source, variant).bytes
+        if dry_run:
+            return planned(out, variant.label, size, lambda: check_int4(source, variant, chosen, place, out, size))
+        return written(write_int4(source, variant, chosen, place, out), variant.label, size)
 
 
-def symmetric_of(options: dict[str, Any]) -> bool:
+def check_options(options: Int4Options) -> None:
+    """InputError for what the format cannot hold."""
+    layers_of(options.eight_bit)
+    symmetric = symmetric_of(options)
+    check_mixture(options)
+    if options.method == "gptq" and options.effort == "high" and not symmetric:
+        raise InputError("--effort high: learned rounding is for symmetric grids, leave --asymmetric out")
+
+
+def symmetric_of(options: Int4Options) -> bool:
     """Whether the grid has no zero points: the format's habit unless asked otherwise. InputError if it has no such."""
-    layout, row = options["layout"], choices("int4")[options["layout"]]
-    if options["asymmetric"] and False not in row.symmetric:
+    row = choices("int4")[options.format]
+    if options.asymmetric and False not in row.symmetric:
         other = " or ".join(word for word, row in choices("int4").items() if False in row.symmetric)
-        raise InputError(f"--format {layout} --asymmetric: engines read symmetric {layout} only; use --format {other}")
-    return row.symmetric[0] and not options["asymmetric"]
+        said = f"--format {options.format} --asymmetric"
+        raise InputError(f"{said}: engines read symmetric {options.format} only; use --format {other}")
+    return row.symmetric[0] and not options.asymmetric
 
 
-def check_mixture(options: dict[str, Any]) -> None:
+def check_mixture(options: Int4Options) -> None:
     """InputError for FP8 attention or an FP8 cache beside integers of a format that holds nothing beside them."""
-    if choices("int4")[options["layout"]].mixes:
+    if choices("int4")[options.format].mixes:
         return
     mixing = " or ".join(word for word, row in choices("int4").items() if row.mixes)
-    if options["attention"] in ATTENTION_FP8:
-        said = f"--format {options['layout']} --attention {options['attention']}"
+    if options.attention in ATTENTION_FP8:
+        said = f"--format {options.format} --attention {options.attention}"
         raise InputError(f"{said}: only {mixing} holds FP8 beside INT4")
-    if options["kv_cache"] == "fp8":
-        raise InputError(f"--kv-cache fp8 --format {options['layout']}: expected {mixing}")
+    if options.kv_cache == "fp8":
+        raise InputError(f"--kv-cache fp8 --format {options.format}: expected {mixing}")
+
+
+def variant_of(source: Checkpoint, options: Int4Options, out: Path) -> Int4Variant:
+    """The artifact to write. InputError when its groups do not fit the model at the tensor parallelism."""
+    check_groups(source.geometry, options.group_size, options.tp, options.attention)
+    for note in notes({"command": "int4", "group_size": options.group_size}, source.geometry):
+        current().message(note)
+    shape: dict[str, Any] = {"group_size": options.group_size, "attention": options.attention}
+    shape |= {"layout": options.format, "eight_bit": layers_of(options.eight_bit), "kv_cache": options.kv_cache}
+    symmetric = symmetric_of(options)
+    shape["symmetric"] = symmetric
+    if options.method == "rtn":
+        return Int4Variant(**shape)
+    chosen = LayerOptions(
+        method=options.method,
+        effort=options.effort,
+        grid=Grid(4, options.group_size, symmetric),
+        attention=options.attention,
+        seed=options.seed,
+    )
+    streams = out / STREAMS if chosen.learned else None
+    return CalibratedInt4(**shape, options=chosen, report=current().message, streams=streams)
 
 
 def layers_of(text: str | None) -> tuple[int, ...]:
@@ -125,28 +123,30 @@ def layers_of(text: str | None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def check_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, size: int) -> None:
+def check_int4(
+    source: Checkpoint, variant: Int4Variant, options: Int4Options, device: str, out: Path, size: int
+) -> None:
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
     check_place(out, size, {**variant.run(), "source": source.fingerprint})
-    if isinstance(variant, CalibratedInt4) and request.calibration["statistics"] is None:
-        chosen = pass_of(request.calibration, request.device, variant.options.learned, variant.options.full)
-        moment_plan(source, chosen, tokens_at_most(source, request.calibration))
+    if isinstance(variant, CalibratedInt4) and options.statistics is None:
+        chosen = pass_of(options, device, variant.options.learned, variant.options.full)
+        moment_plan(source, chosen, tokens_at_most(source, options))
 
 
-def write_int4(source: Checkpoint, variant: Int4Variant, request: Int4Request, out: Path, limit: int) -> Path:
+def write_int4(source: Checkpoint, variant: Int4Variant, options: Int4Options, device: str, out: Path) -> Path:
     """Write the folder; what a killed run would have continued from goes with it."""
     provider = None
     if isinstance(variant, CalibratedInt4):
         provider = make_provider(
             source,
-            request.calibration,
-            request.device,
+            options,
+            device,
             out / STREAMS,
             hidden=variant.options.learned,
             full=variant.options.full,
         )
     if isinstance(variant, CalibratedInt4) and variant.options.learned:
         source.schedule.behind = 1  # the reference stream reads the layer before once more
-    done = write_folder(source, variant, out, device=request.device, limit=limit, provider=provider)
+    done = write_folder(source, variant, out, device=device, limit=options.max_shard_size, provider=provider)
     shutil.rmtree(out / STREAMS, ignore_errors=True)
     return done

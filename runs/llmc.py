@@ -33,6 +33,9 @@ from ..convert.models.minimax_m2 import layer_of
 from ..convert.models.minimax_m2.names import IGNORE as ENGINES_IGNORE
 from ..convert.remote_code import with_code
 from .folder import check_disk, describe, finish_folder, is_finished
+from .models import choose_device, opened
+from .options import Int4Options
+from .results import Quantized
 
 PYTHON = "MMQUANT_LLMCOMPRESSOR"  # the environment variable that names its Python
 WORKER = Path(str(resources.files("mmquant").joinpath("data", "llmc_worker.py")))
@@ -48,19 +51,30 @@ def fp8_job(scheme: str) -> dict[str, Any]:
     return {"scheme": FP8[scheme], "group_size": None, "ignore": list(IGNORE)}
 
 
-def int4_job(options: dict[str, Any]) -> dict[str, Any]:
+def int4_job(options: Int4Options) -> dict[str, Any]:
     """What the worker is told for `mmquant int4`. InputError for what llm-compressor does only with calibration."""
-    wanted = {"method": ("rtn",), "layout": (NAME,), "attention": ("bf16", "int4")}
-    names = {"layout": "format"}
-    for key, allowed in wanted.items():
-        if options[key] not in allowed:
-            said = f"--{names.get(key, key)} {options[key]}"
-            raise InputError(f"--backend llmcompressor {said}: expected {' or '.join(allowed)}")
-    if options["eight_bit"] is not None or options["kv_cache"] != "bf16":
+    wanted = {
+        "method": (options.method, ("rtn",)),
+        "format": (options.format, (NAME,)),
+        "attention": (options.attention, ("bf16", "int4")),
+    }
+    for name, (value, allowed) in wanted.items():
+        if value not in allowed:
+            raise InputError(f"--backend llmcompressor --{name} {value}: expected {' or '.join(allowed)}")
+    if options.eight_bit is not None or options.kv_cache != "bf16":
         raise InputError("--backend llmcompressor: expected no --eight-bit and no --kv-cache fp8")
-    ignore = [*IGNORE, ATTENTION] if options["attention"] == "bf16" else list(IGNORE)
-    scheme = "W4A16_ASYM" if options["asymmetric"] else "W4A16"
-    return {"scheme": scheme, "group_size": int(options["group_size"]), "ignore": ignore}
+    ignore = [*IGNORE, ATTENTION] if options.attention == "bf16" else list(IGNORE)
+    scheme = "W4A16_ASYM" if options.asymmetric else "W4A16"
+    return {"scheme": scheme, "group_size": options.group_size, "ignore": ignore}
+
+
+def quantize_llmcompressor(
+    model: str | Path, out: Path, job: dict[str, Any], *, device: str | None = None, dry_run: bool = False
+) -> Quantized:
+    """What `fp8_job` or `int4_job` describes, done by llm-compressor and checked by us."""
+    with opened(model) as source:
+        found = write_with_llmcompressor(source, job, out, choose_device(device), dry_run)
+        return Quantized(out, job["scheme"], source.bytes, dry_run, str(found))
 
 
 def write_with_llmcompressor(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from mmquant.errors import InputError
 from mmquant.monitor import current
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
     from ..convert.source import Source
 
+Model: TypeAlias = "str | Path | Checkpoint"  # a folder or address, or what `open_model` gave
 WORK = ".mmquant.source"  # inside the folder that is written: shards in use, headers, small files
 
 
@@ -37,13 +40,28 @@ def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Chec
     return source
 
 
+@contextmanager
+def opened(model: Model, fetch: FetchOptions | None = None, out: Path | None = None) -> Iterator[Checkpoint]:
+    """The model of a run, closed after it; one that is handed over opened stays so."""
+    from ..convert.hub.store import FetchOptions
+
+    if not isinstance(model, str | Path):
+        yield model
+        return
+    source = open_model(str(model), fetch or FetchOptions(), out)
+    try:
+        yield source
+    finally:
+        close_model(source, out)
+
+
 def say_notes(source: Source) -> None:
     """What is worth knowing of a model, on stderr."""
     for note in source.notes:
         current().message(note)
 
 
-def open_any(model: str, fetch: FetchOptions | None) -> Source:
+def open_any(model: str | Path, fetch: FetchOptions | None = None) -> Source:
     """Open a model or artifact that is only read (`eval`); shards of a hub's pass through the user's cache."""
     from ..convert.open import open_source
 

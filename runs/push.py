@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError, PartialError
-from mmquant.monitor import current
+from mmquant.monitor import Monitor, current, watching
 
 from ..convert.files.atomic import TEMPORARY
 from ..convert.files.parse import path_fault, short
 from ..convert.manifest import MANIFEST
+from .options import PushOptions
+from .results import Result
 
 if TYPE_CHECKING:
     from ..convert.hub.push import Ledger
@@ -24,17 +26,61 @@ NOTICE = "M2.7's licence forbids commercial use of the model and of derivatives 
 
 
 @dataclass(frozen=True)
-class CardOptions:
-    """What the user says of the card: the base model's README.md, its ORG/NAME, the licence (an id or a name)."""
+class Pushed(Result):
+    """A folder as it stands on a hub, or with dry_run would."""
 
-    base_card: Path | None = None
-    base_model: str | None = None
-    license: str | None = None
+    url: str
+    files: int
+    bytes: int
+    commits: int
+    dry_run: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"files": self.files, "bytes": self.bytes, "url": self.url, "commits": self.commits}
+
+    def line(self) -> str:
+        """The same for people."""
+        verb = "would publish" if self.dry_run else "published" if self.commits else "found whole"
+        return f"{verb} {self.files} files, {self.bytes:,} bytes, as {self.url}"
 
 
 def push(
-    folder: Path, remote: Remote, options: CardOptions, *, private: bool, request: bool, delete: bool, dry_run: bool
-) -> dict[str, Any]:
+    folder: str | Path,
+    repo: str,
+    options: PushOptions | None = None,
+    *,
+    dry_run: bool = False,
+    monitor: Monitor | None = None,
+) -> Pushed:
+    """Upload a finished folder to ORG/NAME: weights first, card and manifest last, in few commits.
+
+    Run again it continues. Raises InputError for a folder, licence or repository that will not do, PartialError when
+    the network gives up in between.
+    """
+    from ..convert.files.lock import hold
+    from ..convert.hub.http import Client
+    from ..convert.hub.hubs import HUBS, endpoint_of, remote_of
+
+    chosen, folder = options or PushOptions(), Path(folder)
+    check_repository(repo, "--repo")
+    if chosen.base_model is not None:
+        check_repository(chosen.base_model, "--base-model")
+    if chosen.pr and (not HUBS[chosen.hub].pull_requests or chosen.revision):
+        raise InputError("--pr: Hugging Face only, and without --revision")
+    remote = remote_of(Client(endpoint_of(chosen.hub)), repo, chosen.revision)
+    with watching(monitor), hold(folder):
+        return Pushed(**push_to(folder, remote, chosen, dry_run=dry_run), dry_run=dry_run)
+
+
+def check_repository(name: str, option: str) -> None:
+    """InputError unless `name` is ORG/NAME."""
+    from ..convert.hub.hubs import DEFAULT_HUB, SPEC
+
+    if not SPEC.fullmatch(f"{DEFAULT_HUB.key}:{name}") or "@" in name or ".." in name:
+        raise InputError(f"{option}: {name!r}, expected ORG/NAME")
+
+
+def push_to(folder: Path, remote: Remote, options: PushOptions, *, dry_run: bool) -> dict[str, Any]:
     """Check manifest, sums, layout, licence and card, then upload what the hub lacks. Returns what --json prints.
 
     Everything that can be refused is refused before the repository is made or a byte is sent.
@@ -64,13 +110,13 @@ def push(
     documents = _drafted(draft, remote)
     uploads = {moved[p]: ledger.upload(moved[p], folder / p) for p in local}
     _check_sums(folder, manifest, moved, {**gone, **uploads})
-    remote = start(remote, ledger, private, request)
-    if request:
+    remote = start(remote, ledger, options.private, options.pr)
+    if options.pr:
         documents = _drafted(draft, remote)  # a pull request has a card and a manifest of its own
     staged = _stage(folder, documents, {**gone, **uploads}, ledger)
     uploads |= {u.path: u for u in staged}
     weights = [u for u in uploads.values() if u.path.endswith((".safetensors", ".gguf"))]
-    publisher = Publisher(remote, ledger, delete, _progress(weights))
+    publisher = Publisher(remote, ledger, options.delete_after_upload, _progress(weights))
     try:
         push_files(publisher, weights, [u for u in uploads.values() if u not in weights])
     except TransferError as error:
@@ -87,7 +133,7 @@ class Draft:
     moved: dict[str, str]
     licence: str
     base_card: str | None
-    options: CardOptions
+    options: PushOptions
 
     def documents(self, remote: Remote, manifest: bytes | None, card_there: bytes | None) -> tuple[dict[str, Any], str]:
         """(manifest, README.md) for a repository that holds these two already (None: it does not)."""

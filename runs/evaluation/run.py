@@ -2,19 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
-from mmquant.monitor import current, phase
+from mmquant.monitor import Monitor, current, phase, watching
 
-from ..models import close_model, open_any
+from ..models import choose_device, close_model, open_any
+from ..options import EvalOptions
+from ..results import Result
+from ..sizes import check_output
 
 if TYPE_CHECKING:
+    from ...calibration.evaluate.streamed import Settings
     from ...calibration.text.sample import Sample
     from ...convert.hub.store import FetchOptions
     from ...convert.source import Source
+
+
+@dataclass(frozen=True)
+class Evaluation(Result):
+    """Scores of artifacts against a reference: `document` is what `eval --json` prints (schema in data/schema)."""
+
+    artifacts: tuple[str, ...]
+    document: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.document
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a candidate."""
+        names = ("label", "bytes", "bits_per_weight", "ppl", "ppl_ratio", "top1", "nonfinite")
+        candidates = self.document["candidates"]
+        kld = ({"kld": c["kld"]["mean"], "kld_p999": c["kld"]["p999"]} for c in candidates)
+        return [{n: c.get(n) for n in names} | more for c, more in zip(candidates, kld, strict=True)]
+
+    def table(self) -> str:
+        """The same for people."""
+        from .result import table
+
+        return table(self.document)
+
+    @property
+    def failure(self) -> str | None:
+        """The first quality gate that failed; positions that are not finite always fail."""
+        return next(iter(self.document["gate"]["failures"]), None)
+
+    def record(self) -> None:
+        """Put each candidate's quality into the manifest of its folder, where there is one."""
+        record(self.artifacts, self.document)
+
+    def write_html(self, path: Path) -> None:
+        """A report with plots; needs matplotlib."""
+        from .report import write_report
+
+        write_report(path, self.document)
+
+
+def evaluate(
+    artifacts: str | Path | Sequence[str | Path],
+    reference: str | Path | None = None,
+    options: EvalOptions | None = None,
+    *,
+    gates: Mapping[str, float] | None = None,
+    device: str | None = None,
+    fetch: FetchOptions | None = None,
+    monitor: Monitor | None = None,
+) -> Evaluation | None:
+    """Score artifacts (folders in any format mmquant reads, GGUF files) against a reference, in one streamed pass.
+
+    gates     thresholds by name: max_ppl_ratio, max_kld, max_kld_p99, max_kld_p999, min_top1
+    device    cpu, cuda or cuda:N; by default a GPU when there is one
+
+    None where there was only a reference to save, and on every rank of torchrun but the first. The manifests of the
+    artifacts stay as they are until `record`.
+
+    Raises InputError when an artifact is another model's or was calibrated on the text.
+    """
+    from .result import apply_gate, check_gate, validate
+
+    chosen = options or EvalOptions()
+    check_output("--save-reference", chosen.save_reference)
+    thresholds = check_gate(dict(gates or {}), "gate")
+    paths = (str(artifacts),) if isinstance(artifacts, str | Path) else tuple(str(path) for path in artifacts)
+    named = {"text": "texts", "save_reference": "save", "reference_logits": "logits"}
+    arguments = {named.get(f.name, f.name): getattr(chosen, f.name) for f in fields(chosen)}
+    with watching(monitor):
+        against = None if reference is None else str(reference)
+        found = run(paths, reference=against, device=choose_device(device), fetch=fetch, **arguments)
+    if found is None:
+        return None
+    apply_gate(found, thresholds)
+    validate(found)
+    return Evaluation(paths, found)
 
 
 def run(
@@ -103,7 +186,7 @@ def _with_engine(
     truth: Source | None,
     candidates: list[Source],
     sample: Sample,
-    settings: Any,
+    settings: Settings,
     logits: Path | None,
     save: Path | None,
     seed: int,
@@ -128,7 +211,7 @@ def measure(
     truth: Source | None,
     candidates: list[Source],
     sample: Sample,
-    settings: Any,
+    settings: Settings,
     logits: Path | None = None,
     save: Path | None = None,
     seed: int = 0,
@@ -167,7 +250,7 @@ def measure(
 
 def _settings(
     device: str, dtype: str | None, batch_tokens: int | None, state: Path | None, floor: bool, activations: str
-) -> Any:
+) -> Settings:
     import torch
 
     from ...calibration.evaluate.streamed import Settings

@@ -24,7 +24,8 @@ from mmquant.convert.hub.hubs import endpoint_of, remote_of
 from mmquant.convert.hub.layout import check_layout, find_by_tag
 from mmquant.convert.hub.modelscope import same_site
 from mmquant.monitor import watching
-from mmquant.runs.push import CardOptions, push
+from mmquant.runs.options import PushOptions
+from mmquant.runs.push import push_to
 
 LICENSE = "NON-COMMERCIAL LICENSE\n\nCopyright (c) 2026 MiniMax\n\nCommercial use requires authorization.\n"
 BASE_CARD = "---\nlicense: other\nlicense_name: modified-mit\nlicense_link: https://example.org/LICENSE\n---\n# M2.7\n"
@@ -115,10 +116,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 
 def publish(folder: Path, hub: str = "hf", revision: str | None = None, **more: Any) -> dict[str, Any]:
-    options = {"private": False, "request": False, "delete": False, "dry_run": False, **more}
-    card = CardOptions(options.pop("base_card", None), options.pop("base_model", None), options.pop("license", None))
+    names = {"request": "pr", "delete": "delete_after_upload"}
+    dry_run = more.pop("dry_run", False)
+    options = PushOptions(hub=hub, revision=revision, **{names.get(name, name): value for name, value in more.items()})
     with watching(Terminal()):
-        return push(folder, remote_of(Client(endpoint_of(hub), QUICK), "me/q", revision), card, **options)
+        return push_to(folder, remote_of(Client(endpoint_of(hub), QUICK), "me/q", revision), options, dry_run=dry_run)
 
 
 def files_of(server: HubServer, repo: str = "me/q", revision: str = "main") -> dict[str, bytes]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +16,13 @@ from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.convert.open import open_native
 from mmquant.runs.calibrate import generic_at_most, make_corpus, tokens_at_most, windows_at_most
 from mmquant.runs.gguf import make_calibration
+from mmquant.runs.options import CalibrateOptions, GgufOptions, TextOptions
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix potions "
 
 
-def options(text: Path, **changes: object) -> dict[str, object]:
-    return {
-        "texts": (str(text),),
-        "text_only": False,
-        "evaluation": (),
-        "context": 64,
-        "windows": 8,
-        "seed": 0,
-    } | changes
+def options(file: Path, **changes: Any) -> TextOptions:
+    return replace(TextOptions(text=(str(file),), text_only=False, context=64, windows=8), **changes)
 
 
 def test_half_as_many_windows_of_bundled_text_stand_evenly_among_the_users(tmp_path: Path) -> None:
@@ -46,10 +42,9 @@ def test_half_as_many_windows_of_bundled_text_stand_evenly_among_the_users(tmp_p
 
 def test_no_bundled_text_twice_and_none_where_it_is_unwanted(tmp_path: Path) -> None:
     assert generic_at_most(options(tmp_path)) == 4
-    for other in ({"texts": ()}, {"texts": (DEFAULT,)}, {"texts": ("a.txt", "default=0.3")}, {"text_only": True}):
+    for other in ({"text": ()}, {"text": (DEFAULT,)}, {"text": ("a.txt", "default=0.3")}, {"text_only": True}):
         assert generic_at_most(options(tmp_path, **other)) == 0
-    command_without_the_option = {"texts": ("a.txt",), "windows": 8}
-    assert generic_at_most(command_without_the_option) == 0
+    assert generic_at_most(CalibrateOptions(text=("a.txt",), windows=8)) == 0  # has no such option
 
 
 def test_without_a_template_the_chats_stay_out() -> None:
@@ -70,7 +65,7 @@ def test_dry_runs_count_the_bundled_windows(tmp_path: Path) -> None:
 def test_high_effort_reads_four_times_as_much(tmp_path: Path, effort: str, windows: int) -> None:
     source, file = open_native("demo"), tmp_path / "mine.txt"
     file.write_text(WORDS * 800)
-    chosen = make_calibration(source, effort, None, options(file))
+    chosen = make_calibration(source, GgufOptions(text=(str(file),), context=64, windows=8, effort=effort))
     assert isinstance(chosen, Calibration)
     assert len(chosen.tokens) == windows
     assert chosen.name == "mine.txt and bundled text"

@@ -16,10 +16,10 @@ from mmquant.convert.gguf.variant import GgufVariant
 from mmquant.convert.hub.gguf_repository import choose_model
 from mmquant.convert.open import demo_folder, open_native, open_source
 from mmquant.errors import InputError
-from mmquant.runs.doctor import examine
+from mmquant.runs.doctor import doctor
 from mmquant.runs.gguf import write_gguf
+from mmquant.runs.options import DoctorOptions
 
-NO_TEXT = {"texts": ()}
 CARD = b"---\nbase_model: org/base\n---\n"
 
 
@@ -82,10 +82,10 @@ def test_a_gguf_repository_is_no_source(hub: HubServer) -> None:
 
 
 def test_doctor_reads_it_and_fixes_nothing_there(hub: HubServer, files: Path) -> None:
-    there, here = examine("hf:org/tiny-GGUF:F16", text=NO_TEXT), examine(files / "F16" / "tiny-F16.gguf", text=NO_TEXT)
+    there, here = doctor("hf:org/tiny-GGUF:F16"), doctor(files / "F16" / "tiny-F16.gguf")
     assert there.findings == here.findings
     with pytest.raises(InputError, match="--fix"):
-        examine("hf:org/tiny-GGUF:F16", text=NO_TEXT, fix=True)
+        doctor("hf:org/tiny-GGUF:F16", DoctorOptions(fix=True, text=("default",)))
 
 
 def test_missing_parts() -> None:

@@ -19,7 +19,7 @@ from mmquant.convert.hub.http import HubError, Retry, TransferError
 from mmquant.convert.hub.listing import RepoFile
 from mmquant.convert.hub.store import FetchOptions, hub_source
 from mmquant.errors import MmquantError
-from mmquant.runs.pull import pull
+from mmquant.runs.pull import fetch_files
 
 QUICK = Retry(attempts=1, base=0.001, cap=0.002, stall=2.0)
 CLIMBS = [
@@ -150,7 +150,7 @@ def opened(spec: str, work: Path) -> None:
 def pulled(spec: str, out: Path) -> None:
     work = out / ".mmquant.source"
     store = hub_source(spec, FetchOptions(work=work, retry=QUICK, keep_shards=True, max_shards=None))
-    pull(store, sorted(store.files()), out)
+    fetch_files(store, sorted(store.files()), out)
 
 
 @pytest.mark.parametrize("digest", DIGESTS)

@@ -1,0 +1,227 @@
+"""Options of every run, with the names, defaults and help of the command line, which is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mmquant.errors import InputError
+
+GIB = 1 << 30
+SEEDS = 2**32 - 1  # what numpy and torch take
+TEXT_ONLY = "--text alone; by default half as many windows of bundled text go with it."
+
+
+def option(default: Any = None, help: str | None = None, **how: Any) -> Any:
+    """A field that is also an option.
+
+    how: `choices`, `least` and `most`, `kind` (size, path, file, layers), `shown` for the default.
+    """
+    return field(default=default, metadata={"help": help, **how})
+
+
+class Checked:
+    """Values are held against what the field allows, as the command line holds what is typed: InputError."""
+
+    def __post_init__(self) -> None:
+        for found in fields(self):  # type: ignore[arg-type]
+            value, allowed = getattr(self, found.name), found.metadata
+            flag = f"--{found.name.replace('_', '-')} {value}"
+            if value is None:
+                continue
+            if "choices" in allowed and value not in allowed["choices"]:
+                raise InputError(f"{flag}: expected one of {', '.join(map(str, allowed['choices']))}")
+            if "least" in allowed and not allowed["least"] <= value <= allowed.get("most", value):
+                more = (
+                    f"{allowed['least']} to {allowed['most']}" if "most" in allowed else f"{allowed['least']} or more"
+                )
+                raise InputError(f"{flag}: expected {more}")
+
+
+@dataclass(frozen=True)
+class TextOptions(Checked):
+    """Calibration text: which, how much of it, and what it must not overlap."""
+
+    text: tuple[str, ...] = option((), "Calibration text: file, folder or `default`, PATH[=WEIGHT]; repeatable.")
+    evaluation: tuple[str, ...] = option((), "Text that must not overlap; default: the bundled evaluation text.")
+    context: int | None = option(None, "Tokens in a window; default 512 for the demo, else 2048.", least=2)
+    windows: int = option(128, "Windows at most.", least=1)
+    seed: int = option(0, "Of the documents' order.", least=0, most=SEEDS)
+    text_only: bool = option(True, TEXT_ONLY)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(TextOptions):
+    """Options of `calibrate`. memory, disk: bytes; layers: only the first ones, as a range from 0."""
+
+    moments: str | None = option(None, "What is kept; default: full up to 16 GiB.", choices=("full", "diagonal"))
+    store: str = option("float32", choices=("float32", "bfloat16"))
+    weighting: str = option("router", choices=("router", "uniform"))
+    experts: str = option("routed", choices=("routed", "all"))
+    propagate: str = option("reference", "`reference`, or a quantized artifact.")
+    memory: int | None = option(None, "Bytes for accumulators, for example 8GB; default: what is free.", kind="size")
+    disk: int = option(64 * GIB, "Bytes for hidden states on disk.", kind="size", shown="64GiB")
+    skip_nonfinite: bool = option(False, "Leave out rows with NaN or infinity instead of stopping.")
+    imatrix: Path | None = option(None, "Also write llama.cpp's importance matrix to this .gguf file.", kind="path")
+    layers: range | None = option(None, "Only the first B layers (development).", kind="layers", metavar="0:B")
+    dtype: str | None = option(None, "Of matrix products; default: bf16 on CUDA.", choices=("float32", "bfloat16"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.imatrix is not None and self.imatrix.suffix != ".gguf":
+            raise InputError(f"--imatrix {self.imatrix}: expected a name ending in .gguf")
+
+
+@dataclass(frozen=True)
+class Fp8Options(Checked):
+    """Options of `fp8`. max_shard_size: bytes."""
+
+    scheme: str = option("block", choices=("block", "channel", "native"))
+    max_shard_size: int = option(5 * 10**9, "Largest output shard, for example 5GB.", kind="size", shown="5GB")
+
+
+@dataclass(frozen=True)
+class Int4Options(TextOptions):
+    """Options of `int4`. InputError for what contradicts itself (what a format cannot hold: runs/int4.py)."""
+
+    text_only: bool = option(False, TEXT_ONLY)
+    method: str = option("gptq", choices=("gptq", "awq", "rtn"))
+    format: str = option("compressed-tensors", choices=("compressed-tensors", "awq", "gptq"))
+    group_size: int = option(128, choices=(32, 64, 128, -1))
+    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "int4"))
+    eight_bit: str | None = option(None, "Layers kept at 8 bits, for example 0,60-61.", metavar="LAYERS")
+    kv_cache: str = option(
+        "bf16",
+        "fp8: calibrated scales for an FP8 cache, which vLLM and SGLang then use by themselves; it costs quality.",
+        choices=("bf16", "fp8"),
+    )
+    effort: str = option(
+        "default",
+        "gptq: fast rounds under diagonal moments, without error feedback; high learns rounding (about ten times as "
+        "long). awq: high adds error feedback.",
+        choices=("fast", "default", "high"),
+    )
+    asymmetric: bool = option(False, "Zero points (always with --format awq).")
+    tp: int = option(2, "Tensor parallelism to be loadable at.", least=1)
+    windows: int = option(256, "Windows at most.", least=1)
+    statistics: Path | None = option(None, "What `calibrate --out` wrote.", kind="path")
+    propagate: str | None = option(
+        None,
+        "What the next layer's calibration sees; default: reference, with --effort high quantized.",
+        choices=("reference", "quantized"),
+    )
+    max_shard_size: int = option(5 * 10**9, "Largest output shard, for example 5GB.", kind="size", shown="5GB")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "rtn" and self.effort == "high":
+            raise InputError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
+        if self.method == "rtn" and self.statistics is not None:
+            raise InputError("--method rtn --statistics: round to nearest uses no statistics")
+        if self.kv_cache == "fp8" and self.method == "rtn":
+            raise InputError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
+
+
+@dataclass(frozen=True)
+class GgufOptions(TextOptions):
+    """Options of `gguf`. type: any mix of llama-quantize; tensor_type: REGEX=TYPE; max_part_size: bytes."""
+
+    text_only: bool = option(False, TEXT_ONLY)
+    type: str = option("Q4_K_M", "Any mix of llama-quantize: Q4_K_M, IQ3_XXS ...")
+    tensor_type: tuple[str, ...] = option((), "REGEX=TYPE, as in llama-quantize; the first match wins.")
+    plan: Path | None = option(None, "JSON: tensor name -> type, or that under `tensors`.", kind="path")
+    name: str | None = option(None, "Name of the file without .gguf; default: model and type.")
+    max_part_size: int = option(48 * 10**9, "Largest file; more become -00001-of-0000N.", kind="size", shown="48GB")
+    statistics: Path | None = option(
+        None, "Instead of text: what `calibrate --out` wrote, or an imatrix .gguf.", kind="path"
+    )
+    effort: str = option(
+        "default",
+        "fast: a weighted search; default: correction and error feedback; high: on four times as many windows.",
+        choices=("fast", "default", "high"),
+    )
+    no_calibration: bool = option(False, "Every weight to its nearest point; no text is read.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.statistics is not None and (self.text or self.no_calibration):
+            raise InputError("--statistics: stands instead of --text, and contradicts --no-calibration")
+
+
+@dataclass(frozen=True)
+class EvalOptions(Checked):
+    """Options of `eval`. None: chosen by the model, the device or the convention."""
+
+    text: tuple[str, ...] = option((), "File or folder, [DOMAIN=]PATH; default: the bundled texts.")
+    context: int | None = option(None, "Tokens in a window; default 512 for the demo, else 2048.", least=2)
+    stride: int | None = option(None, "Tokens from one window to the next; default: the context.", least=1)
+    windows: int | None = option(None, "Windows in all; default 64 for the demo, else 128.", least=1)
+    convention: str = option("all", choices=("all", "llama.cpp"))
+    activations: str | None = option(
+        None,
+        "llama.cpp: rounded as its CPU backend rounds them; default with --convention llama.cpp, else exact.",
+        choices=("exact", "llama.cpp"),
+    )
+    seed: int = option(0, "Of the bootstrap.", least=0, most=SEEDS)
+    dtype: str | None = option(None, "Of matrix products; default: bf16 on CUDA.", choices=("float32", "bfloat16"))
+    floor: bool = option(False, "Also the reference against itself in the other dtype.")
+    save_reference: Path | None = option(None, "Store the reference's distributions in this file.", kind="path")
+    reference_logits: Path | None = option(None, "Take them from such a file.", kind="path")
+    engine: str = option("mmquant", choices=("mmquant", "llama.cpp", "vllm"))
+    state: Path | None = option(None, "Folder in which an interrupted run leaves what it has.", kind="path")
+    batch_tokens: int | None = option(None, "Tokens that go through a layer at once.", least=1)
+
+
+@dataclass(frozen=True)
+class DoctorOptions(Checked):
+    """Options of `doctor`."""
+
+    statistics: Path | None = option(
+        None, "What `mmquant calibrate --out` wrote: its maxima show what overflows.", kind="path"
+    )
+    text: tuple[str, ...] = option((), "Measure by running this text (or `default`) through the file.")
+    windows: int = option(32, "Windows at most, for --text.", least=1)
+    context: int | None = option(None, "Tokens in a window; default 512 for the demo, else 2048.", least=2)
+    fix: bool = option(False, "Rescale the experts that overflow, exactly.")
+    out: Path | None = option(
+        None, "Folder for the fixed copy; default: FILE's folder with -fixed appended.", kind="path"
+    )
+    in_place: bool = option(False, "Fix the file itself instead of a copy.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fix and self.statistics is None and not self.text:
+            raise InputError("--fix: needs --statistics or --text to know which experts overflow")
+        if self.in_place and self.out is not None:
+            raise InputError("--in-place and --out: choose one")
+
+
+@dataclass(frozen=True)
+class PullOptions(Checked):
+    """Options of `pull`."""
+
+    include: tuple[str, ...] = option((), "Only files like this; may be repeated.", metavar="GLOB")
+    transport: str = option("http", choices=("http", "xet"))
+
+
+@dataclass(frozen=True)
+class PushOptions(Checked):
+    """Options of `push`."""
+
+    hub: str = option("hf", "Hugging Face, ModelScope.", choices=("hf", "ms"))
+    private: bool = option(False, "Make a new repository private.")
+    revision: str | None = option(None, "Branch; default: main, on ModelScope master.")
+    pr: bool = option(False, "Into a pull request (Hugging Face).")
+    delete_after_upload: bool = option(False, "Delete each weight file once it is committed.")
+    base_card: Path | None = option(None, "The base model's README.md.", kind="file")
+    base_model: str | None = option(
+        None, "The card's base_model; default: the repository that was read.", metavar="ORG/NAME"
+    )
+    license: str | None = option(None, "The card's licence; default: the base model's.", metavar="ID")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.license
+        if name is not None and (not name.strip() or not name.isprintable() or len(name) > 96):
+            raise InputError(f"--license {name[:96]!r}: expected a licence's id or its name, one line")
