@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--passes", nargs="*", type=int, default=[0, 2])
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
+    torch.manual_seed(0)
     device, hidden, width = options.device, options.hidden, options.width
     shape = Geometry(LAYERS, hidden, 48, 8, 128, options.experts, 8, width, 200064, 64, 5e6, 1e-6, 196608)
     step = plan_experts(shape, 1 << 62, solve_memory(device)).step

@@ -8,6 +8,8 @@ from typing import Any
 
 from mmquant.errors import InputError
 
+from ..convert.hub.hubs import DEFAULT_HUB, HUBS
+
 GIB = 1 << 30
 SEEDS = 2**32 - 1  # what numpy and torch take
 TEXT_ONLY = "--text alone; by default half as many windows of bundled text go with it."
@@ -209,7 +211,7 @@ class PullOptions(Checked):
 class PushOptions(Checked):
     """Options of `push`."""
 
-    hub: str = option("hf", "Hugging Face, ModelScope.", choices=("hf", "ms"))
+    hub: str = option(DEFAULT_HUB.key, "Hugging Face, ModelScope.", choices=tuple(HUBS))
     private: bool = option(False, "Make a new repository private.")
     revision: str | None = option(None, "Branch; default: main, on ModelScope master.")
     pr: bool = option(False, "Into a pull request (Hugging Face).")

@@ -52,7 +52,8 @@ def check_site(hub: Hub, url: str) -> None:
 def endpoint_of(key: str) -> Endpoint:
     """The endpoint and token of a hub, read now from where its own client keeps them. HubError when they are none."""
     hub = HUBS[key]
-    check_site(hub, os.environ.get(hub.endpoint_variable) or hub.endpoint)  # before the hub's own client reads it
+    named = os.environ.get(hub.endpoint_variable) or hub.endpoint
+    check_site(hub, f"https://{named}" if hub.bare_host and "://" not in named else named)  # before its client reads it
     try:
         url, token = hub.account()
     except (OSError, ValueError) as error:

@@ -46,6 +46,7 @@ class Hub:
     cached_repository: Callable[[str], tuple[str, str] | None]  # path in that cache -> (ORG/NAME, commit or "")
     offline_listing: Callable[[RepoSpec], Listing | None]  # what that cache knows of a repository
     repository: Callable[[Client, RepoSpec], Remote]  # to write to
+    bare_host: bool = False  # the endpoint may be named without https://, as the hub's own client takes it
     renamed_branches: Mapping[str, str] = field(default_factory=dict)  # given to push -> meant
     pull_requests: bool = False
     token_headers: Callable[[str], dict[str, str]] = _nothing  # besides Authorization

@@ -300,6 +300,7 @@ HUB = Hub(
     hosts=("modelscope.cn", "modelscope.ai"),
     endpoint="https://modelscope.cn",
     endpoint_variable="MODELSCOPE_ENDPOINT",
+    bare_host=True,
     token_variable="MODELSCOPE_API_TOKEN",
     login="ms-hub login",
     offline_variable=None,  # it has no such switch

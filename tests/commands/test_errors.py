@@ -96,11 +96,11 @@ def test_memory_that_runs_out_is_exit_5(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 SIGNALLED = """
-import os, signal, sys
+import os, signal, sys, time
 sys.argv = ["mmquant", "inspect", "demo"]
 import mmquant.commands.cli as cli
 import mmquant.convert.open as opened
-opened.open_native = lambda *_: os.kill(os.getpid(), {number})
+opened.open_native = lambda *_: [os.kill(os.getpid(), {number}), time.sleep(60)]
 cli.main()
 """
 

@@ -16,8 +16,8 @@ from mmquant.errors import InputError
     [
         (["--format", "gptq", "--asymmetric"], "engines read symmetric gptq only"),
         (["--format", "awq", "--attention", "fp8"], "only compressed-tensors holds FP8"),
-        (["--method", "rtn", "--effort", "high"], "--effort has no effect with --method rtn"),
-        (["--method", "rtn", "--statistics", "x"], "--statistics has no effect with --method rtn"),
+        (["--method", "rtn", "--effort", "high"], "--effort high --method rtn: rounding to nearest is not refined"),
+        (["--method", "rtn", "--statistics", "x"], "--method rtn --statistics: round to nearest uses no statistics"),
         (["--method", "rtn", "--text", "x"], "--text has no effect with --method rtn"),
         (["--statistics", "x", "--windows", "4"], "--windows has no effect with --statistics"),
         (["--kv-cache", "fp8", "--method", "rtn"], "the scales are calibrated, expected gptq or awq"),
