@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import importlib
 import inspect
 import json
@@ -202,3 +203,11 @@ def test_the_api_needs_no_click() -> None:
 
 def test_types_are_shipped() -> None:
     assert (Path(mmquant.__file__).parent / "py.typed").is_file()
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/api.md as a doctest: every example, in order."""
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "api.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS, encoding="utf-8")
+    assert (failed, tried > 20) == (0, True)

@@ -1,0 +1,1 @@
+../../mmquant/__init__.py

@@ -1,0 +1,1 @@
+../../mmquant/errors.py
