@@ -97,6 +97,8 @@ def test_memory_that_runs_out_is_exit_5(monkeypatch: pytest.MonkeyPatch, capsys:
 
 SIGNALLED = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has them ignored
+signal.signal({number}, signal.SIG_DFL) if {number} != signal.SIGINT else None
 sys.argv = ["mmquant", "inspect", "demo"]
 import mmquant.commands.cli as cli
 import mmquant.convert.open as opened
