@@ -1,72 +1,146 @@
-"""Artifacts of two checkouts, byte by byte: every format of the demo model, written by each with its own code.
+"""Whether two checkouts write the same bytes: every kind of artifact of the demo model, compared file by file.
 
-    python bench/same_bytes.py BEFORE AFTER [--only fp8,int4-rtn] [--python PYTHON]
+    python bench/same_bytes.py BEFORE AFTER [--only fp8-block gguf-Q4_K_M] [--model demo] [--keep FOLDER]
 
-BEFORE and AFTER are checkouts (git worktree add ../before main). Each writes into a temporary folder by PYTHON (this
-one by default) with the checkout first on the path. Prints one line per artifact; exit code 1 when any file differs.
-Manifests are left out: they hold the time of the run.
+BEFORE and AFTER are checkouts (their .venv/bin/python is used where there is one) or Python executables that have
+mmquant installed. The manifest is compared without its date, SHA256 sums included. Columns: the artifact, its files,
+`equal` or the first difference. Exit code 1 when anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-TEXT = ("--windows", "4")
-COMMANDS = {
+MANIFEST, DATE = "mmquant.fit.json", "generated"
+BLOCK = 1 << 20
+RTN = ("int4", "--method", "rtn", "--group-size", "32")
+CALIBRATED = ("--windows", "16", "--context", "128")
+# Name -> what follows `mmquant`, without --model and --out.
+ARTIFACTS: dict[str, tuple[str, ...]] = {
     "fp8-block": ("fp8", "--scheme", "block"),
     "fp8-channel": ("fp8", "--scheme", "channel"),
-    "int4-rtn": ("int4", "--method", "rtn"),
-    "int4-rtn-awq": ("int4", "--method", "rtn", "--format", "awq"),
-    "int4-rtn-gptq": ("int4", "--method", "rtn", "--format", "gptq"),
-    "int4-gptq": ("int4", "--method", "gptq", *TEXT),
-    "int4-awq": ("int4", "--method", "awq", *TEXT),
-    "gguf-q8": ("gguf", "--type", "Q8_0", "--name", "m"),
-    "gguf-q4-fast": ("gguf", "--type", "Q4_K_M", "--effort", "fast", "--name", "m", *TEXT),
-    "gguf-q4": ("gguf", "--type", "Q4_K_M", "--name", "m", *TEXT),
+    "fp8-native": ("fp8", "--scheme", "native"),
+    "int4-rtn": RTN,
+    "int4-rtn-awq": (*RTN, "--format", "awq"),
+    "int4-rtn-gptq": (*RTN, "--format", "gptq"),
+    "int4-gptq": ("int4", "--group-size", "32", *CALIBRATED),
+    "int4-awq": ("int4", "--method", "awq", "--format", "awq", "--group-size", "32", *CALIBRATED),
+    "gguf-Q8_0": ("gguf", "--type", "Q8_0"),
+    "gguf-Q4_K_M": ("gguf", "--type", "Q4_K_M", *CALIBRATED),
+    "gguf-Q4_K_M-fast": ("gguf", "--type", "Q4_K_M", "--effort", "fast", *CALIBRATED),
+    "gguf-IQ2_XXS": ("gguf", "--type", "IQ2_XXS", "--no-calibration"),
 }
-MANIFEST = "mmquant.fit.json"
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 per file of a finished artifact."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+@dataclass(frozen=True)
+class Side:
+    """One of the two: its Python and the environment that makes it import its own mmquant."""
+
+    python: str
+    environment: dict[str, str]
+
+    def write(self, arguments: tuple[str, ...], model: str, out: Path) -> str | None:
+        """Run one command; the last line of stderr when it failed."""
+        line = [self.python, "-m", "mmquant", *arguments, "--model", model, "--device", "cpu", "--out", str(out)]
+        done = subprocess.run(line, env=self.environment, capture_output=True, text=True, cwd=out.parent)
+        return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
-def write(checkout: Path, command: tuple[str, ...], out: Path, python: str) -> dict[str, str]:
-    """Run one command with a checkout's code and read what it wrote."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "HF_HUB_OFFLINE": "1"}
-    arguments = [python, "-m", "mmquant", *command, "--model", "demo", "--out", str(out)]
-    done = subprocess.run(arguments, env=environment, cwd=out.parent, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{checkout}: mmquant {' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
-    return digests(out)
+def side(place: str) -> Side:
+    """A checkout or a Python executable."""
+    environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    path = Path(place).absolute()
+    if path.is_file():
+        return Side(str(path), environment)
+    if not (path / "pyproject.toml").is_file():
+        sys.exit(f"{place}: expected a checkout of mmquant or a Python executable")
+    own = path / ".venv" / "bin" / "python"
+    # The checkout comes first on the path: an environment that both share would otherwise give one of them twice.
+    environment["PYTHONPATH"] = str(path)
+    found = Side(str(own if own.exists() else sys.executable), environment)
+    probe = [found.python, "-c", "import mmquant; print(mmquant.__file__)"]
+    where = subprocess.run(probe, env=environment, capture_output=True, text=True, cwd=path.parent).stdout.strip()
+    if not where or not Path(where).resolve().is_relative_to(path.resolve()):
+        sys.exit(f"{place}: its Python imports {where or 'no mmquant'}, expected the checkout's own")
+    return found
+
+
+def compare(before: Path, after: Path) -> tuple[int, str]:
+    """Number of files, and `equal` or the first difference of two folders."""
+    names = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*") if p.is_file()) for f in (before, after)]
+    if names[0] != names[1]:
+        other = sorted(set(names[0]) ^ set(names[1]))[0]
+        return len(names[0]), f"{other} is in the {'first' if other in names[0] else 'second'} alone"
+    for name in names[0]:
+        found = difference(before / name, after / name)
+        if found is not None:
+            return len(names[0]), f"{name}: {found}"
+    return len(names[0]), "equal"
+
+
+def difference(before: Path, after: Path) -> str | None:
+    """The first difference of two files in words, None when they are equal."""
+    if before.name == MANIFEST:
+        one, two = (json.loads(path.read_text("utf-8")) | {DATE: None} for path in (before, after))
+        return first_key(one, two, "")
+    sizes = before.stat().st_size, after.stat().st_size
+    with open(before, "rb") as one, open(after, "rb") as two:
+        at = 0
+        while block := one.read(BLOCK):
+            other = two.read(BLOCK)
+            if block != other:
+                byte = next((i for i, (a, b) in enumerate(zip(block, other, strict=False)) if a != b), len(other))
+                return f"byte {at + byte:,} of {sizes[0]:,}"
+            at += len(block)
+    return None if sizes[0] == sizes[1] else f"{sizes[0]:,} bytes, then {sizes[1]:,}"
+
+
+def first_key(one: Any, two: Any, where: str) -> str | None:
+    """The first place in which two JSON documents differ, and both values."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for key in sorted(one.keys() | two.keys()):
+            if key not in one or key not in two:
+                return f"{where}{key} is in the {'first' if key in one else 'second'} alone"
+            if (found := first_key(one[key], two[key], f"{where}{key}.")) is not None:
+                return found
+        return None
+    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        pairs = (first_key(a, b, f"{where}{i}.") for i, (a, b) in enumerate(zip(one, two, strict=True)))
+        return next((found for found in pairs if found is not None), None)
+    return None if one == two else f"{where.rstrip('.')} {str(one)[:40]!r}, then {str(two)[:40]!r}"
 
 
 def main() -> int:
+    """Write and compare everything; 1 when something differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
-    parser.add_argument("--only", default=",".join(COMMANDS), help="artifacts, joined by commas")
-    parser.add_argument("--python", default=sys.executable)
-    options = parser.parse_args()
-    failed = False
-    for name in options.only.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            before, after = (
-                write(checkout, COMMANDS[name], Path(folder, side), options.python)
-                for side, checkout in (("before", options.before), ("after", options.after))
-            )
-        changed = sorted(file for file in before.keys() | after.keys() if before.get(file) != after.get(file))
-        print(f"{name:14} {'differs: ' + ', '.join(changed) if changed else f'equal, {len(before)} files'}", flush=True)
-        failed |= bool(changed)
-    return int(failed)
+    parser.add_argument("sides", nargs=2, metavar="CHECKOUT")
+    parser.add_argument("--only", nargs="+", choices=list(ARTIFACTS), default=list(ARTIFACTS))
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--keep", type=Path, help="write here and leave it; default: a temporary folder")
+    a = parser.parse_args()
+    both, different = [side(place) for place in a.sides], 0
+    print(f"{'artifact':<18}{'files':>6}  result")
+    with tempfile.TemporaryDirectory() as temporary:
+        base = (a.keep or Path(temporary)).absolute()
+        for name in a.only:
+            folders = [base / which / name for which in ("before", "after")]
+            for one, folder in zip(both, folders, strict=True):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                fault = one.write(ARTIFACTS[name], a.model, folder)
+                if fault is not None:
+                    sys.exit(f"{name}, {one.python}: {fault}")
+            count, result = compare(*folders)
+            different += result != "equal"
+            print(f"{name:<18}{count:>6}  {result}", flush=True)
+    return int(different > 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +42,31 @@ def test_error_feedback_is_measured_by_the_shipped_solve() -> None:
     # What a pass of descent gains is tested with the solver; this loss knows neither its ridge nor its held-out rows.
     assert all(losses[kind, role, "1"] < 1.25 * losses[kind, role, "0"] for kind, role, _ in losses)
     assert "62 layers" in done.stdout.splitlines()[-1]
+
+
+def test_two_checkouts_are_compared_by_their_bytes(tmp_path: Path) -> None:
+    """The same checkout twice is equal; a byte, a key of the manifest and a file that differ are each named."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        same_bytes = importlib.import_module("same_bytes")
+    finally:
+        sys.path.remove(str(BENCH))
+    root = str(BENCH.parent)
+    command = [sys.executable, BENCH / "same_bytes.py", root, root, "--only", "fp8-native", "--keep", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split()[::2] == ["fp8-native", "equal"]
+    before, after = tmp_path / "before" / "fp8-native", tmp_path / "after" / "fp8-native"
+    manifest = json.loads((after / "mmquant.fit.json").read_text())
+    (after / "mmquant.fit.json").write_text(json.dumps(manifest | {"generated": "another day"}))
+    assert same_bytes.compare(before, after)[1] == "equal"
+    shard = next(after.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    assert same_bytes.compare(before, after)[1] == f"{shard.name}: byte {len(data) - 3:,} of {len(data):,}"
+    manifest["artifacts"][0]["files"][1]["size"] = 7
+    (after / "mmquant.fit.json").write_text(json.dumps(manifest))
+    assert "mmquant.fit.json: artifacts.0.files.1.size" in same_bytes.compare(before, after)[1]
+    (after / "more").touch()
+    assert same_bytes.compare(before, after)[1] == "more is in the second alone"
