@@ -23,8 +23,8 @@ import torch
 
 from mmquant.calibration.gguf import solve as gguf_solve
 from mmquant.calibration.gguf.memory import plan_experts, solve_memory
-from mmquant.calibration.gguf.moments import Pair
-from mmquant.calibration.gguf.solve import METHODS, Method, solve
+from mmquant.calibration.gguf.moments import Pair, corrected
+from mmquant.calibration.gguf.solve import METHODS, Method, correction_share, solve
 from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.quantize.ggml.codebook import ldlq as iquant_feedback
 from mmquant.quantize.ggml.codec import decode
@@ -78,17 +78,23 @@ class Clock:
 def pair_of(experts: int, n: int, device: str) -> Pair:
     """Sums over 2 n rows for each expert, drawn one expert at a time; the written input is 0.98 of the reference's."""
     pair = Pair.empty(experts, n, device)
+    mixing = torch.randn(n // 4, n, device=device) / (n // 4) ** 0.5  # inputs of a model are correlated
     for expert in range(experts):
-        z = torch.randn(2 * n, n, device=device) * torch.rand(n, device=device).add(0.1)
+        z = torch.randn(2 * n, n // 4, device=device) @ mixing + 0.3 * torch.randn(2 * n, n, device=device)
+        z *= torch.rand(n, device=device).add(0.1)
         pair.add(expert, z / 0.98, z)
     return pair
 
 
-def loss(data: torch.Tensor, weight: torch.Tensor, pair: Pair, kind: GGMLType) -> float:
-    """tr(E H E^T) / tr(T H T^T) of the first expert; T = W / 0.98 is what the correction makes of it."""
-    target = weight[0].float() / 0.98
-    error = decode(data[0], kind, target.shape[1]) - target
-    return float(((error @ pair.own[0]) * error).sum() / ((target @ pair.own[0]) * target).sum())
+def loss(data: torch.Tensor, weight: torch.Tensor, pair: Pair, kind: GGMLType, method: Method) -> float:
+    """tr(E H E^T) / tr(T H T^T) of the first expert, with the T and H that the solve has: corrected as far as held-out
+    rows confirm, under moments with their ridge."""
+    first, exact, pooled = slice(0, 1), weight[:1].float(), pair.pooled()
+    own, cross = method.moments(pooled, first)
+    share = correction_share([exact], pooled, first, method)
+    target = exact + (1.0 if share is None else float(share)) * (corrected(exact, own, cross, method.damping) - exact)
+    error = decode(data[0], kind, target.shape[2]) - target[0]
+    return float(((error @ own[0]) * error).sum() / ((target[0] @ own[0]) * target[0]).sum())
 
 
 def measure(
@@ -109,7 +115,7 @@ def measure(
         clock.seconds["all"] = clock.now() - start
     if device == "cuda":
         memory = f"{held / 2**30:.1f} + {(torch.cuda.max_memory_allocated() - held) / 2**30:.1f}"
-    return clock, loss(torch.from_numpy(data[:1]).to(device), weight, pair, kind), memory
+    return clock, loss(torch.from_numpy(data[:1]).to(device), weight, pair, kind, method), memory
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from ...convert.checkpoints.batches import to_host
 from ...quantize.ggml.codebook import ldlq as iquant_feedback
 from ...quantize.ggml.codec import decode, encode
@@ -140,6 +142,8 @@ def solve_part(
         data, values, plain = zip(*pieces, strict=True)
         return np.concatenate(data, 1), torch.cat(values, 1), torch.stack(plain).any(0)
     own, cross = method.moments(pair, part)
+    if not bool(torch.isfinite(own.diagonal(dim1=1, dim2=2)).all()):
+        raise InputError("its input holds NaN or infinity in the calibration pass, expected finite activations")
     exact = target = weight.float()
     held = pair.held if method.feedback else None
     if method.correct:
