@@ -61,6 +61,19 @@ def test_the_correction_goes_as_far_as_held_rows_say() -> None:
         assert torch.allclose(torch.cat(halves, -1), known, rtol=1e-4)
 
 
+def test_each_of_stacked_matrices_has_its_own_share() -> None:
+    """The sums call for 0.8 W; held-out rows confirm it of the inputs of the first matrix and not of the second's."""
+    x, half = rows(2000), N // 2
+    z = torch.cat((1.25 * x[:, :half], x[:, half:]), 1)
+    weight = rows(8, 3)
+    weight[:4, half:], weight[4:, :half] = 0, 0
+    pair = replace(pair_of(x, 1.25 * x), held=pair_of(x, z).held)
+    method = replace(METHODS["default"], floor=0.0, sampling=0.0, damping=1e-4)
+    _, values, _ = solve_part(weight.unsqueeze(0), GGMLType.Q8_0, pair, slice(None), method, matrices=2)
+    wanted = torch.cat((0.8 * weight[:4], weight[4:]))
+    assert float((values[0] - wanted).norm() / wanted.norm()) < 0.02
+
+
 def test_what_feedback_made_worse_is_rounded_plainly_and_said() -> None:
     """Moments that lie about the held-out rows: errors are fed where the rows are loud."""
     kind, weight = GGMLType.Q2_K, rows(8, 1).unsqueeze(0)
