@@ -27,7 +27,7 @@ from torch import Tensor
 from mmquant.calibration.gguf.solve import METHODS, Method
 from mmquant.calibration.int4.layer import Int4Options
 from mmquant.calibration.text.chat import load_template
-from mmquant.calibration.text.corpus import bundled, pack, read_sets
+from mmquant.calibration.text.corpus import bundled, pack_windows, read_sets
 from mmquant.calibration.text.tokenizer import load_tokenizer, windows
 from mmquant.convert.open import open_native
 from mmquant.convert.source import Source
@@ -68,7 +68,7 @@ def generic(source: Source, kind: str, number: str) -> Tensor:
         g = torch.Generator().manual_seed(5)
         return torch.randint(0, source.geometry.vocab, (count, CONTEXT), generator=g)
     sets = read_sets([str(bundled("calibration"))], load_template(source))
-    return pack(sets, load_tokenizer(source), CONTEXT, count).tokens
+    return pack_windows(sets, load_tokenizer(source), CONTEXT, count).tokens
 
 
 def method_of(text: str) -> Method:

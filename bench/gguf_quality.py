@@ -28,7 +28,7 @@ from mmquant.calibration.gguf.streams import Streams
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.calibration.text.chat import load_template
-from mmquant.calibration.text.corpus import bundled, pack, read_sets
+from mmquant.calibration.text.corpus import bundled, pack_windows, read_sets
 from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.convert.gguf.mixes import find_mix, tensor_types
 from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
@@ -59,7 +59,9 @@ def tokens_of(path: str | None, side: str, windows: int) -> Tensor:
     if path is not None:
         return torch.from_numpy(np.load(path).astype(np.int64))[:windows]
     source = open_source("demo")
-    return pack(read_sets([str(bundled(side))], load_template(source)), load_tokenizer(source), 512, windows).tokens
+    return pack_windows(
+        read_sets([str(bundled(side))], load_template(source)), load_tokenizer(source), 512, windows
+    ).tokens
 
 
 class Lab:

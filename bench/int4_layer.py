@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmquant.quantize.integer import gptq, gptq_triton
-from mmquant.quantize.integer.gptq import Grid
+from mmquant.quantize.integer.gptq import GptqGrid
 from mmquant.quantize.integer.grid import dequantize, search_weights
 from mmquant.quantize.linear_algebra import permute_both
 
@@ -48,7 +48,7 @@ def moments(experts: int, n: int) -> Tensor:
 def solve(weight: Tensor, second: Tensor, group: int, chunk: int) -> list[gptq.Solved]:
     """The layer's experts, `chunk` at a time."""
     parts = range(0, weight.shape[0], chunk)
-    return [gptq.quantize(weight[s : s + chunk], second[s : s + chunk], Grid(4, group)) for s in parts]
+    return [gptq.gptq_quantize(weight[s : s + chunk], second[s : s + chunk], GptqGrid(4, group)) for s in parts]
 
 
 def parts_of(weight: Tensor, second: Tensor, group: int) -> dict[str, float]:
@@ -57,7 +57,7 @@ def parts_of(weight: Tensor, second: Tensor, group: int) -> dict[str, float]:
     found: dict[str, float] = {}
     order = gptq.processing_order(second.diagonal(dim1=-2, dim2=-1), group)
     found["permute moments"] = seconds(lambda: permute_both(second, order))
-    found["factor (with it)"] = seconds(lambda: gptq.factor(second, group))
+    found["factor (with it)"] = seconds(lambda: gptq.gptq_factor(second, group))
     columns = gptq.permute_columns(weight, order).mT.contiguous()
     found["permute weights"] = seconds(lambda: gptq.permute_columns(weight, order).mT.contiguous())
     part, importance = columns[:, :group].clone(), torch.rand(experts, group, device="cuda")
@@ -113,8 +113,8 @@ def check(group: int) -> None:
     n = 256 if group == 32 else 512
     x = torch.randn(3, 1500, n) @ torch.randn(n, n) / 22
     second, weight = x.mT @ x / 1500, torch.randn(3, 100, n)
-    cpu = gptq.quantize(weight, second, Grid(4, group)).weight
-    gpu = gptq.quantize(weight.cuda(), second.cuda(), Grid(4, group)).weight
+    cpu = gptq.gptq_quantize(weight, second, GptqGrid(4, group)).weight
+    gpu = gptq.gptq_quantize(weight.cuda(), second.cuda(), GptqGrid(4, group)).weight
     losses = []
     for result in (cpu, gpu):
         error = weight - dequantize(result).cpu()

@@ -32,7 +32,7 @@ from mmquant.convert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mmquant.convert.folder.writer import FolderWriter
 from mmquant.convert.models.minimax_m2 import Geometry, global_shapes, matrix_shapes, plain_shapes
 from mmquant.convert.source import read_layer
-from mmquant.quantize.integer.gptq import Grid
+from mmquant.quantize.integer.gptq import GptqGrid
 from mmquant.runs.folder import prepare, step_tensors
 
 LAYERS = 62
@@ -226,7 +226,7 @@ def main() -> None:
         corpus = Corpus(tokens, torch.zeros(len(tokens), dtype=torch.int64), ("random",), {})
         options = PassOptions(device=a.device, dtype=default_dtype(a.device))
         high = a.effort == "high"
-        chosen = Int4Options(grid=Grid(4, a.group), effort=a.effort)
+        chosen = Int4Options(grid=GptqGrid(4, a.group), effort=a.effort)
         variant = CalibratedInt4(a.group, options=chosen, report=lambda line: None)
         for name in ("parts", "whole"):
             (folder / name).mkdir()

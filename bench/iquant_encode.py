@@ -46,7 +46,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 def error(rows: torch.Tensor, data: torch.Tensor, kind: GGMLType, importance: torch.Tensor) -> float:
     """Weighted error relative to the weighted energy."""
-    decoded = iquants.decode(data, kind, rows.shape[1])
+    decoded = iquants.decode_codebook(data, kind, rows.shape[1])
     return float((importance * (rows - decoded).square()).sum() / (importance * rows.square()).sum())
 
 
@@ -81,13 +81,15 @@ def main() -> None:
         line = f"{name:8}"
         for effort in ("fast", "default", "high"):
             took = seconds(
-                lambda e=effort, k=kind: iquants.encode(rows, k, importance, iquants.EFFORTS[e]), options.device
+                lambda e=effort, k=kind: iquants.encode_codebook(rows, k, importance, iquants.EFFORTS[e]),
+                options.device,
             )
-            data = iquants.encode(rows, kind, importance, iquants.EFFORTS[effort])
+            data = iquants.encode_codebook(rows, kind, importance, iquants.EFFORTS[effort])
             line += f"  {effort} {rows.numel() / took / 1e6:9.2f} Mw/s err {error(rows, data, kind, importance):.5f}"
         few = rows[:8].cpu()
         same = (
-            iquants.encode(few, kind, importance.cpu()) == iquants.encode(few.to(rows.device), kind, importance).cpu()
+            iquants.encode_codebook(few, kind, importance.cpu())
+            == iquants.encode_codebook(few.to(rows.device), kind, importance).cpu()
         )
         line += f"  bytes as on CPU {same.float().mean():.4f}"
         if options.ggml:
@@ -112,13 +114,15 @@ def feedback(kind: GGMLType, experts: int, device: str, shape: tuple[int, int] =
     size = torch.randn(experts, n, generator=generator, device=device).mul_(0.5).exp_()
     second *= size.unsqueeze(1) * size.unsqueeze(2)
     importance = second.diagonal(dim1=1, dim2=2).unsqueeze(1).expand_as(rows).flatten(0, 1)
-    before = output_error(rows, iquants.encode(rows.flatten(0, 1), kind, importance), second, kind)
-    known = iquant_feedback.factor(second, kind)
-    took = [seconds(lambda: iquant_feedback.factor(second, kind), device)]
+    before = output_error(rows, iquants.encode_codebook(rows.flatten(0, 1), kind, importance), second, kind)
+    known = iquant_feedback.factor_blocks(second, kind)
+    took = [seconds(lambda: iquant_feedback.factor_blocks(second, kind), device)]
     line = f"  {experts} experts {outputs} x {n}: factor {took[0]:.2f} s"
     for passes in (0, 1):
-        took.append(seconds(lambda p=passes: iquant_feedback.encode_with_feedback(rows, kind, known, passes=p), device))
-        data = iquant_feedback.encode_with_feedback(rows, kind, known, passes=passes).flatten(0, 1)
+        took.append(
+            seconds(lambda p=passes: iquant_feedback.encode_blocks_with_feedback(rows, kind, known, passes=p), device)
+        )
+        data = iquant_feedback.encode_blocks_with_feedback(rows, kind, known, passes=passes).flatten(0, 1)
         line += f"  passes {passes}: {took[-1]:.2f} s {rows.numel() / took[-1] / 1e6:.0f} Mw/s"
         line += f" error {output_error(rows, data, second, kind) / before:.4f} of plain"
     print(line, flush=True)
@@ -126,7 +130,7 @@ def feedback(kind: GGMLType, experts: int, device: str, shape: tuple[int, int] =
 
 def output_error(rows: torch.Tensor, data: torch.Tensor, second: torch.Tensor, kind: GGMLType) -> float:
     """Sum over experts of tr(E H E^T)."""
-    off = rows - iquants.decode(data.reshape(-1, data.shape[-1]), kind, rows.shape[2]).reshape(rows.shape)
+    off = rows - iquants.decode_codebook(data.reshape(-1, data.shape[-1]), kind, rows.shape[2]).reshape(rows.shape)
     return float((torch.bmm(off, second) * off).sum(dtype=torch.float64))
 
 

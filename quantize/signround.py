@@ -47,7 +47,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class State:
+class SignRoundState:
     """Positions [..., O, n] and gains of the scales [..., O, G] (None where they stay): changed in place."""
 
     position: Tensor
@@ -74,12 +74,12 @@ def int_weight(result: Result, bits: int) -> IntWeight:
     return IntWeight(result.levels, result.scales, None, bits)
 
 
-def begin(start: Start) -> State:
+def begin(start: Start) -> SignRoundState:
     """No move yet."""
-    return State(start.position.clone(), torch.ones_like(start.scales) if start.learns_scales else None)
+    return SignRoundState(start.position.clone(), torch.ones_like(start.scales) if start.learns_scales else None)
 
 
-def scales_of(start: Start, state: State) -> Tensor:
+def scales_of(start: Start, state: SignRoundState) -> Tensor:
     """[..., O, G] as they are stored."""
     return start.scales if state.gain is None else bfloat16_exact(start.scales * state.gain)
 
@@ -100,7 +100,7 @@ def values_of(start: Start, levels: Tensor, scales: Tensor, dtype: torch.dtype =
     return values.flatten(-2).to(dtype)
 
 
-def values(start: Start, state: State, dtype: torch.dtype = torch.float32) -> Tensor:
+def rounded_values(start: Start, state: SignRoundState, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the state stands for, [..., O, n]."""
     scales = scales_of(start, state)
     if state.position.is_cuda:
@@ -108,11 +108,11 @@ def values(start: Start, state: State, dtype: torch.dtype = torch.float32) -> Te
             signround_triton as learn_triton,  # imported where it is needed: triton is not there on every machine
         )
 
-        return learn_triton.values(start, state, scales, dtype)
+        return learn_triton.rounded_values(start, state, scales, dtype)
     return values_of(start, levels_of(start, state.position), scales, dtype)
 
 
-def move(start: Start, state: State, grad: Tensor, rate: float, gain_rate: float) -> None:
+def move(start: Start, state: SignRoundState, grad: Tensor, rate: float, gain_rate: float) -> None:
     """One step down the sign of the loss's gradient by the values [..., O, n]; rate in widths of a level.
 
     Outside of the levels' range positions stay.
@@ -134,7 +134,7 @@ def move(start: Start, state: State, grad: Tensor, rate: float, gain_rate: float
 
 
 @dataclass(frozen=True)
-class Schedule:
+class StepSchedule:
     """Steps, the largest move of a position in one step (and of a gain), and how often held-out loss is looked at."""
 
     steps: int = 200
@@ -157,7 +157,7 @@ def learn(
     starts: Mapping[str, Start],
     loss: Callable[[Weights, int], Tensor],
     held_out: Callable[[Weights], float],
-    schedule: Schedule,
+    schedule: StepSchedule,
     dtype: torch.dtype = torch.float32,
 ) -> Learned:
     """Move positions and scales; keep what is best on held-out tokens (the start included).
@@ -168,7 +168,7 @@ def learn(
     states = {name: begin(start) for name, start in starts.items()}
 
     def weights() -> Weights:
-        return {name: values(starts[name], state, dtype) for name, state in states.items()}
+        return {name: rounded_values(starts[name], state, dtype) for name, state in states.items()}
 
     with torch.no_grad():
         before = held_out(weights())
@@ -189,7 +189,7 @@ def learn(
     return best
 
 
-def _results(starts: Mapping[str, Start], states: Mapping[str, State]) -> dict[str, Result]:
+def _results(starts: Mapping[str, Start], states: Mapping[str, SignRoundState]) -> dict[str, Result]:
     return {
         name: Result(levels_of(start, states[name].position).to(torch.int8), scales_of(start, states[name]))
         for name, start in starts.items()

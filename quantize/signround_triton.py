@@ -1,4 +1,4 @@
-"""SignRound on CUDA (Triton): `signround.values` and `signround.move`, one pass each."""
+"""SignRound on CUDA (Triton): `signround.rounded_values` and `signround.move`, one pass each."""
 
 # Kernel arguments are pointers and numbers of the device: no annotation fits them.
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .signround import Start, State
+    from .signround import SignRoundState, Start
 
 TILE = 4096  # weights of a program
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
@@ -85,7 +85,7 @@ def _plan(start: Start) -> tuple[int, int, int, int, tuple[int]]:
     return groups, size, rows, wide, (triton.cdiv(groups, rows),)
 
 
-def values(start: Start, state: State, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded_values(start: Start, state: SignRoundState, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """`learn.values`: [..., O, n] in `dtype`."""
     groups, size, rows, wide, grid = _plan(start)
     out = torch.empty(state.position.shape, dtype=dtype, device=state.position.device)
@@ -97,7 +97,7 @@ def values(start: Start, state: State, scales: Tensor, dtype: torch.dtype) -> Te
     return out
 
 
-def move(start: Start, state: State, grad: Tensor, rate: float, gain_rate: float) -> None:
+def move(start: Start, state: SignRoundState, grad: Tensor, rate: float, gain_rate: float) -> None:
     """`learn.move`: positions and gains in place."""
     groups, size, rows, wide, grid = _plan(start)
     levels, _, table = _tables(start)

@@ -131,7 +131,7 @@ def plan_calibration(
 def make_corpus(source: Source, options: TextOptions) -> Corpus:
     """Read, check and pack the calibration text; bundled text goes with it as far as `generic_at_most` says."""
     from ..calibration.text.chat import load_template
-    from ..calibration.text.corpus import bundled, pack, read_sets
+    from ..calibration.text.corpus import bundled, pack_windows, read_sets
     from ..calibration.text.generic import generic_texts, generic_windows, together
     from ..calibration.text.overlap import check_disjoint
     from ..calibration.text.tokenizer import load_tokenizer
@@ -141,10 +141,10 @@ def make_corpus(source: Source, options: TextOptions) -> Corpus:
     sets = read_sets(list(options.text), template, notes)
     for note in notes:
         current().message(note)
-    corpus = pack(sets, tokenizer, context, options.windows, options.seed)
+    corpus = pack_windows(sets, tokenizer, context, options.windows, options.seed)
     if generic_at_most(options):
         more = read_sets(generic_texts(chats=template is not None), template)
-        extra = pack(more, tokenizer, context, generic_windows(len(corpus.tokens)), options.seed)
+        extra = pack_windows(more, tokenizer, context, generic_windows(len(corpus.tokens)), options.seed)
         corpus = together(corpus, extra)
     held = read_sets(list(options.evaluation) or [str(bundled("evaluation"))], template)
     check_disjoint(((d.origin, d.parts()) for part in held for d in part.documents), corpus.seen)

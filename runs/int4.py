@@ -17,7 +17,7 @@ from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.int4 import ATTENTION_FP8, Int4Variant, check_groups
 from ..convert.formats.table import choices
 from ..convert.requires import notes
-from ..quantize.integer.gptq import Grid
+from ..quantize.integer.gptq import GptqGrid
 from .calibrate import make_provider, pass_of, tokens_at_most
 from .folder import check_place, prepare, write_folder
 from .models import Model, choose_device, opened
@@ -102,7 +102,7 @@ def variant_of(source: Checkpoint, options: Int4Options, out: Path) -> Int4Varia
     chosen = LayerOptions(
         method=options.method,
         effort=options.effort,
-        grid=Grid(4, options.group_size, symmetric),
+        grid=GptqGrid(4, options.group_size, symmetric),
         attention=options.attention,
         seed=options.seed,
     )

@@ -44,7 +44,7 @@ class Scores:
         return Scores(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
-def join(parts: list[Scores]) -> Scores:
+def join_metrics(parts: list[Scores]) -> Scores:
     """Scores of several batches, one after the other."""
     names = list(Scores.__dataclass_fields__)
     return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
@@ -62,7 +62,7 @@ def compare(reference: Tensor, logits: Tensor, target: Tensor) -> Scores:
         _compare(reference[i : i + rows], logits[i : i + rows], target[i : i + rows])
         for i in range(0, len(target), rows)
     ]
-    return join(parts)
+    return join_metrics(parts)
 
 
 def _compare(reference: Tensor, logits: Tensor, target: Tensor) -> Scores:

@@ -31,7 +31,7 @@ from ...convert.source import Source
 from ..model.distributed import Ranks
 from ..text.sample import Sample
 from ..text.vocabulary import tokenizer_digest
-from .metrics import BLOCK_BYTES, Scores, compare, join, log_softmax
+from .metrics import BLOCK_BYTES, Scores, compare, join_metrics, log_softmax
 
 MAGIC = b"MMQREF1\n"
 STEPS = 2048.0  # codes per nat
@@ -87,7 +87,7 @@ def compare_stored(base: Rows, logits: Tensor, target: Tensor) -> Scores:
         flat = slice(int(ends[i]), int(ends[j]))
         rows = Rows(base.count[i:j], base.nll[i:j], base.tail[i:j], base.ids[flat], base.logp[flat])
         parts.append(_compare_stored(rows, logits[i:j], target[i:j]))
-    return join(parts)
+    return join_metrics(parts)
 
 
 def _compare_stored(base: Rows, logits: Tensor, target: Tensor) -> Scores:

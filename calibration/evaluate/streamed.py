@@ -25,7 +25,7 @@ from ..model.hidden import RAM_LIMIT, HiddenStates, leaving, place_of
 from ..model.llamacpp_activations import as_converted, head_rounding, layer_rounding
 from ..text.sample import Sample
 from ..text.vocabulary import check_same_model
-from .metrics import Scores, compare, jaccard, join
+from .metrics import Scores, compare, jaccard, join_metrics
 from .reference_store import StoredReference, StoreWriter, compare_stored
 from .state import State
 
@@ -275,6 +275,6 @@ def _logits(subject: _Subject, model: Globals, window: int, first: int, stop: in
 
 
 def _gathered(subject: _Subject, scores: list[Scores], ranks: Ranks) -> Outcome:
-    parts = ranks.gather((join(scores) if scores else None, subject.layers))
+    parts = ranks.gather((join_metrics(scores) if scores else None, subject.layers))
     layers = [torch.stack(found).sum(0) for found in zip(*(part[1] for part in parts), strict=True)]
-    return Outcome(subject.label, join([part[0] for part in parts if part[0] is not None]), layers)
+    return Outcome(subject.label, join_metrics([part[0] for part in parts if part[0] is not None]), layers)

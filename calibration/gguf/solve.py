@@ -201,5 +201,5 @@ def _rounded(target: Tensor, kind: GGMLType, own: Tensor, method: Method) -> Ten
         return torch.stack(parts)
     if kind in FORMS:
         return feedback.encode_with_feedback(target, kind, feedback.factor(own, method.damping), method.passes)
-    known = iquant_feedback.factor(own, kind, method.damping)
-    return iquant_feedback.encode_with_feedback(target, kind, known, passes=method.passes)
+    known = iquant_feedback.factor_blocks(own, kind, method.damping)
+    return iquant_feedback.encode_blocks_with_feedback(target, kind, known, passes=method.passes)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...quantize.integer.awq import search_equalization
-from ...quantize.integer.gptq import Grid
+from ...quantize.integer.gptq import GptqGrid
 from ...quantize.moments import Moments, pooled, shrunk
 from ..statistics.layer import LayerStatistics
 
@@ -39,7 +39,7 @@ def absorb(norm: Tensor, scale: Tensor) -> NormPair:
 def experts_pair(
     weights: LayerWeights,
     statistics: LayerStatistics,
-    grid: Grid,
+    grid: GptqGrid,
     shrinkage: float,
 ) -> NormPair:
     """The shared scale of w1 and w3 of all experts."""
@@ -54,14 +54,14 @@ def experts_pair(
     return absorb(weights.post_norm.float(), scale)
 
 
-def attention_pair(weights: LayerWeights, statistics: LayerStatistics, grid: Grid) -> NormPair:
+def attention_pair(weights: LayerWeights, statistics: LayerStatistics, grid: GptqGrid) -> NormPair:
     """The shared scale of q, k and v."""
     stack = torch.cat((weights.q, weights.k, weights.v)).float().unsqueeze(0)
     second = shrunk(statistics.attention_in, 0.0).to(stack.device)
     return absorb(weights.input_norm.float(), search_equalization(stack, second, grid, shared=True))
 
 
-def value_pair(weights: LayerWeights, moments: Moments, grid: Grid, geometry: Geometry) -> Tensor:
+def value_pair(weights: LayerWeights, moments: Moments, grid: GptqGrid, geometry: Geometry) -> Tensor:
     """[kv_heads * head_dim]: what v's rows are divided by and o's columns multiplied with, over a group."""
     second = shrunk(moments, 0.0).to(weights.o.device)
     scale = search_equalization(weights.o.float().unsqueeze(0), second, grid, shared=True)
@@ -75,6 +75,6 @@ def spread_values(scale: Tensor, geometry: Geometry) -> Tensor:
     return scale.view(geometry.kv_heads, 1, geometry.head_dim).expand(-1, group, -1).flatten()
 
 
-def expert_pairs(w2: Tensor, second: Tensor, grid: Grid) -> Tensor:
+def expert_pairs(w2: Tensor, second: Tensor, grid: GptqGrid) -> Tensor:
     """[E, I]: what w2's columns are multiplied with and w3's rows divided by, for a chunk; second [E, I, I]."""
     return search_equalization(w2, second.to(w2.device), grid, shared=False)

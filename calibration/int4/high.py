@@ -18,7 +18,7 @@ from mmquant.errors import InputError
 
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...convert.source import Source, read_layer
-from ...quantize.integer.grid import IntWeight, dequantize, join
+from ...quantize.integer.grid import IntWeight, dequantize, join_weights
 from ...quantize.refit import agreement, refit_bias, refit_gain, refit_linear
 from ...quantize.signround import Start, int_start, int_weight
 from ..model.forward import Observer, attention, layer_forward, moe, rms_norm, route
@@ -135,7 +135,7 @@ def learn_layer(
         }
 
     parts, found["experts"] = learn_chunks(weights, starts, tokens, train * length, options)
-    experts = {n: join([int_weight(part[n], w.bits) for part in parts]) for n, w in first.experts.items()}
+    experts = {n: join_weights([int_weight(part[n], w.bits) for part in parts]) for n, w in first.experts.items()}
     return dataclasses.replace(first, experts=experts, attention=attended, plain=plain, compensated={}), found
 
 

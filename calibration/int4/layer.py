@@ -16,8 +16,8 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
-from ...quantize.integer.gptq import DAMPING, Grid, Solved, quantize
-from ...quantize.integer.grid import IntWeight, dequantize, join, rows_of, select
+from ...quantize.integer.gptq import DAMPING, GptqGrid, Solved, gptq_quantize
+from ...quantize.integer.grid import IntWeight, dequantize, join_weights, rows_of, select
 from ...quantize.integer.rtn import rtn_int
 from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
 from ...quantize.overflow import rescale_exponents, scale_pair
@@ -46,7 +46,7 @@ class Int4Options:
 
     method: str = "gptq"
     effort: str = "default"
-    grid: Grid = field(default_factory=Grid)
+    grid: GptqGrid = field(default_factory=GptqGrid)
     attention: str = "bf16"
     damping: float = DAMPING
     shrinkage: float = 1.0
@@ -162,7 +162,7 @@ def _joined(found: list[tuple[Solved, Solved]], width: int) -> dict[str, IntWeig
         weights["w1"].append(rows_of(first.weight, slice(0, width)))
         weights["w3"].append(rows_of(first.weight, slice(width, None)))
         weights["w2"].append(second.weight)
-    return {name: join(parts) for name, parts in weights.items()}
+    return {name: join_weights(parts) for name, parts in weights.items()}
 
 
 def solve(
@@ -189,7 +189,7 @@ def solve(
     second = feedback_moments(moments, options, part, pool).to(weight.device)
     if isinstance(scale, Tensor):
         second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    solved = quantize(weight, second, grid, options.damping, keep=options.learned)
+    solved = gptq_quantize(weight, second, grid, options.damping, keep=options.learned)
     if solved.compensated is None:
         return dataclasses.replace(solved, weight=refit_scales(weight, solved.weight, second))
     return solved

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
-from ...quantize.signround import Learned, Result, Schedule, Start, Weights, learn, values_of
+from ...quantize.signround import Learned, Result, Start, StepSchedule, Weights, learn, values_of
 from .forward import Observer, attention
 
 LARGEST_WORK = 40 << 30
@@ -45,9 +45,9 @@ class LearnOptions:
     seed: int = 0
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> StepSchedule:
         """The rates fall to zero: all steps together move a weight by half of `move`; the start is compensated."""
-        return Schedule(self.steps, self.move / self.steps, 0.1 / self.steps)
+        return StepSchedule(self.steps, self.move / self.steps, 0.1 / self.steps)
 
     def working_memory(self, device: torch.device) -> int:
         """Bytes that learning may take beside the layer; never what is free at the time (int4/layer.py)."""
@@ -105,7 +105,7 @@ def learn_experts(
     starts: Mapping[str, Start],
     tokens: Routed,
     held: Routed,
-    schedule: Schedule,
+    schedule: StepSchedule,
     *,
     batch: int,
     first: int = 0,
@@ -137,7 +137,7 @@ def learn_attention(
     geometry: Geometry,
     streams: tuple[Tensor, Tensor],
     held: tuple[Tensor, Tensor],
-    schedule: Schedule,
+    schedule: StepSchedule,
     *,
     batch: int,
     seed: int = 0,

@@ -156,7 +156,9 @@ def _files(path: Path, notes: list[str]) -> list[Path]:
     return files
 
 
-def pack(sets: list[TextSet], tokenizer: Tokenizer, context: int, windows: int | None = None, seed: int = 0) -> Corpus:
+def pack_windows(
+    sets: list[TextSet], tokenizer: Tokenizer, context: int, windows: int | None = None, seed: int = 0
+) -> Corpus:
     """Pack documents into windows of `context` tokens, at most `windows` of them, shared out by the sets' weights.
 
     Documents of a set are shuffled by `seed` and joined without separators or BOS (the model's tokenizer adds none; a

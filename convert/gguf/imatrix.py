@@ -91,7 +91,7 @@ def layer_weights(
     return {f"blk.{layer}.{name}.weight": value for name, value in out.items()}
 
 
-def encode(imatrix: Imatrix) -> bytes:
+def imatrix_bytes(imatrix: Imatrix) -> bytes:
     """The GGUF file's bytes, laid out as llama-imatrix does: names sorted, tensors aligned to 32.
 
     Raises ValueError for values that llama.cpp refuses: NaN, infinity, negative sums.
@@ -141,7 +141,7 @@ def _strings(texts: Iterable[str]) -> bytes:
 
 def write_imatrix(path: Path, imatrix: Imatrix) -> None:
     """Write the file whole. Raises ValueError for values that llama.cpp refuses, OSError when it cannot be written."""
-    write_whole(path, encode(imatrix))
+    write_whole(path, imatrix_bytes(imatrix))
 
 
 def read_imatrix(path: Path) -> Imatrix:

@@ -91,7 +91,7 @@ def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effor
     weight = _check_importance(importance, rows, kind)
     if weight is not None:
         weight = weight.repeat_interleave(len(rows) // len(weight), 0)
-    return iquants.encode(rows, kind, weight, iquants.EFFORTS[effort])
+    return iquants.encode_codebook(rows, kind, weight, iquants.EFFORTS[effort])
 
 
 def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
@@ -103,7 +103,7 @@ def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
         return values(*unpack(data, kind, columns))
     from .codebook import encode as iquants
 
-    return iquants.decode(data, kind, columns)
+    return iquants.decode_codebook(data, kind, columns)
 
 
 def search(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: str = "default") -> Grid:

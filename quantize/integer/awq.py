@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gptq import Grid
+from .gptq import GptqGrid
 from .grid import RATIOS, IntWeight, dequantize
 from .rtn import rtn_int
 
@@ -25,7 +25,7 @@ def output_error(weight: Tensor, values: Tensor, second: Tensor) -> Tensor:
     return ((error @ second) * error).sum((-1, -2))
 
 
-def round_scaled(weight: Tensor, second: Tensor, scale: Tensor, grid: Grid, tries: int = RATIOS) -> IntWeight:
+def round_scaled(weight: Tensor, second: Tensor, scale: Tensor, grid: GptqGrid, tries: int = RATIOS) -> IntWeight:
     """Codes of W t with clips searched under the moments of x / t; scale [n] or [E, n]."""
     importance = second.diagonal(dim1=-2, dim2=-1) / scale.square()
     scaled = weight * scale.unsqueeze(-2)
@@ -55,7 +55,7 @@ def _centred(scale: Tensor) -> Tensor:
     return (scale / scale.log().mean(-1, keepdim=True).exp()).clamp(1 / LARGEST, LARGEST)
 
 
-def search_equalization(weight: Tensor, second: Tensor, grid: Grid, shared: bool) -> Tensor:
+def search_equalization(weight: Tensor, second: Tensor, grid: GptqGrid, shared: bool) -> Tensor:
     """The scale t with the least error of the outputs: [n] for all matrices together, or [E, n] for each.
 
     weight [E, O, n] float32, second [E, n, n] mean second moments.

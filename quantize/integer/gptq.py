@@ -18,7 +18,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ..linear_algebra import cholesky, full_float32, permute_both
-from .grid import IntWeight, code_range, groups_of, search, search_weights
+from .grid import IntWeight, code_range, groups_of, search_scales, search_weights
 
 DAMPING = 0.03
 BLOCK = 128  # columns that one matrix product brings up to date
@@ -26,7 +26,7 @@ ESCALATIONS = (1.0, 10.0, 50.0)  # a failed factorization is tried again with th
 
 
 @dataclass(frozen=True)
-class Grid:
+class GptqGrid:
     """What the codes may be: bits, weights that share a scale (-1: a row), zero points or not."""
 
     bits: int = 4
@@ -75,7 +75,7 @@ def permute_columns(matrix: Tensor, order: Tensor) -> Tensor:
     return matrix.gather(2, order.unsqueeze(1).expand_as(matrix))
 
 
-def factor(second: Tensor, group: int, damping: float = DAMPING) -> Feedback:
+def gptq_factor(second: Tensor, group: int, damping: float = DAMPING) -> Feedback:
     """Factor mean second moments [E, n, n]; a matrix that is not positive definite is tried again with more damping.
 
     What still fails (moments without energy, or not finite) gets the identity: round to nearest, and `failed` is set.
@@ -104,10 +104,10 @@ def factor(second: Tensor, group: int, damping: float = DAMPING) -> Feedback:
     return Feedback(lower, scale, order, used, failed)
 
 
-def quantize(
+def gptq_quantize(
     weight: Tensor,
     second: Tensor,
-    grid: Grid,
+    grid: GptqGrid,
     damping: float = DAMPING,
     scales: Tensor | None = None,
     keep: bool = False,
@@ -125,9 +125,9 @@ def quantize(
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
     group = groups_of(weight.shape[-1], grid.group_size)
-    known = feedback if feedback is not None else factor(second, group, damping)
+    known = feedback if feedback is not None else gptq_factor(second, group, damping)
     with full_float32():
-        result = sweep(weight.float(), known, grid, group, scales)
+        result = gptq_sweep(weight.float(), known, grid, group, scales)
     codes, compensated = restore(result, known, keep)
     zeros = None if result.zeros is None else result.zeros.mT.to(torch.int8)
     packed = IntWeight(codes, result.scales.mT.contiguous(), zeros, grid.bits)
@@ -147,7 +147,7 @@ class Swept:
     zeros: Tensor | None
 
 
-def sweep(weight: Tensor, known: Feedback, grid: Grid, group: int, scales: Tensor | None = None) -> Swept:
+def gptq_sweep(weight: Tensor, known: Feedback, grid: GptqGrid, group: int, scales: Tensor | None = None) -> Swept:
     """Round columns from the last of the order to the first, each after the errors of those before it are fed in.
 
     weight [E, O, n] float32. Blocks of columns take the errors of all later columns by one matrix product; inside a
@@ -210,11 +210,11 @@ def sweep_block_torch(
             part[:, :k].addcmul_(triangle[:, k, :k].unsqueeze(-1), error.unsqueeze(1))
 
 
-def _search_group(part: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def _search_group(part: Tensor, importance: Tensor, grid: GptqGrid) -> tuple[Tensor, Tensor | None]:
     """Scales [E, O] (and zeros, as float) of the compensated weights [E, B, O] of one group, columns weighed by D."""
     if part.is_cuda and grid.symmetric:
         return _fused().search_group(part, search_weights(importance), grid.bits), None
-    scale, zero = search(part.mT, importance, grid.bits, -1, grid.symmetric)
+    scale, zero = search_scales(part.mT, importance, grid.bits, -1, grid.symmetric)
     return scale.squeeze(-1), None if zero is None else zero.squeeze(-1).float()
 
 
@@ -225,10 +225,10 @@ def _fused() -> ModuleType:
     return gptq_triton
 
 
-def _search_rows(weight: Tensor, known: Feedback, grid: Grid, found: Tensor, zeros: Tensor | None) -> None:
+def _search_rows(weight: Tensor, known: Feedback, grid: GptqGrid, found: Tensor, zeros: Tensor | None) -> None:
     """Scales of whole rows (or wide groups) before the sweep: on the original weights, columns weighed by D."""
     importance = torch.empty_like(known.scale).scatter_(1, known.order, known.scale)
-    scale, zero = search(weight, importance, grid.bits, weight.shape[-1] // found.shape[1], grid.symmetric)
+    scale, zero = search_scales(weight, importance, grid.bits, weight.shape[-1] // found.shape[1], grid.symmetric)
     found.copy_(scale.mT)
     if zeros is not None and zero is not None:
         zeros.copy_(zero.mT)

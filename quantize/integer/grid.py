@@ -78,7 +78,7 @@ def select(weight: IntWeight, index: int) -> IntWeight:
     return map_parts(weight, lambda part: part[index])
 
 
-def join(parts: list[IntWeight]) -> IntWeight:
+def join_weights(parts: list[IntWeight]) -> IntWeight:
     """Batches of matrices one after another."""
     zeros = [p.zeros for p in parts if p.zeros is not None]
     return IntWeight(
@@ -98,14 +98,14 @@ def round_codes(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int)
     return codes.round().clamp(low, high)
 
 
-def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> IntWeight:
+def round_to_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> IntWeight:
     """Nearest codes of weight [..., O, I] under given scales [..., O, G]."""
     grouped = torch.unflatten(weight.float(), -1, (scales.shape[-1], -1))
     codes = round_codes(grouped, scales, None if zeros is None else zeros.float(), bits)
     return IntWeight(codes.to(torch.int8).flatten(-2), scales, zeros, bits)
 
 
-def search(
+def search_scales(
     weight: Tensor,
     importance: Tensor | None,
     bits: int,

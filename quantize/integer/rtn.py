@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from .grid import RATIOS, IntWeight, dequantize, encode, search
+from .grid import RATIOS, IntWeight, dequantize, round_to_codes, search_scales
 
 __all__ = ["IntWeight", "dequantize", "rtn_int"]
 
@@ -32,5 +32,5 @@ def rtn_int(
     """
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
-    scales, zeros = search(weight, importance, bits, group_size, symmetric, signed, tries)
-    return encode(weight, scales, zeros, bits)
+    scales, zeros = search_scales(weight, importance, bits, group_size, symmetric, signed, tries)
+    return round_to_codes(weight, scales, zeros, bits)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...calibration.evaluate.metrics import Scores, compare, join, summarise
+from ...calibration.evaluate.metrics import Scores, compare, join_metrics, summarise
 from ...calibration.evaluate.reference_store import Rows, StoredReference, compare_stored
 from ...calibration.text.sample import Sample
 from ...convert.gguf.reader import find_parts
@@ -105,7 +105,7 @@ def llamacpp_scores(
             at += len(target)
             for kept, part in zip(scores, found, strict=True):
                 kept.append(part)
-    return [join(parts) for parts in scores], version()
+    return [join_metrics(parts) for parts in scores], version()
 
 
 def vllm_scores(stored: StoredReference, artifacts: tuple[str, ...], sample: Sample) -> tuple[list[Scores], str]:
@@ -138,7 +138,7 @@ def vllm_scores(stored: StoredReference, artifacts: tuple[str, ...], sample: Sam
             rows = stored.rows(at, at + len(positions))
             parts.append(compare_tops(rows, positions, window[first + 1 :]))
             at += len(positions)
-        found.append(join(parts))
+        found.append(join_metrics(parts))
         del model
         gc.collect()
     return found, str(vllm.__version__)

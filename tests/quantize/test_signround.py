@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from mmquant.quantize.integer.awq import output_error, round_scaled, search_equalization
-from mmquant.quantize.integer.gptq import Grid
+from mmquant.quantize.integer.gptq import GptqGrid
 from mmquant.quantize.integer.grid import dequantize
 from mmquant.quantize.integer.rtn import rtn_int
 from mmquant.quantize.signround import (
-    Schedule,
     Start,
+    StepSchedule,
     begin,
     int_start,
     int_weight,
@@ -44,13 +44,13 @@ def test_learning_lowers_the_loss_and_never_ends_above_its_start() -> None:
     def judge(found: dict[str, torch.Tensor]) -> float:
         return float((F.relu(held @ found["w"].T) - F.relu(held @ weight.T)).square().mean())
 
-    result = learn({"w": start}, loss, judge, Schedule(100, 0.01, 0.001))
+    result = learn({"w": start}, loss, judge, StepSchedule(100, 0.01, 0.001))
     assert result.before == pytest.approx(judge({"w": dequantize(nearest)}), rel=1e-5)
     assert result.after < 0.8 * result.before
     assert judge({"w": dequantize(int_weight(result.weights["w"], 4))}) == pytest.approx(result.after, rel=1e-4)
     scales = result.weights["w"].scales
     assert torch.equal(scales, scales.bfloat16().float())
-    worse = learn({"w": start}, lambda found, step: -loss(found, step), judge, Schedule(20, 0.05))
+    worse = learn({"w": start}, lambda found, step: -loss(found, step), judge, StepSchedule(20, 0.05))
     assert worse.step == 0
     assert torch.equal(worse.weights["w"].levels, nearest.codes)
 
@@ -88,7 +88,7 @@ def test_the_kernels_move_what_the_definition_moves(
     assert (ours.gain is not None) == scales_move
     if ours.gain is not None and state.gain is not None:
         assert torch.allclose(state.gain.cpu(), ours.gain, atol=1e-6)
-    found = learn_triton.values(there, state, scales_of(there, state), torch.float32).cpu()
+    found = learn_triton.rounded_values(there, state, scales_of(there, state), torch.float32).cpu()
     levels = levels_of(start, ours.position)
     assert torch.allclose(found, values_of(start, levels, scales_of(start, ours)), atol=1e-5)
     allowed = torch.arange(low, high + 1) if table is None else table
@@ -115,7 +115,7 @@ def test_equalization_lowers_the_error_and_is_exact_before_rounding() -> None:
     loud[::9] = 12.0
     x = draw(3, 500, 64) * loud
     second = x.mT @ x / 500
-    grid = Grid(4, 32, False)
+    grid = GptqGrid(4, 32, False)
     scale = search_equalization(weight, second, grid, shared=True)
     assert scale.shape == (64,)
     each = search_equalization(weight, second, grid, shared=False)

@@ -23,7 +23,7 @@ TILE = 32  # columns whose errors are fed to each other one by one; beyond them 
 
 
 @dataclass(frozen=True)
-class Block:
+class CodebookBlock:
     """One super-block of R rows of E matrices.
 
     fields  of the E * R super-blocks, contiguous; code, signs and minus are overwritten
@@ -42,14 +42,14 @@ def unit_of(layout: Layout) -> int:
     return 8 if layout.signs is Signs.PARITY else layout.group
 
 
-def new_block(layout: Layout, fields: Fields, diagonal: Tensor) -> Block:
+def new_codebook_block(layout: Layout, fields: Fields, diagonal: Tensor) -> CodebookBlock:
     """The super-block of `fields`; diagonal [E, 256] of the metric, > 0."""
     scale = block_scales(fields.scale.float(), fields.level, layout)
     parts = torch.unflatten(diagonal, 1, (-1, unit_of(layout)))
-    return Block(layout, fields, scale, (parts / parts.mean(-1, keepdim=True)).flatten(1))
+    return CodebookBlock(layout, fields, scale, (parts / parts.mean(-1, keepdim=True)).flatten(1))
 
 
-def sweep_columns(block: Block, target: Tensor, source: Tensor, decoded: Tensor, lower: Tensor) -> None:
+def sweep_columns(block: CodebookBlock, target: Tensor, source: Tensor, decoded: Tensor, lower: Tensor) -> None:
     """Round the columns of a super-block from the last to the first, each unit after the errors of those behind it.
 
     target   [E, 256, R]: with the errors of other super-blocks fed in; is replaced by the errors source - decoded
@@ -65,7 +65,7 @@ def sweep_columns(block: Block, target: Tensor, source: Tensor, decoded: Tensor,
             target[:, :first].baddbmm_(lower[:, inner, :first].mT, target[:, inner])
 
 
-def descend_columns(block: Block, pull: Tensor, decoded: Tensor, moments: Tensor, inverse: Tensor) -> None:
+def descend_columns(block: CodebookBlock, pull: Tensor, decoded: Tensor, moments: Tensor, inverse: Tensor) -> None:
     """Each unit of a super-block again, from the last to the first, all others held; only what lowers the objective.
 
     pull     [E, 256, R]: E H of the super-block; is replaced by the changes of `decoded`
@@ -81,12 +81,14 @@ def descend_columns(block: Block, pull: Tensor, decoded: Tensor, moments: Tensor
             pull[:, :first].baddbmm_(moments[:, inner, :first].mT, pull[:, inner], alpha=-1)
 
 
-def sweep_tile(block: Block, inner: slice, target: Tensor, source: Tensor, decoded: Tensor, lower: Tensor) -> None:
+def sweep_tile(
+    block: CodebookBlock, inner: slice, target: Tensor, source: Tensor, decoded: Tensor, lower: Tensor
+) -> None:
     """The columns `inner` of `sweep_columns`; their errors reach no column before them."""
     unit = unit_of(block.layout)
     for first in range(inner.stop - unit, inner.start - 1, -unit):
         columns, earlier = slice(first, first + unit), slice(inner.start, first)
-        found = nearest(block, target[:, columns], first)
+        found = nearest_points(block, target[:, columns], first)
         _write(found, block, first, None)
         decoded[:, columns] = found.values
         target[:, columns] = source[:, columns] - found.values
@@ -94,13 +96,15 @@ def sweep_tile(block: Block, inner: slice, target: Tensor, source: Tensor, decod
             target[:, earlier].baddbmm_(lower[:, columns, earlier].mT, target[:, columns])
 
 
-def descend_tile(block: Block, inner: slice, pull: Tensor, decoded: Tensor, moments: Tensor, inverse: Tensor) -> None:
+def descend_tile(
+    block: CodebookBlock, inner: slice, pull: Tensor, decoded: Tensor, moments: Tensor, inverse: Tensor
+) -> None:
     """The columns `inner` of `descend_columns`; their changes reach no column before them."""
     unit = unit_of(block.layout)
     for first in range(inner.stop - unit, inner.start - 1, -unit):
         columns, earlier = slice(first, first + unit), slice(inner.start, first)
         before = decoded[:, columns]
-        found = nearest(block, torch.baddbmm(before, inverse[:, first // unit].mT, pull[:, columns]), first)
+        found = nearest_points(block, torch.baddbmm(before, inverse[:, first // unit].mT, pull[:, columns]), first)
         change = found.values - before
         bent = torch.bmm(moments[:, columns, columns], change)
         better = (change * (bent - 2 * pull[:, columns])).sum(1, keepdim=True) < 0
@@ -121,7 +125,7 @@ class Rounded:
     values: Tensor
 
 
-def nearest(block: Block, x: Tensor, first: int) -> Rounded:
+def nearest_points(block: CodebookBlock, x: Tensor, first: int) -> Rounded:
     """Points nearest to x [E, unit, R], the unit at column `first`. IQ1_S keeps its delta, which 32 columns share."""
     layout, (experts, unit, rows) = block.layout, x.shape
     weight = block.weight[:, None, first : first + unit].expand(experts, rows, unit).reshape(-1, unit)
@@ -132,15 +136,15 @@ def nearest(block: Block, x: Tensor, first: int) -> Rounded:
     if layout.name == "IQ1_S":
         shift = torch.where(minus, -DELTA, DELTA).unsqueeze(1)
         choice = choose(x - shift, weight, one, layout, 0.0)
-        values = values_of(choice, one, layout, 0.0) + shift
+        values = point_values(choice, one, layout, 0.0) + shift
     else:
         choice = choose(x, weight, one, layout)
-        values = values_of(choice, one, layout, DELTA)
+        values = point_values(choice, one, layout, DELTA)
         minus = choice.minus[:, 0]
     return Rounded(choice.code, choice.signs[:, 0], minus, (scale * values).reshape(experts, rows, unit).mT)
 
 
-def values_of(choice: Choice, scale: Tensor, layout: Layout, delta: float) -> Tensor:
+def point_values(choice: Choice, scale: Tensor, layout: Layout, delta: float) -> Tensor:
     """What a choice stands for, [B, width], with scale [B, 1]."""
     points = points_on(layout.name, scale.device)[choice.code.long()].flatten(1)
     if layout.signs is Signs.DELTA:
@@ -148,7 +152,7 @@ def values_of(choice: Choice, scale: Tensor, layout: Layout, delta: float) -> Te
     return scale * points * (1 - 2 * unpack_bits(choice.signs).flatten(1)[:, : points.shape[1]].float())
 
 
-def _write(found: Rounded, block: Block, first: int, where: Tensor | None) -> None:
+def _write(found: Rounded, block: CodebookBlock, first: int, where: Tensor | None) -> None:
     """Put a unit at column `first` into the fields, for the rows `where` (all when None)."""
     fields, unit = block.fields, found.values.shape[1]
     places = slice(first // block.layout.group, (first + unit) // block.layout.group)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .columns import Block, unit_of
+from .columns import CodebookBlock, unit_of
 from .layout import DELTA, SUPER, Layout, Signs
 from .tables import points_on
 
@@ -239,12 +239,16 @@ def _kernel(
         tl.debug_barrier()  # what one unit leaves in memory, the next one reads
 
 
-def sweep_tile(block: Block, inner: slice, target: Tensor, source: Tensor, decoded: Tensor, lower: Tensor) -> None:
+def sweep_tile(
+    block: CodebookBlock, inner: slice, target: Tensor, source: Tensor, decoded: Tensor, lower: Tensor
+) -> None:
     """As `iquant_columns.sweep_tile`."""
     _launch(block, inner, target, source, decoded, lower[:, inner, inner], None)
 
 
-def descend_tile(block: Block, inner: slice, pull: Tensor, decoded: Tensor, moments: Tensor, inverse: Tensor) -> None:
+def descend_tile(
+    block: CodebookBlock, inner: slice, pull: Tensor, decoded: Tensor, moments: Tensor, inverse: Tensor
+) -> None:
     """As `iquant_columns.descend_tile`."""
     unit = unit_of(block.layout)
     own = inverse[:, inner.start // unit : inner.stop // unit]
@@ -252,7 +256,13 @@ def descend_tile(block: Block, inner: slice, pull: Tensor, decoded: Tensor, mome
 
 
 def _launch(
-    block: Block, inner: slice, values: Tensor, source: Tensor, decoded: Tensor, matrix: Tensor, inverse: Tensor | None
+    block: CodebookBlock,
+    inner: slice,
+    values: Tensor,
+    source: Tensor,
+    decoded: Tensor,
+    matrix: Tensor,
+    inverse: Tensor | None,
 ) -> None:
     experts, _, rows = values.shape
     layout, fields = block.layout, block.fields

@@ -19,7 +19,7 @@ from mmquant.errors import InputError
 
 from ..types import GGMLType
 from .halves import book
-from .layout import DELTA, LAYOUTS, SUPER, Fields, Layout, Signs, pack, unpack, values
+from .layout import DELTA, LAYOUTS, SUPER, Fields, Layout, Signs, field_values, pack_fields, unpack_fields
 from .search import choose, in_threads, numba_rule, scan
 from .tables import points
 
@@ -29,7 +29,7 @@ SMALL_CHUNK = 1 << 12
 
 
 @dataclass(frozen=True)
-class Effort:
+class CodebookEffort:
     """How widely scales are searched: `fan` a block, `supers` a super-block, levels `near` by; `rounds` of refit."""
 
     fan: int
@@ -38,7 +38,11 @@ class Effort:
     rounds: int
 
 
-EFFORTS = {"fast": Effort(12, 9, 1, 1), "default": Effort(16, 13, 1, 2), "high": Effort(32, 25, 2, 3)}
+EFFORTS = {
+    "fast": CodebookEffort(12, 9, 1, 1),
+    "default": CodebookEffort(16, 13, 1, 2),
+    "high": CodebookEffort(32, 25, 2, 3),
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Scaled:
     unit: Tensor
 
 
-def encode(
-    rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: Effort = EFFORTS["default"]
+def encode_codebook(
+    rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: CodebookEffort = EFFORTS["default"]
 ) -> Tensor:
     """Bytes of `rows` in the type `kind`.
 
@@ -79,12 +83,12 @@ def encode(
     return torch.cat(parts).reshape(rows.shape[0], -1)
 
 
-def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
+def decode_codebook(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
     """Weights of uint8 [R, bytes] in the type `kind`: float32 [R, columns]."""
     layout = layout_of(kind, (data.shape[0], columns))
     if data.shape[1] * SUPER != columns * layout.bytes:
         raise InputError(f"{kind.name}: {data.shape[1]} bytes a row do not hold {columns} columns")
-    return values(unpack(data.reshape(-1, layout.bytes), layout), layout).reshape(data.shape[0], columns)
+    return field_values(unpack_fields(data.reshape(-1, layout.bytes), layout), layout).reshape(data.shape[0], columns)
 
 
 def layout_of(kind: GGMLType, shape: tuple[int, ...] | torch.Size) -> Layout:
@@ -123,8 +127,8 @@ def checked_importance(rows: Tensor, importance: Tensor | None, layout: Layout) 
     return importance.to(rows.device, torch.float32).expand(rows.shape)
 
 
-def _encode_blocks(x: Tensor, weight: Tensor, layout: Layout, effort: Effort) -> Tensor:
-    return pack(search(scaled(x, weight), layout, effort), layout)
+def _encode_blocks(x: Tensor, weight: Tensor, layout: Layout, effort: CodebookEffort) -> Tensor:
+    return pack_fields(search_fields(scaled(x, weight), layout, effort), layout)
 
 
 def scaled(x: Tensor, weight: Tensor) -> Scaled:
@@ -137,17 +141,17 @@ def scaled(x: Tensor, weight: Tensor) -> Scaled:
     return Scaled(x / unit.unsqueeze(1), weight / weight.mean(1, keepdim=True), unit)
 
 
-def search(blocks: Scaled, layout: Layout, effort: Effort) -> Fields:
+def search_fields(blocks: Scaled, layout: Layout, effort: CodebookEffort) -> Fields:
     """The scale, levels and points that lose least."""
     if blocks.x.device.type == "cpu":
         return _search_cpu(blocks, layout, effort)
     return search_tensors(blocks, layout, effort)
 
 
-def _search_cpu(blocks: Scaled, layout: Layout, effort: Effort) -> Fields:
+def _search_cpu(blocks: Scaled, layout: Layout, effort: CodebookEffort) -> Fields:
     from . import encode_cpu as iquants_cpu
 
-    encode_blocks: Any = iquants_cpu.encode
+    encode_blocks: Any = iquants_cpu.encode_super_blocks
 
     count = blocks.x.shape[0]
     x, weight = (t.reshape(-1, layout.shared).numpy() for t in (blocks.x, blocks.weight))
@@ -179,8 +183,8 @@ def _search_cpu(blocks: Scaled, layout: Layout, effort: Effort) -> Fields:
     return Fields(torch.from_numpy(scale).half(), *(torch.from_numpy(t).reshape(count, -1) for t in outs))
 
 
-def search_tensors(blocks: Scaled, layout: Layout, effort: Effort) -> Fields:
-    """`search` in tensor operations around `scan` and `choose`."""
+def search_tensors(blocks: Scaled, layout: Layout, effort: CodebookEffort) -> Fields:
+    """`search_fields` in tensor operations around `scan` and `choose`."""
     scale, level = _first_guess(blocks, layout, effort)
     fields = _near(blocks, scale, level, layout, effort.near)
     for _ in range(effort.rounds - 1):
@@ -202,12 +206,12 @@ def _fan(layout: Layout, steps: int, device: torch.device) -> Tensor:
     return torch.linspace(low, high, steps, device=device)
 
 
-def _spread(effort: Effort, device: torch.device) -> Tensor:
+def _spread(effort: CodebookEffort, device: torch.device) -> Tensor:
     """Super-scales to try, relative to the one at which the largest block takes the highest level."""
     return torch.linspace(0.7, 1.15, effort.supers, device=device)
 
 
-def _first_guess(blocks: Scaled, layout: Layout, effort: Effort) -> tuple[Tensor, Tensor]:
+def _first_guess(blocks: Scaled, layout: Layout, effort: CodebookEffort) -> tuple[Tensor, Tensor]:
     """Scale [N] and levels [N, blocks] from each block's error curve, linear between the scales that were tried."""
     x, weight = (t.reshape(-1, layout.shared) for t in (blocks.x, blocks.weight))
     count = blocks.x.shape[0]
@@ -248,6 +252,6 @@ def _near(blocks: Scaled, scale: Tensor, level: Tensor, layout: Layout, near: in
 
 def _refit(blocks: Scaled, fields: Fields, layout: Layout) -> Tensor:
     """Least-squares scale [N] for the points of `fields`."""
-    unit = values(replace(fields, scale=torch.ones_like(fields.scale)), layout)
+    unit = field_values(replace(fields, scale=torch.ones_like(fields.scale)), layout)
     pull, square = (blocks.weight * blocks.x * unit).sum(1), (blocks.weight * unit * unit).sum(1)
     return pull / square.clamp(min=1e-30)

@@ -1,4 +1,4 @@
-"""`encode` on the CPU (numba), one super-block after another.
+"""`encode_super_blocks` on the CPU (numba), one super-block after another.
 
 It does what `encode.search_tensors` does, step by step, on as many super-blocks as fill the lanes. It may guess scales
 from the errors that all vectors of the codebook's levels would have; levels and points are still the best ones.
@@ -158,7 +158,7 @@ def _take_best(errors: Floats, tried: Floats, scales: Floats, best: Integers, le
 
 
 @numba.njit(cache=True, nogil=True)
-def encode(
+def encode_super_blocks(
     x: Floats,
     w: Floats,
     unit: Floats,

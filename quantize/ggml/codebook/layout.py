@@ -84,7 +84,7 @@ class Fields:
     minus: Tensor
 
 
-def values(fields: Fields, layout: Layout) -> Tensor:
+def field_values(fields: Fields, layout: Layout) -> Tensor:
     """The weights that `fields` stand for: float32 [N, 256]; all products are exact, so they are ggml's bit by bit."""
     count = fields.scale.shape[0]
     points = points_on(layout.name, fields.scale.device)[fields.code.long()].reshape(count, -1, 8)
@@ -151,7 +151,7 @@ def _unfold(words: Tensor, bits: int, count: int) -> Tensor:
     return ((words.unsqueeze(-1).long() >> shifts) & ((1 << bits) - 1)).reshape(words.shape[0], -1)
 
 
-def pack(fields: Fields, layout: Layout) -> Tensor:
+def pack_fields(fields: Fields, layout: Layout) -> Tensor:
     """uint8 [N, layout.bytes]."""
     count = fields.scale.shape[0]
     half, level, code = _half_bytes(fields.scale), fields.level, fields.code.int()
@@ -194,7 +194,7 @@ def _pack_iq1_m(fields: Fields) -> list[Tensor]:
     return [_low(code), _nibbles(high), _bytes(words, 2)]
 
 
-def unpack(data: Tensor, layout: Layout) -> Fields:
+def unpack_fields(data: Tensor, layout: Layout) -> Fields:
     """Fields of uint8 [N, layout.bytes]."""
     count = data.shape[0]
     zeros = torch.zeros(count, 32, dtype=torch.uint8, device=data.device)

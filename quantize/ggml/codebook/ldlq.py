@@ -22,16 +22,16 @@ from mmquant.errors import InputError
 
 from ...linear_algebra import damped_cholesky, full_float32, inv, permute_both, solve_lower
 from ..types import GGMLType
-from .columns import descend_columns, new_block, sweep_columns, unit_of
-from .encode import EFFORTS, LARGEST, Effort, check_rows, layout_of, scaled, search
-from .layout import SUPER, Fields, Layout, pack
+from .columns import descend_columns, new_codebook_block, sweep_columns, unit_of
+from .encode import EFFORTS, LARGEST, CodebookEffort, check_rows, layout_of, scaled, search_fields
+from .layout import SUPER, Fields, Layout, pack_fields
 
 DAMPING = 0.02
 PASSES = 1  # of coordinate descent after the sweep
 
 
 @dataclass(frozen=True)
-class Factor:
+class BlockFactor:
     """Of E matrices of mean second moments, super-blocks of columns in processing order (the last goes first).
 
     order   [E, n / 256] int64: the super-block at each place
@@ -46,7 +46,7 @@ class Factor:
     moments: Tensor
 
 
-def factor(second: Tensor, kind: GGMLType, damping: float = DAMPING) -> Factor:
+def factor_blocks(second: Tensor, kind: GGMLType, damping: float = DAMPING) -> BlockFactor:
     """Factor mean second moments [E, n, n] for `kind`; `damping` is the share of the mean diagonal that is added.
 
     A matrix that has no factor even at 100 times the damping (no energy, or not finite) gets the identity.
@@ -64,7 +64,7 @@ def factor(second: Tensor, kind: GGMLType, damping: float = DAMPING) -> Factor:
         own = _own(lower, unit)
         inverse = solve_lower(own, torch.eye(unit, device=own.device).expand_as(own))
         unit_lower = torch.einsum("enku,ekuv->enkv", blocks, inverse).reshape(experts, n, n)
-        return Factor(order, unit_lower, own @ own.mT, lower @ lower.mT)
+        return BlockFactor(order, unit_lower, own @ own.mT, lower @ lower.mT)
 
 
 def _own(matrices: Tensor, unit: int) -> Tensor:
@@ -81,7 +81,7 @@ def _columns(order: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class State:
+class CodebookState:
     """E matrices being rounded, columns in processing order.
 
     weight, decoded, error  [E, n, R] float32; error is weight - decoded, 0 where nothing is rounded yet
@@ -94,13 +94,13 @@ class State:
     fields: list[Fields | None]
 
 
-def encode_with_feedback(
-    rows: Tensor, kind: GGMLType, known: Factor, effort: Effort = EFFORTS["fast"], passes: int = PASSES
+def encode_blocks_with_feedback(
+    rows: Tensor, kind: GGMLType, known: BlockFactor, effort: CodebookEffort = EFFORTS["fast"], passes: int = PASSES
 ) -> Tensor:
     """Bytes of E matrices with small tr((W - Q) H (W - Q)^T).
 
     rows     [E, R, n] float32
-    known    `factor` of the moments H [E, n, n] for the same kind
+    known    `factor_blocks` of the moments H [E, n, n] for the same kind
     effort   of the search of scales; wider ones bring 0.1 (2 bits) to 0.9 % (3 bits) here, at twice the time
     passes   rounds of coordinate descent after the sweep
     returns  uint8 [E, R, n / 256 * bytes of a super-block]
@@ -119,31 +119,31 @@ def encode_with_feedback(
         )
     state = _started(rows, known)
     with full_float32():
-        sweep(state, known, layout, effort)
+        sweep_codebook(state, known, layout, effort)
         for _ in range(passes):
             descend(state, known, layout)
     out = torch.empty(*rows.shape[:2], len(state.fields), layout.bytes, dtype=torch.uint8, device=rows.device)
     which = torch.arange(rows.shape[0], device=rows.device)
     for place, fields in enumerate(state.fields):
         assert fields is not None
-        out[which, :, known.order[:, place]] = pack(fields, layout).reshape(*rows.shape[:2], -1)
+        out[which, :, known.order[:, place]] = pack_fields(fields, layout).reshape(*rows.shape[:2], -1)
     return out.flatten(2)
 
 
-def _started(rows: Tensor, known: Factor) -> State:
+def _started(rows: Tensor, known: BlockFactor) -> CodebookState:
     experts, count, n = rows.shape
     weight = torch.empty(experts, n, count, device=rows.device)
     which, blocks = torch.arange(experts, device=rows.device), torch.unflatten(rows, 2, (-1, SUPER))
     for place in range(n // SUPER):
         weight[:, _span(place)] = blocks[which, :, known.order[:, place]].mT
-    return State(weight, torch.zeros_like(weight), torch.zeros_like(weight), [None] * (n // SUPER))
+    return CodebookState(weight, torch.zeros_like(weight), torch.zeros_like(weight), [None] * (n // SUPER))
 
 
 def _span(place: int) -> slice:
     return slice(place * SUPER, (place + 1) * SUPER)
 
 
-def sweep(state: State, known: Factor, layout: Layout, effort: Effort) -> None:
+def sweep_codebook(state: CodebookState, known: BlockFactor, layout: Layout, effort: CodebookEffort) -> None:
     """Round super-blocks from the last place to the first, each after the errors of those before it are fed in."""
     importance, metric = (m.diagonal(dim1=-2, dim2=-1).flatten(1) for m in (known.moments, known.metric))
     for place in range(len(state.fields) - 1, -1, -1):
@@ -154,18 +154,18 @@ def sweep(state: State, known: Factor, layout: Layout, effort: Effort) -> None:
             with full_float32(False):
                 target.baddbmm_(known.lower[:, span.stop :, span].mT, state.error[:, span.stop :])
         fields = _searched(target, importance[:, span], layout, effort)
-        block = new_block(layout, fields, metric[:, span])
+        block = new_codebook_block(layout, fields, metric[:, span])
         sweep_columns(block, target, source, state.decoded[:, span], known.lower[:, span, span])
         state.fields[place], state.error[:, span] = fields, target
 
 
-def _searched(target: Tensor, importance: Tensor, layout: Layout, effort: Effort) -> Fields:
+def _searched(target: Tensor, importance: Tensor, layout: Layout, effort: CodebookEffort) -> Fields:
     """Scales and levels of super-blocks [E, 256, R] under importance [E, 256]; the points are to come."""
     blocks = scaled(target.mT.reshape(-1, SUPER), importance)
-    return search(replace(blocks, weight=blocks.weight.repeat_interleave(target.shape[2], 0)), layout, effort)
+    return search_fields(replace(blocks, weight=blocks.weight.repeat_interleave(target.shape[2], 0)), layout, effort)
 
 
-def descend(state: State, known: Factor, layout: Layout) -> None:
+def descend(state: CodebookState, known: BlockFactor, layout: Layout) -> None:
     """One round of coordinate descent on tr(E H E^T): every unit of columns again, all others held; the scale of each
     super-block by least squares. A change is kept only where it lowers the objective.
     """
@@ -179,7 +179,7 @@ def descend(state: State, known: Factor, layout: Layout) -> None:
         with full_float32(False):
             pull = torch.bmm(known.moments[:, :, span].mT, state.error)  # (E H) of this super-block
         fields = rescale(decoded, pull, moments, fields)
-        block = new_block(layout, fields, diagonal[:, span])
+        block = new_codebook_block(layout, fields, diagonal[:, span])
         own = inverse[:, span.start // unit : span.stop // unit]
         descend_columns(block, pull, decoded, moments, own)
         state.fields[place], state.error[:, span] = fields, state.weight[:, span] - decoded

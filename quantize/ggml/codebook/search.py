@@ -96,7 +96,7 @@ def _search_numba(
 ) -> tuple[Tensor, Choice]:
     from . import search_cpu as iquants_numba
 
-    search: Any = iquants_numba.search
+    search: Any = iquants_numba.search_points
     (count, width), steps = x.shape, scales.shape[1]
     if steps % 4:  # the kernels take four scales at a time
         scales = torch.cat((scales, scales[:, -1:].expand(-1, 4 - steps % 4)), 1)

@@ -1,6 +1,6 @@
-"""`search` on the CPU (numba): blocks into vectors, and the points that a sweep found.
+"""`search_points` on the CPU (numba): blocks into vectors, and the points that a sweep found.
 
-`search` has the meaning of the arguments.
+`search_points` has the meaning of the arguments.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def scratch(shared: int, group: int, rule: int, steps: int):
 
 
 @numba.njit(cache=True, nogil=True)
-def search(
+def search_points(
     x: Floats,
     w: Floats,
     scales: Floats,

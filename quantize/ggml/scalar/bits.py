@@ -38,7 +38,7 @@ def bytes_half(pair: Tensor) -> Tensor:
     return pair.contiguous().view(torch.float16).view(-1)
 
 
-def join(fields: Tensor, bits: int) -> Tensor:
+def join_bits(fields: Tensor, bits: int) -> Tensor:
     """[..., k, m] uint8 of `bits` bits -> [..., m]: field j at bit j * bits."""
     out = fields[..., 0, :].clone()
     for j in range(1, fields.shape[-2]):
@@ -47,7 +47,7 @@ def join(fields: Tensor, bits: int) -> Tensor:
 
 
 def split(packed: Tensor, bits: int, count: int) -> Tensor:
-    """[..., m] uint8 -> [..., count, m]: the inverse of `join`."""
+    """[..., m] uint8 -> [..., count, m]: the inverse of `join_bits`."""
     mask = (1 << bits) - 1
     return torch.stack([(packed >> (j * bits)) & mask for j in range(count)], -2)
 

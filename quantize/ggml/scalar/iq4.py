@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import Blocks, bytes_half, from_nibbles, half_bytes, join, need, nibbles, split
+from .bits import Blocks, bytes_half, from_nibbles, half_bytes, join_bits, need, nibbles, split
 
 # MXFP4 stores sign and magnitude: the code (of ascending levels, 0 being 7) of each nibble; nibble 8 is -0.
 _MXFP4_LEVEL = (7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0)
@@ -27,8 +27,8 @@ def unpack_iq4_nl(data: Tensor) -> Blocks:
 def pack_iq4_xs(blocks: Blocks) -> Tensor:
     """d, 2 bytes of the steps' high bits, 4 bytes of their low nibbles, 128 bytes of nibbles."""
     steps = (need(blocks.steps) + 32).to(torch.uint8)
-    high = join((steps >> 4).view(-1, 2, 4).transpose(1, 2), 2)
-    low = join((steps & 15).view(-1, 4, 2).transpose(1, 2), 4)
+    high = join_bits((steps >> 4).view(-1, 2, 4).transpose(1, 2), 2)
+    low = join_bits((steps & 15).view(-1, 4, 2).transpose(1, 2), 4)
     return torch.cat([half_bytes(blocks.d), high, low, nibbles(blocks.codes.view(-1, 8, 32))], 1)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import Blocks, bytes_half, half_bytes, join, need, split
+from .bits import Blocks, bytes_half, half_bytes, join_bits, need, split
 
 
 def pack_q2_k(blocks: Blocks) -> Tensor:
     """16 bytes of (minimum, step) nibbles, 64 bytes of 2-bit codes, d, dmin."""
     scales = (need(blocks.steps) | (need(blocks.minimums) << 4)).to(torch.uint8)
-    quants = join(blocks.codes.view(-1, 2, 4, 32), 2).flatten(1)
+    quants = join_bits(blocks.codes.view(-1, 2, 4, 32), 2).flatten(1)
     return torch.cat([scales, quants, half_bytes(blocks.d), half_bytes(need(blocks.dmin))], 1)
 
 
@@ -27,10 +27,10 @@ def unpack_q2_k(data: Tensor) -> Blocks:
 
 def pack_q3_k(blocks: Blocks) -> Tensor:
     """32 bytes of third bits, 64 of two-bit codes, 12 of steps (4 low bits of all, then 2 high bits), d."""
-    high = join((blocks.codes >> 2).view(-1, 8, 32), 1)
-    low = join((blocks.codes & 3).view(-1, 2, 4, 32), 2).flatten(1)
+    high = join_bits((blocks.codes >> 2).view(-1, 8, 32), 1)
+    low = join_bits((blocks.codes & 3).view(-1, 2, 4, 32), 2).flatten(1)
     steps = (need(blocks.steps) + 32).to(torch.uint8)
-    scales = torch.cat([join((steps & 15).view(-1, 2, 8), 4), join((steps >> 4).view(-1, 4, 4), 2)], 1)
+    scales = torch.cat([join_bits((steps & 15).view(-1, 2, 8), 4), join_bits((steps >> 4).view(-1, 4, 4), 2)], 1)
     return torch.cat([high, low, scales, half_bytes(blocks.d)], 1)
 
 
@@ -43,7 +43,7 @@ def unpack_q3_k(data: Tensor) -> Blocks:
 
 def pack_q4_k(blocks: Blocks) -> Tensor:
     """d, dmin, 12 bytes of 6-bit steps and minimums, 128 bytes of nibbles."""
-    return torch.cat([_head(blocks), join(blocks.codes.view(-1, 4, 2, 32), 4).flatten(1)], 1)
+    return torch.cat([_head(blocks), join_bits(blocks.codes.view(-1, 4, 2, 32), 4).flatten(1)], 1)
 
 
 def unpack_q4_k(data: Tensor) -> Blocks:
@@ -54,8 +54,8 @@ def unpack_q4_k(data: Tensor) -> Blocks:
 
 def pack_q5_k(blocks: Blocks) -> Tensor:
     """d, dmin, 12 bytes of 6-bit steps and minimums, 32 of fifth bits, 128 of nibbles."""
-    high = join((blocks.codes >> 4).view(-1, 8, 32), 1)
-    low = join((blocks.codes & 15).view(-1, 4, 2, 32), 4).flatten(1)
+    high = join_bits((blocks.codes >> 4).view(-1, 8, 32), 1)
+    low = join_bits((blocks.codes & 15).view(-1, 4, 2, 32), 4).flatten(1)
     return torch.cat([_head(blocks), high, low], 1)
 
 
@@ -68,8 +68,8 @@ def unpack_q5_k(data: Tensor) -> Blocks:
 def pack_q6_k(blocks: Blocks) -> Tensor:
     """128 bytes of low nibbles, 64 of two high bits, 16 signed steps, d."""
     codes = blocks.codes.view(-1, 2, 2, 64)  # half, low or high nibble, column
-    low = join(codes & 15, 4).flatten(1)
-    high = join((blocks.codes >> 4).view(-1, 2, 4, 32), 2).flatten(1)
+    low = join_bits(codes & 15, 4).flatten(1)
+    high = join_bits((blocks.codes >> 4).view(-1, 2, 4, 32), 2).flatten(1)
     steps = need(blocks.steps).to(torch.int8).view(torch.uint8)
     return torch.cat([low, high, steps, half_bytes(blocks.d)], 1)
 

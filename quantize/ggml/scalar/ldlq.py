@@ -72,7 +72,7 @@ def factor(second: Tensor, damping: float = DAMPING) -> Factor:
 
 
 @dataclass(frozen=True)
-class State:
+class ScalarState:
     """E matrices being rounded, columns first and in processing order: weight, decoded [n, E, R] float32; blocks by
     place.
     """
@@ -92,7 +92,7 @@ def encode_with_feedback(rows: Tensor, kind: GGMLType, known: Factor, passes: in
     if known.lower.shape[:2] != (experts, n):
         raise InputError(f"{kind.name}: {experts} matrices of {n} columns, the moments are {tuple(known.lower.shape)}")
     weight = rows.gather(2, known.columns.unsqueeze(1).expand_as(rows)).permute(2, 0, 1).contiguous()
-    state = State(weight, torch.zeros_like(weight), [None] * known.order.shape[1])
+    state = ScalarState(weight, torch.zeros_like(weight), [None] * known.order.shape[1])
     with full_float32():
         for place in range(len(state.blocks) - 1, -1, -1):
             sweep_block(state, known, kind, place)
@@ -102,7 +102,7 @@ def encode_with_feedback(rows: Tensor, kind: GGMLType, known: Factor, passes: in
     return _packed(state, known, rows)
 
 
-def _packed(state: State, known: Factor, rows: Tensor) -> Tensor:
+def _packed(state: ScalarState, known: Factor, rows: Tensor) -> Tensor:
     parts: list[Tensor] = []
     for block in state.blocks:
         assert block is not None
@@ -113,7 +113,7 @@ def _packed(state: State, known: Factor, rows: Tensor) -> Tensor:
     return out.scatter_(2, index, stacked).flatten(2)
 
 
-def sweep_block(state: State, known: Factor, kind: GGMLType, place: int) -> None:
+def sweep_block(state: ScalarState, known: Factor, kind: GGMLType, place: int) -> None:
     """Search and round one super-block with all earlier errors fed in."""
     size = state.weight.shape[0] // len(state.blocks)
     span = slice(place * size, (place + 1) * size)
@@ -130,7 +130,7 @@ def sweep_block(state: State, known: Factor, kind: GGMLType, place: int) -> None
     state.blocks[place] = block
 
 
-def descend_block(state: State, known: Factor, place: int) -> None:
+def descend_block(state: ScalarState, known: Factor, place: int) -> None:
     """The scales of one super-block by least squares, then each of its columns with all others held."""
     size = state.weight.shape[0] // len(state.blocks)
     span = slice(place * size, (place + 1) * size)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmquant.calibration.evaluate import metrics
-from mmquant.calibration.evaluate.metrics import Scores, compare, interval, jaccard, join, summarise
+from mmquant.calibration.evaluate.metrics import Scores, compare, interval, jaccard, join_metrics, summarise
 
 
 def distributions(rows: int, vocab: int, seed: int = 0, noise: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,5 +163,5 @@ def test_joined_scores_keep_their_order() -> None:
     base, logits = distributions(5, 6)
     target = torch.arange(5)
     whole = compare(base, logits, target)
-    parts = join([compare(base[:2], logits[:2], target[:2]), compare(base[2:], logits[2:], target[2:])])
+    parts = join_metrics([compare(base[:2], logits[:2], target[:2]), compare(base[2:], logits[2:], target[2:])])
     np.testing.assert_array_equal(whole.kld, parts.kld)

@@ -27,7 +27,7 @@ from mmquant.convert.folder.int4 import Int4Variant, check_groups
 from mmquant.convert.models.minimax_m2 import LayerWeights
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
-from mmquant.quantize.integer.gptq import Grid
+from mmquant.quantize.integer.gptq import GptqGrid
 from mmquant.runs.folder import write_folder
 
 GROUP = 32
@@ -50,7 +50,7 @@ def inputs(source: Checkpoint) -> LayerInputs:
 
 
 def options(method: str = "gptq", symmetric: bool = True, **more: object) -> Int4Options:
-    return Int4Options(method=method, grid=Grid(4, GROUP, symmetric), attention="int4", **more)  # type: ignore[arg-type]
+    return Int4Options(method=method, grid=GptqGrid(4, GROUP, symmetric), attention="int4", **more)  # type: ignore[arg-type]
 
 
 def output_error(source: Checkpoint, inputs: LayerInputs, weights: LayerWeights) -> float:

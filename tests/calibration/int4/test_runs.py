@@ -13,7 +13,7 @@ from mmquant.calibration.int4.variant import CalibratedInt4
 from mmquant.calibration.model.signround_layer import LearnOptions
 from mmquant.calibration.statistics.live import LivePass, PassOptions
 from mmquant.convert.open import open_native
-from mmquant.quantize.integer.gptq import Grid
+from mmquant.quantize.integer.gptq import GptqGrid
 from mmquant.runs.folder import write_folder
 
 PACKAGES = ("mmquant", "commands", "runs", "calibration", "convert", "quantize")
@@ -28,7 +28,7 @@ def test_a_variant_may_be_used_twice(tmp_path: Path) -> None:
     source = open_native(write_tiny(tmp_path / "model", **sizes))
     variant = CalibratedInt4(
         group_size=32,
-        options=Int4Options(effort="high", grid=Grid(4, 32)),
+        options=Int4Options(effort="high", grid=GptqGrid(4, 32)),
         learning=LearnOptions(steps=3),
         report=lambda line: None,
     )

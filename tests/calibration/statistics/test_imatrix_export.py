@@ -17,7 +17,7 @@ from mmquant.calibration.statistics.collector import Collect
 from mmquant.calibration.statistics.imatrix_export import imatrix_of_layers
 from mmquant.calibration.statistics.layer import LayerStatistics
 from mmquant.calibration.statistics.live import LivePass
-from mmquant.calibration.text.corpus import pack, read_sets
+from mmquant.calibration.text.corpus import pack_windows, read_sets
 from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.gguf.imatrix import Imatrix, read_imatrix
@@ -106,7 +106,7 @@ def test_the_demo_agrees_with_llama_imatrix() -> None:
         pytest.skip("MMQUANT_GOLDEN is not set")
     source = open_native("demo")
     sets = read_sets([str(Path(folder) / "llama.cpp" / "calibration.txt")])
-    text = pack(sets, load_tokenizer(source), 512, 200)
+    text = pack_windows(sets, load_tokenizer(source), 512, 200)
     found = layers(source, text, collect=Collect(full=False), batch=16)
     theirs = read_imatrix(DATA / "imatrix.gguf")
     for kind, (error, moved) in sorted(distance(imatrix_of_layers(found, ["c"], 200, 512), theirs).items()):

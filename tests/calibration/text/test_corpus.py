@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmquant.calibration.text.chat import ChatTemplate, load_template
-from mmquant.calibration.text.corpus import TextSet, bundled, pack, read_sets, shares
+from mmquant.calibration.text.corpus import TextSet, bundled, pack_windows, read_sets, shares
 from mmquant.calibration.text.documents import Document
 from mmquant.calibration.text.overlap import PASSAGE, check_disjoint, overlap, shingles
 from mmquant.calibration.text.rows import Chat, parse_line
@@ -173,12 +173,12 @@ def test_bad_text_is_refused_in_one_line(tmp_path: Path) -> None:
             read_sets([str(tmp_path / name)])
         assert str(tmp_path / name) in str(caught.value)
     with pytest.raises(ValueError, match=r"\d+ tokens in the longest set, expected one window of 512"):
-        pack([one("a", "short text")], TOKENIZER, 512)
+        pack_windows([one("a", "short text")], TOKENIZER, 512)
 
 
 def test_windows_hold_the_documents_tokens_in_order_and_no_bos() -> None:
     texts = [f"number {i} of the documents, " * 40 for i in range(3)]
-    corpus = pack([one("a", *texts)], TOKENIZER, 16, seed=5)
+    corpus = pack_windows([one("a", *texts)], TOKENIZER, 16, seed=5)
     order = np.random.default_rng(5).permutation(3)
     ids = [t for i in order for t in TOKENIZER.encode(texts[i], add_special_tokens=False).ids]
     flat = corpus.tokens.flatten().tolist()
@@ -189,15 +189,17 @@ def test_windows_hold_the_documents_tokens_in_order_and_no_bos() -> None:
 
 def test_the_mix_follows_weights_seed_and_budget() -> None:
     sets = [one("a", "alpha beta gamma " * 2000, weight=3.0), one("b", "delta epsilon " * 2000, weight=1.0)]
-    corpus = pack(sets, TOKENIZER, 32, windows=40)
+    corpus = pack_windows(sets, TOKENIZER, 32, windows=40)
     assert torch.bincount(corpus.domain).tolist() == [30, 10]
     first = corpus.domain[:20]
     assert abs(int((first == 0).sum()) - 15) <= 1  # a part is a sample of the whole
-    assert corpus.fingerprint == pack(sets, TOKENIZER, 32, windows=40).fingerprint
-    assert corpus.fingerprint != pack(sets, TOKENIZER, 32, windows=39).fingerprint
+    assert corpus.fingerprint == pack_windows(sets, TOKENIZER, 32, windows=40).fingerprint
+    assert corpus.fingerprint != pack_windows(sets, TOKENIZER, 32, windows=39).fingerprint
     assert corpus.describe()["windows_by_domain"] == {"a": 30, "b": 10}
     other = [one("a", *[f"alpha {i} beta " * 50 for i in range(9)])]
-    assert pack(other, TOKENIZER, 32, seed=0).fingerprint != pack(other, TOKENIZER, 32, seed=1).fingerprint
+    assert (
+        pack_windows(other, TOKENIZER, 32, seed=0).fingerprint != pack_windows(other, TOKENIZER, 32, seed=1).fingerprint
+    )
 
 
 @given(

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmquant.calibration.text.chat import load_template
-from mmquant.calibration.text.corpus import bundled, pack, read_sets
+from mmquant.calibration.text.corpus import bundled, pack_windows, read_sets
 from mmquant.calibration.text.overlap import overlap, shingles
 from mmquant.calibration.text.rows import Chat, parse_row
 from mmquant.calibration.text.sample import make_sample, read_texts
@@ -201,7 +201,7 @@ def test_half_a_character_becomes_the_replacement_and_is_said(tmp_path: Path) ->
     assert "cut \ufffd" in found[1]
     assert found[2] == "\ufffd and \ufffd"
     assert notes == [f"{path}: line 2: a lone surrogate (half of a character) became U+FFFD, 3 in the file"]
-    assert len(pack([part], TOKENIZER, 4).seen) == 0
+    assert len(pack_windows([part], TOKENIZER, 4).seen) == 0
     make_sample(read_texts([path], TEMPLATE), TOKENIZER, 4)
 
 
@@ -273,7 +273,7 @@ def test_memory_follows_what_is_used_not_the_file(tmp_path: Path, name: str) -> 
     for megabytes in (1, 6):
         path = big(tmp_path / name, megabytes)
         tracemalloc.start()
-        corpus = pack(read_sets([str(path)]), TOKENIZER, 128, 2)
+        corpus = pack_windows(read_sets([str(path)]), TOKENIZER, 128, 2)
         sample = make_sample(read_texts([path]), TOKENIZER, 128, 2)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -290,10 +290,10 @@ def test_shares_of_long_sets_are_estimated_from_their_beginnings(
         (tmp_path / f"{name}.txt").write_text(f"the same words in file {name}, again and again. " * times * 100)
         sizes[name] = times
     sets = read_sets([str(tmp_path)])
-    exact = pack(sets, TOKENIZER, 32, 50)
+    exact = pack_windows(sets, TOKENIZER, 32, 50)
     monkeypatch.setattr("mmquant.calibration.text.corpus.COUNTED", 10_000)
-    rough = pack(sets, TOKENIZER, 32, 50)
-    assert rough.fingerprint == pack(sets, TOKENIZER, 32, 50).fingerprint
+    rough = pack_windows(sets, TOKENIZER, 32, 50)
+    assert rough.fingerprint == pack_windows(sets, TOKENIZER, 32, 50).fingerprint
     windows = exact.describe()["windows_by_domain"]
     assert windows == {"a": 40, "b": 10}
     assert all(abs(count - windows[name]) <= 1 for name, count in rough.describe()["windows_by_domain"].items())

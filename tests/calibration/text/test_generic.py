@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmquant.calibration.gguf.run import Calibration
-from mmquant.calibration.text.corpus import DEFAULT, pack, read_sets
+from mmquant.calibration.text.corpus import DEFAULT, pack_windows, read_sets
 from mmquant.calibration.text.generic import generic_texts, generic_windows, together
 from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.convert.open import open_native
@@ -48,7 +48,7 @@ def test_no_bundled_text_twice_and_none_where_it_is_unwanted(tmp_path: Path) -> 
 
 
 def test_without_a_template_the_chats_stay_out() -> None:
-    corpus = pack(read_sets(generic_texts(chats=False)), load_tokenizer(open_native("demo")), 64, 40)
+    corpus = pack_windows(read_sets(generic_texts(chats=False)), load_tokenizer(open_native("demo")), 64, 40)
     assert "chat" not in corpus.domains
     assert {"code", "docs", "prose", "laozi"} <= set(corpus.domains)
     both = together(corpus, corpus)

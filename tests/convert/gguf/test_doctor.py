@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from helpers import llamacpp
 from mmquant.calibration.gguf.maxima import Largest, largest_sums
 from mmquant.calibration.text.chat import load_template
-from mmquant.calibration.text.corpus import bundled, pack, read_sets
+from mmquant.calibration.text.corpus import bundled, pack_windows, read_sets
 from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.calibration.text.tokenizer import windows as cut
 from mmquant.commands.calibrate import command as calibrate_command
@@ -109,7 +109,7 @@ def test_a_real_nan_is_repaired(tmp_path: Path) -> None:
     assert fixed.exit_code == 0, fixed.output
     source = open_source("demo")
     text = read_sets([str(bundled("evaluation"))], load_template(source))
-    tokens = pack(text, load_tokenizer(source), 256, 3).tokens.tolist()
+    tokens = pack_windows(text, load_tokenizer(source), 256, 3).tokens.tolist()
     before, after = (llamacpp.logits(tmp_path / name / "m.gguf", tokens, 256) for name in ("m", "fixed"))
     assert not np.isfinite(before).all()
     assert np.isfinite(after).all()

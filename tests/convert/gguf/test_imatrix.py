@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.paths import DATA
-from mmquant.convert.gguf.imatrix import Imatrix, Importance, encode, read_imatrix, split_matrices, write_imatrix
+from mmquant.convert.gguf.imatrix import Imatrix, Importance, imatrix_bytes, read_imatrix, split_matrices, write_imatrix
 from mmquant.errors import InputError
 
 # Made by llama-imatrix (llama.cpp 0c1e57098) over 200 chunks of 512 tokens from the demo model.
@@ -61,7 +61,7 @@ def test_gguf_reads_what_is_written(tmp_path_factory: pytest.TempPathFactory, sh
         assert sums.data_offset % 32 == 0
     again = read_imatrix(path)
     assert again.datasets == (dataset, "b")
-    assert encode(again) == path.read_bytes()
+    assert imatrix_bytes(again) == path.read_bytes()
 
 
 def test_an_expert_without_tokens_weighs_all_channels_alike() -> None:
@@ -75,7 +75,7 @@ def test_values_that_llama_cpp_refuses_are_refused(value: float, where: str) -> 
     bad = importance(2, 3)
     getattr(bad, where).flat[1] = value
     with pytest.raises(ValueError, match=f"blk.0.x.weight: {where} hold NaN, infinity or negative numbers"):
-        encode(Imatrix({"blk.0.x.weight": bad}, ("a",), 1, 1))
+        imatrix_bytes(Imatrix({"blk.0.x.weight": bad}, ("a",), 1, 1))
 
 
 def test_files_that_are_no_imatrix_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmquant.quantize.integer import gptq
-from mmquant.quantize.integer.gptq import Grid
+from mmquant.quantize.integer.gptq import GptqGrid
 from mmquant.quantize.integer.grid import code_range, dequantize
 from mmquant.quantize.integer.rtn import rtn_int
 
@@ -58,8 +58,8 @@ def loss(weight: Tensor, values: Tensor, second: Tensor) -> Tensor:
 def test_equals_the_textbook(shape: tuple[int, int], outputs: int, experts: int, seed: int) -> None:
     group, inputs = shape
     weight, second = problem(experts, outputs, inputs, 3 * inputs, seed)
-    solved = gptq.quantize(weight, second, Grid(4, group))
-    known = gptq.factor(second, inputs if group == -1 else group)
+    solved = gptq.gptq_quantize(weight, second, GptqGrid(4, group))
+    known = gptq.gptq_factor(second, inputs if group == -1 else group)
     for e in range(experts):
         order = known.order[e].flip(0)
         expected = textbook(weight[e], second[e], order, solved.weight.scales[e], 4, gptq.DAMPING)
@@ -71,7 +71,7 @@ def test_equals_the_textbook(shape: tuple[int, int], outputs: int, experts: int,
 @pytest.mark.parametrize("group", [32, 128, -1])
 def test_beats_nearest_rounding_of_the_same_grid(group: int, symmetric: bool) -> None:
     weight, second = problem(3, 24, 256, 700, 1)
-    solved = gptq.quantize(weight, second, Grid(4, group, symmetric))
+    solved = gptq.gptq_quantize(weight, second, GptqGrid(4, group, symmetric))
     assert solved.weight.scales.shape == (3, 24, 256 // (256 if group == -1 else group))
     assert torch.equal(solved.weight.scales, solved.weight.scales.bfloat16().float())
     nearest = rtn_int(weight, 4, group, symmetric)
@@ -81,16 +81,16 @@ def test_beats_nearest_rounding_of_the_same_grid(group: int, symmetric: bool) ->
 
 def test_a_batch_gives_each_matrix_its_own_result() -> None:
     weight, second = problem(4, 9, 64, 200, 2)
-    together = gptq.quantize(weight, second, Grid(4, 32)).weight
+    together = gptq.gptq_quantize(weight, second, GptqGrid(4, 32)).weight
     for e in range(4):
-        alone = gptq.quantize(weight[e : e + 1], second[e : e + 1], Grid(4, 32)).weight
+        alone = gptq.gptq_quantize(weight[e : e + 1], second[e : e + 1], GptqGrid(4, 32)).weight
         assert (together.codes[e] != alone.codes[0]).float().mean() < 0.01
 
 
 def test_given_scales_are_used() -> None:
     weight, second = problem(2, 5, 64, 200, 3)
     scales = torch.full((2, 5, 2), 0.25)
-    solved = gptq.quantize(weight, second, Grid(4, 32), scales=scales, keep=True)
+    solved = gptq.gptq_quantize(weight, second, GptqGrid(4, 32), scales=scales, keep=True)
     assert torch.equal(solved.weight.scales, scales)
     assert solved.compensated is not None
     assert torch.equal(solved.weight.codes.float(), (solved.compensated / 0.25).round().clamp(-8, 7))
@@ -101,7 +101,7 @@ def test_moments_without_a_factor_are_damped_then_rounded() -> None:
     second[1] = torch.ones(64, 64) - 0.1 * torch.eye(64)  # indefinite: needs far more damping
     second[2] = 0.0  # saw nothing
     second[3, 5, 7] = second[3, 7, 5] = float("inf")
-    solved = gptq.quantize(weight, second, Grid(4, 32))
+    solved = gptq.gptq_quantize(weight, second, GptqGrid(4, 32))
     assert solved.rounded.tolist() == [False, False, True, True]
     assert solved.damping[0] == pytest.approx(gptq.DAMPING)
     assert solved.damping[1] > gptq.DAMPING
@@ -114,7 +114,7 @@ def test_dead_inputs_keep_their_weights() -> None:
     weight, second = problem(1, 6, 64, 200, 5)
     second[:, 10] = 0.0
     second[:, :, 10] = 0.0
-    solved = gptq.quantize(weight, second, Grid(4, 32))
+    solved = gptq.gptq_quantize(weight, second, GptqGrid(4, 32))
     error = (dequantize(solved.weight) - weight)[0, :, 10].abs()
     # A channel that calibration never saw is still stored, within the range of its group.
     assert (error <= 0.5 * weight.abs().amax()).all()
@@ -129,4 +129,4 @@ def test_bad_input(group: int, bad: float | None, words: str) -> None:
     if bad is not None:
         weight[0, 1, 2] = bad
     with pytest.raises(ValueError, match=words):
-        gptq.quantize(weight, second, Grid(4, group))
+        gptq.gptq_quantize(weight, second, GptqGrid(4, group))

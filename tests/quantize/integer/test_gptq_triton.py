@@ -13,8 +13,8 @@ if not CUDA:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from mmquant.quantize.integer import gptq, gptq_triton  # noqa: E402
-from mmquant.quantize.integer.gptq import Grid  # noqa: E402
-from mmquant.quantize.integer.grid import dequantize, search, search_weights  # noqa: E402
+from mmquant.quantize.integer.gptq import GptqGrid  # noqa: E402
+from mmquant.quantize.integer.grid import dequantize, search_scales, search_weights  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -30,7 +30,7 @@ def test_search(experts: int, columns: int, outputs: int) -> None:
     part, importance = values(experts, columns, outputs, columns)
     part[0, :, 1] = 0.0
     ours = gptq_triton.search_group(part, search_weights(importance), 4)
-    plain = search(part.mT, importance, 4, -1)[0].squeeze(-1)
+    plain = search_scales(part.mT, importance, 4, -1)[0].squeeze(-1)
     assert (ours != plain).float().mean() < 0.05
     assert torch.isfinite(ours).all()
     assert (ours != 0).all()
@@ -67,9 +67,9 @@ def test_the_gpu_gives_the_codes_of_the_cpu(group: int, symmetric: bool, n: int)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 2000, n, generator=generator) @ torch.randn(n, n, generator=generator) / 25
     second, weight = x.mT @ x / 2000, torch.randn(5, 200, n, generator=generator)
-    grid = Grid(4, group, symmetric)
-    cpu = gptq.quantize(weight, second, grid).weight
-    gpu = gptq.quantize(weight.cuda(), second.cuda(), grid).weight
+    grid = GptqGrid(4, group, symmetric)
+    cpu = gptq.gptq_quantize(weight, second, grid).weight
+    gpu = gptq.gptq_quantize(weight.cuda(), second.cuda(), grid).weight
     # A turned tie changes what is compensated afterwards, so codes are compared by the loss as well.
     assert (cpu.codes != gpu.codes.cpu()).float().mean() < 0.05
     losses = []

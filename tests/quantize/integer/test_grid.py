@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmquant.quantize.integer import grid as int_grid
-from mmquant.quantize.integer.grid import bfloat16_exact, dequantize, encode, search
+from mmquant.quantize.integer.grid import bfloat16_exact, dequantize, round_to_codes, search_scales
 from mmquant.quantize.integer.pack import (
     AWQ_ORDER,
     pack_awq,
@@ -31,9 +31,9 @@ def test_the_scale_is_near_the_best_of_a_fine_scan(rows: int, group: int, weight
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, group, generator=generator)
     importance = torch.rand(group, generator=generator) + 0.1 if weighted else torch.ones(group)
-    scales, zeros = search(weight, importance if weighted else None, 4, -1)
+    scales, zeros = search_scales(weight, importance if weighted else None, 4, -1)
     assert zeros is None
-    found = ((weight - dequantize(encode(weight, scales, None, 4))).square() * importance).sum(-1)
+    found = ((weight - dequantize(round_to_codes(weight, scales, None, 4))).square() * importance).sum(-1)
     best = torch.full((rows,), torch.inf)
     extreme = weight.abs().amax(-1, keepdim=True)
     for ratio in torch.linspace(0.4, 1.4, 300):
@@ -84,7 +84,7 @@ def test_processor_and_graphics_card_search_alike(
     weight[0, 0, :group] = 0
     weight[-1, -1, 1:] = 0
     importance = torch.rand(experts, 3 * group, generator=torch.Generator().manual_seed(1)) + 0.01
-    scales, zeros = search(weight, importance, 4, group, symmetric, signed)
+    scales, zeros = search_scales(weight, importance, 4, group, symmetric, signed)
     flat = weight.reshape(-1, group)
     h = int_grid.search_weights(importance.view(experts, 1, 3, group)).expand(-1, rows, -1, -1).reshape(flat.shape)
     expected, points = (
@@ -92,8 +92,10 @@ def test_processor_and_graphics_card_search_alike(
         if symmetric
         else int_grid._asymmetric(flat, h, 4, int_grid.RATIOS)
     )
-    found = ((weight - dequantize(encode(weight, scales, zeros, 4))).square() * importance[:, None]).sum(-1)
-    wanted = encode(weight, expected.view(scales.shape), None if points is None else points.view(scales.shape), 4)
+    found = ((weight - dequantize(round_to_codes(weight, scales, zeros, 4))).square() * importance[:, None]).sum(-1)
+    wanted = round_to_codes(
+        weight, expected.view(scales.shape), None if points is None else points.view(scales.shape), 4
+    )
     best = ((weight - dequantize(wanted)).square() * importance[:, None]).sum(-1)
     assert torch.allclose(found, best, rtol=0.02, atol=1e-6)
     assert (scales.flatten() != expected).float().mean() < 0.02  # codes halfway, candidates of equal cost

@@ -19,15 +19,15 @@ from mmquant.quantize.ggml.codebook import columns  # noqa: E402
 from mmquant.quantize.ggml.codebook import columns_triton as iquant_columns_triton  # noqa: E402
 from mmquant.quantize.ggml.codebook import layout as iquants_layout  # noqa: E402
 from mmquant.quantize.ggml.codebook import search as iquants_search  # noqa: E402
-from mmquant.quantize.ggml.codebook.columns import Block, new_block, unit_of  # noqa: E402
-from mmquant.quantize.ggml.codebook.layout import LAYOUTS, SUPER, Fields, values  # noqa: E402
+from mmquant.quantize.ggml.codebook.columns import CodebookBlock, new_codebook_block, unit_of  # noqa: E402
+from mmquant.quantize.ggml.codebook.layout import LAYOUTS, SUPER, Fields, field_values  # noqa: E402
 from mmquant.quantize.ggml.codebook.tables import points, points_on  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
-Result = tuple[Block, Tensor, Tensor]
+Result = tuple[CodebookBlock, Tensor, Tensor]
 
 
-def problem(name: str, experts: int, rows: int) -> tuple[Block, Tensor, Tensor, Tensor]:
+def problem(name: str, experts: int, rows: int) -> tuple[CodebookBlock, Tensor, Tensor, Tensor]:
     """A super-block with scales and no points: it, weights and targets [E, 256, R], L [E, 256, 256].
 
     Importance spans four decades; one column is dead but for the damping; of several rows the first is zero.
@@ -50,21 +50,23 @@ def problem(name: str, experts: int, rows: int) -> tuple[Block, Tensor, Tensor, 
         minus = minus[:, ::4].repeat_interleave(4, 1)
     code = torch.zeros(count, layout.groups, dtype=torch.int16)
     fields = Fields(scale.half(), level, code, torch.zeros(count, 32, dtype=torch.uint8), minus)
-    return new_block(layout, fields, diagonal), weight, target, lower
+    return new_codebook_block(layout, fields, diagonal), weight, target, lower
 
 
-def on(block: Block, device: str) -> Block:
+def on(block: CodebookBlock, device: str) -> CodebookBlock:
     """A copy of its own on `device`."""
     fields = Fields(*(getattr(block.fields, f).to(device, copy=True) for f in Fields.__dataclass_fields__))
     return replace(block, fields=fields, scale=block.scale.to(device), weight=block.weight.to(device))
 
 
-def back(block: Block, *tensors: Tensor) -> Result:
+def back(block: CodebookBlock, *tensors: Tensor) -> Result:
     first, second = (t.cpu() for t in tensors)
     return on(block, "cpu"), first, second
 
 
-def swept(block: Block, inner: slice | None, weight: Tensor, target: Tensor, lower: Tensor, fused: bool) -> Result:
+def swept(
+    block: CodebookBlock, inner: slice | None, weight: Tensor, target: Tensor, lower: Tensor, fused: bool
+) -> Result:
     """Block, values and errors of one tile, or of all columns (None)."""
     device = DEVICE if fused else "cpu"
     own, error, decoded = on(block, device), target.to(device, copy=True), torch.zeros_like(target, device=device)
@@ -76,13 +78,15 @@ def swept(block: Block, inner: slice | None, weight: Tensor, target: Tensor, low
     return back(own, decoded, error)
 
 
-def moments_of(block: Block, lower: Tensor) -> Tensor:
+def moments_of(block: CodebookBlock, lower: Tensor) -> Tensor:
     """H = D (L^T L + 1) D, of a size that follows the importance."""
     size = block.weight.sqrt().unsqueeze(1)
     return (lower.mT @ lower + torch.eye(SUPER)) * size * size.mT
 
 
-def descended(block: Block, inner: slice | None, weight: Tensor, decoded: Tensor, lower: Tensor, fused: bool) -> Result:
+def descended(
+    block: CodebookBlock, inner: slice | None, weight: Tensor, decoded: Tensor, lower: Tensor, fused: bool
+) -> Result:
     """Block, values and changes of one round of descent from `decoded`."""
     device, unit, moments = DEVICE if fused else "cpu", unit_of(block.layout), moments_of(block, lower)
     pull = moments @ (weight - decoded)
@@ -106,7 +110,7 @@ def agree(found: Result, expected: Result, part: slice = slice(None)) -> None:
         mine, other = mine[:, part], other[:, part]
         assert torch.allclose(mine * same, other * same, rtol=1e-4, atol=2e-6)
         assert torch.allclose(mine.square().mean(), other.square().mean(), rtol=0.02)
-    stored = values(ours, found[0].layout).reshape(found[1].shape[0], -1, SUPER).mT[:, part]
+    stored = field_values(ours, found[0].layout).reshape(found[1].shape[0], -1, SUPER).mT[:, part]
     assert torch.allclose(found[1][:, part], stored, rtol=1e-5, atol=0)
 
 
@@ -155,7 +159,7 @@ def test_descent_by_its_definition(name: str) -> None:
         part = slice(first, first + unit)
         pull = (moments @ (weight[0].double() - now))[part]
         wanted = now[part] + torch.linalg.solve(moments[part, part], pull)
-        nearest = columns.nearest(own, wanted.float().unsqueeze(0), first).values[0].double()
+        nearest = columns.nearest_points(own, wanted.float().unsqueeze(0), first).values[0].double()
         change = nearest - now[part]
         better = (change * (moments[part, part] @ change - 2 * pull)).sum(0) < 0
         now[part] += change * better
@@ -164,7 +168,7 @@ def test_descent_by_its_definition(name: str) -> None:
     assert torch.allclose(changes, values_found - decoded, atol=1e-7)
     before, after = ((e * (moments.float() @ e)).sum() for e in (weight[0] - decoded[0], weight[0] - values_found[0]))
     assert after < 0.98 * before
-    assert torch.allclose(values(found.fields, block.layout).mT, values_found[0], rtol=1e-5, atol=0)
+    assert torch.allclose(field_values(found.fields, block.layout).mT, values_found[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.gpu

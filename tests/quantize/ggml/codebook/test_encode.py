@@ -20,7 +20,7 @@ from mmquant.quantize.ggml.codebook import search_cpu as iquants_numba
 from mmquant.quantize.ggml.codebook import sweep_cpu as iquants_sweep
 from mmquant.quantize.ggml.codebook.encode_cpu import half
 from mmquant.quantize.ggml.codebook.halves import book
-from mmquant.quantize.ggml.codebook.layout import LAYOUTS, Layout, Signs, pack, unpack, values
+from mmquant.quantize.ggml.codebook.layout import LAYOUTS, Layout, Signs, field_values, pack_fields, unpack_fields
 from mmquant.quantize.ggml.codebook.tables import points, with_parity
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -57,10 +57,10 @@ def blocks(layout: Layout, count: int, steps: int) -> tuple[Tensor, Tensor, Tens
 def test_values_and_layout_are_those_of_gguf_and_ggml(kind: GGMLType) -> None:
     layout = LAYOUTS[kind.name]
     data = random_bytes(layout, 200)
-    ours = values(unpack(data, layout), layout)
+    ours = field_values(unpack_fields(data, layout), layout)
     theirs = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType(int(kind)))
     assert np.array_equal(ours.numpy(), theirs)
-    assert torch.equal(pack(unpack(data, layout), layout), data)
+    assert torch.equal(pack_fields(unpack_fields(data, layout), layout), data)
     ggml_lib.need()
     assert torch.equal(ours, ggml_lib.decode(data, kind, 256))
 
@@ -250,7 +250,7 @@ def trained() -> Tensor:
 def test_more_search_is_never_worse_by_much(kind: GGMLType) -> None:
     rows, importance = inputs(256, 96)["heavy, importance"]
     errors = [
-        weighted_error(rows, iquants.encode(rows, kind, importance, iquants.EFFORTS[e]), kind, importance)
+        weighted_error(rows, iquants.encode_codebook(rows, kind, importance, iquants.EFFORTS[e]), kind, importance)
         for e in ("fast", "default", "high")
     ]
     assert errors[1] < errors[0] * 1.001
@@ -265,8 +265,8 @@ def test_the_encoder_of_the_cpu_does_what_the_tensor_form_does(kind: GGMLType) -
     rows[3] = 0
     blocks = iquants.scaled(rows, importance.expand_as(rows))
     for effort in iquants.EFFORTS.values():
-        ours, theirs = (f(blocks, layout, effort) for f in (iquants.search, iquants.search_tensors))
-        errors = [float((blocks.weight * (rows - values(f, layout)) ** 2).sum()) for f in (ours, theirs)]
+        ours, theirs = (f(blocks, layout, effort) for f in (iquants.search_fields, iquants.search_tensors))
+        errors = [float((blocks.weight * (rows - field_values(f, layout)) ** 2).sum()) for f in (ours, theirs)]
         if layout.signs is Signs.DELTA and effort is not iquants.EFFORTS["high"]:  # scales are guessed
             assert errors[0] < 1.02 * errors[1]
             continue
@@ -306,9 +306,9 @@ def test_awkward_rows(kind: GGMLType) -> None:
 def test_one_row_is_encoded_as_among_many() -> None:
     rows, importance = inputs(768, 5)["heavy, importance"]
     for kind in QUICK:
-        whole = iquants.encode(rows, kind, importance)
-        assert torch.equal(whole[3:4], iquants.encode(rows[3:4], kind, importance))
-    assert iquants.encode(rows[:0], GGMLType.IQ3_S).shape == (0, 330)
+        whole = iquants.encode_codebook(rows, kind, importance)
+        assert torch.equal(whole[3:4], iquants.encode_codebook(rows[3:4], kind, importance))
+    assert iquants.encode_codebook(rows[:0], GGMLType.IQ3_S).shape == (0, 330)
 
 
 @settings(max_examples=12, deadline=None)
@@ -316,8 +316,8 @@ def test_one_row_is_encoded_as_among_many() -> None:
 def test_powers_of_two_change_the_scale_alone(exponent: int, kind: GGMLType) -> None:
     rows, importance = inputs(256, 4)["normal, importance"]
     factor = 2.0**exponent
-    data = iquants.encode(rows * 50 * factor, kind, importance)
-    plain = iquants.encode(rows * 50, kind, importance)
+    data = iquants.encode_codebook(rows * 50 * factor, kind, importance)
+    plain = iquants.encode_codebook(rows * 50, kind, importance)
     assert torch.equal(data[:, 2:], plain[:, 2:])
     assert torch.equal(codec.decode(data, kind, 256), codec.decode(plain, kind, 256) * factor)
 
@@ -336,15 +336,15 @@ def test_powers_of_two_change_the_scale_alone(exponent: int, kind: GGMLType) -> 
 )
 def test_bad_input_is_refused(rows: Tensor, importance: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        iquants.encode(rows, GGMLType.IQ3_S, importance)
+        iquants.encode_codebook(rows, GGMLType.IQ3_S, importance)
     with pytest.raises(ValueError, match="no vector-codebook type"):
-        iquants.encode(torch.zeros(1, 256), GGMLType.Q4_K)
+        iquants.encode_codebook(torch.zeros(1, 256), GGMLType.Q4_K)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_agrees_with_the_cpu(kind: GGMLType) -> None:
     rows, importance = inputs(512, 64)["heavy, importance"]
-    ours = weighted_error(rows, iquants.encode(rows, kind, importance), kind, importance)
-    data = iquants.encode(rows.cuda(), kind, importance.cuda() if importance is not None else None).cpu()
+    ours = weighted_error(rows, iquants.encode_codebook(rows, kind, importance), kind, importance)
+    data = iquants.encode_codebook(rows.cuda(), kind, importance.cuda() if importance is not None else None).cpu()
     assert weighted_error(rows, data, kind, importance) == pytest.approx(ours, rel=1e-3)
