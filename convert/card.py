@@ -10,6 +10,7 @@ import yaml
 
 from mmquant.errors import InputError
 
+from .files.parse import is_list, is_object
 from .licence import PERMISSIVE, PROHIBITED, UNKNOWN_NAME, judge
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -22,12 +23,12 @@ def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str
     if not match:
         return {}, text
     try:
-        data = yaml.safe_load(match[1]) or {}
+        data: object = yaml.safe_load(match[1]) or {}
     except yaml.YAMLError as error:
         raise InputError(f"{where}: the front matter is not YAML ({str(error).splitlines()[0]})") from None
     except RecursionError:
         raise InputError(f"{where}: the front matter is nested too deeply") from None
-    if not isinstance(data, dict):
+    if not is_object(data):
         raise InputError(f"{where}: the front matter is a {type(data).__name__}, expected keys and values")
     return data, text[match.end() :]
 
@@ -65,7 +66,7 @@ def check_license(fields: Mapping[str, Any], license_text: str, where: str) -> N
 def base_models(front: Mapping[str, Any], where: str) -> list[str]:
     """Repositories that a front matter names as base_model; InputError for what is none (a folder's name)."""
     value = front.get("base_model")
-    named = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    named = value if is_list(value) else [] if value in (None, "") else [value]
     for name in named:
         if not is_repository(name):
             raise InputError(f"{where}: base_model {name!r}, expected ORG/NAME (or give --base-model)")

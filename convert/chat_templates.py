@@ -8,11 +8,11 @@ and null are absent. Source: transformers, tokenization_utils_base.py (from_pret
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mmquant.errors import InputError
 
 from .carried import decode, named_templates, read_object
+from .files.parse import are, is_list, is_object
 from .source import Source
 
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -43,14 +43,18 @@ def chat_templates(source: Source) -> dict[str, Template]:
     return found
 
 
-def _named(value: Any, where: str) -> dict[str, str]:
+def _named(value: object, where: str) -> dict[str, str]:
     if value is None or isinstance(value, str):
         return {DEFAULT: value or ""}
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        value = {item.get("name"): item.get("template") for item in value}
-    if not isinstance(value, dict):
+    if is_list(value) and are(value, dict):
+        pairs: list[tuple[object, object]] = [(item.get("name"), item.get("template")) for item in value]
+    elif is_object(value):
+        pairs = list(value.items())
+    else:
         raise InputError(f"{where}: chat_template is a {type(value).__name__}, expected text or a list of named ones")
-    for name, text in value.items():
+    named: dict[str, str] = {}
+    for name, text in pairs:
         if not isinstance(name, str) or not isinstance(text, str | None):
             raise InputError(f"{where}: chat_template {name!r} is no text, expected a name and a template")
-    return {name: text or "" for name, text in value.items()}
+        named[name] = text or ""
+    return named

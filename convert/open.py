@@ -12,6 +12,7 @@ from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.quantization_config import SchemeBook, quantization_of
 from .checkpoints.store import LocalFolder, ShardStore
 from .checkpoints.tensors import read_config
+from .files.parse import is_list
 from .hub.address import Address, parse_address
 from .hub.hubs import DEFAULT_HUB
 from .source import Source
@@ -105,6 +106,6 @@ def _base_of(store: ShardStore) -> str:
     from .gguf.metadata import card_fields
 
     base = card_fields(store.small("README.md")).get("base_model")
-    first = base[0] if isinstance(base, list) and base else base
+    first = base[0] if is_list(base) and base else base
     original = f"{DEFAULT_HUB.key}:{first}" if isinstance(first, str) else "the original"
     return f", expected safetensors in FP8 or BF16: quantize {original} instead (eval reads hf:ORG/NAME:TYPE)"

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from .files.parse import is_list, is_object
+
 Read = Callable[[str], "bytes | None"]
 
 _RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|import\s+\.(\w+)\s*$)", re.MULTILINE)
@@ -19,7 +21,7 @@ def code_files(config: dict[str, Any], read: Read) -> dict[str, bytes]:
     """name -> bytes of every file that the entries kept by `with_code` need; `read` gives a file's bytes or None."""
     entries = config.get("auto_map")
     found: dict[str, bytes] = {}
-    for value in entries.values() if isinstance(entries, dict) else ():
+    for value in entries.values() if is_object(entries) else ():
         found |= _of_entry(value, read) or {}
     return found
 
@@ -28,7 +30,7 @@ def with_code(config: dict[str, Any], read: Read) -> dict[str, Any]:
     """The config with those entries of auto_map whose code is there; without auto_map when none is left."""
     if "auto_map" not in config:
         return config
-    entries = config["auto_map"] if isinstance(config["auto_map"], dict) else {}
+    entries = config["auto_map"] if is_object(config["auto_map"]) else {}
     kept = {key: value for key, value in entries.items() if _of_entry(value, read) is not None}
     if kept == config["auto_map"] and kept:
         return config
@@ -36,10 +38,10 @@ def with_code(config: dict[str, Any], read: Read) -> dict[str, Any]:
     return {**rest, "auto_map": kept} if kept else rest
 
 
-def _of_entry(value: Any, read: Read) -> dict[str, bytes] | None:
+def _of_entry(value: object, read: Read) -> dict[str, bytes] | None:
     """Files of one entry ("MODULE.Class", a list of such, "REPO--MODULE.Class": none here); None when one misses."""
     found: dict[str, bytes] = {}
-    references = value if isinstance(value, list) else [value]
+    references = value if is_list(value) else [value]
     if not any(isinstance(reference, str) for reference in references):
         return None
     for reference in references:

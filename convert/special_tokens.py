@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .carried import read_object
+from .files.parse import is_list, is_object
 from .source import Source
 
 KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -30,7 +31,7 @@ def special_tokens(source: Source, ids: Mapping[str, int] | None = None) -> dict
     texts = {index: text for text, index in ids.items()}
     named = [read_object(source, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     numbered = [read_object(source, "generation_config.json"), source.config]
-    found = {}
+    found: dict[str, SpecialToken] = {}
     for kind in KINDS:
         text = next((text for file in named if (text := _text(file.get(f"{kind}_token"))) is not None), None)
         number = ids.get(text) if text is not None else None
@@ -47,19 +48,17 @@ def special_tokens(source: Source, ids: Mapping[str, int] | None = None) -> dict
 def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """Ids by text of a tokenizer.json; what has no such form is left out."""
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    pairs = list(vocab.items()) if isinstance(vocab, dict) else []
-    pairs += [
-        (t.get("content"), t.get("id")) for t in (added if isinstance(added, list) else []) if isinstance(t, dict)
-    ]
+    vocab = model.get("vocab") if is_object(model) else None
+    pairs: list[tuple[Any, Any]] = list(vocab.items()) if is_object(vocab) else []
+    pairs += [(t.get("content"), t.get("id")) for t in (added if is_list(added) else []) if is_object(t)]
     return {text: index for text, index in pairs if isinstance(text, str) and _number(index) is not None}
 
 
-def _text(value: Any) -> str | None:
-    value = value.get("content") if isinstance(value, dict) else value
+def _text(value: object) -> str | None:
+    value = value.get("content") if is_object(value) else value
     return value if isinstance(value, str) and value else None
 
 
-def _number(value: Any) -> int | None:
-    value = value[0] if isinstance(value, list) and value else value
+def _number(value: object) -> int | None:
+    value = value[0] if is_list(value) and value else value
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

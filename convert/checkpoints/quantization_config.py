@@ -11,6 +11,7 @@ from typing import Any
 
 from mmquant.errors import InputError
 
+from ..files.parse import is_object
 from ..formats.format import Scheme
 from ..formats.skip_lists import ENGINES, names_of
 from ..formats.table import METHODS, formats_of
@@ -25,7 +26,7 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
         value = config.get(key)
         if value is None or value == {}:
             continue
-        if not isinstance(value, dict):
+        if not is_object(value):
             raise InputError(f"config.json: {key} is a {type(value).__name__}, expected an object")
         return value
     return None
@@ -68,9 +69,9 @@ class SchemeBook:
     def is_source(self) -> bool:
         """Whether everything that is quantized is FP8, so that it can be quantized again."""
         groups = self.quantization.get("config_groups")
-        if all(row.group is None for row in self._formats) or not isinstance(groups, dict):
+        if all(row.group is None for row in self._formats) or not is_object(groups):
             return not self.integers
-        said = [g.get("format") or self.quantization.get("format") for g in groups.values() if isinstance(g, dict)]
+        said = [g.get("format") or self.quantization.get("format") for g in groups.values() if is_object(g)]
         sources = {row.name for row in self._formats if row.requantizable}
         return bool(said) and all(kind in sources for kind in said)
 

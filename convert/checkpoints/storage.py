@@ -81,7 +81,7 @@ def engine_notes(label: str, book: SchemeBook | None, found: Mapping[str, tuple[
     """A line for each engine that would read a matrix otherwise than it is stored."""
     if book is None:
         return []
-    notes = []
+    notes: list[str] = []
     for engine in (VLLM, SGLANG):
         if engine == VLLM and book.derives():
             continue

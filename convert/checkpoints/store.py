@@ -12,7 +12,7 @@ from mmquant.errors import InputError
 
 from ..files.kinds import LOOK, refuse_strangers
 from ..files.lfs import refuse_pointer
-from ..files.parse import SMALL_LIMIT, parse_json, path_fault, short, take_map
+from ..files.parse import SMALL_LIMIT, is_list, is_object, parse_json, path_fault, short, take_map
 from ..formats.spec import DTYPE_BYTES
 from ..naming import cached_repository
 
@@ -204,7 +204,7 @@ def parse_header(header: bytes, shard: str, file_size: int) -> list[TensorInfo]:
 
 
 def _tensor(name: str, entry: object, shard: str, start: int) -> TensorInfo:
-    if not isinstance(entry, dict):
+    if not is_object(entry):
         raise InputError(f"{shard}: entry {short(name)} of the header is not an object")
     if not name.isprintable():
         raise InputError(f"{shard}: {short(name)}: expected a tensor's name of printable characters")
@@ -222,6 +222,4 @@ def _tensor(name: str, entry: object, shard: str, start: int) -> TensorInfo:
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
-    if not isinstance(value, list):
-        return False
-    return all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in value)
+    return is_list(value) and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 62 for v in value)

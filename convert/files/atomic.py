@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,8 +19,10 @@ from typing import BinaryIO
 CHUNK = 8 << 20
 TEMPORARY = ".tmp"
 # What file systems answer that do not have the call at all (CIFS, FUSE, exFAT, Lustre, NFS without locks).
-MISSING = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
-MISSING |= {errno.ENOTSUP, errno.EOPNOTSUPP}
+MISSING = {
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.ENOTSUP, errno.EOPNOTSUPP),
+}
 log = logging.getLogger("mmquant.files")
 _warned: set[int] = set()  # devices: one warning a file system and process
 
@@ -99,7 +101,7 @@ def replace_folder(made: Path, final: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Generator[BinaryIO]:
     """A new file for writing that gets its name when the block ends, and leaves nothing when it raises."""
     temporary = temporary_of(path)
     try:

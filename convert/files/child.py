@@ -12,8 +12,10 @@ NAMES = frozenset(
     "TERM LD_LIBRARY_PATH DYLD_LIBRARY_PATH VIRTUAL_ENV CONDA_PREFIX HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY "
     "REQUESTS_CA_BUNDLE CURL_CA_BUNDLE HF_HOME HF_HUB_CACHE PYTHONDONTWRITEBYTECODE PYTHONUTF8".split()
 )
-PREFIXES = ("LC_", "SSL_CERT_", "XDG_", "OMP_", "MKL_", "KMP_", "CUDA_", "NVIDIA_", "ROCR_", "HIP_", "TRITON_", "TORCH")
-PREFIXES += ("PYTORCH_", "HF_XET_")
+PREFIXES = (
+    *("LC_", "SSL_CERT_", "XDG_", "OMP_", "MKL_", "KMP_", "CUDA_", "NVIDIA_", "ROCR_", "HIP_", "TRITON_", "TORCH"),
+    *("PYTORCH_", "HF_XET_"),
+)
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .parse import is_object
+
 # What decides a run's bytes, by its name in the run -> what a user wrote; the rest is told by its own name.
 OPTIONS = {
     "command": "the command",
@@ -36,7 +38,7 @@ def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str
         have, want = found.get(key), wanted.get(key)
         if have == want:
             continue
-        if isinstance(have, Mapping) and isinstance(want, Mapping):
+        if is_object(have) and is_object(want):
             return first_difference(have, want)
         name = OPTIONS.get(key, key)
         if key in ("source", "model", "sets"):

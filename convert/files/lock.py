@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ LOCK, HOLDER = ".mmquant.lock", ".mmquant.holder"
 
 
 @contextmanager
-def hold(folder: Path, wait: float = 0) -> Iterator[None]:
+def hold(folder: Path, wait: float = 0) -> Generator[None]:
     """Hold `folder` while the block runs; InputError naming the holder when another process keeps it over `wait` s.
 
     The system drops the lock with the process, so a killed run leaves nothing to clean up. On a file system without
@@ -42,7 +42,7 @@ def hold(folder: Path, wait: float = 0) -> Iterator[None]:
 
 def _acquire(lock: FileLock, folder: Path, wait: float) -> bool:
     """Whether the lock is ours; False on a file system that has none."""
-    missing = []
+    missing: list[str] = []
     try:
         lock.acquire(timeout=wait, poll_interval=0.05)
     except Timeout:

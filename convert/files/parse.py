@@ -9,8 +9,8 @@ import json
 import math
 import reprlib
 import unicodedata
-from collections.abc import Mapping
-from typing import Any, TypeVar, overload
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard, TypeVar, overload
 
 from mmquant.errors import InputError
 
@@ -19,7 +19,7 @@ LONGEST_NUMBER = 40  # characters; tokenizer_config.json of the field has 100000
 LARGEST = 1 << 62  # of what counts something
 SMALL_LIMIT = 64 << 20  # bytes of a file that is read whole: configs, tokenizers, templates, licences
 LONGEST_PATH = 1024
-NAMES = {
+NAMES: dict[type, str] = {
     str: "a string",
     int: "an integer",
     float: "a number",
@@ -60,21 +60,46 @@ def parse_any(data: bytes | bytearray | str, where: str, unique: bool = False) -
 def parse_json(data: bytes | bytearray | str, where: str, unique: bool = False) -> dict[str, Any]:
     """A JSON object, else an InputError that says where it is broken."""
     value = parse_any(data, where, unique)
-    if not isinstance(value, dict):
+    if not is_object(value):
         raise InputError(f"{where}: JSON {short(value)}, expected an object")
     return value
 
 
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a JSON value is an object, for the type checker: `isinstance` leaves its keys and values unknown."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """Whether a JSON value is a list, for the type checker: `isinstance` leaves its items unknown."""
+    return isinstance(value, list)
+
+
+def are(values: list[Any], kind: type[T]) -> TypeGuard[list[T]]:
+    """Whether all items of a JSON list are of `kind`, as `is_a` understands it."""
+    return all(is_a(value, kind) for value in values)
+
+
 @overload
-def take(mapping: Mapping[str, Any], key: str, kind: type[dict], where: str) -> dict[str, Any]: ...
+def take(mapping: Mapping[str, Any], key: str, kind: type[dict[str, Any]], where: str) -> dict[str, Any]: ...
 @overload
-def take(mapping: Mapping[str, Any], key: str, kind: type[list], where: str) -> list[Any]: ...
+def take(mapping: Mapping[str, Any], key: str, kind: type[list[Any]], where: str) -> list[Any]: ...
 @overload
 def take(mapping: Mapping[str, Any], key: str, kind: type[T], where: str) -> T: ...
 @overload
-def take(mapping: Mapping[str, Any], key: str, kind: type[dict], where: str, default: D) -> dict[str, Any] | D: ...
+def take(
+    mapping: Mapping[str, Any], key: str, kind: type[dict[str, Any]], where: str, default: dict[str, Any]
+) -> dict[str, Any]: ...
 @overload
-def take(mapping: Mapping[str, Any], key: str, kind: type[list], where: str, default: D) -> list[Any] | D: ...
+def take(
+    mapping: Mapping[str, Any], key: str, kind: type[dict[str, Any]], where: str, default: None
+) -> dict[str, Any] | None: ...
+@overload
+def take(mapping: Mapping[str, Any], key: str, kind: type[list[Any]], where: str, default: list[Any]) -> list[Any]: ...
+@overload
+def take(
+    mapping: Mapping[str, Any], key: str, kind: type[list[Any]], where: str, default: None
+) -> list[Any] | None: ...
 @overload
 def take(mapping: Mapping[str, Any], key: str, kind: type[T], where: str, default: D) -> T | D: ...
 def take(mapping: Mapping[str, Any], key: str, kind: type, where: str, default: Any = _REQUIRED) -> Any:
@@ -95,7 +120,7 @@ def take(mapping: Mapping[str, Any], key: str, kind: type, where: str, default: 
 
 @overload
 def take_list(
-    mapping: Mapping[str, Any], key: str, kind: type[dict], where: str, default: list[Any] | None = None
+    mapping: Mapping[str, Any], key: str, kind: type[dict[str, Any]], where: str, default: list[Any] | None = None
 ) -> list[dict[str, Any]]: ...
 @overload
 def take_list(
@@ -193,15 +218,13 @@ def _constant(text: str) -> float:
 
 
 def _depth_exceeds(value: object, most: int) -> bool:
-    level: list[Any] = [value]
+    level = [value]
     for _ in range(most):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
         if not level:
             return False
     return True
+
+
+def _inside(value: object) -> Iterable[object]:
+    return value.values() if is_object(value) else value if is_list(value) else ()

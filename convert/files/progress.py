@@ -16,6 +16,7 @@ from typing import Any
 from mmquant.errors import InputError
 
 from .atomic import sha256_file, write_whole
+from .parse import is_object
 
 PROGRESS = ".mmquant-progress.json"
 
@@ -36,7 +37,7 @@ class State:
     run: dict[str, Any]
     plan: str = ""
     done: int = 0
-    sha256: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def read_state(folder: Path) -> State | None:
@@ -48,15 +49,15 @@ def read_state(folder: Path) -> State | None:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise damaged(path, "not JSON", "the progress of a run") from None
-    if not isinstance(data, dict):
+    if not is_object(data):
         raise damaged(path, f"a {type(data).__name__}", "the progress of a run")
-    kinds = {"run": dict, "plan": str, "done": int, "sha256": dict}
+    kinds: dict[str, type] = {"run": dict, "plan": str, "done": int, "sha256": dict}
     for key, kind in kinds.items():
         if not isinstance(data.get(key), kind) or isinstance(data[key], bool):
             raise damaged(path, f"{key} is {str(data.get(key))[:40]!r}", f"{key} of type {kind.__name__}")
     if data["done"] < 0 or not all(isinstance(value, str) for value in data["sha256"].values()):
         raise damaged(path, f"done is {data['done']}, sha256 is {str(data['sha256'])[:40]}", "counts and digests")
-    return State(**{key: data[key] for key in kinds})
+    return State(data["run"], data["plan"], data["done"], data["sha256"])
 
 
 def unfinished_run(folder: Path) -> dict[str, Any] | None:

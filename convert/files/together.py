@@ -23,7 +23,7 @@ def replace_together(folder: Path, names: Sequence[str], what: Mapping[str, Any]
 
     what: says for whom, to be compared by whoever finds the journal. The caller holds the folder.
     """
-    digests = {}
+    digests: dict[str, str] = {}
     for name in names:
         temporary = temporary_of(folder / name)
         with open(temporary, "rb+") as file:

@@ -113,7 +113,7 @@ def _check_layer(found: QuantizedFolder, layer: int, device: torch.device | str)
 
 def _check_values(found: QuantizedFolder, names: list[str], values: Tensor) -> None:
     """No matrix [O, I] of the stack [n, O, I] is zero throughout or holds NaN or infinity."""
-    largest = values.abs().amax((1, 2)).tolist()  # NaN stays NaN
+    largest = [float(most) for most in values.abs().amax((1, 2))]  # NaN stays NaN
     for index, (name, most) in enumerate(zip(names, largest, strict=True)):
         if not math.isfinite(most):
             check_finite(values[index], f"{found.label}: {name}")
@@ -146,4 +146,5 @@ def difference(values: Tensor, original: Tensor) -> float:
     columns = (values * original).sum(0) / values.square().sum(0).clamp(min=1e-30)
     fitted = values * columns
     rows = (fitted * original).sum(1, keepdim=True) / fitted.square().sum(1, keepdim=True).clamp(min=1e-30)
-    return float((fitted * rows - original).norm() / original.norm().clamp(min=1e-30))
+    error = (fitted * rows - original).square().sum() / original.square().sum().clamp(min=1e-30)
+    return math.sqrt(float(error))

@@ -31,7 +31,7 @@ def copy_native(
 
     Raises OSError when a copy reads back differently, InputError for a tensor with NaN or infinity.
     """
-    entries = []
+    entries: list[FileEntry] = []
     tensors: dict[str, list[TensorInfo]] = {}
     for info in source.tensors.values():
         tensors.setdefault(info.shard, []).append(info)

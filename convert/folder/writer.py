@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +179,7 @@ class FolderWriter:
         if self._tensor == len(shard.tensors):
             self.close()
             replace_whole(temporary_of(self.folder / shard.name), self.folder / shard.name)
-            self._hashing.append(self._hasher.submit(self._keep_digest, shard.name, self._digest))
+            self._hashing.append(self._hasher.submit(self._keep_digest, shard.name, self._digest.hexdigest))
             self._shard, self._tensor, self._digest = self._shard + 1, 0, hashlib.sha256()
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -187,8 +187,8 @@ class FolderWriter:
         self._hashing.append(self._hasher.submit(self._digest.update, data))  # beside the writing, in order
         self._file.write(data)
 
-    def _keep_digest(self, name: str, digest: hashlib._Hash) -> None:
-        self.sha256[name] = digest.hexdigest()
+    def _keep_digest(self, name: str, digest: Callable[[], str]) -> None:
+        self.sha256[name] = digest()
 
     def _wait_for_hash(self) -> None:
         for part in self._hashing:
@@ -216,7 +216,8 @@ class FolderWriter:
 
 
 def _cumulative(steps: list[list[TensorSpec]]) -> list[int]:
-    ends, total = [], 0
+    ends: list[int] = []
+    total = 0
     for step in steps:
         total += len(step)
         ends.append(total)

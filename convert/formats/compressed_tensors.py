@@ -12,6 +12,7 @@ from typing import Any
 
 from mmquant.errors import InputError
 
+from ..files.parse import is_object
 from ..models.minimax_m2.names import IGNORE as IGNORE
 from .format import Format, Method, Scheme
 from .settings import block_of, is_group
@@ -26,7 +27,7 @@ STRATEGIES = ("tensor", "channel", "group", "block")
 
 def arguments(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
     """How weights or activations are quantized, all keys spelled out."""
-    base = {
+    base: dict[str, Any] = {
         "actorder": None,
         "block_structure": None,
         "dynamic": False,
@@ -98,11 +99,11 @@ def _read(
     if any(matches(target, names) for target in strings(quantization.get("ignore"), "ignore")):
         return None
     groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
+    if not is_object(groups) or not groups:
         raise InputError("config.json: config_groups is missing or empty")
     by_class = None
     for label, said in groups.items():
-        if not isinstance(said, dict):
+        if not is_object(said):
             raise InputError(f"config.json: config_groups.{label} is not an object")
         targets = strings(said.get("targets"), f"config_groups.{label}.targets")
         if any(matches(target, names) for target in targets):
@@ -114,7 +115,7 @@ def _read(
 
 def _scheme(formats: Sequence[Format], said: dict[str, Any], quantization: dict[str, Any], label: str) -> Scheme:
     weights = said.get("weights")
-    if not isinstance(weights, dict):
+    if not is_object(weights):
         raise InputError(f"config.json: config_groups.{label}.weights is missing")
     kind = said.get("format") or quantization.get("format")
     bits, strategy = weights.get("num_bits", 0), weights.get("strategy")

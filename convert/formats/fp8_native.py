@@ -35,7 +35,7 @@ def _read(
     formats: Sequence[Format], quantization: dict[str, Any], names: tuple[str, ...], engine: str
 ) -> Scheme | None:
     keys = ("modules_to_not_convert",) if engine == TRANSFORMERS else ("ignored_layers", "modules_to_not_convert")
-    skipped = next((strings(quantization[key], key) for key in keys if quantization.get(key)), [])
+    skipped = next((strings(quantization[key], key) for key in keys if quantization.get(key)), list[str]())
     if FP8_RULES[engine](skipped, names):
         return None
     tile = quantization.get("weight_block_size")

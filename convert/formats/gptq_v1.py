@@ -19,6 +19,7 @@ from mmquant.errors import InputError
 from ...quantize.integer.grid import IntWeight
 from ...quantize.integer.pack import pack_gptq, pack_gptq_zeros, unpack_gptq, unpack_gptq_zeros
 from ...quantize.integer.rtn import rtn_int
+from ..files.parse import is_object
 from .format import Fetch, Format, Method, Part, PartError, Scheme, Shape
 from .scales import finite, groups_of, half_scales, scaled
 from .settings import is_group
@@ -106,17 +107,18 @@ def _read(
 def _settings(quantization: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
     """The settings of a matrix after the first rule of `dynamic` that matches it; None: unquantized."""
     settings = {key: quantization.get(key) for key in SETTINGS}
-    rules = quantization.get("dynamic") or {}
-    if not isinstance(rules, dict):
+    rules: object = quantization.get("dynamic") or {}
+    if not is_object(rules):
         raise InputError(f"config.json: dynamic is a {type(rules).__name__}, expected an object of rules")
     for pattern, override in rules.items():
         if not matches_pattern(pattern.removeprefix("-:").removeprefix("+:"), names):
             continue
         if pattern.startswith("-:"):
             return None
-        if not isinstance(override or {}, dict):
+        changes: object = override or {}
+        if not is_object(changes):
             raise InputError(f"config.json: dynamic rule {pattern!r} is {override!r}, expected an object")
-        return settings | {k: v for k, v in (override or {}).items() if k in settings}
+        return settings | {k: v for k, v in changes.items() if k in settings}
     return settings
 
 

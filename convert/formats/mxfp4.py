@@ -40,7 +40,7 @@ def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
 
 def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     del names, scheme
-    groups = weights.float().unflatten(-1, (-1, GROUP))
+    groups = torch.unflatten(weights.float(), -1, (-1, GROUP))
     mantissa, exponent = torch.frexp(groups.abs().amax(-1))  # mantissa in [0.5, 1): 0.875 stands for 1.75
     power = (exponent - 1 + (mantissa >= 0.875).int() - 2).clamp(-BIAS, BIAS)
     power = torch.where(mantissa == 0, torch.full_like(power, -BIAS), power)

@@ -31,7 +31,7 @@ def scaled(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> T
     inputs = codes.shape[-1]
     size = inputs if group == -1 else group
     if inputs % size == 0:
-        blocks = codes.unflatten(-1, (-1, size)).float()
+        blocks = torch.unflatten(codes, -1, (-1, size)).float()
         moved = blocks if zeros is None else blocks - zeros.float().unsqueeze(-1)
         return (moved * scales.unsqueeze(-1)).flatten(-2)
     spread = scales.repeat_interleave(size, -1)[..., :inputs]

@@ -6,6 +6,8 @@ from typing import TypeGuard
 
 from mmquant.errors import InputError
 
+from ..files.parse import is_list
+
 
 def is_group(size: object) -> TypeGuard[int]:
     """Whether a group size is a positive integer, or -1 for a whole row."""
@@ -14,6 +16,6 @@ def is_group(size: object) -> TypeGuard[int]:
 
 def block_of(value: object, where: str) -> tuple[int, int]:
     """(rows, columns) of a tile. InputError for anything but two positive integers."""
-    if not isinstance(value, list) or len(value) != 2 or not all(type(v) is int and v > 0 for v in value):
+    if not is_list(value) or len(value) != 2 or not all(type(v) is int and v > 0 for v in value):
         raise InputError(f"config.json: {where} is {value!r}, expected two positive integers")
     return value[0], value[1]

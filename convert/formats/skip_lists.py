@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mmquant.errors import InputError
 
+from ..files.parse import are, is_list
 from ..models.minimax_m2.names import EXPERT, MOE, SGLANG_NAMES, VLLM_MOE
 
 VLLM, SGLANG, TRANSFORMERS = "vLLM", "SGLang", "transformers"
@@ -95,6 +96,6 @@ def strings(value: object, where: str) -> list[str]:
     """A list of texts of config.json, InputError for anything else; null is an empty one."""
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+    if not is_list(value) or not are(value, str):
         raise InputError(f"config.json: {where} is {value!r}, expected a list of names")
     return value

@@ -31,7 +31,6 @@ NORMAL = 2.0**-14  # smallest normal float16
 ABSURD = 1e4  # a weight beyond this is no weight of this model
 OVERFLOW = "overflow"
 BROKEN, DEAD = "holds NaN or infinity", "is all zero"
-FLOATS = {"F32": np.float32, "F16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Finding:
 
 def check_metadata(source: GgufSource) -> list[Finding]:
     """Keys that make a runtime tokenize, route or stop wrongly."""
-    data, found = source.metadata, []
+    data = source.metadata
+    found: list[Finding] = []
 
     def expect(key: str, wanted: object, level: str = "error") -> None:
         if data.get(key) != wanted:
@@ -68,7 +68,7 @@ def check_metadata(source: GgufSource) -> list[Finding]:
 
 def check_tensors(source: GgufSource) -> list[Finding]:
     """Dead, non-finite and absurd experts and matrices; one tensor is decoded at a time, an expert at a time."""
-    found = []
+    found: list[Finding] = []
     for file in source.files:
         for tensor in file.tensors.values():
             if len(tensor.shape) >= 2:
@@ -83,7 +83,7 @@ def _check_tensor(file: GgufFile, tensor: GgufTensor) -> list[Finding]:
         fault = _fault(_matrix(file, tensor, expert), tensor.kind.block_columns)
         if fault is not None:
             parts.setdefault(fault, []).append(expert)
-    found = []
+    found: list[Finding] = []
     for text, experts in parts.items():
         level = "error" if text in (BROKEN, DEAD) else "warning"
         found.append(Finding(level, tensor.name, text, tuple(experts) if count > 1 else ()))
@@ -92,7 +92,7 @@ def _check_tensor(file: GgufFile, tensor: GgufTensor) -> list[Finding]:
 
 def _fault(values: Tensor, block: int) -> str | None:
     """What is wrong with one matrix [O, n] stored in blocks of `block` columns."""
-    largest = values.abs().unflatten(-1, (-1, block)).amax(-1)
+    largest = torch.amax(torch.unflatten(values.abs(), -1, (-1, block)), -1)
     if not bool(torch.isfinite(largest).all()):
         return BROKEN
     if not bool(largest.any()):
@@ -118,7 +118,7 @@ def summed(source: GgufSource, layer: int) -> int:
 
 def check_overflow(source: GgufSource, sums: Tensor | None) -> list[Finding]:
     """Down projections whose inputs' sums overflow float16 on CUDA; `sums` [L, E]: the largest seen, or None."""
-    found = []
+    found: list[Finding] = []
     for layer in range(source.geometry.layers):
         name = f"blk.{layer}.ffn_down_exps.weight"
         kind = source.tensor_type(name)
@@ -127,12 +127,12 @@ def check_overflow(source: GgufSource, sums: Tensor | None) -> list[Finding]:
                 text = f"{kind} keeps sums of {AT_RISK[kind]} inputs in float16 on CUDA: measure with --text"
                 found.append(Finding("warning", name, text))
             continue
-        over = torch.nonzero(sums[layer] > FP16_MAX).flatten().tolist()
+        over = tuple(int(expert) for expert in torch.nonzero(sums[layer] > FP16_MAX).flatten())
         if over:
             level, effect = ("error", "NaN on CUDA") if kind in AT_RISK else ("warning", f"harmless for {kind}")
             reach = f"sums of {summed(source, layer)} inputs reach {float(sums[layer].amax()):.4g}"
             text = f"{reach}, float16 ends at 65504: {effect}"
-            found.append(Finding(level, name, text, tuple(over), OVERFLOW))
+            found.append(Finding(level, name, text, over, OVERFLOW))
     return found
 
 
@@ -149,10 +149,10 @@ def scaled_blocks(data: NDArray[np.uint8], kind: GGMLType, exponent: int, where:
     """
     out = data.copy()
     factor = np.float32(2.0**exponent)
-    if kind.name in FLOATS:
-        values = out.view(FLOATS[kind.name])
-        values[:] = _exact(values, factor, where) if kind.name == "F16" else values * factor
-        return out
+    if kind is GGMLType.F16:
+        return _exact(out.view(np.float16), factor, where).view(np.uint8)
+    if kind is GGMLType.F32:
+        return (out.view(np.float32) * factor).view(np.uint8)
     if kind is GGMLType.BF16:
         words = (out.view(np.uint16).astype(np.uint32) << 16).view(np.float32) * factor
         return (words.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(out.shape)
@@ -202,7 +202,9 @@ def plan_fix(
     Each is proved equal: every decoded value is exactly the old one times the power of two. Raises ValueError when an
     expert whose type is at risk cannot be rescaled; one whose type is harmless is then left alone.
     """
-    patches, done, left = [], {}, []
+    patches: list[Patch] = []
+    done: dict[tuple[int, int], int] = {}
+    left: list[Finding] = []
     for (layer, expert), exponent in sorted(powers.items()):
         try:
             patches += _rescaled_expert(source, layer, expert, exponent)
@@ -216,7 +218,7 @@ def plan_fix(
 
 
 def _rescaled_expert(source: GgufSource, layer: int, expert: int, exponent: int) -> list[Patch]:
-    patches = []
+    patches: list[Patch] = []
     for stem, power in (("ffn_up_exps", -exponent), ("ffn_down_exps", exponent)):
         file, tensor = source.locate(f"blk.{layer}.{stem}.weight")
         where = f"blk.{layer}.{stem}.weight expert {expert}"

@@ -65,7 +65,7 @@ class Imatrix:
 
         llama-imatrix leaves out what saw too little, and ik_llama.cpp has one entry for gate and up.
         """
-        out = {}
+        out: dict[str, Importance] = {}
         for name, value in self.weights.items():
             match = _BLOCK.fullmatch(name)
             if match is not None and int(match.group(1)) == layer:
@@ -159,7 +159,7 @@ def read_imatrix(path: Path) -> Imatrix:
 def _of_legacy(path: Path) -> Imatrix:
     """The older form as this one: rows are not known, so each matrix counts as having seen every token."""
     found = read_legacy(path)
-    weights = {}
+    weights: dict[str, Importance] = {}
     for name, (calls, values) in found.entries.items():
         rows = float(calls * LEGACY_CHUNK)
         value = Importance(values[None] * np.float32(rows / calls), np.array([rows], np.float32))
@@ -183,7 +183,7 @@ def split_matrices(value: Importance, matrices: int) -> Importance:
 def _read_gguf(path: Path) -> Imatrix:
     file = read_header(path)
     where = str(path)
-    weights = {}
+    weights: dict[str, Importance] = {}
     for name in file.tensors:
         if name.endswith(IN_SUM2):
             stem = name.removesuffix(IN_SUM2)

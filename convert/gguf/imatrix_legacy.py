@@ -64,7 +64,7 @@ def read_legacy(path: Path) -> Legacy:
     count = reader.number("number of entries")
     if not 0 < count <= len(reader.data) // 12:
         raise InputError(f"{path}: {count} entries, expected an imatrix, in GGUF or the older .dat form")
-    entries = {}
+    entries: dict[str, tuple[int, NDArray[np.float32]]] = {}
     for _ in range(count):
         name, calls = reader.text("name"), reader.number("number of calls")
         values = np.frombuffer(reader.take(4 * reader.number("number of values"), "values"), "<f4")

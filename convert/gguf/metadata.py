@@ -11,13 +11,14 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-import gguf
+from gguf.constants import GGML_QUANT_VERSION
+from gguf.utility import size_label
 
 from mmquant.errors import InputError
 
 from ..carried import read_object
 from ..chat_templates import DEFAULT, chat_templates
-from ..files.parse import short, take, take_list, take_map
+from ..files.parse import are, is_list, is_object, short, take, take_list, take_map
 from ..hub.hubs import DEFAULT_HUB, HUBS
 from ..models.minimax_m2 import Geometry
 from ..models.minimax_m2.gguf import ARCH, PRE, SIGMOID
@@ -86,7 +87,7 @@ def model_metadata(source: Source, name: str, file_type: int, importance: Import
         **general_keys(source, name),
         **architecture_keys(source.geometry),
         "general.file_type": Value("u32", file_type),
-        "general.quantization_version": Value("u32", gguf.GGML_QUANT_VERSION),
+        "general.quantization_version": Value("u32", GGML_QUANT_VERSION),
         **tokenizer_keys(source),
     }
     if importance is not None:
@@ -173,14 +174,14 @@ def card_fields(card: bytes | None) -> dict[str, Any]:
     if match is None:
         return {}
     try:
-        fields = yaml.safe_load(match.group(1))
+        fields: object = yaml.safe_load(match.group(1))
     except yaml.YAMLError:
         return {}
-    return fields if isinstance(fields, dict) else {}
+    return fields if is_object(fields) else {}
 
 
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
+def _texts(value: object) -> list[str]:
+    values = value if is_list(value) else [value]
     return [item for item in values if isinstance(item, str)]
 
 
@@ -227,11 +228,11 @@ def tokenizer_keys(source: Source) -> Metadata:
     return keys | _templates(source)
 
 
-def _merge(merge: Any, where: str) -> str:
+def _merge(merge: object, where: str) -> str:
     """One merge as "a b" from either form of tokenizer.json; a blank inside a part becomes U+0120 (byte-level BPE)."""
     if isinstance(merge, str):
         return merge
-    if not isinstance(merge, list) or not all(isinstance(part, str) for part in merge):
+    if not is_list(merge) or not are(merge, str):
         raise InputError(f"{where}: the merge {short(merge)}, expected two tokens")
     return " ".join(part.replace(" ", "\u0120") for part in merge)
 
@@ -247,7 +248,7 @@ def _tokens(source: Source, vocab: dict[str, int], added: list[dict[str, Any]]) 
         special = token.get("special") or _looks_special(content)
         entries.append((take(token, "id", int, where), content, CONTROL if special else USER_DEFINED))
     for index, text, kind in entries:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
+        if not 0 <= index < size:
             raise InputError(f"{source.label}: tokenizer.json names id {index}, config.json has a vocabulary of {size}")
         tokens[index], types[index] = text, kind
     return tokens, types
@@ -272,7 +273,8 @@ def _special_ids(source: Source, ids: dict[str, int], size: int) -> Metadata:
 
 def _templates(source: Source) -> Metadata:
     """The chat template, and named ones as gguf-py writes them."""
-    keys, names = {}, []
+    keys: dict[str, Value] = {}
+    names: list[str] = []
     for name, template in chat_templates(source).items():
         if name == DEFAULT:
             keys["tokenizer.chat_template"] = Value("str", template.text)
@@ -294,4 +296,4 @@ def split_keys(part: int, parts: int, tensors: int) -> Metadata:
 def geometry_size(geometry: Geometry) -> str:
     """What general.size_label says, such as 256x4.9B."""
     g = geometry
-    return gguf.size_label(g.parameters, g.parameters - g.expert_weights, g.expert_weights // g.experts, g.experts)
+    return size_label(g.parameters, g.parameters - g.expert_weights, g.expert_weights // g.experts, g.experts)

@@ -184,7 +184,7 @@ def parse_overrides(items: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], str]
     """`--tensor-type REGEX=TYPE`: searched in the tensor's name, lower-cased; the first match wins, as in
     llama-quantize.
     """
-    found = []
+    found: list[tuple[re.Pattern[str], str]] = []
     for item in items:
         pattern, separator, kind = item.rpartition("=")
         if not separator or not pattern or kind.upper() not in GGMLType.__members__:
@@ -219,7 +219,7 @@ def tensor_types(
             raise InputError(
                 f"plan: {name} = {kind}, expected a quantizable tensor of this model and a type of llama.cpp"
             )
-    types = {}
+    types: dict[str, str] = {}
     for name, shape in shapes.items():
         if not is_quantizable(name, shape):
             types[name] = "F32"

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ..chat_templates import DEFAULT
+from ..files.parse import is_list
 from ..models.minimax_m2.gguf import PATTERN, PRE
 
 # Kinds of special tokens as GGUF spells them.
@@ -17,9 +18,9 @@ def tokenizer_json(metadata: dict[str, Any]) -> bytes | None:
     """A tokenizer.json that splits text as the file's tokenizer does; None for a file that carries no BPE of M2's."""
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
     kinds = metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(tokens, list) or not isinstance(merges, list) or metadata.get("tokenizer.ggml.pre") != PRE:
+    if not is_list(tokens) or not is_list(merges) or metadata.get("tokenizer.ggml.pre") != PRE:
         return None
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+    if not is_list(kinds) or len(kinds) != len(tokens):
         kinds = [NORMAL] * len(tokens)
     both = [(i, str(token), kind) for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))]
     added = [
@@ -55,7 +56,7 @@ def tokenizer_json(metadata: dict[str, Any]) -> bytes | None:
 def tokenizer_config(metadata: dict[str, Any]) -> bytes:
     """A tokenizer_config.json with the file's special tokens and chat templates."""
     tokens = metadata.get("tokenizer.ggml.tokens")
-    tokens = tokens if isinstance(tokens, list) else []
+    tokens = tokens if is_list(tokens) else []
     found: dict[str, Any] = {}
     for kind, name in SPECIAL_TOKENS.items():
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -63,7 +64,7 @@ def tokenizer_config(metadata: dict[str, Any]) -> bytes:
             found[f"{kind}_token"] = str(tokens[index])
     names = metadata.get("tokenizer.chat_templates")
     keys = {DEFAULT: "tokenizer.chat_template"}
-    keys |= {str(name): f"tokenizer.chat_template.{name}" for name in (names if isinstance(names, list) else [])}
+    keys |= {str(name): f"tokenizer.chat_template.{name}" for name in (names if is_list(names) else [])}
     texts = {name: text for name, key in keys.items() if isinstance(text := metadata.get(key), str)}
     found["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
     return json.dumps(found).encode()

@@ -25,7 +25,7 @@ class GgufVariant:
     overrides: tuple[tuple[re.Pattern[str], str], ...] = ()
     plan: dict[str, str] | None = None
     part_bytes: int = PART_BYTES
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def label(self) -> str:

@@ -97,7 +97,7 @@ def plan_parts(stem: str, metadata: Metadata, tensors: tuple[TensorInfo, ...], l
     count = len(groups)
     if count == 1:
         return [Part(f"{stem}.gguf", header(metadata, tensors), tensors)]
-    parts = []
+    parts: list[Part] = []
     for index, group in enumerate(groups):
         keys = {**(metadata if index == 0 else {}), **split_keys(index, count, len(tensors))}
         parts.append(Part(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf", header(keys, tuple(group)), tuple(group)))

@@ -14,6 +14,7 @@ import yaml
 from mmquant.errors import InputError
 
 from ..card import LICENSE_FIELDS
+from ..files.parse import is_list, is_object
 from ..manifest_check import read_checked
 from .hubs import BY_MANIFEST_NAME, HUBS
 from .layout import quant_label, split_of
@@ -103,8 +104,8 @@ def front_matter(
         front.pop("base_model_relation", None)
     front.setdefault("library_name", "gguf" if formats == {"gguf"} else "vllm")
     front.setdefault("pipeline_tag", "text-generation")
-    tags = front.get("tags") or []
-    tags = tags if isinstance(tags, list) else [tags]
+    tags: object = front.get("tags") or []
+    tags = tags if is_list(tags) else [tags]
     front["tags"] = list(dict.fromkeys([*tags, "mmquant", manifest["model"]["architecture"], *sorted(formats)]))
     order = [k for k in (*LICENSE_FIELDS, "base_model", "base_model_relation") if k in front]
     return {k: front[k] for k in order} | front
@@ -161,7 +162,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _targets(manifest: dict[str, Any]) -> str:
-    rows = []
+    rows: list[list[str]] = []
     for t in manifest["targets"]:
         environment = "".join(f"{k}={shlex.quote(v)} " for k, v in sorted(t["launch"].get("env", {}).items()))
         command = environment + shlex.join(t["launch"]["argv"])
@@ -184,12 +185,13 @@ def _files(manifest: dict[str, Any]) -> str:
 
 
 def _quality(manifest: dict[str, Any]) -> str:
-    rows, notes = [], []
+    rows: list[list[str]] = []
+    notes: list[str] = []
     for a in manifest["artifacts"]:
         quality = a.get("quality", {"status": "not-measured"})
         metrics, bits = quality.get("metrics", {}), a.get("bits_per_weight")
-        kld = metrics.get("kld") if isinstance(metrics.get("kld"), dict) else {}
-        numbers = [
+        kld: dict[str, object] = metrics["kld"] if is_object(metrics.get("kld")) else {}
+        numbers: list[object] = [
             metrics.get("ppl"),
             metrics.get("ppl_reference"),
             kld.get("mean"),
@@ -207,8 +209,8 @@ def _quality(manifest: dict[str, Any]) -> str:
     return "\n\n".join([_table([*head, "non-finite"], rows), *notes])
 
 
-def _number(value: Any) -> str:
-    return "-" if value is None or isinstance(value, (dict, list)) else f"{value:.5g}"
+def _number(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, int | float) else "-"
 
 
 def _made(manifest: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 from mmquant.errors import InputError
 
-from ..files.parse import one_line, path_fault, short, take, take_list
+from ..files.parse import is_list, is_object, one_line, path_fault, short, take, take_list
 from .http import (
     TRANSIENT,
     UNRESOLVED,
@@ -78,11 +78,11 @@ def list_files(client: Client, spec: RepoSpec) -> Listing:
 def files_of(data: bytes, what: str) -> list[RepoFile]:
     """The files of one page of Hugging Face's tree. Raises HubError or InputError for anything that is not one."""
     items = parsed(data, what)
-    if not isinstance(items, list):
+    if not is_list(items):
         raise HubError(f"{what}: the hub answers {short(items)}, expected a list of files")
-    files = []
+    files: list[RepoFile] = []
     for item in items:
-        if not isinstance(item, dict):
+        if not is_object(item):
             raise HubError(f"{what}: the listing holds {short(item)}, expected an object")
         if item.get("type") == "file":
             lfs = take(item, "lfs", dict, what, None)
@@ -137,7 +137,7 @@ def offline_listing(spec: RepoSpec) -> Listing | None:
         if not COMMIT.fullmatch(commit):
             return None
     snapshot = folder / "snapshots" / commit
-    files = {}
+    files: dict[str, RepoFile] = {}
     for path in sorted(snapshot.rglob("*")) if snapshot.is_dir() else []:
         digest = path.resolve().name
         name = path.relative_to(snapshot).as_posix()

@@ -47,12 +47,12 @@ class Hub:
     offline_listing: Callable[[RepoSpec], Listing | None]  # what that cache knows of a repository
     repository: Callable[[Client, RepoSpec], Remote]  # to write to
     bare_host: bool = False  # the endpoint may be named without https://, as the hub's own client takes it
-    renamed_branches: Mapping[str, str] = field(default_factory=dict)  # given to push -> meant
+    renamed_branches: Mapping[str, str] = field(default_factory=dict[str, str])  # given to push -> meant
     pull_requests: bool = False
     token_headers: Callable[[str], dict[str, str]] = _nothing  # besides Authorization
-    transports: Mapping[str, Transport] = field(default_factory=dict)  # besides http
-    llamacpp_environment: Mapping[str, str] = field(default_factory=dict)  # for `llama-server -hf ORG/NAME`
-    vllm_environment: Mapping[str, str] = field(default_factory=dict)  # for `vllm serve ORG/NAME`
+    transports: Mapping[str, Transport] = field(default_factory=dict[str, Transport])  # besides http
+    llamacpp_environment: Mapping[str, str] = field(default_factory=dict[str, str])  # for `llama-server -hf ORG/NAME`
+    vllm_environment: Mapping[str, str] = field(default_factory=dict[str, str])  # for `vllm serve ORG/NAME`
 
     def page_url(self, endpoint: str, repo: str) -> str:
         """The address of a repository's page."""

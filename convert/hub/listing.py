@@ -9,7 +9,7 @@ from typing import Any
 
 from mmquant.errors import InputError
 
-from ..files.parse import LARGEST, parse_any, path_fault, short
+from ..files.parse import is_a, is_object, parse_any, path_fault, short
 from .http import HubError
 
 MOST_FILES = 1_000_000  # ten times what Hugging Face recommends at most
@@ -45,10 +45,10 @@ class RepoFile:
     def __post_init__(self) -> None:
         if fault := path_fault(self.path):
             raise HubError(f"the listing names {short(self.path)}: {fault}")
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or not 0 <= self.size < LARGEST:
+        if not is_a(self.size, int) or self.size < 0:
             raise HubError(f"{self.path}: the listing gives the size {short(self.size)}, expected bytes")
         for digest, form in ((self.sha256, SHA256), (self.git, COMMIT)):
-            if digest is not None and not (isinstance(digest, str) and form.fullmatch(digest)):
+            if digest is not None and not (is_a(digest, str) and form.fullmatch(digest)):
                 raise HubError(
                     f"{self.path}: the listing gives the digest {short(digest)}, expected hexadecimal digits"
                 )
@@ -87,12 +87,12 @@ def digest_matches(data: bytes, file: RepoFile) -> bool:
 def parse(data: bytes, what: str) -> dict[str, Any]:
     """A hub's answer, an object of JSON; HubError when it is something else, such as a login page."""
     value = parsed(data, what)
-    if not isinstance(value, dict):
+    if not is_object(value):
         raise HubError(f"{what}: the hub answers {short(value)}, expected an object")
     return value
 
 
-def parsed(data: bytes, what: str) -> Any:
+def parsed(data: bytes, what: str) -> object:
     """A hub's answer, any value of JSON; HubError when it is something else."""
     try:
         return parse_any(data, what)

@@ -14,7 +14,7 @@ from urllib.parse import urlencode, urlsplit
 
 from mmquant.errors import InputError
 
-from ..files.parse import one_line, path_fault, short, take, take_list
+from ..files.parse import is_object, one_line, path_fault, short, take, take_list
 from .http import (
     NETWORK_ERRORS,
     TRANSIENT,
@@ -133,7 +133,7 @@ def page_of(data: bytes, what: str) -> tuple[list[dict[str, Any]], str]:
     """(entries, the head's id or its abbreviation) of ModelScope's answer. Raises HubError or InputError."""
     answer = parse(data, what)
     found = answer.get("Data")
-    if answer.get("Success") is False or not isinstance(found, dict):
+    if answer.get("Success") is False or not is_object(found):
         raise HubError(f"{what}: {one_line(answer.get('Message') or 'no file list')}, expected a list of files")
     latest = take(found, "LatestCommitter", dict, what, {})
     head = take(latest, "Id", str, what, "") or take(latest, "ShortId", str, what, "")

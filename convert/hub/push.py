@@ -60,7 +60,7 @@ class Ledger:
             known = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest, "state": "hashed"}
             self.files[path] = known
             self.save()
-        return Upload(path, local, known["size"], known["sha256"])
+        return Upload(path, local, stat.st_size, str(known["sha256"]))
 
     def mark(self, files: Sequence[Upload], state: str) -> None:
         for file in files:
@@ -95,6 +95,11 @@ class Publisher:
         if self._listing is None:
             self._listing = self.remote.listing()
         return self._listing
+
+    @property
+    def waiting(self) -> int:
+        """Files that wait for their commit."""
+        return len(self._batch)
 
     def add(self, file: Upload) -> None:
         """Upload one file unless the hub has it at its place, and commit when a batch is full."""
@@ -176,7 +181,7 @@ def push_files(publisher: Publisher, weights: Sequence[Upload], last: Sequence[U
     """
     for file in sorted(weights, key=lambda f: (-f.size, f.path)):
         publisher.add(file)
-    if len(publisher._batch) + len(last) > BATCH_FILES:
+    if publisher.waiting + len(last) > BATCH_FILES:
         publisher.flush("Add model files")
     for file in last:
         publisher.add(file)

@@ -268,7 +268,7 @@ class HubFolder:
             elif len(kept) < 2:  # a half fetched shard is worth keeping when it is among the next ones
                 kept |= {target.with_name(target.name + end) for end in (".part", ".part.json")}
         folder = self.folder / "shards"
-        for path in folder.rglob("*") if folder.is_dir() and not self.options.keep_shards else []:
+        for path in folder.rglob("*") if folder.is_dir() and not self.options.keep_shards else list[Path]():
             if path.is_file() and path not in kept:
                 path.unlink()
 

@@ -91,7 +91,7 @@ def _blocks(folder: Path) -> int:
 
 def main() -> None:
     """In the child: REPO COMMIT PATH FOLDER."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
 
     repo, revision, path, folder = sys.argv[1:5]
     hf_hub_download(repo, path, revision=revision, local_dir=folder)

@@ -13,6 +13,8 @@ from typing import Any
 
 from mmquant.errors import InputError
 
+from ..files.parse import is_object
+
 YARN, LINEAR, DEFAULT = "yarn", "linear", "default"
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 MOST_CONTEXT = 1 << 40
@@ -100,10 +102,10 @@ def _object(config: dict[str, Any], key: str) -> Part:
     where = f"config.json: {key}"
     if value is None:
         return where, {}
-    if not isinstance(value, dict):
+    if not is_object(value):
         raise InputError(f"{where} is {value!r}, expected an object")
-    if value and all(isinstance(part, dict) for part in value.values()):
-        parts = list(value.values())
+    parts = [part for part in value.values() if is_object(part)]
+    if value and len(parts) == len(value):
         if any(part != parts[0] for part in parts):
             raise InputError(f"{where} differs between layer types ({', '.join(value)}), MiniMax-M2 has one for all")
         return where, parts[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmquant.errors import InputError
 
-from ...files.parse import short
+from ...files.parse import is_list, short
 from ..rope import RopeScaling, read_rope, stretched
 
 CLASS_NAME = "MiniMaxM2ForCausalLM"
@@ -116,7 +116,7 @@ def check_variants(config: dict[str, Any]) -> None:
     if config.get("use_qk_norm") not in (None, True):
         raise InputError(f"config.json: use_qk_norm is {short(config['use_qk_norm'])}, expected true")
     kinds = config.get("attn_type_list")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != 1 for kind in kinds)):
+    if kinds is not None and (not is_list(kinds) or any(kind != 1 for kind in kinds)):
         raise InputError(f"config.json: attn_type_list is {short(kinds)}, expected 1 (full attention) for every layer")
 
 

@@ -24,7 +24,8 @@ def tool_calls(functions: list[dict[str, Any]]) -> str:
 
 def _invocation(function: dict[str, Any]) -> str:
     lines = [f'<invoke name="{function["name"]}">']
-    for name, value in (function.get("arguments") or {}).items():
+    arguments: dict[str, Any] = function.get("arguments") or {}
+    for name, value in arguments.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         lines.append(f'<parameter name="{name}">{text}</parameter>')
     return "\n".join([*lines, "</invoke>"])
