@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
@@ -31,6 +31,8 @@ from mmquant.calibration.text.corpus import bundled, pack_windows, read_sets
 from mmquant.calibration.text.tokenizer import load_tokenizer, windows
 from mmquant.convert.open import open_native
 from mmquant.convert.source import Source
+
+Settings = TypeVar("Settings", Method, Int4Options)
 
 TYPES = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XXS", "INT4")
 CONTEXT = 512
@@ -76,7 +78,7 @@ def method_of(text: str) -> Method:
     return changed(METHODS[text.partition(",")[0]], text)
 
 
-def changed(fields: Any, text: str) -> Any:
+def changed(fields: Settings, text: str) -> Settings:
     """A dataclass with the fields of "name,field=value,...", of the types that they have."""
     values = dict(change.split("=") for change in text.split(",")[1:])
     return replace(fields, **{key: type(getattr(fields, key))(float(value)) for key, value in values.items()})

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -31,6 +31,8 @@ from mmquant.quantize.ggml.codec import decode
 from mmquant.quantize.ggml.scalar import ldlq as feedback
 from mmquant.quantize.ggml.types import GGMLType
 
+P = ParamSpec("P")
+T = TypeVar("T")
 KINDS = ["Q4_K", "Q2_K", "Q6_K", "IQ4_XS", "IQ3_XXS", "IQ2_XXS"]
 LAYERS = 62
 PARTS = {"correct": ("moments", "corrected"), "factor": ("factor",), "columns": ("encode_with_feedback",)}
@@ -48,8 +50,8 @@ class Clock:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*values: Any, **named: Any) -> Any:
+    def timed(self, name: str, function: Callable[P, T]) -> Callable[P, T]:
+        def call(*values: P.args, **named: P.kwargs) -> T:
             start = self.now()
             result = function(*values, **named)
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start

@@ -17,7 +17,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 MANIFEST, DATE = "mmquant.fit.json", "generated"
 BLOCK = 1 << 20
@@ -103,7 +102,7 @@ def difference(before: Path, after: Path) -> str | None:
     return None if sizes[0] == sizes[1] else f"{sizes[0]:,} bytes, then {sizes[1]:,}"
 
 
-def first_key(one: Any, two: Any, where: str) -> str | None:
+def first_key(one: object, two: object, where: str) -> str | None:
     """The first place in which two JSON documents differ, and both values."""
     if isinstance(one, dict) and isinstance(two, dict):
         for key in sorted(one.keys() | two.keys()):

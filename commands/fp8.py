@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 def command(
     model: str, out: Path, options: Fp8Options, backend: str, device: str, fetch: FetchOptions, dry_run: bool
 ) -> None:
-    """Write FP8: block (compressed-tensors 128x128, the release's exact values), channel (a scale per output channel)
-    or native (verified copy).
+    """Write FP8 weights: block, channel or native.
+
+    block: compressed-tensors 128x128, the release's exact values; channel: a scale per output channel; native: a
+    verified copy.
 
     Example: mmquant fp8 --model demo --out ./m27-fp8
     """

@@ -37,7 +37,7 @@ def options_of(options: type[Options], *, device: bool = True, skip: tuple[str, 
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def command(**given: Any) -> Any:
+        def command(**given: object) -> object:
             values = {field.name: _value(field, given.pop(field.name)) for field in declared}
             return function(options=options(**values), **given)
 
@@ -70,10 +70,10 @@ def _option(field: dataclasses.Field[Any]) -> Decorator:
     return click.option(f"--{field.name.replace('_', '-')}", field.name, **how)
 
 
-def _value(field: dataclasses.Field[Any], value: Any) -> Any:
+def _value(field: dataclasses.Field[Any], value: object) -> object:
     """What was typed, as the field has it: click knows choices as text only."""
     choices = field.metadata.get("choices")
-    return int(value) if choices is not None and isinstance(choices[0], int) else value
+    return int(str(value)) if choices is not None and isinstance(choices[0], int) else value
 
 
 def model_option() -> Decorator:

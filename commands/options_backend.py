@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
+from .options import Decorator
 
-def backend_option() -> Any:
+
+def backend_option() -> Decorator:
     """--backend, of the commands that llm-compressor can do as well."""
     return click.option(
         "--backend",

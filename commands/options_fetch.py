@@ -18,7 +18,9 @@ def fetch_options() -> Decorator:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def command(max_disk: int | None, max_shards: int, keep_shards: bool, transport: str, **others: Any) -> Any:
+        def command(
+            max_disk: int | None, max_shards: int, keep_shards: bool, transport: str, **others: object
+        ) -> object:
             from ..convert.hub.store import FetchOptions
 
             fetch = FetchOptions(max_disk=max_disk, max_shards=max_shards, keep_shards=keep_shards, transport=transport)

@@ -102,7 +102,7 @@ def _target(
     *,
     launch: dict[str, Any],
     cache: str = "f16",
-    **more: Any,
+    **more: object,
 ) -> dict[str, Any]:
     fits = verdict(devices) if context else "no"
     return {

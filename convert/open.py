@@ -29,10 +29,10 @@ def demo_folder() -> Path:
 
 
 def open_source(spec: str | Path, fetch: FetchOptions | None = None) -> Source:
-    """Open a folder (FP8, BF16, quantized), a GGUF file, `demo`, or a hub's repository (hf:ORG/NAME[@REV], ms:..., its
-    address): safetensors, or of a GGUF repository the type that :TYPE names.
+    """Open a folder (FP8, BF16, quantized), a GGUF file, `demo`, or a hub's repository.
 
-    Raises InputError when it is none of these or not a MiniMax-M2 model.
+    A repository is hf:ORG/NAME[@REV], ms:... or its address: safetensors, or of a GGUF repository the type that :TYPE
+    names. Raises InputError when it is none of these or not a MiniMax-M2 model.
     """
     if str(spec) == DEMO:
         return open_native(spec)

@@ -110,7 +110,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
     if name not in _PUBLIC:
         raise AttributeError(f"module 'mmquant' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]

@@ -79,10 +79,10 @@ def doctor(
     device: str | None = None,
     monitor: Monitor | None = None,
 ) -> Diagnosis:
-    """Look for what gives wrong results in a GGUF file (or `hf:ORG/NAME:TYPE`); with `fix` rescale, exactly, the
-    experts whose sums overflow float16.
+    """Look for what gives wrong results in a GGUF file (or `hf:ORG/NAME:TYPE`).
 
-    Raises InputError for a file that is none, or a place for the fixed copy that is taken.
+    With `fix` rescale, exactly, the experts whose sums overflow float16. Raises InputError for a file that is none, or
+    a place for the fixed copy that is taken.
     """
     with watching(monitor):
         return examine(file, options or DoctorOptions(), choose_device(device))

@@ -139,9 +139,7 @@ def run_of(source: Checkpoint, variant: GgufVariant) -> dict[str, Any]:
 def provider_of(
     source: Checkpoint, plan: GgufPlan, calibration: Calibration | Stored | None, device: torch.device | str, out: Path
 ) -> TensorProvider:
-    """What makes the tensors of `plan`. FitError, before anything is written, when a layer needs more memory than is
-    free.
-    """
+    """What makes the tensors of `plan`. FitError, before anything is written, when a layer needs too much memory."""
     if calibration is None:
         return NearestRun(source, plan, device)
     if isinstance(calibration, Stored):

@@ -40,8 +40,9 @@ def quantize_int4(
     dry_run: bool = False,
     monitor: Monitor | None = None,
 ) -> Quantized:
-    """Write INT4 weights (W4A16) into the folder `out`, calibrated in the same pass; for AWQ's own format
-    `Int4Options(method="awq", format="awq")`.
+    """Write INT4 weights (W4A16) into the folder `out`, calibrated in the same pass.
+
+    For AWQ's own format give `Int4Options(method="awq", format="awq")`.
 
     A finished folder of the same run is left alone, an unfinished one continued. Arguments as of `quantize_fp8`.
 

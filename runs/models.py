@@ -22,8 +22,10 @@ WORK = ".mmquant.source"  # inside the folder that is written: shards in use, he
 
 
 def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Checkpoint:
-    """Open --model. Shards of a hub's model lie inside `out` while they are needed, and the commit is pinned there;
-    without `out` (dry runs, inspection) small files and headers go to the user's cache.
+    """Open --model.
+
+    Shards of a hub's model lie inside `out` while they are needed, and the commit is pinned there; without `out` (dry
+    runs, inspection) small files and headers go to the user's cache.
     """
     from ..convert.hub.address import parse_address
     from ..convert.open import DEMO, open_native

@@ -15,7 +15,7 @@ SEEDS = 2**32 - 1  # what numpy and torch take
 TEXT_ONLY = "--text alone; by default half as many windows of bundled text go with it."
 
 
-def option(default: Any = None, help: str | None = None, **how: Any) -> Any:
+def option(default: object = None, help: str | None = None, **how: object) -> Any:  # noqa: ANN401 - as dataclasses.field
     """A field that is also an option.
 
     how: `choices`, `least` and `most`, `kind` (size, path, file, layers), `shown` for the default.

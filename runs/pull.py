@@ -17,6 +17,9 @@ from .options import PullOptions
 from .results import Result
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..convert.hub.listing import RepoFile
     from ..convert.hub.store import HubFolder
 
 TOGETHER = 2  # files at once; each comes in parallel ranges
@@ -118,7 +121,7 @@ def fetch_files(store: HubFolder, names: list[str], out: Path) -> None:
     shutil.rmtree(out / WORK, ignore_errors=True)
 
 
-def _is_whole(store: HubFolder, path: Path, name: str, digest: Any) -> bool:
+def _is_whole(store: HubFolder, path: Path, name: str, digest: Callable[[Path, RepoFile], str]) -> bool:
     file = store.listing.files[name]
     if not path.is_file() or path.stat().st_size != file.size:
         return False

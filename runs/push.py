@@ -17,6 +17,8 @@ from .options import PushOptions
 from .results import Result
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..convert.hub.push import Ledger
     from ..convert.hub.remote import Remote, Upload
 
@@ -304,6 +306,6 @@ def _remote_small(remote: Remote, name: str) -> bytes | None:
     return remote.client.get(url, what=f"{remote.spec} {name}", limit=limit)[0]
 
 
-def _progress(weights: list[Upload]) -> Any:
+def _progress(weights: list[Upload]) -> Callable[[Upload], None]:
     bar = current().start("push", sum(w.size for w in weights), "B")
     return lambda file: bar.advance(file.size)

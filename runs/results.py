@@ -23,7 +23,7 @@ class Result:
         """The result as a table, one dictionary a row."""
         return [self.to_dict()]
 
-    def to_frame(self) -> Any:
+    def to_frame(self) -> Any:  # noqa: ANN401 - pandas is not required
         """`rows` as a pandas DataFrame. InputError where pandas is not installed."""
         try:
             pandas = importlib.import_module("pandas")

@@ -43,8 +43,9 @@ FOOTER = 24
 
 @dataclass(frozen=True)
 class Rows:
-    """Some positions' distributions: `count` [n] entries of the flat ids and log-probabilities (most probable
-    first).
+    """Some positions' distributions.
+
+    `count` [n]: entries of the flat ids and log-probabilities (most probable first).
     """
 
     count: NDArray[np.int64]

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mmquant.errors import InputError
@@ -206,10 +206,8 @@ def _recast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     return LayerWeights(**{n: getattr(weights, n) if n in plain else getattr(weights, n).to(dtype) for n in names})
 
 
-def _note(loss: Tensor, truth: Tensor, after: Tensor, wanted: Tensor, chosen: Tensor, domain: Any) -> None:
-    """Add one batch [B, T, H] to a layer's loss; tokens with values that are not finite are counted, and weigh
-    nothing.
-    """
+def _note(loss: Tensor, truth: Tensor, after: Tensor, wanted: Tensor, chosen: Tensor, domain: ArrayLike) -> None:
+    """Add one batch [B, T, H] to a layer's loss; tokens that are not finite are counted, and weigh nothing."""
     finite = torch.isfinite(after).all(-1)  # [B, T]
     keep = finite.unsqueeze(-1)
     overlap = jaccard(wanted.to(chosen.device), chosen.to(torch.int16)).view(finite.shape)

@@ -47,8 +47,9 @@ class Experts:
 
     @property
     def exponents(self) -> Tensor:
-        """[E] powers of two by which experts are rescaled: for Q4_K, Q5_K and others CUDA keeps sums of 32 inputs of w2
-        in float16 (llama.cpp ggml-cuda/quantize.cu).
+        """[E] powers of two by which experts are rescaled.
+
+        For Q4_K, Q5_K and others CUDA keeps sums of 32 inputs of w2 in float16 (llama.cpp ggml-cuda/quantize.cu).
         """
         return rescale_exponents(self.largest)
 

@@ -21,8 +21,9 @@ SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compare
 
 @dataclass(frozen=True)
 class Held:
-    """Rows of E matrices of n inputs: x of the reference, z of the written model [E, HELD, n], each times its router
-    weight, zero where there is none; how many were met and how many are held, by matrix.
+    """Rows of E matrices of n inputs: x of the reference, z of the written model [E, HELD, n].
+
+    Each is multiplied by its router weight, zero where there is none. By matrix: rows met and rows held.
     """
 
     x: Tensor
@@ -52,8 +53,9 @@ class Held:
         return torch.tensor(self.count[part], device=self.x.device) >= FEWEST
 
     def agreement(self, part: slice, weight: Tensor, target: Tensor, matrices: int = 1) -> Tensor:
-        """[2, E, matrices]: of what outputs lack and what target - weight [E, O, n] gives, the product and the latter's
-        square. Both add over blocks of rows. matrices: how many are stacked by rows.
+        """[2, E, matrices]: the product of what outputs lack and what target - weight [E, O, n] gives, and its square.
+
+        The square is of the latter. Both add over blocks of rows. matrices: how many are stacked by rows.
         """
         x, z = self.x[part], self.z[part]
         missing, given = (x - z) @ weight.mT, z @ (target - weight).mT

@@ -58,8 +58,9 @@ def quantize_attention(
     out: dict[str, np.ndarray],
     plain: dict[str, list[int]],
 ) -> LayerWeights:
-    """q, k, v, then o on what they give; the streams move past attention. Bytes are added to `out`,
-    what was rounded without feedback to `plain`.
+    """q, k, v, then o on what they give; the streams move past attention.
+
+    Bytes are added to `out`, what was rounded without feedback to `plain`.
     """
     new = weights
     for names in (("attn_q", "attn_k", "attn_v"), ("attn_output",)):

@@ -33,8 +33,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Pair:
-    """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T, weight and rows
-    [E]. `pool`: of all matrices of the layer when these are only some of them; `held`: rows that are in no sum.
+    """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T.
+
+    weight and rows are [E]. `pool`: of all matrices of the layer when these are only some of them; `held`: rows that
+    are in no sum.
     """
 
     own: Tensor

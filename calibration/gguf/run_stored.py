@@ -179,8 +179,9 @@ def encode_matrices_of(
     layer: int,
     report: Report,
 ) -> dict[str, np.ndarray]:
-    """Bytes of a layer's matrices by short name, each under its moments. Experts that would overflow float16 are
-    rescaled in `weights` and named in the report.
+    """Bytes of a layer's matrices by short name, each under its moments.
+
+    Experts that would overflow float16 are rescaled in `weights` and named in the report.
     """
     middle = moments["ffn_down_exps"]
     exponents = rescale_exponents(middle.sum32.to(weights.w1.device))

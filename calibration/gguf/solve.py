@@ -59,8 +59,10 @@ METHODS = {
 
 @dataclass
 class Report:
-    """What a run did beyond rounding: powers of rescaled experts by (layer, expert), experts that saw no token,
-    and by layer and tensor the experts that were rounded plainly, since error feedback was worse on held-out rows.
+    """What a run did beyond rounding.
+
+    Powers of rescaled experts by (layer, expert), experts that saw no token, and by layer and tensor the experts that
+    were rounded plainly, since error feedback was worse on held-out rows.
     """
 
     rescaled: dict[tuple[int, int], int] = field(default_factory=dict)

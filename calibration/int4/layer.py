@@ -196,8 +196,10 @@ def solve(
 
 
 def feedback_moments(moments: Moments, options: Int4Options, part: slice, pool: Tensor | None) -> Tensor:
-    """Mean second moments [E, n, n] that errors are fed back under: what few rows say off the diagonal is noise, so
-    they lean on the layer's pool and get a ridge of sampling * n / rows of the mean diagonal (at most 1).
+    """Mean second moments [E, n, n] that errors are fed back under.
+
+    What few rows say off the diagonal is noise, so they lean on the layer's pool and get a ridge of
+    sampling * n / rows of the mean diagonal (at most 1).
     """
     second = shrunk(moments, options.prior, part, pool)
     n, rows = moments.inputs, moments.count[part]

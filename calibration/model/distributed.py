@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from ...convert.models.minimax_m2 import (
     layer_weights,
 )
 from ...convert.source import Source, read_layer
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -160,7 +162,7 @@ class Ranks:
         """This rank's part of `count` things, contiguous, sizes differing by one at most."""
         return share(count, self.rank, self.world)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, in order, on every rank. All ranks must call it together."""
         if self.world == 1:
             return [value]

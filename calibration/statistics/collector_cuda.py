@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ..model.forward import Routing
-from .collector import Collector
+from .collector import Collect, Collector
 from .layer import LayerStatistics
 from .sums import Sums, add_gram
 
+if TYPE_CHECKING:
+    from .reduce_triton import ColumnSums
 
-def make_collector(*args: Any, **kwargs: Any) -> Collector:
+
+def make_collector(
+    layer: int,
+    weights: LayerWeights,
+    geometry: Geometry,
+    collect: Collect,
+    domains: int,
+    kept: range | None = None,
+    first: bool = True,
+) -> Collector:
     """A `Collector` for where the weights are: fused on CUDA with Triton, plain elsewhere."""
-    weights, collect = args[1], args[3]
     fused = weights.router.is_cuda and collect.experts == "routed" and importlib.util.find_spec("triton") is not None
-    return (FusedCollector if fused else Collector)(*args, **kwargs)
+    return (FusedCollector if fused else Collector)(layer, weights, geometry, collect, domains, kept, first)
 
 
 class FusedCollector(Collector):
@@ -75,7 +86,7 @@ class FusedCollector(Collector):
                 mirror(second)
         return super().statistics()
 
-    def _fold(self, sums: Sums, found: Any, ends: Tensor, share: Tensor) -> None:
+    def _fold(self, sums: Sums, found: ColumnSums, ends: Tensor, share: Tensor) -> None:
         from .reduce_triton import segment_sums
 
         sums.count += ends.diff()

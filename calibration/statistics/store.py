@@ -204,7 +204,7 @@ class StoredStatistics:
         return LayerStatistics(layer=layer, **sets, routing=routing, **amax)
 
 
-def _read_moments(file: Any, names: set[str], name: str, second: bool) -> Moments:
+def _read_moments(file: safe_open, names: set[str], name: str, second: bool) -> Moments:
     values = {f: file.get_tensor(f"{name}.{f}") for f in MOMENT_FIELDS if f != "second"}
     inputs, whole = values["diagonal"].shape[1], None
     if second and f"{name}.second" in names:
@@ -226,7 +226,7 @@ def open_statistics(folder: Path) -> StoredStatistics:
 
 
 def identity_of(
-    fingerprint: str, geometry: Geometry, corpus: Mapping[str, Any], collect: object, **settings: Any
+    fingerprint: str, geometry: Geometry, corpus: Mapping[str, Any], collect: object, **settings: object
 ) -> dict[str, Any]:
     """What decides the statistics' bits: model, text, what is collected and how it is computed."""
     return {

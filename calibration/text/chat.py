@@ -8,6 +8,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+import jinja2
 from jinja2 import TemplateError, Undefined, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -44,7 +45,7 @@ class ChatTemplate:
     notation: ChatNotation = DEFAULT_ARCHITECTURE.chat
 
     @cached_property
-    def _compiled(self) -> Any:
+    def _compiled(self) -> jinja2.Template:
         # The environment of transformers' apply_chat_template: sandboxed, trimmed blocks, loop controls, strftime_now.
         environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], undefined=Undefined
@@ -93,7 +94,7 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **form: Any) -> str:
+def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, **form: Any) -> str:  # noqa: ANN401
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **form)
 
 

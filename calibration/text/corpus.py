@@ -214,8 +214,9 @@ class _Stream:
 
 
 def _stream(part: TextSet, order: NDArray[np.int64], tokenizer: Tokenizer, wanted: int | None, counted: int) -> _Stream:
-    """Tokens of a set's documents in `order`: `wanted` are kept (None: all), and at most `counted` characters more are
-    read to know how many there are.
+    """Tokens of a set's documents in `order`.
+
+    `wanted` are kept (None: all), and at most `counted` characters more are read to know how many there are.
     """
     found, words = _Stream(array("i"), 0, []), Words()
     characters, last = 0, -1

@@ -12,6 +12,8 @@ from typing import Any
 
 from mmquant.errors import InputError
 
+from ...convert.files.parse import are, is_list, is_object
+
 ROLES = ("system", "user", "assistant", "tool")
 KNOWN = (
     "text | messages [role, content] | conversations [from, value] | instruction, input, output | prompt, completion"
@@ -44,11 +46,11 @@ def parse_line(line: str) -> Chat | str:
     return parse_row(data)
 
 
-def parse_row(data: Any) -> Chat | str:
+def parse_row(data: object) -> Chat | str:
     """One row: a text, or a chat. Raises InputError naming the keys that were found and the known forms."""
     if isinstance(data, str):  # a list of texts
         return data
-    if not isinstance(data, dict):
+    if not is_object(data):
         raise InputError(f"a JSON {type(data).__name__}, expected an object")
     row = {key: value for key, value in data.items() if _there(value)}
     if isinstance(row.get("text"), str):
@@ -68,18 +70,18 @@ def parse_row(data: Any) -> Chat | str:
     return Chat(tuple(checked), _tools(row.get("tools") or []))
 
 
-def _there(value: Any) -> bool:
+def _there(value: object) -> bool:
     """Whether a field says anything: null, "", [] and {} are absent."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
-def _tools(tools: Any) -> tuple[dict[str, Any], ...]:
+def _tools(tools: object) -> tuple[dict[str, Any], ...]:
     if isinstance(tools, str):  # as LLaMA-Factory has them
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
             tools = None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not is_list(tools) or not are(tools, dict):
         raise InputError('"tools" is not a list of objects')
     return tuple(tools)
 
@@ -101,9 +103,9 @@ def _question(row: dict[str, Any]) -> list[Any] | None:
     return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
 
 
-def _message(number: int, message: Any) -> dict[str, Any]:
+def _message(number: int, message: object) -> dict[str, Any]:
     where = f"message {number}"
-    if not isinstance(message, dict):
+    if not is_object(message):
         raise InputError(f"{where} is a {type(message).__name__}, expected an object")
     out = {key: value for key, value in message.items() if key == "content" or _there(value)}
     if "role" not in out and "from" in out:
@@ -143,9 +145,9 @@ def _sharegpt(message: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _call(where: str, call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+def _call(where: str, call: object) -> dict[str, Any]:
+    function = call.get("function", call) if is_object(call) else None
+    if not is_object(function) or not isinstance(function.get("name"), str):
         raise InputError(f"{where} has a tool call without a function name")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):

@@ -192,8 +192,9 @@ def make_sample(
 def _cut(
     text: Text, tokenizer: Tokenizer, context: int, stride: int, convention: str, count: int | None
 ) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
-    """(windows [n, context], first scored position [n], document [n]) of one text; it is read as far as `count`
-    windows reach.
+    """(windows [n, context], first scored position [n], document [n]) of one text.
+
+    It is read as far as `count` windows reach.
     """
     ids, owners = array("i"), array("i")
     for number, _, found in tokens_of(tokenizer, text.parts()):

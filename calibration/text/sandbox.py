@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sized
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MOST_STEPS = 100_000  # turns of loops and calls of macros in one rendering
 MOST_TEXT = 64 << 20  # characters of one conversation
@@ -19,7 +24,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - jinja2's own
         super().__init__(**options)
         self.steps = 0
         self.globals["__step__"] = self._step
@@ -41,24 +46,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
             node.body.insert(0, nodes.Output([call]).set_lineno(node.lineno))  # type: ignore[attr-defined]
         return tree
 
-    def wrap_str_format(self, value: Any) -> Any:
+    def wrap_str_format(self, value: object) -> Callable[..., str] | None:
         """`"...".format` within measure."""
         if getattr(value, "__name__", "") in ("format", "format_map"):
             _check_format(getattr(value, "__self__", None))
         return super().wrap_str_format(value)
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         """Repetition, powers and %-formatting within measure."""
         for one, other in ((left, right), (right, left)):
             _check_number(one)
-            if operator == "*" and isinstance(one, int) and hasattr(other, "__len__") and one * len(other) > LARGEST:
+            if operator == "*" and isinstance(one, int) and isinstance(other, Sized) and one * len(other) > LARGEST:
                 raise TemplateError(f"a repetition of {one} times {len(other)}, expected at most {LARGEST:,} in all")
         if operator == "**" and isinstance(right, int) and right > 64:
             raise TemplateError(f"a power of {right}, expected at most 64")
         _check_format(left if operator == "%" else None)
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:
         for value in (*args, *kwargs.values()):
             _check_number(value)
         return super().call(__context, __obj, *args, **kwargs)
@@ -74,10 +79,10 @@ def _check_format(text: object) -> None:
         raise TemplateError(f"the format {text[:40]!r}, expected no widths of six digits")
 
 
-def measured(function: Any, name: str) -> Any:
+def measured(function: Callable[P, T], name: str) -> Callable[P, T]:
     """A filter that refuses numbers beyond LARGEST, and formats of such widths."""
 
-    def inner(*args: Any, **kwargs: Any) -> Any:
+    def inner(*args: P.args, **kwargs: P.kwargs) -> T:
         for value in (*args, *kwargs.values()):
             _check_number(value)
             _check_format(value if name == "format" else None)

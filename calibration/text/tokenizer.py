@@ -16,10 +16,11 @@ from ...convert.source import Source
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
-    """The tokenizer of tokenizer.json, as it splits text: without the truncation, padding and dropout that were saved
-    with it, which are settings of whoever trained on it and would cut, fill or scatter documents.
+    """The tokenizer of tokenizer.json, as it splits text.
 
-    InputError when the source carries none, or one that the installed tokenizers cannot read.
+    Without the truncation, padding and dropout that were saved with it: they are settings of whoever trained on it and
+    would cut, fill or scatter documents. InputError when the source carries none, or one that the installed tokenizers
+    cannot read.
     """
     data = source.small_file("tokenizer.json")
     if data is None:

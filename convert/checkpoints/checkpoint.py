@@ -135,10 +135,10 @@ class Checkpoint:
         return wanted
 
     def validate(self, scales: bool | None = None) -> None:
-        """Check names, shapes, dtypes and (by reading them; default: of a local folder) that every scale is finite and
-        positive. Those of a hub are checked as they are used.
+        """Check names, shapes, dtypes and that every scale is finite and positive.
 
-        Raises InputError with the first fault and how many there are of its sort.
+        Scales are read for it, by default those of a local folder; those of a hub are checked as they are used. Raises
+        InputError with the first fault and how many there are of its sort.
         """
         check_count(self.geometry, 4 * len(self.tensors) + 1000, self.label)
         found = {name: (self._modules.get(name, {}), self.scheme(name)) for name in self.matrices()}
@@ -183,9 +183,7 @@ class Checkpoint:
         return TORCH_DTYPES[self.tensors[self.scale_name(name)].dtype]
 
     def native(self, name: str) -> tuple[Tensor, Tensor]:
-        """(e4m3 codes [O, I], scales float32: [tiles], or [O, 1] of channels) of a quantized matrix by its name without
-        .weight.
-        """
+        """(e4m3 codes [O, I], scales float32 [tiles] or [O, 1] of channels) of a matrix by its name without .weight."""
         codes, scales = self.raw(name + ".weight"), self.read_scales(self.scale_name(name))
         return codes, scales if self.tile_of(name) is not None else scales.reshape(-1, 1).expand(len(codes), 1)
 

@@ -117,9 +117,7 @@ class QuantizedFolder:
             raise InputError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
 
     def validate(self) -> None:
-        """What is not a quantized matrix: present, with its shape and a plain dtype. ValueError with the first
-        fault.
-        """
+        """What is not a quantized matrix: present, with its shape and a plain dtype, else ValueError."""
         wanted: dict[str, tuple[int, ...]] = dict(global_shapes(self.geometry))
         if self.config.get("tie_word_embeddings"):
             wanted.pop(HEAD)

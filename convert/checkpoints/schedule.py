@@ -75,12 +75,12 @@ def step_of(name: str, layers: int) -> int:
 
 
 class Schedule:
-    """Follows whoever reads a checkpoint, so that its store can fetch ahead and delete behind. In a local folder the
-    next step's bytes are read ahead into the system's cache.
+    """Follows whoever reads a checkpoint, so that its store can fetch ahead and delete behind.
 
-    The first read of a step plans the shards from there on in their order of use; a read of a later step releases those
-    whose last use lies before it; a return to an earlier layer (a second pass, replayed layers) plans anew. `behind`:
-    so many steps before the latest one may still be read again. One reader at a time.
+    In a local folder the next step's bytes are read ahead into the system's cache. The first read of a step plans the
+    shards from there on in their order of use; a read of a later step releases those whose last use lies before it; a
+    return to an earlier layer (a second pass, replayed layers) plans anew. `behind`: so many steps before the latest
+    one may still be read again. One reader at a time.
     """
 
     def __init__(self, store: ShardStore, tensors: Mapping[str, TensorInfo], layers: int) -> None:

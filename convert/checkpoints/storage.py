@@ -54,8 +54,10 @@ def words(scheme: Scheme | None) -> str:
 
 
 def check_storage(label: str, book: SchemeBook | None, found: Mapping[str, tuple[Parts, Scheme | None]]) -> None:
-    """InputError when matrices are stored otherwise than config.json says: a quantization_config that was left behind,
-    lost, or whose skip list names others. `found`: of every matrix its tensors and its scheme.
+    """InputError when matrices are stored otherwise than config.json says.
+
+    Its quantization_config was left behind or lost, or its skip list names others. `found`: of every matrix its tensors
+    and its scheme.
     """
     there = {name: entry for name, entry in found.items() if entry[0]}
     wrong = [name for name, (parts, scheme) in there.items() if is_plain(parts) != (scheme is None)]

@@ -33,7 +33,7 @@ D = TypeVar("D")
 _REQUIRED: Any = object()
 
 
-def parse_any(data: bytes | bytearray | str, where: str, unique: bool = False) -> Any:
+def parse_any(data: bytes | bytearray | str, where: str, unique: bool = False) -> Any:  # noqa: ANN401 - where JSON comes in
     """The value of a JSON text: UTF-8 (a BOM is skipped), finite numbers, valid Unicode, at most DEEPEST levels.
 
     unique: a name that stands twice in one object is refused; else the last one counts. Raises InputError.

@@ -25,7 +25,7 @@ VERSION = "0.17.0"  # the oldest compressed-tensors whose reader takes these fil
 STRATEGIES = ("tensor", "channel", "group", "block")
 
 
-def arguments(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+def arguments(bits: int, kind: str, strategy: str, **more: object) -> dict[str, Any]:
     """How weights or activations are quantized, all keys spelled out."""
     base: dict[str, Any] = {
         "actorder": None,

@@ -142,7 +142,7 @@ def read_header(path: Path) -> GgufFile:
     return GgufFile(path, metadata, placed, header, data)
 
 
-def _value(cursor: _Cursor, kind: int, key: str) -> Any:
+def _value(cursor: _Cursor, kind: int, key: str) -> Any:  # noqa: ANN401 - where metadata comes in
     if kind == STRING:
         return cursor.text(key)
     if kind in SCALARS:

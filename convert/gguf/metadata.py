@@ -34,9 +34,7 @@ IMATRIX_TEXT_LIMIT = 127  # characters that llama-quantize keeps of a file or da
 
 @dataclass(frozen=True)
 class Value:
-    """One value of the metadata: `kind` is str, bool, u16, u32, u64, i32, f32, or one of these in brackets for an
-    array.
-    """
+    """One value of the metadata: `kind` is str, bool, u16, u32, u64, i32, f32, or one in brackets for an array."""
 
     kind: str
     data: Any
@@ -64,8 +62,8 @@ def pack_string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _scalar(kind: str, value: Any) -> bytes:
-    return pack_string(value) if kind == "str" else struct.pack(_FORMAT[kind], value)
+def _scalar(kind: str, value: object) -> bytes:
+    return pack_string(str(value)) if kind == "str" else struct.pack(_FORMAT[kind], value)
 
 
 @dataclass(frozen=True)

@@ -181,9 +181,7 @@ def fitting(kind: str, columns: int) -> str:
 
 
 def parse_overrides(items: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """`--tensor-type REGEX=TYPE`: searched in the tensor's name, lower-cased; the first match wins, as in
-    llama-quantize.
-    """
+    """`--tensor-type REGEX=TYPE`, searched in the lower-cased name; the first match wins, as in llama-quantize."""
     found: list[tuple[re.Pattern[str], str]] = []
     for item in items:
         pattern, separator, kind = item.rpartition("=")
@@ -205,10 +203,10 @@ def tensor_types(
     overrides: tuple[tuple[re.Pattern[str], str], ...] = (),
     plan: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """GGUF name -> type of every tensor, in writing order: plan first, then overrides, then the stock rule; shapes may
-    force a fallback.
+    """GGUF name -> type of every tensor, in writing order.
 
-    Raises InputError for a name in `plan` that the model does not have, and for an override that names no tensor.
+    The plan counts first, then overrides, then the stock rule; shapes may force a fallback. Raises InputError for a
+    name in `plan` that the model does not have, and for an override that names no tensor.
     """
     shapes = all_shapes(geometry)
     for pattern, kind in overrides:

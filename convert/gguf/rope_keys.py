@@ -39,8 +39,9 @@ def scaling_values(scaling: RopeScaling | None) -> dict[str, tuple[str, Any]]:
 
 
 def rope_parameters(metadata: Mapping[str, Any], arch: str, label: str) -> dict[str, Any] | None:
-    """config.json's rope_parameters (without theta) of a file's metadata; None without scaling. InputError for what
-    is malformed.
+    """config.json's rope_parameters (without theta) of a file's metadata; None without scaling.
+
+    InputError for what is malformed.
     """
     found = {key: metadata.get(f"{arch}.{PREFIX}{key}") for key in ("type", "factor", "attn_factor")}
     factor = found["factor"] if found["factor"] is not None else metadata.get(f"{arch}.rope.scale_linear")

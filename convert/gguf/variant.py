@@ -12,11 +12,11 @@ from .writer import PART_BYTES
 
 @dataclass(frozen=True)
 class GgufVariant:
-    """What is asked for: a stock mix, changed by overrides or a plan; `importance`: whether calibration steers the
-    codes.
+    """What is asked for: a stock mix, changed by overrides or a plan.
 
-    stem      name of the file without .gguf
-    settings  whatever else decides the bytes, in words; recorded as mmquant.* and in the manifest
+    stem        name of the file without .gguf
+    importance  whether calibration steers the codes
+    settings    whatever else decides the bytes, in words; recorded as mmquant.* and in the manifest
     """
 
     mix: Mix

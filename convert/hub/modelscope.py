@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlencode, urlsplit
 
 from mmquant.errors import InputError
@@ -32,6 +32,9 @@ from .http import (
 from .interface import Hub
 from .listing import COMMIT, LISTING_LIMIT, MOST_FILES, Listing, RepoFile, RepoSpec, listed, parse
 from .remote import Conflict, Upload, is_inline
+
+if TYPE_CHECKING:
+    import requests
 
 CUT = 3000  # ModelScope lists so many entries at most, without saying so
 _CACHE = re.compile(r"(?:.*/)?modelscope/(?:hub/)?(?:models/)?([\w.-]+)/([\w.-]+)(?:/.*)?", re.ASCII)
@@ -270,7 +273,7 @@ class Repository:
         href = take(take(actions, "upload", dict, what, {}), "href", str, what, None)
         return None if href is None else joined(url, href)
 
-    def _put(self, href: str, source: Any, size: int) -> Any:
+    def _put(self, href: str, source: BinaryIO, size: int) -> requests.Response:
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
         client = self.client
         if same_site(href, client.endpoint.url) and origin(href) != origin(client.endpoint.url):

@@ -8,9 +8,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from mmquant.errors import InputError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FETCHERS = 3  # shards in flight at once: the next one's ranges fill the gap at the end of the current one
 SPARED = 3  # readers outside the plan open what they ask for at once: so many files are never deleted under them
@@ -27,9 +30,9 @@ class DaemonPool(Executor):
         for thread in self._threads:
             thread.start()
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """RuntimeError after shutdown, as every Executor has it: nobody would ever finish the future."""
-        future: Future[Any] = Future()
+        future: Future[T] = Future()
         with self._closing:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")

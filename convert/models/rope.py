@@ -22,8 +22,10 @@ MOST_CONTEXT = 1 << 40
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """What stretches the context. `original_context` tokens were trained on; `attention_factor` multiplies cos and sin;
-    between `beta_fast` and `beta_slow` rotations over the original context a dimension is partly interpolated.
+    """What stretches the context.
+
+    `original_context` tokens were trained on; `attention_factor` multiplies cos and sin; between `beta_fast` and
+    `beta_slow` rotations over the original context a dimension is partly interpolated.
     """
 
     kind: str

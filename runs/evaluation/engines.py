@@ -52,9 +52,7 @@ def cross_check(
     result: dict[str, Any],
     threads: int = 1,
 ) -> dict[str, Any]:
-    """`engine_check` of the result: the engine's numbers of each candidate and how far they are from the streamed
-    ones.
-    """
+    """`engine_check` of the result: the engine's numbers of each candidate and their distance from ours."""
     seed = result["sample"]["interval"]["seed"]
     own = engine == "llama.cpp" and reference is not None and Path(reference).suffix == ".gguf"
     if engine == "llama.cpp":
@@ -84,9 +82,7 @@ def difference(streamed: dict[str, Any], engine: dict[str, Any]) -> dict[str, fl
 def llamacpp_scores(
     base: Path | StoredReference, artifacts: list[Path], sample: Sample, threads: int = 1
 ) -> tuple[list[Scores], str]:
-    """Scores of GGUF files by llama.cpp, window by window, and its version; `base` is a GGUF file or a stored
-    reference.
-    """
+    """Scores of GGUF files by llama.cpp, window by window, and its version; `base`: a GGUF file or stored reference."""
     from .llamacpp import LlamaModel, version
 
     scores: list[list[Scores]] = [[] for _ in artifacts]

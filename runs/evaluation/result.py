@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mmquant import __version__
 from mmquant.errors import InputError
@@ -44,7 +45,7 @@ def candidate_block(outcome: Outcome, sample: Sample, source: Source | None, see
     return block
 
 
-def _layer_block(layer: int, loss: Any, domains: tuple[str, ...]) -> dict[str, Any]:
+def _layer_block(layer: int, loss: Tensor, domains: tuple[str, ...]) -> dict[str, Any]:
     whole = _loss(loss.sum(1).tolist())
     whole |= {"domains": {name: _loss(loss[:, i].tolist()) for i, name in enumerate(domains)}}
     return {"layer": layer} | whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmquant.errors import InputError
 from mmquant.monitor import current
@@ -11,6 +11,7 @@ from mmquant.monitor import current
 from ...convert import manifest
 
 if TYPE_CHECKING:
+    from ...calibration.text.chat import ChatTemplate
     from ...calibration.text.sample import Sample, Text
     from ...convert.source import Source
 
@@ -56,7 +57,7 @@ def make_eval_sample(
     return make_sample(read, load_tokenizer(basis), context, count, convention, stride)
 
 
-def check_unseen(texts: list[Text], artifact: str, template: Any) -> None:
+def check_unseen(texts: list[Text], artifact: str, template: ChatTemplate | None) -> None:
     """Refuse text that an artifact was calibrated on, as far as its manifest tells.
 
     A text whose documents are those of a calibration set is found by its digest; where the bundled set was used, also

@@ -1,12 +1,10 @@
-from typing import Any
-
 class Type:
     dtype: Type
     bitwidth: int
     count: int
     literal_value: str
     def __init__(self, name: str) -> None: ...
-    def __call__(self, *arguments: Type) -> Any: ...
+    def __call__(self, *arguments: Type) -> Type: ...
 
 class Float(Type): ...
 

@@ -43,8 +43,9 @@ class Globals:
 def layer_weights(
     plain: Callable[[str], Tensor], matrix: Callable[[str], Tensor], stacked: Callable[[str], Tensor]
 ) -> LayerWeights:
-    """Assemble a layer by three readers: of a plain tensor by its name in the layer, of an attention matrix and of all
-    experts' matrices by projection.
+    """Assemble a layer by three readers.
+
+    They read a plain tensor by its name in the layer, an attention matrix, and all experts' matrices of a projection.
     """
     return LayerWeights(
         **{field: plain(name) for field, name in PLAIN_NAMES.items()},

@@ -166,8 +166,9 @@ def _searched(target: Tensor, importance: Tensor, layout: Layout, effort: Codebo
 
 
 def descend(state: CodebookState, known: BlockFactor, layout: Layout) -> None:
-    """One round of coordinate descent on tr(E H E^T): every unit of columns again, all others held; the scale of each
-    super-block by least squares. A change is kept only where it lowers the objective.
+    """One round of coordinate descent on tr(E H E^T): every unit of columns again, all others held.
+
+    The scale of each super-block follows by least squares. A change is kept only where it lowers the objective.
     """
     unit = unit_of(layout)
     inverse = inv(_own(known.moments, unit)).contiguous()

@@ -7,6 +7,7 @@ numba, else torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,7 +82,7 @@ def numba_rule(layout: Layout) -> int:
     return kernels.FREE if layout.signs is Signs.FREE else kernels.PARITY
 
 
-def in_threads(work: Any, count: int) -> None:
+def in_threads(work: Callable[[int, int], None], count: int) -> None:
     """work(start, stop) over range(count) in as many threads as torch uses; the kernels hold no interpreter lock."""
     threads = min(torch.get_num_threads(), max(1, count // 64))
     if threads == 1:

@@ -73,8 +73,9 @@ def factor(second: Tensor, damping: float = DAMPING) -> Factor:
 
 @dataclass(frozen=True)
 class ScalarState:
-    """E matrices being rounded, columns first and in processing order: weight, decoded [n, E, R] float32; blocks by
-    place.
+    """E matrices being rounded, columns first and in processing order.
+
+    weight, decoded [n, E, R] float32; blocks by place.
     """
 
     weight: Tensor

@@ -31,7 +31,7 @@ MODULES = (
 ).split()
 
 
-def call(function: str, /, **arguments: Any) -> dict[str, Any]:
+def call(function: str, /, **arguments: object) -> dict[str, Any]:
     return {"type": "function", "function": {"name": function, "arguments": arguments}}
 
 
