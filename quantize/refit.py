@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -84,7 +86,7 @@ def refit_scales(weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
             curvatures += [curvature(part, second[expert], groups) for part in torch.split(codes, rows)]
     bend = torch.cat(curvatures).view(*scales.shape, groups)
     fitted = _fitted(scales, torch.stack(gradients), bend)
-    return IntWeight(found.codes, fitted, found.zeros, found.bits)
+    return replace(found, scales=fitted)
 
 
 def _fitted(scales: Tensor, gradient: Tensor, bend: Tensor) -> Tensor:

@@ -62,16 +62,20 @@ class Result:
     scales: Tensor
 
 
-def int_start(rounded: Tensor, scales: Tensor, bits: int) -> Start:
-    """Symmetric integer grids: what was rounded [..., O, I] float32 under the scales [..., O, G]."""
+def grid_start(rounded: Tensor, weight: IntWeight) -> Start:
+    """Symmetric grids: what was rounded [..., O, I] float32 to `weight`. Scales move on integer grids."""
+    scales = weight.scales
     position = (torch.unflatten(rounded, -1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)).flatten(-2)
-    low, high = code_range(bits)
-    return Start(position, scales, float(low), float(high), learns_scales=True)
+    if weight.levels is None:
+        low, high = code_range(weight.bits)
+        return Start(position, scales, float(low), float(high), learns_scales=True)
+    table = torch.tensor(weight.levels, dtype=torch.float32, device=rounded.device)
+    return Start(position, scales, float(weight.levels[0]), float(weight.levels[-1]), table=table)
 
 
-def int_weight(result: Result, bits: int) -> IntWeight:
-    """A result of `int_start`."""
-    return IntWeight(result.levels, result.scales, None, bits)
+def grid_weight(result: Result, like: IntWeight) -> IntWeight:
+    """A result of `grid_start`; like: what the learning started from."""
+    return replace(like, codes=result.levels, scales=result.scales)
 
 
 def begin(start: Start) -> SignRoundState:

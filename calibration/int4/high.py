@@ -18,9 +18,9 @@ from mmquant.errors import InputError
 
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
 from ...convert.source import Source, read_layer
-from ...quantize.integer.grid import IntWeight, dequantize, join_weights
+from ...quantize.integer.grid import IntWeight, dequantize, map_parts
 from ...quantize.refit import agreement, refit_bias, refit_gain, refit_linear
-from ...quantize.signround import Start, int_start, int_weight
+from ...quantize.signround import Result, Start, grid_start, grid_weight
 from ..model.forward import Observer, attention, layer_forward, moe, rms_norm, route
 from ..model.hidden import HiddenStates, leaving, place_of
 from ..model.signround_layer import LearnOptions, Routed, learn_attention, learn_chunks
@@ -130,13 +130,17 @@ def learn_layer(
     def starts(chosen: slice) -> dict[str, Start]:
         rounded = first.compensated
         return {
-            n: int_start(rounded[n][chosen].to(weights.w1.device), w.scales[chosen], w.bits)
+            n: grid_start(rounded[n][chosen].to(weights.w1.device), map_parts(w, lambda part: part[chosen]))
             for n, w in first.experts.items()
         }
 
     parts, found["experts"] = learn_chunks(weights, starts, tokens, train * length, options)
-    experts = {n: join_weights([int_weight(part[n], w.bits) for part in parts]) for n, w in first.experts.items()}
+    experts = {n: grid_weight(_joined(parts, n), w) for n, w in first.experts.items()}
     return dataclasses.replace(first, experts=experts, attention=attended, plain=plain, compensated={}), found
+
+
+def _joined(parts: list[dict[str, Result]], name: str) -> Result:
+    return Result(torch.cat([part[name].levels for part in parts]), torch.cat([part[name].scales for part in parts]))
 
 
 def _learn_attention(
@@ -150,7 +154,7 @@ def _learn_attention(
 ) -> tuple[dict[str, IntWeight], float]:
     """q, k, v, o so that the quantized stream leaves attention where the reference does."""
     starts = {
-        n: int_start(first.compensated[n].to(w.scales.device), w.scales, w.bits) for n, w in first.attention.items()
+        n: grid_start(first.compensated[n].to(w.scales.device), w) for n, w in first.attention.items()
     }
     wanted = middle - both.quantized
     learned = learn_attention(
@@ -163,7 +167,7 @@ def _learn_attention(
         batch=max(1, options.tokens_a_step(middle.device) // middle.shape[1]),
         seed=options.seed,
     )
-    attended = {n: int_weight(learned.weights[n], w.bits) for n, w in first.attention.items()}
+    attended = {n: grid_weight(learned.weights[n], w) for n, w in first.attention.items()}
     return attended, learned.after / max(learned.before, 1e-30)
 
 

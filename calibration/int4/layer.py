@@ -16,12 +16,10 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
-from ...quantize.integer.gptq import DAMPING, GptqGrid, Solved, gptq_quantize
+from ...quantize.integer.gptq import DAMPING, GptqGrid, Grid, Solved, gptq_quantize
 from ...quantize.integer.grid import IntWeight, dequantize, join_weights, rows_of, select
-from ...quantize.integer.rtn import rtn_int
 from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
 from ...quantize.overflow import rescale_exponents, scale_pair
-from ...quantize.refit import refit_scales
 from ..statistics.layer import LayerStatistics
 from .awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
 from .report import LayerReport, make_report
@@ -46,7 +44,7 @@ class Int4Options:
 
     method: str = "gptq"
     effort: str = "default"
-    grid: GptqGrid = field(default_factory=GptqGrid)
+    grid: Grid = field(default_factory=GptqGrid)
     attention: str = "bf16"
     damping: float = DAMPING
     shrinkage: float = 1.0
@@ -183,7 +181,7 @@ def solve(
         importance = shrunk_diagonal(moments, options.shrinkage, part).to(weight.device)
         if isinstance(scale, Tensor):
             importance = importance / scale.square()
-        rounded = rtn_int(weight, grid.bits, grid.group_size, grid.symmetric, importance=importance)
+        rounded = grid.round_nearest(weight, importance)
         nothing = torch.zeros(weight.shape[0], device=weight.device)
         return Solved(rounded, None, nothing, nothing.bool())
     second = feedback_moments(moments, options, part, pool).to(weight.device)
@@ -191,7 +189,7 @@ def solve(
         second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     solved = gptq_quantize(weight, second, grid, options.damping, keep=options.learned)
     if solved.compensated is None:
-        return dataclasses.replace(solved, weight=refit_scales(weight, solved.weight, second))
+        return dataclasses.replace(solved, weight=grid.refit(weight, solved.weight, second))
     return solved
 
 

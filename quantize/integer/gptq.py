@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ..linear_algebra import cholesky, full_float32, permute_both
+from ..refit import refit_scales
 from .grid import IntWeight, code_range, groups_of, search_scales, search_weights
+from .rtn import rtn_int
 
 DAMPING = 0.03
 BLOCK = 128  # columns that one matrix product brings up to date
@@ -26,12 +29,120 @@ ESCALATIONS = (1.0, 10.0, 50.0)  # a failed factorization is tried again with th
 
 
 @dataclass(frozen=True)
+class Panel:
+    """Neighbouring columns of E matrices in processing order, all [E, P, O] with outputs contiguous.
+
+    part        with the errors of the columns behind the panel fed in; becomes what was rounded
+    columns     as they came
+    triangle    [E, P, P] of the feedback's lower factor; None: no errors are fed back
+    importance  [E, P] that weighs the squared errors of a column
+    place       [E, P / group]: the original group at each place
+    codes       int8, filled; errors: filled (None without a triangle)
+    """
+
+    part: Tensor
+    columns: Tensor
+    triangle: Tensor | None
+    importance: Tensor
+    place: Tensor
+    codes: Tensor
+    errors: Tensor | None
+
+
+class Grid(Protocol):
+    """What codes and scales may be. Error feedback and the calibrated folders work on any grid.
+
+    bits        of a code
+    group_size  weights that share a scale; -1: a row
+    symmetric   no zero points
+    """
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def symmetric(self) -> bool: ...
+
+    @property
+    def shared(self) -> bool:
+        """Whether matrices that an engine fuses (w1 and w3; q, k and v) must be solved together."""
+        ...
+
+    @property
+    def panel(self) -> int:
+        """Columns that one matrix product brings up to date, at most."""
+        ...
+
+    def searches_first(self, group: int) -> bool:
+        """Whether scales of groups this wide are searched before the sweep."""
+        ...
+
+    def round_panel(self, panel: Panel, found: Tensor, zeros: Tensor | None, search: bool) -> None:
+        """Round a panel from its last column to its first; scales (and zeros) [E, G, O] by original group.
+
+        They are filled where `search`, else used.
+        """
+        ...
+
+    def finish(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> IntWeight:
+        """The matrices [E, O, I] as they can be stored."""
+        ...
+
+    def round_nearest(self, weight: Tensor, importance: Tensor | None) -> IntWeight:
+        """Nearest codes of weight [E, O, I] under searched scales; importance [E, I] weighs a column's squared error."""
+        ...
+
+    def refit(self, weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
+        """The codes under scales that cost the outputs least; second [E, I, I] mean second moments."""
+        ...
+
+
+@dataclass(frozen=True)
 class GptqGrid:
-    """What the codes may be: bits, weights that share a scale (-1: a row), zero points or not."""
+    """Integers: bits, weights that share a scale (-1: a row), zero points or not."""
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    shared: bool = False
+
+    @property
+    def panel(self) -> int:
+        """A group, at most BLOCK columns."""
+        return BLOCK if self.group_size == -1 else min(self.group_size, BLOCK)
+
+    def searches_first(self, group: int) -> bool:
+        """Whether a group is wider than a panel."""
+        return group > BLOCK
+
+    def round_panel(self, panel: Panel, found: Tensor, zeros: Tensor | None, search: bool) -> None:
+        """See `Grid`."""
+        place = panel.place[:, 0]
+        if search:
+            scale, zero = _search_group(panel.part, panel.importance, self)
+            _put(found, place, scale)
+            if zeros is not None and zero is not None:
+                _put(zeros, place, zero)
+        grids = (_take(found, place), None if zeros is None else _take(zeros, place))
+        assert panel.triangle is not None
+        assert panel.errors is not None
+        sweep_block = _fused().sweep_block if panel.part.is_cuda else sweep_block_torch
+        sweep_block(panel.part, panel.columns, panel.triangle, grids, self.bits, panel.codes, panel.errors)
+
+    def finish(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> IntWeight:
+        """See `Grid`."""
+        return IntWeight(codes, scales, None if zeros is None else zeros.to(torch.int8), self.bits)
+
+    def round_nearest(self, weight: Tensor, importance: Tensor | None) -> IntWeight:
+        """See `Grid`."""
+        return rtn_int(weight, self.bits, self.group_size, self.symmetric, importance=importance)
+
+    def refit(self, weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
+        """See `Grid`."""
+        return refit_scales(weight, found, second)
 
 
 @dataclass(frozen=True)
@@ -107,7 +218,7 @@ def gptq_factor(second: Tensor, group: int, damping: float = DAMPING) -> Feedbac
 def gptq_quantize(
     weight: Tensor,
     second: Tensor,
-    grid: GptqGrid,
+    grid: Grid,
     damping: float = DAMPING,
     scales: Tensor | None = None,
     keep: bool = False,
@@ -129,8 +240,8 @@ def gptq_quantize(
     with full_float32():
         result = gptq_sweep(weight.float(), known, grid, group, scales)
     codes, compensated = restore(result, known, keep)
-    zeros = None if result.zeros is None else result.zeros.mT.to(torch.int8)
-    packed = IntWeight(codes, result.scales.mT.contiguous(), zeros, grid.bits)
+    zeros = None if result.zeros is None else result.zeros.mT
+    packed = grid.finish(codes, result.scales.mT.contiguous(), zeros)
     return Solved(packed, compensated, known.damping, known.failed)
 
 
@@ -147,11 +258,11 @@ class Swept:
     zeros: Tensor | None
 
 
-def gptq_sweep(weight: Tensor, known: Feedback, grid: GptqGrid, group: int, scales: Tensor | None = None) -> Swept:
+def gptq_sweep(weight: Tensor, known: Feedback, grid: Grid, group: int, scales: Tensor | None = None) -> Swept:
     """Round columns from the last of the order to the first, each after the errors of those before it are fed in.
 
-    weight [E, O, n] float32. Blocks of columns take the errors of all later columns by one matrix product; inside a
-    block columns go one by one (on CUDA in one fused kernel).
+    weight [E, O, n] float32. Panels of columns take the errors of all later columns by one matrix product; inside a
+    panel the grid feeds them on (on CUDA in fused kernels).
     """
     experts, outputs, n = weight.shape
     columns = permute_columns(weight, known.order).mT.contiguous()
@@ -160,25 +271,24 @@ def gptq_sweep(weight: Tensor, known: Feedback, grid: GptqGrid, group: int, scal
     groups = known.order[:, ::group] // group  # [E, G]: the original group at each place of the order
     found = scales.mT.contiguous() if scales is not None else weight.new_empty(experts, n // group, outputs)
     zeros = None if grid.symmetric else torch.zeros_like(found)
-    if scales is None and group > BLOCK:
+    first = grid.searches_first(group)
+    if scales is None and first:
         _search_rows(weight, known, grid, found, zeros)
-    for start, stop in blocks(n, min(group, BLOCK)):
+    for start, stop in blocks(n, grid.panel):
         part = inside[:, start:stop]
         if stop < n:
             lower = known.lower[:, stop:, start:stop]
             torch.baddbmm(part, lower.mT, errors[:, stop:], out=part)
-        place = groups[:, start // group]
-        if scales is None and group <= BLOCK:
-            scale, zero = _search_group(part, known.scale[:, start:stop], grid)
-            _put(found, place, scale)
-            if zeros is not None and zero is not None:
-                _put(zeros, place, zero)
-        grids = (_take(found, place), None if zeros is None else _take(zeros, place))
-        triangle = known.lower[:, start:stop, start:stop]
-        sweep_block = _fused().sweep_block if part.is_cuda else sweep_block_torch
-        sweep_block(
-            part, columns[:, start:stop], triangle, grids, grid.bits, codes[:, start:stop], errors[:, start:stop]
+        panel = Panel(
+            part,
+            columns[:, start:stop],
+            known.lower[:, start:stop, start:stop],
+            known.scale[:, start:stop],
+            groups[:, start // group : -(-stop // group)],
+            codes[:, start:stop],
+            errors[:, start:stop],
         )
+        grid.round_panel(panel, found, zeros, scales is None and not first)
     return Swept(codes, inside, found, zeros)
 
 
@@ -225,7 +335,7 @@ def _fused() -> ModuleType:
     return gptq_triton
 
 
-def _search_rows(weight: Tensor, known: Feedback, grid: GptqGrid, found: Tensor, zeros: Tensor | None) -> None:
+def _search_rows(weight: Tensor, known: Feedback, grid: Grid, found: Tensor, zeros: Tensor | None) -> None:
     """Scales of whole rows (or wide groups) before the sweep: on the original weights, columns weighed by D."""
     importance = torch.empty_like(known.scale).scatter_(1, known.order, known.scale)
     scale, zero = search_scales(weight, importance, grid.bits, weight.shape[-1] // found.shape[1], grid.symmetric)

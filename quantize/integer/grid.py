@@ -9,7 +9,7 @@ the scale and nothing else, so its sign is free (docs/quality.md names the place
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,12 +23,21 @@ RANGE_LEAST, RANGE_SPAN = 0.5, 0.55  # and of the range, where there is a zero p
 
 @dataclass(frozen=True)
 class IntWeight:
-    """codes [..., O, I] int8; scales [..., O, G] float32 (bfloat16 exact); zeros [..., O, G] int8 or None."""
+    """Matrices on a grid of whole numbers: the values are (codes - zeros) * scales.
+
+    codes   [..., O, I] int8
+    scales  [..., O, G] float32, exact in what the format stores (bfloat16 for integers)
+    zeros   [..., O, G] int8, None for symmetric grids
+    levels  the codes' values in rising order, where they are not all the integers of `bits` (quantize/fp4)
+    unit    [..., O, 1] float32: what the stored scales of a row are multiples of (NVFP4's global scale); else None
+    """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     bits: int
+    levels: tuple[int, ...] | None = None
+    unit: Tensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -63,9 +72,10 @@ def dequantize(weight: IntWeight) -> Tensor:
 
 
 def map_parts(weight: IntWeight, change: Callable[[Tensor], Tensor]) -> IntWeight:
-    """`change` applied to codes, scales and zeros."""
+    """`change` applied to codes, scales, zeros and units."""
     zeros = None if weight.zeros is None else change(weight.zeros)
-    return IntWeight(change(weight.codes), change(weight.scales), zeros, weight.bits)
+    unit = None if weight.unit is None else change(weight.unit)
+    return replace(weight, codes=change(weight.codes), scales=change(weight.scales), zeros=zeros, unit=unit)
 
 
 def rows_of(weight: IntWeight, rows: slice) -> IntWeight:
@@ -81,11 +91,13 @@ def select(weight: IntWeight, index: int) -> IntWeight:
 def join_weights(parts: list[IntWeight]) -> IntWeight:
     """Batches of matrices one after another."""
     zeros = [p.zeros for p in parts if p.zeros is not None]
-    return IntWeight(
-        torch.cat([p.codes for p in parts]),
-        torch.cat([p.scales for p in parts]),
-        torch.cat(zeros) if zeros else None,
-        parts[0].bits,
+    units = [p.unit for p in parts if p.unit is not None]
+    return replace(
+        parts[0],
+        codes=torch.cat([p.codes for p in parts]),
+        scales=torch.cat([p.scales for p in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+        unit=torch.cat(units) if units else None,
     )
 
 

@@ -257,6 +257,16 @@ def _emit_power(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
     return builder.bitcast(builder.shl(bits, _constant(23, bits.type)), a.type)
 
 
+def _bitwise(name: str) -> Emit:
+    """The builder's instruction on the bits of a float32 and on a whole number that is given as a float32."""
+
+    def emit(builder: ir.IRBuilder, a: ir.Value, number: ir.Value) -> ir.Value:
+        whole = builder.fptosi(number, ir.VectorType(_INT, a.type.count))
+        return builder.bitcast(getattr(builder, name)(_integers(builder, a), whole), a.type)
+
+    return emit
+
+
 smaller = _function("smaller", 2, _library("minnum"))
 larger = _function("larger", 2, _library("maxnum"))
 floor = _function("floor", 1, _library("floor"))
@@ -268,6 +278,8 @@ uneven_index = _function("uneven_index", 1, _emit_uneven(True))  # its index
 e2m1 = _function("e2m1", 1, _emit_e2m1)  # the nearest of MXFP4's levels
 exponent = _function("exponent", 1, _emit_exponent)  # the exponent's bits
 power = _function("power", 1, _emit_power)  # the float32 with these exponent's bits
+masked_bits = _function("masked_bits", 2, _bitwise("and_"))  # the float32 whose bits a mask (-2^k) lets through
+added_bits = _function("added_bits", 2, _bitwise("add"))  # the float32 whose bits are so many further
 
 
 @intrinsic(prefer_literal=True)

@@ -16,8 +16,8 @@ from mmquant.quantize.signround import (
     Start,
     StepSchedule,
     begin,
-    int_start,
-    int_weight,
+    grid_start,
+    grid_weight,
     learn,
     levels_of,
     move,
@@ -36,7 +36,7 @@ def test_learning_lowers_the_loss_and_never_ends_above_its_start() -> None:
     weight, mix = draw(24, 64), draw(10, 64)
     x, held = draw(600, 10) @ mix + 0.2 * draw(600, 64), draw(300, 10) @ mix + 0.2 * draw(300, 64)
     nearest = rtn_int(weight, 4, 32)
-    start = int_start(weight, nearest.scales, 4)
+    start = grid_start(weight, nearest)
 
     def loss(found: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         return (F.relu(x @ found["w"].T) - F.relu(x @ weight.T)).square().mean()
@@ -47,7 +47,7 @@ def test_learning_lowers_the_loss_and_never_ends_above_its_start() -> None:
     result = learn({"w": start}, loss, judge, StepSchedule(100, 0.01, 0.001))
     assert result.before == pytest.approx(judge({"w": dequantize(nearest)}), rel=1e-5)
     assert result.after < 0.8 * result.before
-    assert judge({"w": dequantize(int_weight(result.weights["w"], 4))}) == pytest.approx(result.after, rel=1e-4)
+    assert judge({"w": dequantize(grid_weight(result.weights["w"], nearest))}) == pytest.approx(result.after, rel=1e-4)
     scales = result.weights["w"].scales
     assert torch.equal(scales, scales.bfloat16().float())
     worse = learn({"w": start}, lambda found, step: -loss(found, step), judge, StepSchedule(20, 0.05))

@@ -1,0 +1,114 @@
+"""Scale search and error feedback of FP4 panels on the CPU (numba): sixteen output rows side by side in vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..simd.memory import load, store
+from ..simd.tiles import in_threads, inline
+from ..simd.vectors import added_bits, e2m1, filled, larger, masked_bits, where
+
+if TYPE_CHECKING:
+    from ..integer.gptq import Panel
+    from ..simd.typed import Floats, Integers, Lanes, Number
+    from .grid import Fp4Grid
+
+TILE = 16
+LANES = (0,) * TILE
+ZERO, ONE, TWO, TWELVE = np.float32(0), np.float32(1), np.float32(2), np.float32(12)
+HUGE, TINY = np.float32(3e38), np.float32(2.0**-100)
+
+
+def round_columns(grid: Fp4Grid, panel: Panel, importance: Tensor, scales: Tensor, search: bool) -> None:
+    """As `grid.round_columns`; importance [E, P] weighs squared errors."""
+    experts, _, outputs = panel.part.shape
+    tiles = -(-outputs // TILE)
+    feedback = panel.triangle is not None
+    triangle = panel.triangle.contiguous() if panel.triangle is not None else torch.zeros(1, 1, 1)
+    errors = panel.errors if panel.errors is not None else torch.zeros(1, 1, 1)
+    arrays = [t.numpy() for t in (panel.part, panel.columns, triangle, importance, scales, panel.codes, errors)]
+    steps = np.float32(2.0 ** (23 - grid.mantissa)), grid.below, grid.above
+
+    def work(first: int, stop: int) -> None:
+        _round(first, stop, *arrays, grid.group_size, *steps, search, feedback, LANES)
+
+    in_threads(work, experts * tiles, max(1, -(-experts * tiles // torch.get_num_threads())))
+
+
+@inline
+def _search(held: Floats, first: int, weights: Floats, group: int, unit: Number, below: int, above: int, ls: Lanes):
+    """The best scales [L] of the rows first .. first + group of held [P, L]; weights [P]."""
+    most = filled(TWELVE * TINY, ls)
+    for k in range(first, first + group):
+        most = larger(most, abs(load(held, k * len(ls), ls)))
+    base = masked_bits(most / TWELVE, -unit)
+    best, scale = filled(HUGE, ls), base
+    for step in range(-below, above + 1):
+        tried = added_bits(base, np.float32(step) * unit)
+        inverse = ONE / tried
+        cross, square = filled(ZERO, ls), filled(ZERO, ls)
+        for k in range(first, first + group):
+            x = load(held, k * len(ls), ls)
+            code = e2m1(x * inverse)
+            weighted = weights[k] * code
+            cross = cross + weighted * x
+            square = square + weighted * code
+        error = tried * (tried * square - TWO * cross)
+        better = error < best
+        best, scale = where(better, error, best), where(better, tried, scale)
+    return scale
+
+
+@numba.njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
+def _round(
+    first: int,
+    stop: int,
+    part: Floats,
+    columns: Floats,
+    triangle: Floats,
+    importance: Floats,
+    scales: Floats,
+    codes: Integers,
+    errors: Floats,
+    group: int,
+    unit: Number,
+    below: int,
+    above: int,
+    search: bool,
+    feedback: bool,
+    ls: Lanes,
+):
+    """Tiles first .. stop: part, columns, codes, errors [E, P, O], triangle [E, P, P], scales [E, P/group, O]."""
+    _, count, outputs = part.shape
+    tiles = -(-outputs // TILE)
+    held, error = np.zeros((count, TILE), np.float32), np.zeros(TILE, np.float32)
+    level, scale = np.zeros(TILE, np.float32), np.ones(TILE, np.float32)
+    for p in range(first, stop):
+        e, start = p // tiles, p % tiles * TILE
+        width = min(TILE, outputs - start)
+        held[:, :width] = part[e, :, start : start + width]
+        for g in range(count // group - 1, -1, -1):
+            if search:
+                store(scale, 0, _search(held, g * group, importance[e], group, unit, below, above, ls))
+                scales[e, g, start : start + width] = scale[:width]
+            else:
+                scale[:width] = scales[e, g, start : start + width]
+            inverse = ONE / load(scale, 0, ls)
+            for k in range((g + 1) * group - 1, g * group - 1, -1):
+                store(level, 0, e2m1(load(held, k * TILE, ls) * inverse))
+                for i in range(width):
+                    codes[e, k, start + i] = np.int8(level[i])
+                if feedback:
+                    for i in range(width):
+                        error[i] = columns[e, k, start + i] - level[i] * scale[i]
+                        errors[e, k, start + i] = error[i]
+                    lanes = load(error, 0, ls)
+                    for j in range(k):
+                        store(held, j * TILE, load(held, j * TILE, ls) + lanes * triangle[e, k, j])
+        if feedback:
+            part[e, :, start : start + width] = held[:, :width]
