@@ -17,11 +17,11 @@ import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import torch
 from torch import Tensor
 
+from mmquant.calibration.folder.layer import LayerOptions, as_read_back
+from mmquant.calibration.folder.layer import quantize_layer as quantize_int4
 from mmquant.calibration.gguf.layer import quantize_head, quantize_layer
 from mmquant.calibration.gguf.solve import Method, Report
 from mmquant.calibration.gguf.streams import Streams
-from mmquant.calibration.int4.layer import Int4Options, as_read_back
-from mmquant.calibration.int4.layer import quantize_layer as quantize_int4
 from mmquant.calibration.model.forward import Observer, embed, final_logits, layer_forward
 from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.calibration.model.stream import Stream
@@ -229,11 +229,11 @@ class Lab:
         """INT4 rounded to nearest in groups of 128 under ranges that are searched; attention stays."""
         layers = []
         for exact in self.layers:
-            new = {n: dequantize(rtn_int(getattr(exact, n), Int4Options().grid.bits)) for n in ("w1", "w3", "w2")}
+            new = {n: dequantize(rtn_int(getattr(exact, n), LayerOptions().grid.bits)) for n in ("w1", "w3", "w2")}
             layers.append(replace(exact, **new))
         return self.outside, layers
 
-    def int4(self, options: Int4Options, tokens: Tensor) -> Whole:
+    def int4(self, options: LayerOptions, tokens: Tensor) -> Whole:
         """INT4 by us (or rounded to nearest), attention as the options say; the head and embeddings stay."""
         stream = Stream(self.source, tokens, device=self.device, dtype=self.dtype, batch=self.batch, folder=None)
         stream.start(0)

@@ -24,8 +24,8 @@ import torch
 from domain_lab import Distance, Lab, Whole
 from torch import Tensor
 
+from mmquant.calibration.folder.layer import LayerOptions
 from mmquant.calibration.gguf.solve import METHODS, Method
-from mmquant.calibration.int4.layer import Int4Options
 from mmquant.calibration.text.chat import load_template
 from mmquant.calibration.text.corpus import bundled, pack_windows, read_sets
 from mmquant.calibration.text.tokenizer import load_tokenizer, windows
@@ -106,7 +106,7 @@ class Bench:
 
     def make(self, kind: str, method: str, tokens: Tensor) -> Whole:
         if kind == "INT4":
-            return self.lab.nearest() if method == "stock" else self.lab.int4(changed(Int4Options(), method), tokens)
+            return self.lab.nearest() if method == "stock" else self.lab.int4(changed(LayerOptions(), method), tokens)
         if method == "stock":
             return self.lab.stock(kind, self.lab.importance(tokens), self.threads)
         return self.lab.gguf(kind, method_of(method), tokens)

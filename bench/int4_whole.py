@@ -22,8 +22,8 @@ import _path  # noqa: F401
 import torch
 from safetensors.torch import save_file
 
-from mmquant.calibration.int4.layer import Int4Options, quantize_layer
-from mmquant.calibration.int4.variant import CalibratedInt4
+from mmquant.calibration.folder.layer import LayerOptions, quantize_layer
+from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.model.forward import layer_forward
 from mmquant.calibration.statistics.layer_pass import calibrate_layer
 from mmquant.calibration.statistics.live import LivePass, PassOptions, default_dtype, moment_plan
@@ -146,7 +146,9 @@ def floors(g: Geometry, source: Checkpoint, tokens: int, written: int, rate: dic
     }
 
 
-def parts(source: Checkpoint, live: LivePass, variant: CalibratedInt4, folder: Path, clock: Clock) -> dict[str, float]:
+def parts(
+    source: Checkpoint, live: LivePass, variant: CalibratedWeights, folder: Path, clock: Clock
+) -> dict[str, float]:
     """Seconds of each part, run one after another."""
     device, dtype = live.options.device, live.options.dtype
     found = {"read FP8, dequantize": clock(lambda: read_layer(source, 0, device, dtype), twice=True)}
@@ -181,7 +183,7 @@ def parts(source: Checkpoint, live: LivePass, variant: CalibratedInt4, folder: P
     return found
 
 
-def shipped(source: Checkpoint, live: LivePass, variant: CalibratedInt4, folder: Path, clock: Clock) -> float:
+def shipped(source: Checkpoint, live: LivePass, variant: CalibratedWeights, folder: Path, clock: Clock) -> float:
     """Seconds of the second layer's step as `mmquant int4` runs it."""
     if torch.device(live.options.device).type == "cuda":
         torch.cuda.empty_cache()
@@ -226,8 +228,8 @@ def main() -> None:
         corpus = Corpus(tokens, torch.zeros(len(tokens), dtype=torch.int64), ("random",), {})
         options = PassOptions(device=a.device, dtype=default_dtype(a.device))
         high = a.effort == "high"
-        chosen = Int4Options(grid=GptqGrid(4, a.group), effort=a.effort)
-        variant = CalibratedInt4(a.group, options=chosen, report=lambda line: None)
+        chosen = LayerOptions(grid=GptqGrid(4, a.group), effort=a.effort)
+        variant = CalibratedWeights(a.group, options=chosen, report=lambda line: None)
         for name in ("parts", "whole"):
             (folder / name).mkdir()
         if high:

@@ -19,6 +19,8 @@ COMMANDS = {
     "fp8": "FP8 for vLLM and SGLang, exact from the release.",
     "int4": "INT4 weights (W4A16) for vLLM and SGLang.",
     "awq": "INT4 by AWQ, in its format.",
+    "nvfp4": "NVFP4 weights for vLLM, SGLang and TensorRT-LLM.",
+    "mxfp4": "MXFP4 weights for vLLM and SGLang.",
     "gguf": "GGUF for llama.cpp.",
     "calibrate": "Every expert's statistics in one streamed pass.",
     "eval": "Perplexity, KL divergence and agreement with the reference.",
@@ -82,7 +84,7 @@ def watched(ctx: click.Context) -> None:
 @click.version_option(__version__, prog_name="mmquant")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Quantize and convert MiniMax-M2.7 to FP8, INT4 and GGUF, checked against the reference.
+    """Quantize and convert MiniMax-M2.7 to FP8, INT4, NVFP4, MXFP4 and GGUF, checked against the reference.
 
     Exit codes: 0 ok, 1 failure, 2 usage or bad input, 3 partial, 4 quality gate, 5 does not fit, 130 interrupted
     (143 by TERM, 129 by HUP).

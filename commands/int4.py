@@ -9,12 +9,14 @@ import click
 
 from ..runs.options import Int4Options
 from .options import (
+    CALIBRATED,
     begin,
     dry_run_option,
     fresh_option,
     model_option,
     options_of,
     out_option,
+    refuse_idle_text,
     refuse_without_effect,
     show,
 )
@@ -55,11 +57,7 @@ def command(
 
 def refuse_idle_options(options: Int4Options, backend: str) -> None:
     """InputError for options that would change nothing of what was asked for."""
-    text = ("text", "text_only", "evaluation", "context", "windows")
-    calibrated = (*text, "seed", "propagate", "statistics", "effort")
     if backend == "llmcompressor":
-        refuse_without_effect("with --backend llmcompressor", *calibrated, "tp", "max_shard_size", *FETCHED)
-    elif options.method == "rtn":
-        refuse_without_effect("with --method rtn, which is not calibrated", *calibrated)
-    elif options.statistics is not None:
-        refuse_without_effect("with --statistics, which stands for the text", *text)
+        refuse_without_effect("with --backend llmcompressor", *CALIBRATED, "tp", "max_shard_size", *FETCHED)
+    else:
+        refuse_idle_text(options)

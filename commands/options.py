@@ -17,6 +17,7 @@ from mmquant.errors import InputError
 from ..runs.sizes import parse_size
 
 if TYPE_CHECKING:
+    from ..runs.options import WeightsOptions
     from ..runs.results import Quantized
 
 DEFAULT_MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
@@ -160,6 +161,18 @@ def refuse_without_effect(why: str, *names: str) -> None:
         typed = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if parameter.name in names and typed:
             raise InputError(f"{parameter.opts[0]} has no effect {why}; leave it out")
+
+
+TEXT = ("text", "text_only", "evaluation", "context", "windows")
+CALIBRATED = (*TEXT, "seed", "propagate", "statistics", "effort")
+
+
+def refuse_idle_text(options: WeightsOptions) -> None:
+    """InputError for options of calibration that would change nothing of what was asked for."""
+    if options.method == "rtn":
+        refuse_without_effect("with --method rtn, which is not calibrated", *CALIBRATED)
+    elif options.statistics is not None:
+        refuse_without_effect("with --statistics, which stands for the text", *TEXT)
 
 
 def json_option() -> Decorator:

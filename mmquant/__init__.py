@@ -1,4 +1,4 @@
-"""Quantize and convert MiniMax-M2.7 to FP8, INT4 and GGUF, checked against the reference.
+"""Quantize and convert MiniMax-M2.7 to FP8, INT4, NVFP4, MXFP4 and GGUF, checked against the reference.
 
     import mmquant
     from mmquant import Int4Options
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmquant.runs.calibrate import Calibration, calibrate
     from mmquant.runs.doctor import Diagnosis, doctor
     from mmquant.runs.evaluation.run import Evaluation, evaluate
+    from mmquant.runs.fp4 import quantize_mxfp4, quantize_nvfp4
     from mmquant.runs.fp8 import quantize_fp8
     from mmquant.runs.gguf import quantize_gguf
     from mmquant.runs.inspect import Census, inspect
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
         Fp8Options,
         GgufOptions,
         Int4Options,
+        Mxfp4Options,
+        Nvfp4Options,
         PullOptions,
         PushOptions,
     )
@@ -48,7 +51,8 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "quantize").is_dir():
     __path__.append(str(_CHECKOUT))  # in a checkout the packages lie beside this folder, in a wheel inside it
 
-_OPTIONS = "CalibrateOptions DoctorOptions EvalOptions Fp8Options GgufOptions Int4Options PullOptions PushOptions"
+_OPTIONS = "CalibrateOptions DoctorOptions EvalOptions Fp8Options GgufOptions Int4Options Mxfp4Options Nvfp4Options "
+_OPTIONS += "PullOptions PushOptions"
 # Public name -> the module that has it, and its name there.
 _PUBLIC = {
     "Calibration": ("runs.calibrate", "Calibration"),
@@ -69,6 +73,8 @@ _PUBLIC = {
     "quantize_fp8": ("runs.fp8", "quantize_fp8"),
     "quantize_gguf": ("runs.gguf", "quantize_gguf"),
     "quantize_int4": ("runs.int4", "quantize_int4"),
+    "quantize_mxfp4": ("runs.fp4", "quantize_mxfp4"),
+    "quantize_nvfp4": ("runs.fp4", "quantize_nvfp4"),
     **{name: ("runs.options", name) for name in _OPTIONS.split()},
 }
 
@@ -90,6 +96,8 @@ __all__ = [
     "Int4Options",
     "MmquantError",
     "Monitor",
+    "Mxfp4Options",
+    "Nvfp4Options",
     "PartialError",
     "PullOptions",
     "Pulled",
@@ -107,6 +115,8 @@ __all__ = [
     "quantize_fp8",
     "quantize_gguf",
     "quantize_int4",
+    "quantize_mxfp4",
+    "quantize_nvfp4",
 ]
 
 

@@ -10,7 +10,7 @@ from mmquant.errors import FitError, InputError, MmquantError
 from mmquant.monitor import Monitor, current, phase, watching
 
 from .models import Model, choose_device, close_model, opened
-from .options import CalibrateOptions, Int4Options, TextOptions
+from .options import CalibrateOptions, TextOptions, WeightsOptions
 from .results import Result
 from .sizes import check_output
 
@@ -180,7 +180,7 @@ def tokens_at_most(source: Source, options: TextOptions) -> int:
     return context_of(source, options) * windows_at_most(options)
 
 
-def pass_of(options: Int4Options, device: str, hidden: bool, full: bool) -> PassOptions:
+def pass_of(options: WeightsOptions, device: str, hidden: bool, full: bool) -> PassOptions:
     """How a quantizer's own pass is computed (`make_provider`)."""
     from ..calibration.statistics.collector import Collect
     from ..calibration.statistics.live import PassOptions, default_dtype
@@ -283,7 +283,7 @@ def export_imatrix(folder: Path, path: Path) -> None:
 
 
 def make_provider(
-    source: Checkpoint, options: Int4Options, device: str, folder: Path, hidden: bool, full: bool = True
+    source: Checkpoint, options: WeightsOptions, device: str, folder: Path, hidden: bool, full: bool = True
 ) -> Provider:
     """A live pass over the calibration text, or the stored statistics of --statistics.
 

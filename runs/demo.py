@@ -13,7 +13,7 @@ from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
 from ..convert.folder.fp8 import Fp8Variant
-from ..convert.folder.int4 import Int4Variant
+from ..convert.folder.weights import WeightsVariant
 from ..convert.gguf.mixes import find_mix
 from ..convert.gguf.variant import GgufVariant
 from ..convert.open import DEMO, open_native
@@ -31,8 +31,8 @@ def variants(device: str) -> dict[str, Callable[[Checkpoint, Path], Path]]:
         "fp8-native": write_native,
         "fp8-block": lambda source, out: write_folder(source, Fp8Variant("block"), out, device=device),
         "fp8-channel": lambda source, out: write_folder(source, Fp8Variant("channel"), out, device=device),
-        "int4-rtn-g128": lambda source, out: write_folder(source, Int4Variant(128), out, device=device),
-        "int4-rtn-g32": lambda source, out: write_folder(source, Int4Variant(32), out, device=device),
+        "int4-rtn-g128": lambda source, out: write_folder(source, WeightsVariant(128), out, device=device),
+        "int4-rtn-g32": lambda source, out: write_folder(source, WeightsVariant(32), out, device=device),
     }
     for kind in GGUF_TYPES:
         variant = GgufVariant(find_mix(kind), f"demo-{kind}", False)

@@ -30,6 +30,7 @@ from ..convert.folder.variant import FolderVariant, global_specs, global_tensors
 from ..convert.folder.writer import SHARD_LIMIT, FolderWriter
 from ..convert.formats import fp8_native
 from ..convert.formats.spec import TensorSpec
+from ..convert.formats.table import METHODS
 from ..convert.manifest import Artifact, FileEntry
 from ..convert.models.minimax_m2 import EMBED, layer_of
 from .memory import memory_for
@@ -84,8 +85,9 @@ def write_folder(
         run |= provider.run()
     if is_finished(out, run):
         return out
-    config = quantized_config(source, variant.quantization_config(source))
-    files = {**carried_files(source), "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    quantization = variant.quantization_config(source)
+    written = {**further_files(quantization), "config.json": quantized_config(source, quantization)}
+    files = {**carried_files(source), **{n: (json.dumps(v, indent=2) + "\n").encode() for n, v in written.items()}}
     with claim(out, run):
         writer = FolderWriter(out, prepared.steps, run, limit)
         check_disk(out, writer.bytes - written_bytes(out), source)
@@ -101,6 +103,12 @@ def write_folder(
         finish_folder(out, source, variant.format, variant.label, entries, prepared.weights, run)
         writer.clear_progress()
     return out
+
+
+def further_files(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Objects of JSON files beside config.json that engines of the quant_method look for, by name."""
+    method = METHODS[str(quantization["quant_method"])]
+    return {} if method.files is None else method.files(dict(quantization))
 
 
 def check_written(out: Path, source: Checkpoint, device: torch.device | str) -> None:

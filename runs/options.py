@@ -84,15 +84,13 @@ class Fp8Options(Checked):
 
 
 @dataclass(frozen=True)
-class Int4Options(TextOptions):
-    """Options of `int4`. InputError for what contradicts itself (what a format cannot hold: runs/int4.py)."""
+class WeightsOptions(TextOptions):
+    """What `int4`, `nvfp4` and `mxfp4` have in common. InputError for what contradicts itself."""
 
     text_only: bool = option(False, TEXT_ONLY)
-    method: str = option("gptq", choices=("gptq", "awq", "rtn"))
-    format: str = option("compressed-tensors", choices=("compressed-tensors", "awq", "gptq"))
-    group_size: int = option(128, choices=(32, 64, 128, -1))
-    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "int4"))
-    eight_bit: str | None = option(None, "Layers kept at 8 bits, for example 0,60-61.", metavar="LAYERS")
+    method: str = option("gptq", choices=("gptq", "rtn"))
+    format: str = option("compressed-tensors", choices=("compressed-tensors",))
+    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel"))
     kv_cache: str = option(
         "bf16",
         "fp8: calibrated scales for an FP8 cache, which vLLM and SGLang then use by themselves; it costs quality.",
@@ -100,11 +98,9 @@ class Int4Options(TextOptions):
     )
     effort: str = option(
         "default",
-        "gptq: fast rounds under diagonal moments, without error feedback; high learns rounding (about ten times as "
-        "long). awq: high adds error feedback.",
+        "fast rounds under diagonal moments, without error feedback; high learns rounding (about ten times as long).",
         choices=("fast", "default", "high"),
     )
-    asymmetric: bool = option(False, "Zero points (always with --format awq).")
     tp: int = option(2, "Tensor parallelism to be loadable at.", least=1)
     windows: int = option(256, "Windows at most.", least=1)
     statistics: Path | None = option(None, "What `calibrate --out` wrote.", kind="path")
@@ -117,12 +113,65 @@ class Int4Options(TextOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method == "rtn" and self.effort == "high":
-            raise InputError("--effort high --method rtn: rounding to nearest is not refined, expected gptq or awq")
-        if self.method == "rtn" and self.statistics is not None:
+        if self.method != "rtn":
+            return
+        if self.effort == "high":
+            wanted = " or ".join(self.calibrated)
+            raise InputError(f"--effort high --method rtn: rounding to nearest is not refined, expected {wanted}")
+        if self.statistics is not None:
             raise InputError("--method rtn --statistics: round to nearest uses no statistics")
-        if self.kv_cache == "fp8" and self.method == "rtn":
-            raise InputError("--kv-cache fp8 --method rtn: the scales are calibrated, expected gptq or awq")
+        if self.kv_cache == "fp8":
+            wanted = " or ".join(self.calibrated)
+            raise InputError(f"--kv-cache fp8 --method rtn: the scales are calibrated, expected {wanted}")
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """Methods that calibrate."""
+        allowed = {found.name: found.metadata for found in fields(self)}
+        return tuple(method for method in allowed["method"]["choices"] if method != "rtn")
+
+
+@dataclass(frozen=True)
+class Int4Options(WeightsOptions):
+    """Options of `int4`. InputError for what contradicts itself (what a format cannot hold: runs/int4.py)."""
+
+    method: str = option("gptq", choices=("gptq", "awq", "rtn"))
+    format: str = option("compressed-tensors", choices=("compressed-tensors", "awq", "gptq"))
+    group_size: int = option(128, choices=(32, 64, 128, -1))
+    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "int4"))
+    eight_bit: str | None = option(None, "Layers kept at 8 bits, for example 0,60-61.", metavar="LAYERS")
+    effort: str = option(
+        "default",
+        "gptq: fast rounds under diagonal moments, without error feedback; high learns rounding (about ten times as "
+        "long). awq: high adds error feedback.",
+        choices=("fast", "default", "high"),
+    )
+    asymmetric: bool = option(False, "Zero points (always with --format awq).")
+
+
+@dataclass(frozen=True)
+class Nvfp4Options(WeightsOptions):
+    """Options of `nvfp4`."""
+
+    format: str = option("compressed-tensors", choices=("compressed-tensors", "modelopt"))
+    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "nvfp4"))
+    activations: str = option(
+        "bf16",
+        "nvfp4: calibrated scales for FP4 activations (W4A4), which Blackwell computes in; others then ignore them.",
+        choices=("bf16", "nvfp4"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activations != "bf16" and self.method == "rtn":
+            raise InputError("--activations nvfp4 --method rtn: the scales are calibrated, expected gptq")
+
+
+@dataclass(frozen=True)
+class Mxfp4Options(WeightsOptions):
+    """Options of `mxfp4`."""
+
+    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "mxfp4"))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from mmquant.errors import FitError
 
 from ...convert.models.minimax_m2 import Geometry
-from ..int4.layer import working_memory
+from ..folder.layer import working_memory
 from ..model.forward import rows_at_once
 from ..model.stream import batch_windows
 from ..statistics.layer_pass import free_memory, layer_bytes

@@ -50,7 +50,7 @@ class LearnOptions:
         return StepSchedule(self.steps, self.move / self.steps, 0.1 / self.steps)
 
     def working_memory(self, device: torch.device) -> int:
-        """Bytes that learning may take beside the layer; never what is free at the time (int4/layer.py)."""
+        """Bytes that learning may take beside the layer; never what is free at the time (folder/layer.py)."""
         if self.memory is not None or device.type != "cuda":
             return self.memory if self.memory is not None else LARGEST_WORK
         return min(LARGEST_WORK, torch.cuda.get_device_properties(device).total_memory // 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..formats.format import Format, Scheme, check_writable, specs
 from ..formats.plain import plain_spec, plain_tensor
 from ..formats.spec import TensorSpec
-from ..models.minimax_m2 import matrix_shapes, plain_shapes
-from .int4 import check_groups
-from .packing import folder_config, nearest_tensors
+from ..models.minimax_m2 import Geometry, attention_name, expert_name, matrix_shapes, plain_shapes
+from ..models.minimax_m2.names import ATTENTION_STACKS, EXPERT_STACKS
+from .packing import folder_config, stacked_tensors
 from .variant import plain_specs, plain_tensors
+from .weights import check_groups, stacks
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,22 @@ class NearestVariant:
 
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
-        for name, _ in matrix_shapes(source.geometry, layer):
-            weight = source.read(name + ".weight").to(device)
-            rounded = self._rounded(name)
-            tensors |= nearest_tensors(self.scheme, [name], weight[None]) if rounded else plain_tensor(name, weight)
+        for names in self._stacks(source.geometry, layer):
+            weights = [source.read(name + ".weight").to(device) for name in names]
+            if self._rounded(names[0]):
+                tensors |= stacked_tensors(self.scheme, [[name] for name in names], [w[None] for w in weights])
+            else:
+                for name, weight in zip(names, weights, strict=True):
+                    tensors |= plain_tensor(name, weight)
         return tensors
+
+    def _stacks(self, g: Geometry, layer: int) -> Iterator[list[str]]:
+        """The names of a layer's matrices, those together that share scales."""
+        for stack in stacks(self.storage, ATTENTION_STACKS):
+            yield [attention_name(layer, projection) for projection in stack]
+        for expert in range(g.experts):
+            for stack in stacks(self.storage, EXPERT_STACKS):
+                yield [expert_name(layer, expert, projection) for projection in stack]
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
         del source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
@@ -34,9 +35,26 @@ def batch_tensors(row: Format, names: list[str], weight: IntWeight) -> dict[str,
 
 def nearest_tensors(scheme: Scheme, names: list[str], weights: Tensor) -> dict[str, Tensor]:
     """Weights [E, O, I] rounded to nearest, as the tensors that `formats.specs` lists for each of them."""
+    return stacked_tensors(scheme, [names], [weights])
+
+
+def stacked_tensors(scheme: Scheme, names: list[list[str]], weights: list[Tensor]) -> dict[str, Tensor]:
+    """The same of matrices that an engine stacks along the outputs (w1 on w3): they share scales of whole matrices.
+
+    names [S][E], weights S of [E, O_s, I].
+    """
     if scheme.format.nearest is None:
         raise InputError(f"format {scheme.format.name}: is read only")
-    return _named(names, scheme.format.nearest(names, weights, scheme))
+    if len(names) == 1:
+        return _named(names[0], scheme.format.nearest(names[0], weights[0], scheme))
+    found: dict[str, Tensor] = {}
+    rows, first = sum(w.shape[1] for w in weights), 0
+    packed = scheme.format.nearest(names[0], torch.cat(weights, 1), scheme)
+    for some, part in zip(names, weights, strict=True):
+        mine = slice(first, first + part.shape[1])
+        found |= _named(some, {n: v[:, mine] if v.shape[1:2] == (rows,) else v for n, v in packed.items()})
+        first = mine.stop
+    return found
 
 
 def folder_config(scheme: Scheme, attention: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .spec import TensorSpec
 ATTENTION_TARGET = "re:.*self_attn.*"
 EXPERTS_TARGET = r"re:.*experts\..*"
 VERSION = "0.17.0"  # the oldest compressed-tensors whose reader takes these files (pinned by vLLM 0.33)
-STRATEGIES = ("tensor", "channel", "group", "block")
+STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 
 
 def arguments(bits: int, kind: str, strategy: str, **more: object) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _scheme(formats: Sequence[Format], said: dict[str, Any], quantization: dict[
     if not rows:
         raise InputError(f"config.json: {kind} of {bits} bits in {label}, expected {_list(formats)}")
     if strategy not in STRATEGIES:
-        raise InputError(f"config.json: strategy {strategy!r} in {label}, expected tensor, channel, group or block")
-    size = weights.get("group_size") if strategy == "group" else -1
+        raise InputError(f"config.json: strategy {strategy!r} in {label}, expected {', '.join(STRATEGIES)}")
+    size = weights.get("group_size") if strategy in ("group", "tensor_group") else -1
     if not is_group(size):
         raise InputError(f"config.json: group_size {size!r} in {label}, expected a positive integer")
     if weights.get("actorder") in ("group", "dynamic"):
@@ -138,7 +138,9 @@ def _scheme(formats: Sequence[Format], said: dict[str, Any], quantization: dict[
         raise InputError(f"config.json: {kind} by strategy {strategy!r} in {label}, expected {read}")
     if row.group_sizes is not None and size not in row.group_sizes:
         raise InputError(f"config.json: {kind} in groups of {size} in {label}, expected {row.group_sizes[0]}")
-    return Scheme(row, bits, size, bool(weights.get("symmetric", True)), block)
+    given = said.get("input_activations")
+    four = 4 in row.activations and is_object(given) and given.get("num_bits") == 4
+    return Scheme(row, bits, size, bool(weights.get("symmetric", True)), block, activations=4 if four else 16)
 
 
 def _list(formats: Sequence[Format]) -> str:

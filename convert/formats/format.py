@@ -42,7 +42,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a matrix is stored. `group`: inputs that share a scale, -1 a whole row; `block`: (rows, columns) of FP8."""
+    """How a matrix is stored. `group`: inputs that share a scale, -1 a whole row; `block`: (rows, columns) of FP8.
+
+    activations: 4 where engines quantize those to FP4, else 16
+    """
 
     format: Format
     bits: int
@@ -51,11 +54,12 @@ class Scheme:
     block: tuple[int, int] | None = None
     act_order: bool = False
     zeros_plus_one: bool = True  # GPTQ v1 stores zero points minus one
+    activations: int = 16
 
     @property
     def label(self) -> str:
         """What compressed-tensors usually calls a config group of it."""
-        return self.format.label.format(bits=self.bits)
+        return self.format.label.format(bits=self.bits, activations=self.activations)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Method:
     single    one lookup per projection of a layer's experts, else one for all of them
     fused     q, k and v are looked up as qkv_proj
     list_key  the key whose absence makes vLLM go by the dtypes in the files
+    files     (quantization_config) -> objects of further JSON files by name, which engines look for
     """
 
     names: tuple[str, ...]
@@ -73,6 +78,7 @@ class Method:
     single: bool = False
     fused: bool = False
     list_key: str | None = None
+    files: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,6 +112,9 @@ class Format:
     whole_words: bool = False  # outputs and inputs must fill 32-bit words
     beside: tuple[str, ...] = ()  # more suffixes that may lie beside its parts
     requantizable: bool = False  # FP8: close enough to the original to be quantized again
+    fuses: bool = False  # w1 and w3, and q, k and v, share scales of the whole matrix
+    activations: tuple[int, ...] = (16,)  # bits that may be written
+    input_scale: Callable[[Tensor], dict[str, Tensor]] | None = None  # largest inputs [E] -> tensors [E, ...] of them
 
     def __repr__(self) -> str:
         return f"Format({self.name!r})"
@@ -144,6 +153,9 @@ def check_writable(scheme: Scheme) -> None:
         raise InputError(f"format {row.name}: groups of {scheme.group}, expected {wanted}")
     if scheme.bits not in row.bits:
         raise InputError(f"format {row.name}: {scheme.bits} bits, expected {' or '.join(map(str, row.bits))}")
+    if scheme.activations not in row.activations:
+        wanted = " or ".join(map(str, row.activations))
+        raise InputError(f"format {row.name}: activations of {scheme.activations} bits, expected {wanted}")
     if scheme.symmetric not in row.symmetric:
         found, wanted = ("symmetric", "asymmetric") if scheme.symmetric else ("asymmetric", "symmetric")
         raise InputError(f"format {row.name}: {found}, expected {wanted} (engines read no other)")

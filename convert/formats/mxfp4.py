@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...quantize.fp4.levels import from_nibbles, nearest, to_nibbles
+from ...quantize.integer.grid import IntWeight
 from . import compressed_tensors as ct
 from .format import Fetch, Format, Part, PartError, Scheme, Shape
 
 NAME, GROUP = "mxfp4-pack-quantized", 32
-LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BIAS, NOT_A_NUMBER = 127, 255  # of E8M0
 
 
@@ -29,13 +30,18 @@ def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
 
 def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
     del scheme
-    words, exponents = fetch("weight_packed"), fetch("weight_scale").view(torch.uint8)
+    exponents = fetch("weight_scale").view(torch.uint8)
     if bool((exponents == NOT_A_NUMBER).any()):
         raise PartError("weight_scale", "is not finite")
-    table = torch.tensor([*LEVELS, *(-level for level in LEVELS)], device=words.device)
-    codes = torch.stack((words & 15, words >> 4), -1).flatten(-2)[..., : shape[1]]
     scales = _power(exponents.int() - BIAS).repeat_interleave(GROUP, -1)[..., : shape[1]]
-    return table[codes.int()] * scales
+    return from_nibbles(fetch("weight_packed"), shape[1]) / 2 * scales
+
+
+def _pack(names: list[str], weight: IntWeight) -> dict[str, Tensor]:
+    del names
+    _, exponent = torch.frexp(weight.scales)  # half scales: 2^(exponent - 1)
+    stored = (exponent + BIAS).clamp(0, NOT_A_NUMBER - 1).to(torch.uint8)
+    return {"weight_packed": to_nibbles(weight.codes), "weight_scale": stored}
 
 
 def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -44,13 +50,8 @@ def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Ten
     mantissa, exponent = torch.frexp(groups.abs().amax(-1))  # mantissa in [0.5, 1): 0.875 stands for 1.75
     power = (exponent - 1 + (mantissa >= 0.875).int() - 2).clamp(-BIAS, BIAS)
     power = torch.where(mantissa == 0, torch.full_like(power, -BIAS), power)
-    ratio = groups / _power(power).unsqueeze(-1)
-    levels = torch.tensor(LEVELS, device=weights.device)
-    low = torch.bucketize(ratio.abs(), (levels[1:] + levels[:-1]) / 2)  # ties to the lower level
-    tie = (low < 7) & (ratio.abs() == ((levels[1:] + levels[:-1]) / 2)[low.clamp(max=6)])
-    codes = low + (tie & (low % 2 == 1)) + 8 * torch.signbit(ratio)  # ties to the even code
-    codes = codes.flatten(-2).to(torch.uint8)
-    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    codes = nearest(2 * groups / _power(power).unsqueeze(-1))
+    packed = to_nibbles(codes.flatten(-2))
     return {"weight_packed": packed, "weight_scale": (power + BIAS).to(torch.uint8)}
 
 
@@ -71,10 +72,13 @@ FORMAT = Format(
     _parts,
     _unpack,
     _nearest,
-    group=_group,
-    config=ct.one_group,
+    _pack,
+    _group,
+    ct.one_group,
     label="MXFP4A16",
     manifest=ct.NAME,
+    command="mxfp4",
+    choice=ct.NAME,
     strategies=("group",),
     group_sizes=(GROUP,),
 )

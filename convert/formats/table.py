@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import awq_gemm, fp8_block, fp8_channel, fp8_native, gptq_v1, int_quantized, mxfp4, pack_quantized
+from . import (
+    awq_gemm,
+    fp8_block,
+    fp8_channel,
+    fp8_native,
+    gptq_v1,
+    int_quantized,
+    modelopt,
+    mxfp4,
+    nvfp4,
+    pack_quantized,
+)
 from .format import Format, Method
 
 FORMATS: tuple[Format, ...] = (
@@ -16,6 +27,8 @@ FORMATS: tuple[Format, ...] = (
     awq_gemm.FORMAT,
     gptq_v1.FORMAT,
     mxfp4.FORMAT,
+    nvfp4.FORMAT,
+    modelopt.FORMAT,
 )
 METHODS: Mapping[str, Method] = {name: row.method for row in FORMATS for name in row.method.names}
 

@@ -85,7 +85,7 @@ class Fp4Grid:
         return IntWeight(codes, scales, None, self.bits, LEVELS, unit.expand(*scales.shape[:-1], 1).contiguous())
 
     def round_nearest(self, weight: Tensor, importance: Tensor | None) -> IntWeight:
-        """Nearest codes of weight [E, O, I] under the best scales; importance [E, I] weighs a column's squared error."""
+        """Nearest codes of weight [E, O, I] under the best scales; importance [E, I] weighs a column's error."""
         experts, outputs, n = weight.shape
         size = groups_of(n, self.group_size)
         columns = weight.float().mT.contiguous()

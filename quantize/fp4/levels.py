@@ -22,10 +22,14 @@ def nearest(values: Tensor) -> Tensor:
 
 
 def to_nibbles(codes: Tensor) -> Tensor:
-    """Levels [..., I] int8, I even -> bytes [..., I/2] uint8, the even input in the low nibble."""
-    size = codes.abs()
-    index = torch.where(size <= 4, size, torch.where(size <= 8, size // 2 + 2, 7)).to(torch.uint8)
-    nibble = index | ((codes < 0).to(torch.uint8) << 3)
+    """Levels [..., I], int8 or float32 (minus zero keeps its sign), I even -> bytes [..., I/2] uint8.
+
+    The even input lies in the low nibble.
+    """
+    size = codes.abs().to(torch.uint8)
+    index = torch.where(size <= 4, size, torch.where(size <= 8, size // 2 + 2, 7))
+    negative = torch.signbit(codes) if codes.is_floating_point() else codes < 0
+    nibble = index | (negative.to(torch.uint8) << 3)
     return nibble[..., 0::2] | (nibble[..., 1::2] << 4)
 
 

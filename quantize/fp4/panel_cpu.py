@@ -31,11 +31,12 @@ def round_columns(grid: Fp4Grid, panel: Panel, importance: Tensor, scales: Tenso
     feedback = panel.triangle is not None
     triangle = panel.triangle.contiguous() if panel.triangle is not None else torch.zeros(1, 1, 1)
     errors = panel.errors if panel.errors is not None else torch.zeros(1, 1, 1)
-    arrays = [t.numpy() for t in (panel.part, panel.columns, triangle, importance, scales, panel.codes, errors)]
-    steps = np.float32(2.0 ** (23 - grid.mantissa)), grid.below, grid.above
+    part, columns, codes = (t.numpy() for t in (panel.part, panel.columns, panel.codes))
+    given = (triangle.numpy(), importance.numpy(), scales.numpy())
+    tried = (grid.group_size, np.float32(2.0 ** (23 - grid.mantissa)), grid.below, grid.above)
 
     def work(first: int, stop: int) -> None:
-        _round(first, stop, *arrays, grid.group_size, *steps, search, feedback, LANES)
+        _round(first, stop, part, columns, *given, codes, errors.numpy(), *tried, search, feedback, LANES)
 
     in_threads(work, experts * tiles, max(1, -(-experts * tiles // torch.get_num_threads())))
 

@@ -92,7 +92,7 @@ class Grid(Protocol):
         ...
 
     def round_nearest(self, weight: Tensor, importance: Tensor | None) -> IntWeight:
-        """Nearest codes of weight [E, O, I] under searched scales; importance [E, I] weighs a column's squared error."""
+        """Nearest codes of weight [E, O, I] under searched scales; importance [E, I] weighs a column's error."""
         ...
 
     def refit(self, weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers.ct_reader import tensors_of
-from mmquant.convert.folder.int4 import Int4Variant
+from mmquant.convert.folder.weights import WeightsVariant
 from mmquant.convert.open import open_native, open_source
 from mmquant.runs.folder import write_folder
 
@@ -56,6 +56,6 @@ def test_autorounds_folder(dequantize: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_our_folder(dequantize: Callable[..., Tensor], group_size: int, tmp_path: Path) -> None:
-    variant = Int4Variant(group_size=group_size, attention="int4", layout="awq", symmetric=False)
+    variant = WeightsVariant(group_size=group_size, attention="int4", layout="awq", symmetric=False)
     folder = write_folder(open_native(GOLDEN / "source-bf16"), variant, tmp_path / "out")
     assert same(folder, dequantize, group_size) == 16

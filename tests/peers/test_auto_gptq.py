@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.ct_reader import tensors_of
-from mmquant.convert.folder.int4 import Int4Variant
+from mmquant.convert.folder.weights import WeightsVariant
 from mmquant.convert.open import open_native, open_source
 from mmquant.quantize.integer.grid import IntWeight, dequantize
 from mmquant.quantize.integer.pack import pack_gptq, pack_gptq_zeros
@@ -81,7 +81,7 @@ def test_it_reads_autorounds_file(tmp_path: Path) -> None:
 
 
 def test_it_reads_every_matrix_of_our_folder(tmp_path: Path) -> None:
-    variant = Int4Variant(group_size=64, attention="int4", layout="gptq", symmetric=True)
+    variant = WeightsVariant(group_size=64, attention="int4", layout="gptq", symmetric=True)
     folder = write_folder(open_native(GOLDEN / "source-bf16"), variant, tmp_path / "out")
     stored = {name: tensor for name, tensor in tensors_of(folder).items() if not name.endswith(".weight")}
     read, ours = auto_gptq(stored, tmp_path, 4, 64), open_source(folder)

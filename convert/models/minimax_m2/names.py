@@ -9,6 +9,8 @@ from .geometry import Geometry
 
 PROJECTIONS = ("w1", "w2", "w3")  # gate, down, up
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERT_STACKS = (("w1", "w3"), ("w2",))  # what engines stack along the outputs
+ATTENTION_STACKS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 EMBED, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 MOE = "block_sparse_moe"  # the module of router and experts in a layer; vLLM and transformers 5 call it mlp
 ROUTER = f"{MOE}.gate"

@@ -20,8 +20,8 @@ from torch import Tensor
 from helpers.ct_reader import dequantized, tensors_of
 from helpers.paths import GOLDEN
 from mmquant.convert.folder.fp8 import Fp8Variant
-from mmquant.convert.folder.int4 import Int4Variant
 from mmquant.convert.folder.variant import FolderVariant
+from mmquant.convert.folder.weights import WeightsVariant
 from mmquant.convert.open import open_native, open_source
 from mmquant.quantize.integer.grid import IntWeight, dequantize
 from mmquant.quantize.integer.pack import unpack_awq, unpack_gptq, unpack_gptq_zeros
@@ -31,7 +31,7 @@ BLOCK, CHANNEL, INT4 = "peer-llmc-mf-fp8-block", "peer-llmc-mf-fp8-dynamic", "pe
 PAIRS: dict[str, FolderVariant] = {
     BLOCK: Fp8Variant("block"),
     CHANNEL: Fp8Variant("channel"),
-    INT4: Int4Variant(128, "int4"),
+    INT4: WeightsVariant(128, "int4"),
 }
 PEER_FOLDERS = [*PAIRS, "peer-llmc-mf-w4a16-g128-asym", "loads-ct-mix-attnfp8-expw4"]
 
@@ -43,7 +43,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bf16, fp8 = open_native(GOLDEN / "source-bf16"), open_native(GOLDEN / "loads-native-fp8-block")
     written = {peer: write_folder(bf16, variant, folder / peer) for peer, variant in PAIRS.items()}
     written["native"] = write_folder(fp8, Fp8Variant("block"), folder / "native")
-    written["mixed"] = write_folder(bf16, Int4Variant(128, "fp8"), folder / "mixed")
+    written["mixed"] = write_folder(bf16, WeightsVariant(128, "fp8"), folder / "mixed")
     return written
 
 
@@ -200,7 +200,7 @@ RELEASE_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 @pytest.mark.parametrize("layout_name, symmetric", [("awq", False), ("gptq", True)])
 def test_awq_and_gptq_folders_have_autorounds_layout(layout_name: str, symmetric: bool, tmp_path: Path) -> None:
     """Same tensors under the release's expert names; the rest stays bfloat16 (the peer casts it to float16)."""
-    variant = Int4Variant(group_size=128, attention="int4", layout=layout_name, symmetric=symmetric)
+    variant = WeightsVariant(group_size=128, attention="int4", layout=layout_name, symmetric=symmetric)
     folder = write_folder(open_native(GOLDEN / "source-bf16"), variant, tmp_path / "out")
     mine, theirs = layout(folder), layout(GOLDEN / f"peer-autoround-{layout_name}-g128")
     for theirs_name, ours_name in RELEASE_NAMES.items():

@@ -17,19 +17,19 @@ from torch import Tensor
 
 from helpers.ct_reader import dequantized
 from helpers.paths import GOLDEN
-from mmquant.calibration.int4.variant import CalibratedInt4
+from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.statistics.live import LivePass
 from mmquant.calibration.text.corpus import Corpus
 from mmquant.convert.folder.fp8 import Fp8Variant
-from mmquant.convert.folder.int4 import Int4Variant
 from mmquant.convert.folder.variant import FolderVariant
+from mmquant.convert.folder.weights import WeightsVariant
 from mmquant.convert.open import open_native
 from mmquant.runs.folder import write_folder, write_native
 
 VARIANTS: dict[str, FolderVariant] = {
     "channel": Fp8Variant("channel"),
-    "int4 everywhere": Int4Variant(128, "int4"),
-    "int4 experts, g32": Int4Variant(32, "bf16"),
+    "int4 everywhere": WeightsVariant(128, "int4"),
+    "int4 experts, g32": WeightsVariant(32, "bf16"),
 }
 
 
@@ -69,7 +69,7 @@ def test_scales_of_an_fp8_cache_disturb_nothing(tmp_path: Path) -> None:
     source = open_native(GOLDEN / "source-bf16")
     tokens = torch.randint(0, source.geometry.vocab, (4, 32), generator=torch.Generator().manual_seed(1))
     corpus = Corpus(tokens, torch.zeros(4, dtype=torch.int64), ("random",), {})
-    variant = CalibratedInt4(128, "bf16", kv_cache="fp8", report=lambda line: None)
+    variant = CalibratedWeights(128, "bf16", kv_cache="fp8", report=lambda line: None)
     folder = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus))
     expected, loaded = dequantized(folder), expert_weights(load(folder), layer=0)
     for weight, values in loaded.items():

@@ -15,8 +15,8 @@ from helpers import llamacpp
 from helpers.tiny import CONFIG, write_tiny
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward, rotary_tables
 from mmquant.convert.checkpoints.checkpoint import open_checkpoint
-from mmquant.convert.folder.int4 import Int4Variant
 from mmquant.convert.folder.variant import quantized_config
+from mmquant.convert.folder.weights import WeightsVariant
 from mmquant.convert.gguf.mixes import find_mix
 from mmquant.convert.gguf.reader import GgufSource
 from mmquant.convert.gguf.variant import GgufVariant
@@ -70,7 +70,7 @@ def test_written_config_says_the_same(scaling: dict[str, Any], form: Any, tmp_pa
     folder = write_tiny(tmp_path / "model", shards=1)
     (folder / "config.json").write_text(json.dumps(config))
     source = open_checkpoint(folder)
-    written = quantized_config(source, Int4Variant(group_size=32).quantization_config(source))
+    written = quantized_config(source, WeightsVariant(group_size=32).quantization_config(source))
     assert Geometry.from_config(written) == source.geometry
     for key in ("rope_parameters", "rope_scaling"):  # each alone says all of it, whichever an engine reads
         alone = {k: v for k, v in written.items() if k not in {"rope_parameters", "rope_scaling"} - {key}}

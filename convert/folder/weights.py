@@ -1,4 +1,4 @@
-"""INT4 folders by round to nearest: experts in groups, attention in bfloat16, FP8 or INT4."""
+"""Folders of experts in few bits by round to nearest; attention in bfloat16, FP8 or as the experts."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ from ..formats.spec import TensorSpec
 from ..formats.table import choices
 from ..models.minimax_m2 import (
     ATTENTION,
-    PROJECTIONS,
     Geometry,
     attention_name,
     expert_name,
     matrix_shapes,
     plain_shapes,
 )
+from ..models.minimax_m2.names import ATTENTION_STACKS, EXPERT_STACKS
 from .fp8 import fp8_scheme, fp8_specs, fp8_tensors
-from .packing import folder_config, nearest_tensors
+from .packing import folder_config, stacked_tensors
 from .variant import plain_specs, plain_tensors
 
+GROUP_SIZES = (32, 64, 128)
 ATTENTION_FP8 = {"fp8": "block", "fp8-channel": "channel"}  # of attention -> the format that `mmquant fp8` calls so
 
 
-def check_groups(g: Geometry, group_size: int, parallel: int = 1, attention: str = "bf16") -> None:
+def check_groups(
+    g: Geometry, group_size: int, parallel: int = 1, attention: str = "bf16", sizes: tuple[int, ...] = GROUP_SIZES
+) -> None:
     """InputError when a group does not divide the inputs of a matrix, whole or split over `parallel` devices.
 
-    Tensor parallelism splits the inputs of w2 (and of o, where attention is INT4); a group must not straddle two
-    devices (vLLM refuses to load).
+    Tensor parallelism splits the inputs of w2 (and of o, where attention is stored as the experts); a group must not
+    straddle two devices (vLLM refuses to load). sizes: those that the user can choose.
     """
     width = g.expert_width // parallel
     if g.expert_width % parallel:
         raise InputError(f"expert width {g.expert_width} is not a multiple of {parallel} devices")
     if group_size == -1:
         return
-    works = ", ".join(str(s) for s in (32, 64, 128) if not g.hidden % s and not width % s) or "none"
+    works = ", ".join(str(s) for s in sizes if not g.hidden % s and not width % s) or "none"
     if g.hidden % group_size or g.expert_width % group_size:
         raise InputError(
             f"group size {group_size} does not divide hidden {g.hidden} and expert width {g.expert_width}; "
@@ -57,31 +60,45 @@ def check_groups(g: Geometry, group_size: int, parallel: int = 1, attention: str
         )
 
     inputs = g.heads * g.head_dim
-    if attention == "int4" and inputs % (parallel * group_size):
-        raise InputError(
-            f"attention int4: group size {group_size} does not divide o's {inputs} inputs over {parallel} devices"
-        )
+    if attention not in ("bf16", *ATTENTION_FP8) and inputs % (parallel * group_size):
+        over = f"o's {inputs} inputs over {parallel} devices"
+        raise InputError(f"attention {attention}: group size {group_size} does not divide {over}")
 
 
 @dataclass(frozen=True)
-class Int4Variant:
-    """Round-to-nearest with MSE-optimal scales (bfloat16 exact); needs no calibration."""
+class WeightsVariant:
+    """Round to nearest with the best scales for the weights alone; needs no calibration.
+
+    command      whose formats it writes; also the word for attention that is stored as the experts
+    title        what its label begins with
+    eight_bit    layers whose experts keep 8 bits (compressed-tensors)
+    kv_cache     or fp8: calibrated scales of an FP8 cache (compressed-tensors)
+    activations  4: calibrated scales of FP4 activations
+    """
 
     group_size: int = 128
     attention: str = "bf16"
     bits: int = 4
     layout: str = "compressed-tensors"
     symmetric: bool = True
-    eight_bit: tuple[int, ...] = ()  # layers whose experts keep 8 bits (compressed-tensors)
-    kv_cache: str = "bf16"  # or fp8: calibrated scales of an FP8 cache (compressed-tensors)
+    eight_bit: tuple[int, ...] = ()
+    kv_cache: str = "bf16"
+    command: str = "int4"
+    title: str = "W{bits}A16-g{group_size}"
+    activations: int = 16
 
     def bits_of(self, layer: int) -> int:
         """Bits of a layer's experts; attention has `bits` everywhere."""
         return 8 if layer in self.eight_bit else self.bits
 
     @property
+    def stem(self) -> str:
+        """The label without the method."""
+        return self.title.format(bits=self.bits, group_size=self.group_size, activations=self.activations)
+
+    @property
     def label(self) -> str:
-        return f"W{self.bits}A16-g{self.group_size}-rtn"
+        return f"{self.stem}-rtn"
 
     @property
     def format(self) -> str:
@@ -89,22 +106,27 @@ class Int4Variant:
 
     @property
     def storage(self) -> Format:
-        """The storage format of its integers."""
-        return choices("int4")[self.layout]
+        """The storage format of its experts."""
+        return choices(self.command)[self.layout]
+
+    @property
+    def whole(self) -> bool:
+        """Whether attention is stored as the experts."""
+        return self.attention == self.command
 
     def scheme(self, bits: int) -> Scheme:
-        """How its integers of some width lie in the folder."""
-        return Scheme(self.storage, bits, self.group_size, self.symmetric)
+        """How its experts of some width lie in the folder."""
+        return Scheme(self.storage, bits, self.group_size, self.symmetric, activations=self.activations)
 
     def attention_scheme(self, source: Checkpoint) -> Scheme | None:
         """How attention lies in the folder, None for bfloat16."""
         if self.attention in ATTENTION_FP8:
             return fp8_scheme(source, choices("fp8")[ATTENTION_FP8[self.attention]])
-        return self.scheme(self.bits) if self.attention == "int4" else None
+        return self.scheme(self.bits) if self.whole else None
 
     def run(self) -> dict[str, Any]:
-        return {
-            "command": "int4",
+        found: dict[str, Any] = {
+            "command": self.command,
             "method": "rtn",
             "bits": self.bits,
             "group_size": self.group_size,
@@ -114,9 +136,10 @@ class Int4Variant:
             "eight_bit": list(self.eight_bit),
             "kv_cache": self.kv_cache,
         }
+        return found if self.activations == 16 else {**found, "activations": self.activations}
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
-        check_groups(source.geometry, self.group_size, attention=self.attention)
+        check_groups(source.geometry, self.group_size, attention=self.attention, sizes=self.group_choices)
         check_mixture(self, source.geometry)
         found, experts = plain_specs(source, plain_shapes(source.geometry, layer)), self.scheme(self.bits_of(layer))
         for name, shape in matrix_shapes(source.geometry, layer):
@@ -131,48 +154,61 @@ class Int4Variant:
             found.extend(ct.cache_specs(attention_name(layer, "k_proj"), attention_name(layer, "v_proj")))
         return found
 
+    @property
+    def group_choices(self) -> tuple[int, ...]:
+        """Group sizes that the format has."""
+        return self.storage.group_sizes or GROUP_SIZES
+
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
-        for projection in ATTENTION:
-            tensors |= self.attention_tensors(source, attention_name(layer, projection), device)
-        for projection in PROJECTIONS:
-            tensors |= self._experts(source, layer, projection, device)
+        if not self.whole:
+            for projection in ATTENTION:
+                tensors |= self.attention_tensors(source, attention_name(layer, projection), device)
+        for stack in stacks(self.storage, ATTENTION_STACKS) if self.whole else ():
+            names = [attention_name(layer, projection) for projection in stack]
+            weights = [source.read(name + ".weight").to(device).unsqueeze(0) for name in names]
+            tensors |= stacked_tensors(self.scheme(self.bits), [[name] for name in names], weights)
+        for stack in stacks(self.storage, EXPERT_STACKS):
+            tensors |= self._experts(source, layer, stack, device)
         return tensors
 
     def attention_tensors(self, source: Checkpoint, name: str, device: torch.device | str) -> dict[str, Tensor]:
-        """One attention matrix as this variant stores it."""
+        """One attention matrix that is stored otherwise than the experts."""
         scheme = self.attention_scheme(source)
         if scheme is None:
             return plain_tensor(name, source.read(name + ".weight"))
-        if scheme.format.requantizable:
-            return fp8_tensors(source, name, device, scheme)
-        return nearest_tensors(scheme, [name], source.read(name + ".weight").to(device).unsqueeze(0))
+        return fp8_tensors(source, name, device, scheme)
 
     def _experts(
-        self, source: Checkpoint, layer: int, projection: str, device: torch.device | str
+        self, source: Checkpoint, layer: int, stack: tuple[str, ...], device: torch.device | str
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         g = source.geometry
-        step = max(1, (1 << 28) // (g.hidden * g.expert_width))  # 1 GiB of float32 weights at once
+        step = max(1, (1 << 28) // (g.hidden * g.expert_width * len(stack)))  # 1 GiB of float32 weights at once
         for start in range(0, g.experts, step):
             chosen = range(start, min(start + step, g.experts))
-            weights = source.read_experts(layer, projection, chosen, device, torch.float32)
-            names = [expert_name(layer, e, projection) for e in chosen]
-            tensors |= nearest_tensors(self.scheme(self.bits_of(layer)), names, weights)
+            weights = [source.read_experts(layer, p, chosen, device, torch.float32) for p in stack]
+            names = [[expert_name(layer, e, p) for e in chosen] for p in stack]
+            tensors |= stacked_tensors(self.scheme(self.bits_of(layer)), names, weights)
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
         if not self.storage.mixes:
-            return folder_config(self.scheme(self.bits), self.attention == "int4")
+            return folder_config(self.scheme(self.bits), self.whole)
         return mixed_config(self, source)
 
 
-def check_mixture(variant: Int4Variant, g: Geometry) -> None:
+def stacks(row: Format, stacked: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """Projections that are solved together: what engines stack where they share scales, else each alone."""
+    return stacked if row.fuses else tuple((projection,) for stack in stacked for projection in stack)
+
+
+def check_mixture(variant: WeightsVariant, g: Geometry) -> None:
     """InputError for what the format cannot hold, and for 8-bit layers that do not exist."""
     check_writable(variant.scheme(variant.bits))
-    row, mixing = variant.storage, " or ".join(word for word, row in choices("int4").items() if row.mixes)
+    row, mixing = variant.storage, " or ".join(word for word, row in choices(variant.command).items() if row.mixes)
     if variant.attention in ATTENTION_FP8 and not row.mixes:
-        said = f"attention {variant.attention}, expected bf16 or int4 ({mixing} holds FP8 too)"
+        said = f"attention {variant.attention}, expected bf16 or {variant.command} ({mixing} holds FP8 too)"
         raise InputError(f"format {variant.layout}: {said}")
     outside = [layer for layer in variant.eight_bit if not 0 <= layer < g.layers]
     if outside:
@@ -183,7 +219,7 @@ def check_mixture(variant: Int4Variant, g: Geometry) -> None:
         raise InputError(f"format {variant.layout}: scales of an FP8 KV cache, expected format {mixing}")
 
 
-def mixed_config(variant: Int4Variant, source: Checkpoint) -> dict[str, Any]:
+def mixed_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
     """quantization_config: one group for experts (and attention), groups by width, an FP8 group beside them.
 
     Top level pack-quantized: SGLang refuses "mixed-precision" for INT4 experts, so every group names its own format.

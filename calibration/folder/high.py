@@ -1,7 +1,7 @@
-"""SignRound of an INT4 layer (--effort high), against the unquantized layer on the unquantized stream.
+"""SignRound of a layer (--effort high), against the unquantized layer on the unquantized stream.
 
 Two streams go through the model: the reference's, and the one that the quantized layers leave behind. A layer is to
-turn the second into the first: its attention (when INT4), then its router, then its experts, chunk by chunk, each
+turn the second into the first: its attention (when quantized), then its router, then its experts, chunk by chunk, each
 taking over the error that is left. So the layer makes good what the layers before it did.
 """
 
@@ -153,9 +153,7 @@ def _learn_attention(
     options: LearnOptions,
 ) -> tuple[dict[str, IntWeight], float]:
     """q, k, v, o so that the quantized stream leaves attention where the reference does."""
-    starts = {
-        n: grid_start(first.compensated[n].to(w.scales.device), w) for n, w in first.attention.items()
-    }
+    starts = {n: grid_start(first.compensated[n].to(w.scales.device), w) for n, w in first.attention.items()}
     wanted = middle - both.quantized
     learned = learn_attention(
         starts,

@@ -1,4 +1,4 @@
-"""INT4 folders computed from statistics, in any integer format of `convert/formats`."""
+"""Folders computed from statistics, in any format of `convert/formats` that takes codes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.checkpoints.checkpoint import Checkpoint
-from ...convert.folder.int4 import Int4Variant
 from ...convert.folder.packing import batch_tensors, matrix_tensors
 from ...convert.folder.variant import plain_tensors
+from ...convert.folder.weights import WeightsVariant
+from ...convert.formats.format import Format
 from ...convert.formats.spec import TensorSpec
 from ...convert.models.minimax_m2 import (
     ATTENTION,
@@ -31,16 +32,18 @@ from ...quantize.fp8 import cache_scale
 from ..statistics.layer import LayerStatistics, without_second
 from ..statistics.provider import LayerInputs
 from .high import LearnOptions, ReferenceStream, learn_layer, streams
-from .layer import Int4Options, QuantizedLayer, as_read_back, quantize_layer
+from .layer import LayerOptions, QuantizedLayer, as_read_back, quantize_layer
 
+HEADROOM = 2.0  # of inputs over the largest that calibration saw: block scales are floats, it costs them nothing
+TINY = torch.finfo(torch.float32).tiny
 EXACT = ("router", "router_bias")  # written in float32 when changed: engines keep them so
 
 
 @dataclass(frozen=True)
-class CalibratedInt4(Int4Variant):
-    """W4A16 by GPTQ or AWQ; `report` is called with every line that the user should see."""
+class CalibratedWeights(WeightsVariant):
+    """By GPTQ or AWQ on the grid of its options; `report` is called with every line that the user should see."""
 
-    options: Int4Options = dataclasses.field(default_factory=Int4Options)
+    options: LayerOptions = dataclasses.field(default_factory=LayerOptions)
     report: Callable[[str], None] = print
     learning: LearnOptions = dataclasses.field(default_factory=LearnOptions)
     streams: Path | None = None  # the folder in which a killed run of learned rounding leaves the reference's stream
@@ -48,7 +51,7 @@ class CalibratedInt4(Int4Variant):
     @property
     def label(self) -> str:
         effort = "" if self.options.effort == "default" else f"-{self.options.effort}"
-        return f"W{self.bits}A16-g{self.group_size}-{self.options.method}{effort}"
+        return f"{self.stem}-{self.options.method}{effort}"
 
     def run(self) -> dict[str, Any]:
         o = self.options
@@ -75,8 +78,7 @@ class CalibratedInt4(Int4Variant):
     ) -> tuple[dict[str, Tensor], LayerWeights | None]:
         """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it."""
         layer, weights = inputs.layer, inputs.weights
-        grid = dataclasses.replace(self.options.grid, bits=self.bits_of(layer))
-        options = dataclasses.replace(self.options, grid=grid)
+        options = self.options if layer not in self.eight_bit else with_bits(self.options, self.bits_of(layer))
         quantized = quantize_layer(layer, weights, inputs.statistics, options, source.geometry)
         # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
         inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
@@ -102,6 +104,8 @@ class CalibratedInt4(Int4Variant):
         tensors |= self.packed_experts(quantized, layer)
         if self.kv_cache == "fp8":
             tensors |= cache_scales(inputs.statistics, quantized.values)
+        if self.activations != 16:
+            tensors |= input_scales(self.storage, inputs.statistics, quantized.mid_power, self.whole)
         return tensors, as_read_back(weights, quantized) if inputs.continued else None
 
     def _learned(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
@@ -123,6 +127,36 @@ class CalibratedInt4(Int4Variant):
             names = [expert_name(layer, expert, projection) for expert in range(len(batch.codes))]
             tensors |= batch_tensors(self.storage, names, batch)
         return tensors
+
+
+def input_scales(row: Format, statistics: LayerStatistics, mid_power: Tensor, attention: bool) -> dict[str, Tensor]:
+    """The scales of FP4 activations, with HEADROOM over the largest input that was seen.
+
+    All experts of a layer have the same input, so w1 and w3 of all have one scale; w2's are each expert's own, an
+    expert that saw nothing has the largest. mid_power [E]: w2's inputs were multiplied by 2^-p. q, k and v share one.
+    """
+    assert row.input_scale is not None
+    layer = statistics.layer
+    entering, between = (m.amax.cpu() for m in (statistics.expert_in, statistics.expert_mid))
+    between = torch.ldexp(between, -mid_power.cpu())
+    between = torch.where(between > 0, between, between.max())
+    by_name = {}
+    for expert in range(len(entering)):
+        by_name |= {expert_name(layer, expert, p): entering.max() for p in ("w1", "w3")}
+        by_name[expert_name(layer, expert, "w2")] = between[expert]
+    if attention:
+        ends = [m.amax.cpu().max() for m in (statistics.attention_in, statistics.attention_out)]
+        by_name |= {attention_name(layer, p): ends[p == "o_proj"] for p in ATTENTION}
+    tensors: dict[str, Tensor] = {}
+    scales = row.input_scale(HEADROOM * torch.stack(list(by_name.values())).clamp(min=TINY))
+    for suffix, values in scales.items():
+        tensors |= {f"{name}.{suffix}": value for name, value in zip(by_name, values.unbind(), strict=True)}
+    return tensors
+
+
+def with_bits(options: LayerOptions, bits: int) -> LayerOptions:
+    """The same on an integer grid of other bits."""
+    return dataclasses.replace(options, grid=dataclasses.replace(options.integers, bits=bits))
 
 
 def cache_scales(statistics: LayerStatistics, values: Tensor | None) -> dict[str, Tensor]:

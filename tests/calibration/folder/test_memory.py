@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmquant.calibration.int4.layer import LARGEST_WORK, Int4Options, expert_chunks, quantize_layer, working_memory
+from mmquant.calibration.folder.layer import LARGEST_WORK, LayerOptions, expert_chunks, quantize_layer, working_memory
 from mmquant.calibration.statistics.layer import LayerStatistics, RoutingStatistics
 from mmquant.convert.models.minimax_m2 import Geometry, LayerWeights
 from mmquant.quantize.moments import Moments
@@ -61,11 +61,11 @@ def test_the_allocators_peak_stays_within_the_stated_memory(experts: int) -> Non
     weights, known = layer("cuda"), statistics()
     memory = experts * 4 * 7 * HIDDEN * 2 * WIDTH
     geometry = Geometry(1, HIDDEN, 8, 8, 128, EXPERTS, 2, WIDTH, 64, 64, 1e4, 1e-6, 64)
-    quantize_layer(0, weights, known, Int4Options(memory=memory), geometry)  # kernels compiled, libraries loaded
+    quantize_layer(0, weights, known, LayerOptions(memory=memory), geometry)  # kernels compiled, libraries loaded
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = quantize_layer(0, weights, known, Int4Options(memory=memory), geometry)
+    found = quantize_layer(0, weights, known, LayerOptions(memory=memory), geometry)
     kept = sum(w.codes.nbytes + w.scales.nbytes for w in found.experts.values())
     # Codes are there twice while the chunks' are joined.
     assert torch.cuda.max_memory_allocated() - before <= memory + 2 * kept

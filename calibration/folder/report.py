@@ -1,4 +1,4 @@
-"""Report of one quantized INT4 layer, in words."""
+"""Report of one quantized layer, in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantize one layer to INT4: codes, scales, and the layer as it reads back.
+"""Quantize one layer: codes, scales, and the layer as it reads back.
 
 Experts are taken in chunks, so that the working memory is bounded whatever the layer's size. Every expert has its own
 second moments, scales and error feedback; all share bits and group size, as the engines want.
@@ -16,6 +16,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.minimax_m2.names import ATTENTION_STACKS
 from ...quantize.integer.gptq import DAMPING, GptqGrid, Grid, Solved, gptq_quantize
 from ...quantize.integer.grid import IntWeight, dequantize, join_weights, rows_of, select
 from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
@@ -28,13 +29,13 @@ METHODS = ("gptq", "awq", "rtn")
 PRIOR, SAMPLING = 4.0, 4.0
 EFFORTS = ("fast", "default", "high")
 WORKING_MATRICES = 7  # float32 [O, I] or [I, I] matrices that a solve holds for each expert
-ATTENTION_BITS = 4  # of INT4 attention, also in layers whose experts keep more
+ATTENTION_BITS = 4  # also in layers whose experts keep more
 LARGEST_WORK = 16 << 30
 LARGE_CARD = 60e9
 
 
 @dataclass(frozen=True)
-class Int4Options:
+class LayerOptions:
     """How a layer is quantized.
 
     shrinkage  strength of the pool (quantize/moments.py) in diagonals and what AWQ scales by; prior: in what GPTQ feeds
@@ -45,7 +46,7 @@ class Int4Options:
     method: str = "gptq"
     effort: str = "default"
     grid: Grid = field(default_factory=GptqGrid)
-    attention: str = "bf16"
+    attention: bool = False  # on the grid, too
     damping: float = DAMPING
     shrinkage: float = 1.0
     prior: float = PRIOR
@@ -57,6 +58,13 @@ class Int4Options:
     def compensated(self) -> bool:
         """Whether rounding errors are fed back: GPTQ unless fast, and AWQ with high effort (then both)."""
         return (self.method, self.effort) in (("gptq", "default"), ("gptq", "high"), ("awq", "high"))
+
+    @property
+    def integers(self) -> GptqGrid:
+        """The grid, where the method works on integers only (AWQ)."""
+        if not isinstance(self.grid, GptqGrid):
+            raise InputError(f"method {self.method}: expected an integer grid")
+        return self.grid
 
     @property
     def full(self) -> bool:
@@ -74,16 +82,18 @@ class QuantizedLayer:
     """A layer's result.
 
     experts    w1, w3, w2: IntWeight with codes [E, O, I]
-    attention  q_proj ...: IntWeight with codes [O, I]; empty unless attention is INT4
+    attention  q_proj ...: IntWeight with codes [O, I]; empty unless attention is on the grid
     plain      replaced norms, router or bias by LayerWeights field; empty when nothing changed
-    values     [kv_heads * head_dim] what v's rows were divided by (AWQ, with INT4 attention); else None
+    values     [kv_heads * head_dim] what v's rows were divided by (AWQ, with attention on the grid); else None
     compensated  what GPTQ rounded, by matrix name, for learning (`compensated_place`); else empty
+    mid_power  [E] p of the exact rescaling: w2's inputs are 2^-p of what was seen
     """
 
     experts: dict[str, IntWeight]
     attention: dict[str, IntWeight]
     plain: dict[str, Tensor]
     report: LayerReport
+    mid_power: Tensor
     values: Tensor | None = None
     compensated: dict[str, Tensor] = field(default_factory=dict)
 
@@ -92,7 +102,7 @@ def quantize_layer(
     layer: int,
     weights: LayerWeights,
     statistics: LayerStatistics,
-    options: Int4Options,
+    options: LayerOptions,
     geometry: Geometry,
 ) -> QuantizedLayer:
     """Codes of one layer: GPTQ, or moment-weighted rounding, after equalization for method awq.
@@ -119,7 +129,7 @@ def quantize_layer(
         w3, w2 = scale_pair(w3, w2, exponents[part])
         between: Tensor | float = 1.0
         if options.method == "awq":
-            between = expert_pairs(w2, shrunk(mid, options.shrinkage, part, pools[1]), options.grid)
+            between = expert_pairs(w2, shrunk(mid, options.shrinkage, part, pools[1]), options.integers)
             w3, w2 = w3 / between.unsqueeze(-1), w2 * between.unsqueeze(-2)
         second = solve(w2, mid, part, options, between, pools[1])
         first = solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0])
@@ -130,14 +140,14 @@ def quantize_layer(
     report = make_report(layer, statistics, exponents, found)
     attention: dict[str, IntWeight] = {}
     values = None
-    if options.attention == "int4":
-        four = dataclasses.replace(options, grid=dataclasses.replace(options.grid, bits=ATTENTION_BITS))
+    if options.attention:
+        four = dataclasses.replace(options, grid=attention_grid(options.grid))
         solved, changed, values = quantize_attention(weights, statistics, four, geometry)
         attention = {name: select(one.weight, 0) for name, one in solved.items()}
         plain |= changed
         place = compensated_place(device)
         rounded |= {n: one.compensated[0].to(place) for n, one in solved.items() if one.compensated is not None}
-    return QuantizedLayer(experts, attention, plain, report, values, rounded)
+    return QuantizedLayer(experts, attention, plain, report, exponents, values, rounded)
 
 
 def empty_rounded(weights: LayerWeights) -> dict[str, Tensor]:
@@ -167,7 +177,7 @@ def solve(
     weight: Tensor,
     moments: Moments,
     part: slice,
-    options: Int4Options,
+    options: LayerOptions,
     scale: Tensor | float = 1.0,
     pool: Tensor | None = None,
 ) -> Solved:
@@ -193,7 +203,7 @@ def solve(
     return solved
 
 
-def feedback_moments(moments: Moments, options: Int4Options, part: slice, pool: Tensor | None) -> Tensor:
+def feedback_moments(moments: Moments, options: LayerOptions, part: slice, pool: Tensor | None) -> Tensor:
     """Mean second moments [E, n, n] that errors are fed back under.
 
     What few rows say off the diagonal is noise, so they lean on the layer's pool and get a ridge of
@@ -215,15 +225,15 @@ def compensated_place(device: torch.device) -> torch.device:
 
 
 def equalize_norm(
-    weights: LayerWeights, statistics: LayerStatistics, options: Int4Options
+    weights: LayerWeights, statistics: LayerStatistics, options: LayerOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scale [H] of w1 and w3's columns, and the norm and router that make up for it."""
-    pair = experts_pair(weights, statistics, options.grid, options.shrinkage)
+    pair = experts_pair(weights, statistics, options.integers, options.shrinkage)
     return pair.scale, {"post_norm": pair.norm, "router": weights.router * pair.scale}
 
 
 def quantize_attention(
-    weights: LayerWeights, statistics: LayerStatistics, options: Int4Options, geometry: Geometry
+    weights: LayerWeights, statistics: LayerStatistics, options: LayerOptions, geometry: Geometry
 ) -> tuple[dict[str, Solved], dict[str, Tensor], Tensor | None]:
     """q, k, v under what enters them, o under what enters it; for AWQ also the norm that is changed and v's scale."""
     matrices = {"q_proj": weights.q, "k_proj": weights.k, "v_proj": weights.v, "o_proj": weights.o}
@@ -232,18 +242,35 @@ def quantize_attention(
     plain: dict[str, Tensor] = {}
     values = None
     if options.method == "awq":
-        pair = attention_pair(weights, statistics, options.grid)
-        values = value_pair(weights, statistics.attention_out, options.grid, geometry)
+        pair = attention_pair(weights, statistics, options.integers)
+        values = value_pair(weights, statistics.attention_out, options.integers, geometry)
         matrices["v_proj"] = matrices["v_proj"] / values.unsqueeze(-1)
         scales |= {"q_proj": pair.scale, "k_proj": pair.scale, "v_proj": pair.scale}
         scales["o_proj"] = spread_values(values, geometry)
         plain["input_norm"] = pair.norm
-    found = {}
-    for name, matrix in matrices.items():
-        moments = statistics.attention_out if name == "o_proj" else statistics.attention_in
-        solved = solve((matrix * scales[name]).unsqueeze(0), moments, slice(None), options, scales[name])
-        found[name] = solved
+    found: dict[str, Solved] = {}
+    for names in ATTENTION_STACKS if options.grid.shared else [(name,) for name in matrices]:
+        moments = statistics.attention_out if "o_proj" in names else statistics.attention_in
+        stack = torch.cat([matrices[name] * scales[name] for name in names]).unsqueeze(0)
+        solved = solve(stack, moments, slice(None), options, scales[names[0]])
+        found |= split_rows(solved, {name: len(matrices[name]) for name in names})
     return found, plain, values
+
+
+def attention_grid(grid: Grid) -> Grid:
+    """Attention keeps ATTENTION_BITS in layers whose experts have more."""
+    return dataclasses.replace(grid, bits=ATTENTION_BITS) if isinstance(grid, GptqGrid) else grid
+
+
+def split_rows(solved: Solved, rows: dict[str, int]) -> dict[str, Solved]:
+    """The matrices of one that was solved as a stack, by name with their outputs."""
+    found, first = {}, 0
+    for name, count in rows.items():
+        mine = slice(first, first + count)
+        kept = None if solved.compensated is None else solved.compensated[..., mine, :]
+        found[name] = dataclasses.replace(solved, weight=rows_of(solved.weight, mine), compensated=kept)
+        first = mine.stop
+    return found
 
 
 def check_statistics(layer: int, weights: LayerWeights, statistics: LayerStatistics) -> None:

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from helpers import ct_reader
 from helpers.tiny import write_tiny
-from mmquant.calibration.int4.high import LearnOptions, repair, repaired_norm
-from mmquant.calibration.int4.layer import Int4Options, as_read_back, expert_chunks, quantize_layer
-from mmquant.calibration.int4.variant import CalibratedInt4
+from mmquant.calibration.folder.high import LearnOptions, repair, repaired_norm
+from mmquant.calibration.folder.layer import LayerOptions, as_read_back, expert_chunks, quantize_layer
+from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.model.forward import Observer, embed, layer_forward, rms_norm, route
 from mmquant.calibration.statistics.live import LivePass, PassOptions
 from mmquant.calibration.statistics.provider import LayerInputs
 from mmquant.calibration.text.corpus import Corpus
 from mmquant.convert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mmquant.convert.folder.check import check_folder
-from mmquant.convert.folder.int4 import Int4Variant, check_groups
+from mmquant.convert.folder.weights import WeightsVariant, check_groups
 from mmquant.convert.models.minimax_m2 import LayerWeights
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
@@ -49,8 +49,8 @@ def inputs(source: Checkpoint) -> LayerInputs:
     return LivePass(source, corpus(), hidden=True).layer(0)
 
 
-def options(method: str = "gptq", symmetric: bool = True, **more: object) -> Int4Options:
-    return Int4Options(method=method, grid=GptqGrid(4, GROUP, symmetric), attention="int4", **more)  # type: ignore[arg-type]
+def options(method: str = "gptq", symmetric: bool = True, **more: object) -> LayerOptions:
+    return LayerOptions(method=method, grid=GptqGrid(4, GROUP, symmetric), attention=True, **more)  # type: ignore[arg-type]
 
 
 def output_error(source: Checkpoint, inputs: LayerInputs, weights: LayerWeights) -> float:
@@ -185,12 +185,12 @@ def test_folders_are_read_back_and_checked(source: Checkpoint, tmp_path: Path, l
     symmetric = layout != "awq"
     method = "awq" if layout == "awq" else "gptq"
     lines: list[str] = []
-    variant = CalibratedInt4(
+    variant = CalibratedWeights(
         **SHAPE, layout=layout, symmetric=symmetric, options=options(method, symmetric), report=lines.append
     )
     out = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus()))
     assert check_folder(out, source) == 3 * (4 + 5 * 3)
-    nearest = write_folder(source, Int4Variant(**SHAPE, layout="compressed-tensors"), tmp_path / "rtn")
+    nearest = write_folder(source, WeightsVariant(**SHAPE, layout="compressed-tensors"), tmp_path / "rtn")
     assert folder_error(source, out) < folder_error(source, nearest)
 
 
@@ -198,8 +198,8 @@ def test_folders_are_read_back_and_checked(source: Checkpoint, tmp_path: Path, l
 def test_widths_by_layer_are_read_alike_by_compressed_tensors(
     source: Checkpoint, tmp_path: Path, attention: str
 ) -> None:
-    chosen = dataclasses.replace(options(), attention=attention)
-    variant = CalibratedInt4(
+    chosen = dataclasses.replace(options(), attention=attention == "int4")
+    variant = CalibratedWeights(
         group_size=GROUP, attention=attention, eight_bit=(1,), options=chosen, report=lambda line: None
     )
     out = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus(6)))
@@ -227,7 +227,7 @@ class Cache(Observer):
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_scales_of_an_fp8_cache_hold_what_the_artifact_stores(source: Checkpoint, tmp_path: Path, method: str) -> None:
-    variant = CalibratedInt4(**SHAPE, kv_cache="fp8", options=options(method), report=lambda line: None)
+    variant = CalibratedWeights(**SHAPE, kv_cache="fp8", options=options(method), report=lambda line: None)
     out = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus()))
     check_folder(out, source)
     stored = ct_reader.tensors_of(out)
@@ -246,7 +246,7 @@ def test_scales_of_an_fp8_cache_hold_what_the_artifact_stores(source: Checkpoint
 
 
 def test_the_self_check_wants_every_scale_of_the_cache(source: Checkpoint, tmp_path: Path) -> None:
-    variant = CalibratedInt4(**SHAPE, kv_cache="fp8", options=options(), report=lambda line: None)
+    variant = CalibratedWeights(**SHAPE, kv_cache="fp8", options=options(), report=lambda line: None)
     out = write_folder(source, variant, tmp_path / "out", provider=LivePass(source, corpus(4)))
     shard, name = next(out.glob("*.safetensors")), "model.layers.1.self_attn.v_proj.v_scale"
     good = load_file(shard)
@@ -268,11 +268,11 @@ def test_the_self_check_wants_every_scale_of_the_cache(source: Checkpoint, tmp_p
 def test_high_effort_is_at_least_as_good_and_continues(source: Checkpoint, tmp_path: Path) -> None:
     lines: list[str] = []
     learning = LearnOptions(steps=20, batch=256, repair_norms=True, repair_bias=True)
-    variant = CalibratedInt4(**SHAPE, options=options(effort="high"), learning=learning, report=lines.append)
+    variant = CalibratedWeights(**SHAPE, options=options(effort="high"), learning=learning, report=lines.append)
     passes = PassOptions(propagate="quantized")
     out = write_folder(source, variant, tmp_path / "high", provider=LivePass(source, corpus(), passes, hidden=True))
     check_folder(out, source)
-    plain = CalibratedInt4(**SHAPE, options=options(), report=lines.append)
+    plain = CalibratedWeights(**SHAPE, options=options(), report=lines.append)
     usual = write_folder(source, plain, tmp_path / "usual", provider=LivePass(source, corpus()))
     assert folder_error(source, out) < 1.05 * folder_error(source, usual)
     assert sum("routing" in line for line in lines) >= 2
@@ -301,7 +301,7 @@ def test_repair_brings_the_quantized_stream_back(source: Checkpoint, inputs: Lay
 
 
 def test_the_self_check_finds_faults(source: Checkpoint, tmp_path: Path) -> None:
-    out = write_folder(source, Int4Variant(**SHAPE), tmp_path / "out")
+    out = write_folder(source, WeightsVariant(**SHAPE), tmp_path / "out")
     shard = next(out.glob("*.safetensors"))
     good, name = load_file(shard), "model.layers.1.block_sparse_moe.experts.3.w2"
 

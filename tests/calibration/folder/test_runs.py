@@ -8,8 +8,8 @@ from pathlib import Path
 from helpers.calibration_cases import corpus
 from helpers.paths import ROOT
 from helpers.tiny import write_tiny
-from mmquant.calibration.int4.layer import Int4Options
-from mmquant.calibration.int4.variant import CalibratedInt4
+from mmquant.calibration.folder.layer import LayerOptions
+from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.model.signround_layer import LearnOptions
 from mmquant.calibration.statistics.live import LivePass, PassOptions
 from mmquant.convert.open import open_native
@@ -26,9 +26,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_variant_may_be_used_twice(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 4, "num_hidden_layers": 2}
     source = open_native(write_tiny(tmp_path / "model", **sizes))
-    variant = CalibratedInt4(
+    variant = CalibratedWeights(
         group_size=32,
-        options=Int4Options(effort="high", grid=GptqGrid(4, 32)),
+        options=LayerOptions(effort="high", grid=GptqGrid(4, 32)),
         learning=LearnOptions(steps=3),
         report=lambda line: None,
     )

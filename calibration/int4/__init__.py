@@ -1,1 +1,0 @@
-"""Quantize one layer of an INT4 folder from its weights and the calibration text."""

@@ -1,0 +1,43 @@
+"""`mmquant mxfp4`: write an MXFP4 folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..runs.options import Mxfp4Options
+from .options import (
+    begin,
+    dry_run_option,
+    fresh_option,
+    model_option,
+    options_of,
+    out_option,
+    refuse_idle_text,
+    show,
+)
+from .options_fetch import fetch_options
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
+
+
+@click.command(short_help="MXFP4 weights for vLLM and SGLang.")
+@model_option()
+@out_option()
+@options_of(Mxfp4Options)
+@fetch_options()
+@fresh_option()
+@dry_run_option()
+def command(model: str, out: Path, options: Mxfp4Options, device: str, fetch: FetchOptions, dry_run: bool) -> None:
+    """Write MXFP4 experts (E2M1, a power of two per 32 inputs) for vLLM and SGLang, calibrated in the same pass.
+
+    Example: mmquant mxfp4 --model demo --out ./m27-mxfp4
+    """
+    refuse_idle_text(options)
+    from ..runs.fp4 import quantize_mxfp4
+
+    begin(out, dry_run)
+    show(quantize_mxfp4(model, out, options, device=device, fetch=fetch, dry_run=dry_run))

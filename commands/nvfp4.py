@@ -1,0 +1,45 @@
+"""`mmquant nvfp4`: write an NVFP4 folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..runs.options import Nvfp4Options
+from .options import (
+    begin,
+    dry_run_option,
+    fresh_option,
+    model_option,
+    options_of,
+    out_option,
+    refuse_idle_text,
+    show,
+)
+from .options_fetch import fetch_options
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
+
+
+@click.command(short_help="NVFP4 weights for vLLM, SGLang and TensorRT-LLM.")
+@model_option()
+@out_option()
+@options_of(Nvfp4Options)
+@fetch_options()
+@fresh_option()
+@dry_run_option()
+def command(model: str, out: Path, options: Nvfp4Options, device: str, fetch: FetchOptions, dry_run: bool) -> None:
+    """Write NVFP4 experts (E2M1, a scale per 16 inputs) for vLLM, SGLang and TensorRT-LLM, calibrated in the same pass.
+
+    Weights only (W4A16) unless --activations nvfp4. Runs on Blackwell, and through Marlin on A100 and H100.
+
+    Example: mmquant nvfp4 --model demo --out ./m27-nvfp4
+    """
+    refuse_idle_text(options)
+    from ..runs.fp4 import quantize_nvfp4
+
+    begin(out, dry_run)
+    show(quantize_nvfp4(model, out, options, device=device, fetch=fetch, dry_run=dry_run))

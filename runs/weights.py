@@ -1,0 +1,91 @@
+"""Write folders of few-bit weights: INT4, NVFP4, MXFP4. What each of them chooses is in its own module."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from mmquant.errors import InputError
+from mmquant.monitor import Monitor, watching
+
+from ..calibration.folder.variant import CalibratedWeights
+from ..calibration.statistics.live import moment_plan
+from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
+from ..convert.formats.table import choices
+from .calibrate import make_provider, pass_of, tokens_at_most
+from .folder import check_place, prepare, write_folder
+from .models import Model, choose_device, opened
+from .options import WeightsOptions
+from .results import Quantized, planned, written
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
+
+STREAMS = ".mmquant-streams"  # what a killed run of high effort continues from
+Options = TypeVar("Options", bound=WeightsOptions)
+
+
+def quantize_weights(
+    model: Model,
+    out: str | Path,
+    options: Options,
+    variant_of: Callable[[Checkpoint, Options, Path], WeightsVariant],
+    *,
+    device: str | None,
+    fetch: FetchOptions | None,
+    dry_run: bool,
+    monitor: Monitor | None,
+) -> Quantized:
+    """Write what `variant_of` makes of the options, for a source and a folder; the rest as of `quantize_int4`."""
+    out, place = Path(out), choose_device(device)
+    with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
+        variant = variant_of(source, options, out)
+        size = prepare(source, variant).bytes
+        if dry_run:
+            return planned(out, variant.label, size, lambda: check_weights(source, variant, options, place, out, size))
+        return written(write_weights(source, variant, options, place, out), variant.label, size)
+
+
+def check_mixture(command: str, options: WeightsOptions) -> None:
+    """InputError for FP8 attention or an FP8 cache beside a format that holds nothing beside it."""
+    rows = choices(command)
+    if rows[options.format].mixes:
+        return
+    mixing = " or ".join(word for word, row in rows.items() if row.mixes)
+    if options.attention in ATTENTION_FP8:
+        said = f"--format {options.format} --attention {options.attention}"
+        raise InputError(f"{said}: only {mixing} holds FP8 beside {command.upper()}")
+    if options.kv_cache == "fp8":
+        raise InputError(f"--kv-cache fp8 --format {options.format}: expected {mixing}")
+
+
+def check_weights(
+    source: Checkpoint, variant: WeightsVariant, options: WeightsOptions, device: str, out: Path, size: int
+) -> None:
+    """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
+    check_place(out, size, {**variant.run(), "source": source.fingerprint})
+    if isinstance(variant, CalibratedWeights) and options.statistics is None:
+        chosen = pass_of(options, device, variant.options.learned, variant.options.full)
+        moment_plan(source, chosen, tokens_at_most(source, options))
+
+
+def write_weights(source: Checkpoint, variant: WeightsVariant, options: WeightsOptions, device: str, out: Path) -> Path:
+    """Write the folder; what a killed run would have continued from goes with it."""
+    provider = None
+    if isinstance(variant, CalibratedWeights):
+        provider = make_provider(
+            source,
+            options,
+            device,
+            out / STREAMS,
+            hidden=variant.options.learned,
+            full=variant.options.full,
+        )
+    if isinstance(variant, CalibratedWeights) and variant.options.learned:
+        source.schedule.behind = 1  # the reference stream reads the layer before once more
+    done = write_folder(source, variant, out, device=device, limit=options.max_shard_size, provider=provider)
+    shutil.rmtree(out / STREAMS, ignore_errors=True)
+    return done
