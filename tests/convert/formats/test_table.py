@@ -11,7 +11,7 @@ import click
 import pytest
 import torch
 
-from mmquant.commands import fp8, int4
+from mmquant.commands import fp8, int4, mxfp4, nvfp4
 from mmquant.convert.folder.writer import DTYPE_NAMES
 from mmquant.convert.formats.format import FLOATS, Format, Scheme, check_writable, specs
 from mmquant.convert.formats.table import FORMATS, METHODS, choices, formats_of
@@ -63,7 +63,13 @@ def words_of(command: click.Command, option: str) -> tuple[tuple[str, ...], Any]
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "option"), [(fp8.command, "fp8", "scheme"), (int4.command, "int4", "format")]
+    ("command", "name", "option"),
+    [
+        (fp8.command, "fp8", "scheme"),
+        (int4.command, "int4", "format"),
+        (nvfp4.command, "nvfp4", "format"),
+        (mxfp4.command, "mxfp4", "format"),
+    ],
 )
 def test_commands_offer_what_the_table_has(command: click.Command, name: str, option: str) -> None:
     words, default = words_of(command, option)
