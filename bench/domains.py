@@ -32,7 +32,7 @@ from mmquant.calibration.text.tokenizer import load_tokenizer, windows
 from mmquant.convert.open import open_native
 from mmquant.convert.source import Source
 
-Settings = TypeVar("Settings", Method, Int4Options)
+Settings = TypeVar("Settings", Method, LayerOptions)
 
 TYPES = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_XXS", "INT4")
 CONTEXT = 512

@@ -31,8 +31,9 @@ def quantize_nvfp4(
     dry_run: bool = False,
     monitor: Monitor | None = None,
 ) -> Quantized:
-    """Write NVFP4 weights into the folder `out`, calibrated in the same pass; W4A16, or W4A4 with
-    `Nvfp4Options(activations="nvfp4")`. Arguments and errors as of `quantize_int4`.
+    """Write NVFP4 weights into the folder `out`, calibrated in the same pass.
+
+    W4A16, or W4A4 with `Nvfp4Options(activations="nvfp4")`. Arguments and errors as of `quantize_int4`.
     """
     chosen = options or Nvfp4Options()
     check_mixture("nvfp4", chosen)
@@ -51,8 +52,9 @@ def quantize_mxfp4(
     dry_run: bool = False,
     monitor: Monitor | None = None,
 ) -> Quantized:
-    """Write MXFP4 weights (W4A16) into the folder `out`, calibrated in the same pass. Arguments and errors as of
-    `quantize_int4`.
+    """Write MXFP4 weights (W4A16) into the folder `out`, calibrated in the same pass.
+
+    Arguments and errors as of `quantize_int4`.
     """
     chosen = options or Mxfp4Options()
     return quantize_weights(
