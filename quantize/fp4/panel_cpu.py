@@ -65,7 +65,15 @@ def _search(held: Floats, first: int, weights: Floats, group: int, unit: Number,
     return scale
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True, error_model="numpy")
+# Of arrays however they lie: one compilation for slices and whole ones.
+_CUBE = "float32[:, :, :]"
+_SIGNATURE = (
+    f"void(int64, int64, {_CUBE}, {_CUBE}, {_CUBE}, float32[:, :], {_CUBE}, int8[:, :, :], {_CUBE}, "
+    f"int64, float32, int64, int64, boolean, boolean, UniTuple(int64, {TILE}))"
+)
+
+
+@numba.njit(_SIGNATURE, cache=True, fastmath=True, nogil=True, error_model="numpy")
 def _round(
     first: int,
     stop: int,

@@ -27,6 +27,7 @@ CHECKPOINTS = (
     "peer-llmc-mf-w4a16-g128-sym",
     "peer-llmc-mf-w4a16-g128-asym",
     "peer-llmc-mf-mxfp4a16",
+    "peer-llmc-mf-nvfp4a16",
     "peer-autoround-awq-g128",
     "peer-autoround-gptq-g128",
 )

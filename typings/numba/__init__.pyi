@@ -11,6 +11,8 @@ F = TypeVar("F", bound=Callable[..., object])
 def njit(function: F, /) -> F: ...
 @overload
 def njit(
+    signature: str = ...,
+    /,
     *,
     cache: bool = ...,
     fastmath: bool | set[str] = ...,
