@@ -26,7 +26,7 @@ COMMANDS = {
     "eval": "Perplexity, KL divergence and agreement with the reference.",
     "pull": "Fetch a repository, verified and resumable.",
     "push": "Publish a finished folder to a hub.",
-    "doctor": "Finds and repairs what breaks a GGUF file.",
+    "doctor": "Finds what breaks a GGUF file or a quantized folder.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
 }

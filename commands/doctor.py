@@ -1,4 +1,4 @@
-"""`mmquant doctor`: check and repair a GGUF file."""
+"""`mmquant doctor`: check and repair a GGUF file, check a quantized folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from ..runs.options import DoctorOptions
 from .options import json_option, options_of, refuse_without_effect
 
 
-@click.command(short_help="Finds and repairs what breaks a GGUF file.")
+@click.command(short_help="Finds what breaks a GGUF file or a quantized folder.")
 @click.argument("file")
 @options_of(DoctorOptions)
 @json_option()
 def command(file: str, options: DoctorOptions, device: str, as_json: bool) -> None:
     """Look for float16 overflow on CUDA, dead or non-finite experts and wrong metadata in any minimax-m2 GGUF.
+
+    Of a quantized folder (INT4, NVFP4 ...): what engines read wrongly, among it NVFP4 blocks that A100 and H100 lose.
 
     FILE may be hf:ORG/NAME:TYPE as well: its parts are fetched, and deleted in the end (no --fix then).
 

@@ -1,4 +1,4 @@
-"""Diagnose a GGUF file and repair its float16 overflow."""
+"""Diagnose a GGUF file, and repair its float16 overflow, or a quantized folder."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from .results import Result
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..convert.gguf.doctor import Finding
+    from ..convert.checkpoints.quantized_folder import QuantizedFolder
+    from ..convert.findings import Finding
     from ..convert.gguf.reader import GgufSource
 
 
 @dataclass(frozen=True)
 class Diagnosis(Result):
-    """What was found in a GGUF file, and what was done about it."""
+    """What was found in a GGUF file or a folder, and what was done about it."""
 
     file: str
     findings: list[Finding]
@@ -89,6 +90,40 @@ def doctor(
 
 
 def examine(file: str | Path, options: DoctorOptions, device: str) -> Diagnosis:
+    """Look for what gives wrong results in a GGUF file, or in a quantized folder."""
+    source = open_folder(file)
+    if source is None:
+        return examine_gguf(file, options, device)
+    from ..convert.folder.doctor import examine_folder
+
+    given = [name for name in ("statistics", "text", "fix") if getattr(options, name)]
+    if given:
+        raise InputError(f"{file}: --{given[0]} is for GGUF files, this is a safetensors folder")
+    found = examine_folder(source, device)
+    source.close(finished=True)
+    return Diagnosis(source.label, found, {}, [], None)
+
+
+def open_folder(file: str | Path) -> QuantizedFolder | None:
+    """The quantized folder, or hub repository of one, that `file` names; None for GGUF."""
+    from ..convert.checkpoints.quantized_folder import QuantizedFolder
+    from ..convert.gguf.reader import GgufSource
+    from ..convert.hub.address import parse_address
+    from ..convert.open import is_gguf, open_source
+
+    address, path = parse_address(str(file)), Path(file)
+    if address.kind is not None or (address.spec is None and (is_gguf(path) or not path.is_dir())):
+        return None
+    source = open_source(file)
+    if isinstance(source, GgufSource):
+        source.close()
+        return None
+    if not isinstance(source, QuantizedFolder):
+        raise InputError(f"{file}: not quantized below 8 bits, expected a GGUF file or a quantized folder")
+    return source
+
+
+def examine_gguf(file: str | Path, options: DoctorOptions, device: str) -> Diagnosis:
     """Look for what gives wrong results in a GGUF file; with `fix` rescale the experts that overflow, exactly."""
     from ..convert.gguf.doctor import OVERFLOW, check_metadata, check_overflow, check_tensors, exponents
     from ..convert.gguf.fix import finish_interrupted

@@ -148,13 +148,18 @@ class QuantizedFolder:
         if not alike or (group[0].scheme is not None and group[0].scheme.act_order):
             return torch.stack([self.dequantize(name, device) for name in names])
 
+        return self._values(group[0], self.fetch(names, device))
+
+    def fetch(self, names: list[str], device: torch.device | str) -> Fetch:
+        """Reads the parts [n, ...] of matrices that are stored alike, by suffix."""
+        group = [self.matrices[name] for name in names]
         self.schedule.reading(names[0])
 
-        def fetch(suffix: str) -> Tensor:
+        def read(suffix: str) -> Tensor:
             infos = [stored.parts[suffix] for stored in group]
             return read_batch(self.store, infos, TORCH_DTYPES[infos[0].dtype], device)
 
-        return self._values(group[0], fetch)
+        return read
 
     def _values(self, stored: Stored, fetch: Fetch) -> Tensor:
         """[..., out, in] float32 from parts with any leading dimensions."""

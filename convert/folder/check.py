@@ -38,12 +38,12 @@ def check_folder(
     found.validate()
     if found.warnings:
         raise InputError(found.warnings[0])
-    _check_places(found)
+    check_places(found)
     for layer in range(found.geometry.layers):
-        _check_engines(found, layer)
+        check_engines(found, layer)
     _check_cache_scales(found)
     for layer in range(found.geometry.layers):
-        _check_layer(found, layer, device)
+        check_layer(found, layer, device)
     for name in _plain(found):
         check_finite(found.read(name), f"{folder}: {name}")
     if source is not None:
@@ -51,7 +51,7 @@ def check_folder(
     return len(found.matrices)
 
 
-def _check_places(found: QuantizedFolder) -> None:
+def check_places(found: QuantizedFolder) -> None:
     """No tensor beyond those that an engine asks for: an unknown one is fatal in vLLM, or is skipped."""
     known = set(global_shapes(found.geometry))
     for layer in range(found.geometry.layers):
@@ -82,7 +82,7 @@ def _check_cache_scales(found: QuantizedFolder) -> None:
             raise InputError(f"{found.label}: {name} is {scale.flatten()[:4].tolist()}, expected one positive number")
 
 
-def _check_engines(found: QuantizedFolder, layer: int) -> None:
+def check_engines(found: QuantizedFolder, layer: int) -> None:
     """vLLM and SGLang look experts up under names of their own and take one scheme for a layer's experts."""
     wanted = found.matrices[expert_name(layer, 0, "w1")].scheme
     for projection in PROJECTIONS:
@@ -100,7 +100,7 @@ def _check_engines(found: QuantizedFolder, layer: int) -> None:
                 raise InputError(f"{found.label}: {name} is {words(scheme)}, expert 0 of its layer {words(wanted)}")
 
 
-def _check_layer(found: QuantizedFolder, layer: int, device: torch.device | str) -> None:
+def check_layer(found: QuantizedFolder, layer: int, device: torch.device | str) -> None:
     """Attention one by one, experts in stacks."""
     for projection in ATTENTION:
         name = attention_name(layer, projection)

@@ -63,6 +63,15 @@ class Scheme:
 
 
 @dataclass(frozen=True)
+class BlockScales:
+    """Scales of blocks in E4M3 as they are stored [n, O, G] float32, which blocks hold something, and the units [n]."""
+
+    scales: Tensor
+    live: Tensor
+    unit: Tensor
+
+
+@dataclass(frozen=True)
 class Method:
     """A quant_method of config.json and how engines look matrices up under it.
 
@@ -114,6 +123,7 @@ class Format:
     requantizable: bool = False  # FP8: close enough to the original to be quantized again
     fuses: bool = False  # w1 and w3, and q, k and v, share scales of the whole matrix
     activations: tuple[int, ...] = (16,)  # bits that may be written
+    block_scales: Callable[[Fetch], BlockScales] | None = None  # of matrices [n, ...], where they are E4M3
     input_scale: Callable[[Tensor], dict[str, Tensor]] | None = None  # largest inputs [E] -> tensors [E, ...] of them
 
     def __repr__(self) -> str:

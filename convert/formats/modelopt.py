@@ -20,8 +20,8 @@ from ...quantize.fp4.grid import NVFP4
 from ...quantize.integer.grid import IntWeight
 from ..files.parse import is_object
 from ..models.minimax_m2.names import ROUTER
-from .format import Fetch, Format, Method, Part, Scheme, Shape
-from .nvfp4 import GROUP, LARGEST, block_parts, block_values, blocks_of, positive
+from .format import BlockScales, Fetch, Format, Method, Part, Scheme, Shape
+from .nvfp4 import GROUP, LARGEST, block_parts, block_values, blocks_of, positive, stored_scales
 from .scales import finite
 from .skip_lists import SGLANG, strings
 
@@ -50,6 +50,10 @@ def _pack(names: list[str], weight: IntWeight) -> dict[str, Tensor]:
 def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     del scheme
     return _pack(names, NVFP4.round_nearest(weights, None))
+
+
+def _block_scales(fetch: Fetch) -> BlockScales:
+    return stored_scales(fetch("weight"), fetch("weight_scale"), fetch("weight_scale_2"))
 
 
 def _input_scale(largest: Tensor) -> dict[str, Tensor]:
@@ -129,5 +133,6 @@ FORMAT = Format(
     beside=("input_scale",),
     fuses=True,
     activations=(16, 4),
+    block_scales=_block_scales,
     input_scale=_input_scale,
 )

@@ -16,7 +16,7 @@ from ...quantize.fp4.grid import NVFP4
 from ...quantize.fp4.levels import from_nibbles, to_nibbles
 from ...quantize.integer.grid import IntWeight
 from . import compressed_tensors as ct
-from .format import Fetch, Format, Part, PartError, Scheme, Shape
+from .format import BlockScales, Fetch, Format, Part, PartError, Scheme, Shape
 from .scales import finite
 
 NAME, GROUP = "nvfp4-pack-quantized", NVFP4.group_size
@@ -78,6 +78,16 @@ def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Ten
     return _pack(names, NVFP4.round_nearest(weights, None))
 
 
+def stored_scales(packed: Tensor, scales: Tensor, unit: Tensor) -> BlockScales:
+    """Of codes [n, O, I/2] and scales [n, O, G]."""
+    some = torch.unflatten(packed & 0x77, -1, (scales.shape[-1], -1)).amax(-1)
+    return BlockScales(scales.float(), some > 0, unit.flatten())
+
+
+def _block_scales(fetch: Fetch) -> BlockScales:
+    return stored_scales(fetch("weight_packed"), fetch("weight_scale"), fetch("weight_global_scale"))
+
+
 def _input_scale(largest: Tensor) -> dict[str, Tensor]:
     return {"input_global_scale": (LARGEST / largest).unsqueeze(-1)}
 
@@ -108,5 +118,6 @@ FORMAT = Format(
     beside=("input_global_scale",),
     fuses=True,
     activations=(16, 4),
+    block_scales=_block_scales,
     input_scale=_input_scale,
 )

@@ -21,6 +21,7 @@ from mmquant.errors import InputError
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
 from ...quantize.overflow import FP16_MAX, rescale_exponents
+from ..findings import Finding
 from ..models.minimax_m2.gguf import ARCH, PRE, SIGMOID
 from .finite import SCALES
 from .header import GgufFile, GgufTensor
@@ -31,17 +32,6 @@ NORMAL = 2.0**-14  # smallest normal float16
 ABSURD = 1e4  # a weight beyond this is no weight of this model
 OVERFLOW = "overflow"
 BROKEN, DEAD = "holds NaN or infinity", "is all zero"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fault: `error` when the file gives wrong results, else a warning; `where` a tensor or key."""
-
-    level: str
-    where: str
-    text: str
-    experts: tuple[int, ...] = ()
-    code: str = ""  # OVERFLOW: a sum beyond float16, which rescaling mends
 
 
 def check_metadata(source: GgufSource) -> list[Finding]:
