@@ -21,7 +21,8 @@ import torch
 from mmquant.calibration.model import forward
 from mmquant.calibration.statistics.collector import Collect
 from mmquant.calibration.statistics.collector_cuda import make_collector
-from mmquant.convert.models.minimax_m2 import Geometry, LayerWeights
+from mmquant.convert.models.layer import LayerWeights
+from mmquant.convert.models.minimax_m2 import Geometry
 
 M27 = Geometry(
     layers=62,

@@ -29,7 +29,7 @@ from mmquant.calibration.statistics.collector import Collect
 from mmquant.calibration.statistics.layer_pass import calibrate_layer, plan_moments
 from mmquant.convert.gguf.mixes import find_mix, tensor_types
 from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
-from mmquant.convert.models.minimax_m2 import Globals, LayerWeights
+from mmquant.convert.models.layer import Globals, LayerWeights
 from mmquant.convert.open import open_native
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.quantize.ggml.codec import decode, encode

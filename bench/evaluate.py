@@ -27,7 +27,7 @@ from mmquant.calibration.evaluate.streamed import Settings, evaluate
 from mmquant.calibration.model.forward import layer_forward
 from mmquant.calibration.text.sample import Sample
 from mmquant.convert.checkpoints import batches
-from mmquant.convert.models.minimax_m2 import global_shapes, matrix_shapes, plain_shapes
+from mmquant.convert.models.shapes import global_shapes, matrix_shapes, plain_shapes
 from mmquant.convert.open import open_source
 from mmquant.convert.source import Source, read_layer
 

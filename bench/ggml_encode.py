@@ -44,9 +44,8 @@ def samples() -> dict[str, Tensor]:
     four = torch.randn(96, 1536, 4, generator=generator)
     heavy = 0.02 * four[..., 0] / (four[..., 1:] ** 2).mean(-1).sqrt()
     source = open_source("demo")
-    parts = [
-        source.read(f"model.layers.{i}.block_sparse_moe.experts.{i}.w{p}.weight") for i in (0, 1, 3) for p in (1, 3)
-    ]
+    names = source.geometry.names
+    parts = [source.read(names.expert(i, i, projection) + ".weight") for i in (0, 1, 3) for projection in ("w1", "w3")]
     return {"Gaussian": gaussian, "Student t, 3": heavy, "demo w1, w3": torch.cat(parts).contiguous()}
 
 

@@ -32,7 +32,7 @@ from mmquant.calibration.text.corpus import bundled, pack_windows, read_sets
 from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.convert.gguf.mixes import find_mix, tensor_types
 from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
-from mmquant.convert.models.minimax_m2 import Globals, LayerWeights
+from mmquant.convert.models.layer import Globals, LayerWeights
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.quantize.ggml.codec import decode, encode

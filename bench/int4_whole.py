@@ -30,7 +30,9 @@ from mmquant.calibration.statistics.live import LivePass, PassOptions, default_d
 from mmquant.calibration.text.corpus import Corpus
 from mmquant.convert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mmquant.convert.folder.writer import FolderWriter
-from mmquant.convert.models.minimax_m2 import Geometry, global_shapes, matrix_shapes, plain_shapes
+from mmquant.convert.models import geometry
+from mmquant.convert.models.minimax_m2 import Geometry
+from mmquant.convert.models.shapes import global_shapes, matrix_shapes, plain_shapes
 from mmquant.convert.source import read_layer
 from mmquant.quantize.integer.gptq import GptqGrid
 from mmquant.runs.folder import prepare, step_tensors
@@ -79,7 +81,7 @@ def tensors(g: Geometry, device: str) -> Iterator[tuple[str, torch.Tensor]]:
 
     for name, shape in {**global_shapes(g), **dict(plain_shapes(g, 0)), **dict(plain_shapes(g, 1))}.items():
         value = draw(*shape) * 0.05 + (1.0 if "norm" in name else 0.0)
-        yield name, value if "block_sparse_moe" in name else value.to(torch.bfloat16)
+        yield name, value.to(torch.bfloat16) if "norm" in name or "layers" not in name else value
     for name, (rows, cols) in (*matrix_shapes(g, 0), *matrix_shapes(g, 1)):
         yield name + ".weight", (draw(rows, cols) * 64).clamp(-448, 448).to(torch.float8_e4m3fn)
         tiles = torch.full((-(-rows // 128), -(-cols // 128)), 1 / (64 * cols**0.5))
@@ -125,7 +127,9 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def floors(g: Geometry, source: Checkpoint, tokens: int, written: int, rate: dict[str, float]) -> dict[str, float]:
+def floors(
+    g: geometry.Geometry, source: Checkpoint, tokens: int, written: int, rate: dict[str, float]
+) -> dict[str, float]:
     """Seconds that no implementation can beat for one layer, by part."""
     stored = source.bytes / source.geometry.layers
     experts = 3 * g.experts * g.hidden * g.expert_width
@@ -176,8 +180,8 @@ def parts(
 
     found["solve"] = clock(solve, twice=True)
     packed = {}
-    variant.packed_experts(solved[0], 0)  # the first call takes pinned memory that later ones find again
-    found["pack"] = clock(lambda: packed.update(variant.packed_experts(solved[0], 0)))
+    variant.packed_experts(solved[0], source.names, 0)  # the first call takes pinned memory that later ones find again
+    found["pack"] = clock(lambda: packed.update(variant.packed_experts(solved[0], source.names, 0)))
     steps = [[s for s in variant.specs(source, 0) if s.name in packed]]
     found["write"] = clock(lambda: FolderWriter(folder, steps, {}).write(0, packed))
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .models.minimax_m2 import Geometry
+from .models.geometry import Geometry
 
 GIB = 1 << 30
 A100 = int(79.15 * GIB)

@@ -21,7 +21,7 @@ from .hub.hubs import HUBS
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
 from .manifest_check import read_checked, schema
 from .models import architecture_of
-from .models.minimax_m2 import Geometry
+from .models.geometry import Geometry
 from .requires import requires
 from .source import Source
 

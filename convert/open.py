@@ -15,6 +15,7 @@ from .checkpoints.tensors import read_config
 from .files.parse import is_list
 from .hub.address import Address, parse_address
 from .hub.hubs import DEFAULT_HUB
+from .models import architecture_of
 from .source import Source
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def _open_repository(address: Address, fetch: FetchOptions | None) -> Source:
 
 def open_store(store: ShardStore) -> Source:
     """A folder's or repository's safetensors: FP8 and BF16 that can be quantized, or what is quantized already."""
-    quantization = quantization_of(read_config(store))
-    if quantization is None or SchemeBook(quantization).is_source:
+    config = read_config(store)
+    quantization = quantization_of(config)
+    if quantization is None or SchemeBook(quantization, architecture_of(config).names).is_source:
         return Checkpoint(store)
     from .checkpoints.quantized_folder import QuantizedFolder
 

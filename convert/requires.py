@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .models.minimax_m2 import Geometry
+from .models.geometry import Geometry
 
 PARALLEL = (1, 2, 4, 8)
 FP8_TILE = 128

@@ -10,17 +10,8 @@ from torch import Tensor
 from .checkpoints.census import Kind
 from .checkpoints.store import Origin
 from .models import ARCHITECTURES
-from .models.minimax_m2 import (
-    EMBED,
-    FINAL_NORM,
-    HEAD,
-    Geometry,
-    Globals,
-    LayerWeights,
-    attention_name,
-    layer_prefix,
-    layer_weights,
-)
+from .models.geometry import Geometry
+from .models.layer import Globals, LayerWeights, layer_weights
 
 CARRIED_FILES = (
     "tokenizer.json",
@@ -95,24 +86,25 @@ def read_layer(
     experts: range | None = None,
 ) -> LayerWeights:
     """One decoder layer (or only some of its experts), matrices in `dtype`, norms and router in float32."""
-    prefix, chosen = layer_prefix(layer), experts if experts is not None else range(source.geometry.experts)
+    names, chosen = source.geometry.names, experts if experts is not None else range(source.geometry.experts)
 
     def plain(name: str) -> Tensor:
-        return source.read(prefix + name).to(device)
+        return source.read(names.prefix(layer) + name).to(device)
 
     def matrix(projection: str) -> Tensor:
-        return source.read(attention_name(layer, projection) + ".weight").to(device=device, dtype=dtype)
+        return source.read(names.attention(layer, projection) + ".weight").to(device=device, dtype=dtype)
 
     def stacked(projection: str) -> Tensor:
         return source.read_experts(layer, projection, chosen, device, dtype)
 
-    return layer_weights(plain, matrix, stacked)
+    return layer_weights(names, plain, matrix, stacked)
 
 
 def read_globals(source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Globals:
     """Embeddings and head in `dtype`, final norm in float32."""
+    names = source.geometry.names
     return Globals(
-        embed=source.read(EMBED).to(device=device, dtype=dtype),
-        norm=source.read(FINAL_NORM).to(device),
-        head=source.read(HEAD).to(device=device, dtype=dtype),
+        embed=source.read(names.embed).to(device=device, dtype=dtype),
+        norm=source.read(names.final_norm).to(device),
+        head=source.read(names.head).to(device=device, dtype=dtype),
     )

@@ -32,7 +32,6 @@ from ..convert.formats import fp8_native
 from ..convert.formats.spec import TensorSpec
 from ..convert.formats.table import METHODS
 from ..convert.manifest import Artifact, FileEntry
-from ..convert.models.minimax_m2 import EMBED, layer_of
 from .memory import memory_for
 from .place import free_bytes, refuse_strangers
 
@@ -57,7 +56,8 @@ def prepare(source: Checkpoint, variant: FolderVariant) -> Prepared:
     source.validate()
     outside = global_specs(source)
     layers = [variant.specs(source, layer) for layer in range(source.geometry.layers)]
-    steps = [[s for s in outside if s.name == EMBED], *layers, [s for s in outside if s.name != EMBED]]
+    embed = source.names.embed
+    steps = [[s for s in outside if s.name == embed], *layers, [s for s in outside if s.name != embed]]
     experts = tuple(sum(s.bytes for s in specs if ".experts." in s.name) for specs in layers)
     total = sum(s.bytes for step in steps for s in step)
     return Prepared(steps, Weights(total - sum(experts), experts))
@@ -249,7 +249,7 @@ def write_native(source: Checkpoint, out: Path) -> Path:
         layers = range(source.geometry.layers)
         sizes = {layer: 0 for layer in layers}
         for tensor in tensors:
-            layer = layer_of(tensor.name)
+            layer = source.names.layer_of(tensor.name)
             if layer is not None and ".experts." in tensor.name:
                 sizes[layer] += tensor.size
         experts = tuple(sizes[layer] for layer in layers)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..convert.checkpoints.census import Kind
-    from ..convert.models.minimax_m2 import Geometry
+    from ..convert.models.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from ..convert.fit import Weights
 from ..convert.folder.check import check_folder
 from ..convert.formats.compressed_tensors import NAME
 from ..convert.manifest import FileEntry
-from ..convert.models.minimax_m2 import layer_of
-from ..convert.models.minimax_m2.names import IGNORE as ENGINES_IGNORE
+from ..convert.models.names import TensorNames
 from ..convert.remote_code import with_code
 from .folder import check_disk, describe, finish_folder, is_finished
 from .models import choose_device, opened
@@ -39,7 +38,6 @@ from .results import Quantized
 
 PYTHON = "MMQUANT_LLMCOMPRESSOR"  # the environment variable that names its Python
 WORKER = Path(str(resources.files("mmquant").joinpath("data", "llmc_worker.py")))
-IGNORE = tuple(entry for entry in ENGINES_IGNORE if "mlp" not in entry)  # its own names are the release's
 ATTENTION = "re:.*self_attn.*"
 FP8 = {"block": "FP8_BLOCK", "channel": "FP8_DYNAMIC"}
 
@@ -48,7 +46,7 @@ def fp8_job(scheme: str) -> dict[str, Any]:
     """What the worker is told for `mmquant fp8`. InputError for the copy, which quantizes nothing."""
     if scheme not in FP8:
         raise InputError(f"--backend llmcompressor --scheme {scheme}: expected {' or '.join(FP8)}")
-    return {"scheme": FP8[scheme], "group_size": None, "ignore": list(IGNORE)}
+    return {"scheme": FP8[scheme], "group_size": None, "ignore": []}
 
 
 def int4_job(options: Int4Options) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def int4_job(options: Int4Options) -> dict[str, Any]:
             raise InputError(f"--backend llmcompressor --{name} {value}: expected {' or '.join(allowed)}")
     if options.eight_bit is not None or options.kv_cache != "bf16":
         raise InputError("--backend llmcompressor: expected no --eight-bit and no --kv-cache fp8")
-    ignore = [*IGNORE, ATTENTION] if options.attention == "bf16" else list(IGNORE)
+    ignore = [ATTENTION] if options.attention == "bf16" else []
     scheme = "W4A16_ASYM" if options.asymmetric else "W4A16"
     return {"scheme": scheme, "group_size": options.group_size, "ignore": ignore}
 
@@ -86,6 +84,7 @@ def write_with_llmcompressor(
     """
     if not source.store.is_local:
         raise InputError(f"--backend llmcompressor: {source.label} lies on a hub, expected a local folder")
+    job = {**job, "ignore": [*unquantized(source.names), *job["ignore"]]}
     source.validate()
     if source.book is not None and not source.is_native:
         raise InputError(f"--backend llmcompressor: {source.label} is not the release's FP8, expected that or BF16")
@@ -123,6 +122,11 @@ def write_with_llmcompressor(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def unquantized(names: TensorNames) -> tuple[str, ...]:
+    """What llm-compressor leaves alone, by the release's names."""
+    return "lm_head", f"re:.*{names.router}$", "re:.*embed_tokens$"
 
 
 def find_python() -> str:
@@ -166,7 +170,7 @@ def _weights(folder: Path) -> Weights:
     found = QuantizedFolder(LocalFolder(folder))
     experts = [0] * found.geometry.layers
     for name, info in found.tensors.items():
-        layer = layer_of(name)
+        layer = found.names.layer_of(name)
         if layer is not None and ".experts." in name:
             experts[layer] += info.size
     return Weights(found.bytes - sum(experts), tuple(experts))

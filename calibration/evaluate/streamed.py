@@ -8,7 +8,7 @@ reference's, which says where a variant loses; after the last, its next-token di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Globals, LayerWeights
+from ...convert.models.layer import Globals, LayerWeights
 from ...convert.source import Source
 from ..model.distributed import Ranks, read_layer_shared
 from ..model.forward import EXACT, Observer, Routing, embed, final_logits, layer_forward
@@ -157,7 +157,7 @@ def _start(subjects: list[_Subject], mine: Sample, settings: Settings, state: St
     if layer:
         return layer
     for subject in subjects:
-        table = subject.source.read(EMBED).to(subject.dtype)
+        table = subject.source.read(subject.source.geometry.names.embed).to(subject.dtype)
         model = Globals(embed=table, norm=table[:0], head=table[:0])
         for start, tokens in _batches(mine.tokens, settings.tokens):
             subject.hidden.put(start, embed(model, tokens))
@@ -202,8 +202,8 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
 
 def _recast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     plain = ("input_norm", "post_norm", "q_norm", "k_norm", "router", "router_bias")
-    names = LayerWeights.__dataclass_fields__
-    return LayerWeights(**{n: getattr(weights, n) if n in plain else getattr(weights, n).to(dtype) for n in names})
+    names = (name for name in LayerWeights.__dataclass_fields__ if name not in plain)
+    return replace(weights, **{name: getattr(weights, name).to(dtype) for name in names})
 
 
 def _note(loss: Tensor, truth: Tensor, after: Tensor, wanted: Tensor, chosen: Tensor, domain: ArrayLike) -> None:
@@ -262,8 +262,9 @@ def _finish(
 
 def _head(subject: _Subject, device: str) -> Globals:
     """Final norm and head; the embeddings are not needed again."""
-    norm = subject.source.read(FINAL_NORM).to(device)
-    return Globals(embed=norm[:0], norm=norm, head=subject.source.read(HEAD).to(subject.dtype).to(device))
+    names = subject.source.geometry.names
+    norm = subject.source.read(names.final_norm).to(device)
+    return Globals(embed=norm[:0], norm=norm, head=subject.source.read(names.head).to(subject.dtype).to(device))
 
 
 def _logits(subject: _Subject, model: Globals, window: int, first: int, stop: int, settings: Settings) -> Tensor:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
 from ...quantize.integer.awq import search_equalization
 from ...quantize.integer.gptq import GptqGrid
 from ...quantize.moments import Moments, pooled, shrunk

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
 from ...convert.source import Source, read_layer
 from ...quantize.integer.grid import IntWeight, dequantize, map_parts
 from ...quantize.refit import agreement, refit_bias, refit_gain, refit_linear
@@ -171,7 +172,7 @@ def _learn_attention(
 
 def _routed(weights: LayerWeights, geometry: Geometry, middle: Tensor, after: Tensor) -> Routed:
     x = rms_norm(middle, weights.post_norm, geometry.norm_eps).flatten(0, 1)
-    routing = route(x.to(weights.w1.dtype), weights.router, weights.router_bias, geometry.experts_per_token)
+    routing = route(x.to(weights.w1.dtype), weights.router, weights.router_bias, geometry)
     return Routed(x.to(weights.w1.dtype), routing.chosen, routing.weights, (after - middle).flatten(0, 1))
 
 
@@ -200,23 +201,23 @@ def repair(
     changed: dict[str, Tensor] = {}
     found: dict[str, float] = {}
     eps, per_token = geometry.norm_eps, geometry.experts_per_token
-    norm, router, bias = weights.post_norm, weights.router, weights.router_bias.float()
+    norm, router, bias = weights.post_norm, weights.router, weights.router_bias
     x, y = (rms_norm(stream, norm, eps).flatten(0, 1) for stream in (reference, quantized))
     cut = train * reference.shape[1]
-    wanted = route(x, router, bias, per_token).chosen
-    best = found["routing before"] = agreement(route(y[cut:], router, bias, per_token).chosen, wanted[cut:])
+    wanted = route(x, router, bias, geometry).chosen
+    best = found["routing before"] = agreement(route(y[cut:], router, bias, geometry).chosen, wanted[cut:])
     if options.repair_norms:
         changed["post_norm"], found["post norm"] = repaired_norm(norm, eps, reference, quantized, train)
         y = rms_norm(quantized, changed["post_norm"], eps).flatten(0, 1)
     if options.repair_router:
         fitted = refit_linear(router, x[:cut], y[:cut])
-        now = agreement(route(y[cut:], fitted, bias, per_token).chosen, wanted[cut:])
+        now = agreement(route(y[cut:], fitted, bias, geometry).chosen, wanted[cut:])
         if now > best:
             best, router = now, fitted
             changed["router"] = router
-    if options.repair_bias:
-        scores = route(y, router, bias, per_token).scores
-        fitted = refit_bias(scores[:cut], wanted[:cut], bias)
+    if options.repair_bias and bias is not None:
+        scores = route(y, router, bias, geometry).scores
+        fitted = refit_bias(scores[:cut], wanted[:cut], bias.float())
         now = agreement(torch.topk(scores[cut:] + fitted, per_token, dim=-1).indices, wanted[cut:])
         if now > best:
             best = now

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
-from ...convert.models.minimax_m2.names import ATTENTION_STACKS
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
+from ...convert.models.names import ATTENTION_STACKS
 from ...quantize.integer.gptq import DAMPING, GptqGrid, Grid, Solved, gptq_quantize
 from ...quantize.integer.grid import IntWeight, dequantize, join_weights, rows_of, select
 from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal

@@ -19,15 +19,9 @@ from ...convert.folder.variant import plain_tensors
 from ...convert.folder.weights import WeightsVariant
 from ...convert.formats.format import Format
 from ...convert.formats.spec import TensorSpec
-from ...convert.models.minimax_m2 import (
-    ATTENTION,
-    LayerWeights,
-    attention_name,
-    expert_name,
-    layer_prefix,
-    plain_shapes,
-)
-from ...convert.models.minimax_m2.names import PLAIN_NAMES
+from ...convert.models.layer import LayerWeights
+from ...convert.models.names import ATTENTION, TensorNames
+from ...convert.models.shapes import plain_shapes
 from ...quantize.fp8 import cache_scale
 from ..statistics.layer import LayerStatistics, without_second
 from ..statistics.provider import LayerInputs
@@ -70,7 +64,7 @@ class CalibratedWeights(WeightsVariant):
         specs = super().specs(source, layer)
         if not self.router_changes:
             return specs
-        exact = tuple(layer_prefix(layer) + PLAIN_NAMES[field] for field in EXACT)
+        exact = exact_names(source.names, layer)
         return [TensorSpec(s.name, "F32", s.shape) if s.name in exact else s for s in specs]
 
     def calibrated_layer(
@@ -88,12 +82,12 @@ class CalibratedWeights(WeightsVariant):
             self.report(line)
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
         if self.router_changes:
-            tensors |= {n: tensors[n].float() for n in (layer_prefix(layer) + PLAIN_NAMES[field] for field in EXACT)}
+            tensors |= {name: tensors[name].float() for name in exact_names(source.names, layer)}
         for field, value in quantized.plain.items():
-            name = layer_prefix(layer) + PLAIN_NAMES[field]
+            name = source.names.prefix(layer) + source.names.plain[field]
             tensors[name] = value.cpu() if field in EXACT else value.cpu().to(tensors[name].dtype)
         for projection in ATTENTION:
-            name = attention_name(layer, projection)
+            name = source.names.attention(layer, projection)
             if projection in quantized.attention:
                 tensors |= matrix_tensors(self.storage, name, quantized.attention[projection])
             elif self.attention == "bf16":  # the layer's own matrices, read already
@@ -101,11 +95,11 @@ class CalibratedWeights(WeightsVariant):
                 tensors[name + ".weight"] = matrix.to(torch.bfloat16).cpu()
             else:
                 tensors |= self.attention_tensors(source, name, device)
-        tensors |= self.packed_experts(quantized, layer)
+        tensors |= self.packed_experts(quantized, source.names, layer)
         if self.kv_cache == "fp8":
-            tensors |= cache_scales(inputs.statistics, quantized.values)
+            tensors |= cache_scales(source.names, inputs.statistics, quantized.values)
         if self.activations != 16:
-            tensors |= input_scales(self.storage, inputs.statistics, quantized.mid_power, self.whole)
+            tensors |= input_scales(source.names, self.storage, inputs.statistics, quantized.mid_power, self.whole)
         return tensors, as_read_back(weights, quantized) if inputs.continued else None
 
     def _learned(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
@@ -120,16 +114,18 @@ class CalibratedWeights(WeightsVariant):
         self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
         return found
 
-    def packed_experts(self, quantized: QuantizedLayer, layer: int) -> dict[str, Tensor]:
+    def packed_experts(self, quantized: QuantizedLayer, tensor_names: TensorNames, layer: int) -> dict[str, Tensor]:
         """The expert tensors of one layer."""
         tensors: dict[str, Tensor] = {}
         for projection, batch in quantized.experts.items():
-            names = [expert_name(layer, expert, projection) for expert in range(len(batch.codes))]
+            names = [tensor_names.expert(layer, expert, projection) for expert in range(len(batch.codes))]
             tensors |= batch_tensors(self.storage, names, batch)
         return tensors
 
 
-def input_scales(row: Format, statistics: LayerStatistics, mid_power: Tensor, attention: bool) -> dict[str, Tensor]:
+def input_scales(
+    names: TensorNames, row: Format, statistics: LayerStatistics, mid_power: Tensor, attention: bool
+) -> dict[str, Tensor]:
     """The scales of FP4 activations, with HEADROOM over the largest input that was seen.
 
     All experts of a layer have the same input, so w1 and w3 of all have one scale; w2's are each expert's own, an
@@ -142,11 +138,11 @@ def input_scales(row: Format, statistics: LayerStatistics, mid_power: Tensor, at
     between = torch.where(between > 0, between, between.max())
     by_name = {}
     for expert in range(len(entering)):
-        by_name |= {expert_name(layer, expert, p): entering.max() for p in ("w1", "w3")}
-        by_name[expert_name(layer, expert, "w2")] = between[expert]
+        by_name |= {names.expert(layer, expert, p): entering.max() for p in ("w1", "w3")}
+        by_name[names.expert(layer, expert, "w2")] = between[expert]
     if attention:
         ends = [m.amax.cpu().max() for m in (statistics.attention_in, statistics.attention_out)]
-        by_name |= {attention_name(layer, p): ends[p == "o_proj"] for p in ATTENTION}
+        by_name |= {names.attention(layer, p): ends[p == "o_proj"] for p in ATTENTION}
     tensors: dict[str, Tensor] = {}
     scales = row.input_scale(HEADROOM * torch.stack(list(by_name.values())).clamp(min=TINY))
     for suffix, values in scales.items():
@@ -159,11 +155,16 @@ def with_bits(options: LayerOptions, bits: int) -> LayerOptions:
     return dataclasses.replace(options, grid=dataclasses.replace(options.integers, bits=bits))
 
 
-def cache_scales(statistics: LayerStatistics, values: Tensor | None) -> dict[str, Tensor]:
+def exact_names(names: TensorNames, layer: int) -> list[str]:
+    """The tensors of a layer that are written in float32 when the router changes."""
+    return [names.prefix(layer) + names.plain[field] for field in EXACT if field in names.plain]
+
+
+def cache_scales(names: TensorNames, statistics: LayerStatistics, values: Tensor | None) -> dict[str, Tensor]:
     """k_scale and v_scale of a layer [1]; values: what the artifact divides v's channels by (None: nothing)."""
     keys, seen = statistics.kv_amax.cpu()
     seen = seen if values is None else seen / values.cpu()
     return {
-        attention_name(statistics.layer, "k_proj") + ".k_scale": cache_scale(keys),
-        attention_name(statistics.layer, "v_proj") + ".v_scale": cache_scale(seen),
+        names.attention(statistics.layer, "k_proj") + ".k_scale": cache_scale(keys),
+        names.attention(statistics.layer, "v_proj") + ".v_scale": cache_scale(seen),
     }

@@ -39,12 +39,12 @@ class Matrices:
             assert layer is not None
             projection = EXPERT_TENSORS[rest.removesuffix(".weight")]
             return self.source.read_experts(layer, projection, chosen, device, torch.float32)
-        return self.source.read(release_name(self.info.name)).to(device).unsqueeze(0)
+        return self.source.read(release_name(self.source.geometry.names, self.info.name)).to(device).unsqueeze(0)
 
 
 def encode_plain(source: Source, info: TensorInfo) -> np.ndarray:
     """A vector or an unquantized small matrix: float32 bytes."""
-    return source.read(release_name(info.name)).float().contiguous().numpy()
+    return source.read(release_name(source.geometry.names, info.name)).float().contiguous().numpy()
 
 
 def encode_tensors(

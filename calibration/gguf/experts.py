@@ -11,7 +11,8 @@ from torch import Tensor
 from mmquant.errors import naming
 
 from ...convert.gguf.names import EXPERT_TENSORS
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
 from ...quantize.ggml.types import GGMLType
 from ...quantize.overflow import rescale_exponents
 from .moments import Pair, each_pooled

@@ -11,7 +11,8 @@ from torch import Tensor
 from mmquant.errors import naming
 
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, PLAIN_TENSORS
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
 from ...quantize.ggml.types import GGMLType
 from ..model.forward import rms_norm
 from .experts import quantize_experts
@@ -43,10 +44,8 @@ def quantize_layer(
     new = quantize_experts(streams, weights, new, layer, kinds, g, method, report, out)
     pass_experts(streams, streams.written, new, g)
     out = {prefix + name + ".weight": data for name, data in out.items()}
-    norms = {"attn_norm.weight": new.input_norm, "attn_q_norm.weight": new.q_norm, "attn_k_norm.weight": new.k_norm}
-    norms |= {"ffn_norm.weight": new.post_norm, "ffn_gate_inp.weight": new.router, "exp_probs_b.bias": new.router_bias}
-    assert set(norms) == set(PLAIN_TENSORS)
-    return out | {prefix + name: value.float().cpu().numpy() for name, value in norms.items()}
+    kept = {name: getattr(new, field) for name, field in PLAIN_TENSORS.items() if field in g.names.plain}
+    return out | {prefix + name: value.float().cpu().numpy() for name, value in kept.items()}
 
 
 def quantize_attention(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...convert.models.minimax_m2 import EMBED
 from ...convert.source import Source, read_layer
 from ..model.forward import Observer, layer_forward
 from ..model.stream import batch_windows
@@ -31,7 +30,7 @@ def largest_sums(source: Source, tokens: Tensor, device: torch.device | str, blo
     """[L, E] for windows [W, T] of tokens, sums of blocks[layer] inputs; one layer in memory at a time."""
     g, batch = source.geometry, batch_windows(tokens.shape[1], device)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    hidden = torch.nn.functional.embedding(tokens, source.read(EMBED))
+    hidden = torch.nn.functional.embedding(tokens, source.read(g.names.embed))
     found = []
     for layer, block in enumerate(blocks):
         weights, watch = read_layer(source, layer, device, dtype), Largest(g.experts, block)

@@ -13,7 +13,7 @@ import torch
 
 from mmquant.errors import FitError
 
-from ...convert.models.minimax_m2 import Geometry
+from ...convert.models.geometry import Geometry
 from ..folder.layer import working_memory
 from ..model.forward import rows_at_once
 from ..model.stream import batch_windows

@@ -21,7 +21,7 @@ from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.gguf.metadata import Importance
 from ...convert.gguf.names import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from ...convert.gguf.plan import GgufPlan
-from ...convert.models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry
+from ...convert.models.geometry import Geometry
 from ...convert.source import read_layer
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
@@ -131,8 +131,8 @@ class CalibratedRun(TensorProvider):
                 made = quantize_layer(self.streams, weights, layer, types, g, self.method, self.report)
             self._check_streams(layer)
             return made
-        norm = self.source.read(FINAL_NORM).to(self.device)
-        head = quantize_head(self.streams, self.source.read(HEAD).to(self.device), norm, types, g, self.method)
+        norm = self.source.read(g.names.final_norm).to(self.device)
+        head = quantize_head(self.streams, self.source.read(g.names.head).to(self.device), norm, types, g, self.method)
         return {OUTPUT_NORM: norm.float().cpu().numpy(), OUTPUT: head}
 
     def _check_streams(self, layer: int) -> None:
@@ -145,7 +145,7 @@ class CalibratedRun(TensorProvider):
         """The embeddings' bytes; both streams begin."""
         info = self.plan.steps[0][0]
         stored = encode_nearest(Matrices(self.source, info), self.device)
-        reference = self.source.read(EMBED)
+        reference = self.source.read(self.source.geometry.names.embed)
         for start in range(0, self.streams.reference.shape[0], self.streams.batch):
             tokens = self.calibration.tokens[start : start + self.streams.batch]
             rows = torch.from_numpy(stored[tokens.flatten().numpy()])

@@ -13,7 +13,6 @@ from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.gguf.names import OUTPUT
 from ...convert.gguf.plan import GgufPlan
 from ...convert.gguf.writer import TensorInfo
-from ...convert.models.minimax_m2 import FINAL_NORM
 from ...quantize.ggml.types import GGMLType
 from ..model.forward import rms_norm
 from ..model.stream import Stream
@@ -86,7 +85,7 @@ class FastRun(TensorProvider):
     def _head_importance(self) -> Tensor:
         """[H] mean square of what the head sees."""
         assert self.stream.layer == self.source.geometry.layers
-        norm = self.source.read(FINAL_NORM).to(self.stream.device)
+        norm = self.source.read(self.source.geometry.names.final_norm).to(self.stream.device)
         total, rows = torch.zeros_like(norm), 0
         for _, hidden in self.stream.hidden.batches(self.stream.batch, self.stream.device):
             x = rms_norm(hidden, norm, self.source.geometry.norm_eps).flatten(0, 1)

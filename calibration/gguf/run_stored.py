@@ -23,7 +23,8 @@ from ...convert.gguf.imatrix import Imatrix, read_imatrix, split_matrices
 from ...convert.gguf.metadata import Importance
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, split_block
 from ...convert.gguf.plan import GgufPlan
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
 from ...convert.source import read_layer
 from ...quantize.ggml.codec import encode
 from ...quantize.ggml.types import GGMLType

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
 from ..model.forward import Observer, Routing, attention, grouped_matmul, rms_norm, route, rows_at_once, run_experts
 from ..model.hidden import HiddenStates
 from .memory import ExpertPlan, plan_experts, solve_memory
@@ -147,7 +148,7 @@ def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g:
     for start, reference, written in streams.batches():
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
         x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
-        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+        routing = route(x, weights.router, weights.router_bias, g)
 
         def take(_: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
             inner = inner_rows(z[token], new, offsets)  # noqa: B023 - used within this iteration
@@ -185,7 +186,7 @@ def routed(streams: Streams, weights: LayerWeights, g: Geometry, kept: range) ->
     for _, reference, written in streams.batches():
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
         x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
-        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+        routing = route(x, weights.router, weights.router_bias, g)
         for token, slot, offsets in dispatch(routing, g.experts):
             first, last = offsets[kept.start], offsets[kept.stop]
             token, slot = token[first:last], slot[first:last]
@@ -215,7 +216,7 @@ def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, 
     """Move one of the streams past the experts, with its own routing."""
     for start, hidden in states.batches(streams.batch, streams.device):
         x = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1).to(weights.w1.dtype)
-        routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+        routing = route(x, weights.router, weights.router_bias, g)
         states.put(start, hidden + run_experts(weights, x, routing, Observer()).view(hidden.shape))
 
 

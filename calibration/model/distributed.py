@@ -15,15 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...convert.models.minimax_m2 import (
-    ATTENTION,
-    LayerWeights,
-    attention_name,
-    attention_shapes,
-    expert_shape,
-    layer_prefix,
-    layer_weights,
-)
+from ...convert.models.layer import LayerWeights, layer_weights
+from ...convert.models.names import ATTENTION
+from ...convert.models.shapes import attention_shapes, expert_shape
 from ...convert.source import Source, read_layer
 
 T = TypeVar("T")
@@ -77,13 +71,13 @@ def read_layer_shared(
     experts, shapes = share(g.experts, rank, size), attention_shapes(g)
 
     def plain(name: str) -> Tensor:
-        return source.read(layer_prefix(layer) + name).to(device)
+        return source.read(g.names.prefix(layer) + name).to(device)
 
     def matrix(name: str) -> Tensor:
         owner = ATTENTION.index(name) % size
         value = torch.empty(shapes[name], dtype=dtype, device=device)
         if owner == rank:
-            value.copy_(source.read(attention_name(layer, name) + ".weight"))
+            value.copy_(source.read(g.names.attention(layer, name) + ".weight"))
         broadcast(value, owner)
         return value
 
@@ -96,7 +90,7 @@ def read_layer_shared(
             broadcast(whole[part.start : part.stop], owner)
         return whole
 
-    return layer_weights(plain, matrix, stacked)
+    return layer_weights(g.names, plain, matrix, stacked)
 
 
 def sum_to(tensor: Tensor, owner: int) -> Tensor:

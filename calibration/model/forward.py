@@ -1,8 +1,9 @@
-"""The reference forward of MiniMax-M2, one layer at a time, with observers of every matrix's input.
+"""The reference forward, one layer at a time, with observers of every matrix's input.
 
 Matrices run in the weights' dtype (float32 or bfloat16); router, softmax, norms and the residual stream in float32.
-Never float16: the last layer of M2.7 overflows it. Follows transformers 5.23 `MiniMaxM2DecoderLayer` (RoPE on the first
-`rotary_dim` dimensions, norm over all heads at once, selection by score + bias, weights = scores renormalised).
+Never float16: the last layer of M2.7 overflows it. What differs between architectures is in `Geometry.rules`; of
+MiniMax-M2 it follows transformers 5.23 `MiniMaxM2DecoderLayer` (RoPE on the first `rotary_dim` dimensions, norm over
+all heads at once, selection by score + bias, weights = scores renormalised).
 Shapes: B windows, T positions, N = B*T tokens, H hidden, E experts, K experts per token, I expert width, R = N*K rows.
 """
 
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...convert.models.minimax_m2 import Geometry, Globals, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import Globals, LayerWeights
 from ...convert.models.rope import frequencies
 from .combine import combine
 
@@ -39,7 +41,7 @@ def rounded(rounding: Rounding, name: str, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's choice for N tokens: sigmoid scores [N, E], chosen experts [N, K] int64, their weights [N, K]."""
+    """The router's choice for N tokens: scores [N, E], chosen experts [N, K] int64, their weights [N, K]."""
 
     scores: Tensor
     chosen: Tensor
@@ -96,6 +98,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turn * cos + half * sin, rest), dim=-1)
 
 
+def normed_heads(x: Tensor, weight: Tensor | None, g: Geometry) -> Tensor:
+    """q or k [B, T, heads * head_dim] -> [B, T, heads, head_dim], normed as `g.rules` says."""
+    apart = (*x.shape[:2], -1, g.head_dim)
+    if weight is None:
+        return x.float().view(apart)
+    return rms_norm(x.view(apart) if g.rules.qk_norm == "head" else x, weight, g.norm_eps).view(apart)
+
+
 def attention(
     weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Observer, rounding: Rounding = EXACT
 ) -> Tensor:
@@ -105,8 +115,7 @@ def attention(
     x = rms_norm(hidden, weights.input_norm, g.norm_eps).to(dtype)
     observer.attention_input(x.flatten(0, 1))
     q, k, v = (rounded(rounding, name, x) @ getattr(weights, name).T for name in ("q", "k", "v"))
-    q = rms_norm(q, weights.q_norm, g.norm_eps).view(batch, length, g.heads, g.head_dim).transpose(1, 2)
-    k = rms_norm(k, weights.k_norm, g.norm_eps).view(batch, length, g.kv_heads, g.head_dim)
+    q, k = normed_heads(q, weights.q_norm, g).transpose(1, 2), normed_heads(k, weights.k_norm, g)
     v = v.view(batch, length, g.kv_heads, g.head_dim).transpose(1, 2)
     cos, sin = rotary_tables(g, length, hidden.device)
     q, k = rotate(q, cos, sin).to(dtype), rotate(k.transpose(1, 2), cos, sin).to(dtype)
@@ -118,12 +127,18 @@ def attention(
     return (rounded(rounding, "o", out) @ weights.o.T).float()
 
 
-def route(x: Tensor, router: Tensor, bias: Tensor, per_token: int) -> Routing:
-    """Sigmoid routing in float32: x [N, H] -> the `per_token` experts with the largest score + bias."""
-    scores = torch.sigmoid(x.float() @ router.float().T)
-    chosen = torch.topk(scores + bias.float(), per_token, dim=-1).indices
+def route(x: Tensor, router: Tensor, bias: Tensor | None, g: Geometry) -> Routing:
+    """Routing in float32 by `g.rules`: x [N, H] -> the experts with the largest score (+ bias) of each token."""
+    logits = x.float() @ router.float().T
+    scores = torch.sigmoid(logits) if g.rules.scoring == "sigmoid" else torch.softmax(logits, -1)
+    chosen = torch.topk(biased(scores, bias), g.experts_per_token, dim=-1).indices
     weights = scores.gather(1, chosen)
-    return Routing(scores, chosen, weights / weights.sum(-1, keepdim=True))
+    return Routing(scores, chosen, weights / weights.sum(-1, keepdim=True) if g.rules.renormalize else weights)
+
+
+def biased(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """What experts are chosen by: scores [N, E], plus the router's bias [E] where it has one."""
+    return scores if bias is None else scores + bias.float()
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: list[int]) -> Tensor:
@@ -176,7 +191,7 @@ def moe(weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Observer, 
     """The experts' contribution to the residual: hidden [B, T, H] float32 -> [B, T, H] float32."""
     normed = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1)
     x = normed.to(weights.w1.dtype)
-    routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+    routing = route(x, weights.router, weights.router_bias, g)
     observer.moe_input(x, routing)
     return run_experts(weights, x, routing, observer, rounding).view(hidden.shape)
 

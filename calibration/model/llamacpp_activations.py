@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, TOKEN_EMBD
 from ...convert.gguf.reader import GgufSource
-from ...convert.models.minimax_m2 import LayerWeights
+from ...convert.models.layer import LayerWeights
 from ...convert.source import Source
 from .forward import CACHE, EXACT, HEAD_INPUT, Change, Rounding
 

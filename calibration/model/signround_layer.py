@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
 from ...quantize.signround import Learned, Result, Start, StepSchedule, Weights, learn, values_of
 from .forward import Observer, attention
 

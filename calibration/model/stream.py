@@ -11,7 +11,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.files.atomic import is_temporary
-from ...convert.models.minimax_m2 import EMBED, LayerWeights
+from ...convert.models.layer import LayerWeights
 from ...convert.source import Source
 from .distributed import rank_device, read_layer_shared, world
 from .forward import Observer, layer_forward
@@ -71,7 +71,7 @@ class Stream:
             if path is not None and path.is_file():
                 self.hidden.load(path, "delete it to compute the layers before it again")
                 return candidate
-        embed = self.source.read(EMBED)
+        embed = self.source.read(self.source.geometry.names.embed)
         for start in range(0, self.hidden.shape[0], self.batch):
             self.hidden.put(start, torch.nn.functional.embedding(self.tokens[start : start + self.batch], embed))
         return 0

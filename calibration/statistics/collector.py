@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
-from ..model.forward import Observer, Routing
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
+from ..model.forward import Observer, Routing, biased
 from .layer import MARGIN_BINS, LayerStatistics, RoutingStatistics
 from .sums import Sums, abs_max, add_gram, column_squares, expanded, row_extremes, scaled_rows
 
@@ -177,9 +178,9 @@ class Collector(Observer):
         self.coactivation += chosen.T @ chosen
         keep = routing.chosen.shape[1]
         if keep < self.geometry.experts:
-            biased = routing.scores + self.weights.router_bias.float()
-            last = biased.gather(1, routing.chosen).amin(1)
-            gap = last - biased.scatter(1, routing.chosen, -torch.inf).amax(1)
+            levels = biased(routing.scores, self.weights.router_bias)
+            last = levels.gather(1, routing.chosen).amin(1)
+            gap = last - levels.scatter(1, routing.chosen, -torch.inf).amax(1)
             gap = gap if good is None else gap[good]
             place = torch.log2(gap.clamp(min=2.0**-40)).floor().long() + MARGIN_BINS
             self.margins += torch.bincount(place.clamp(0, MARGIN_BINS - 1), minlength=MARGIN_BINS)

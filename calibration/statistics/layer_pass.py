@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mmquant.errors import FitError
 
-from ...convert.models.minimax_m2 import Geometry, LayerWeights
+from ...convert.models.geometry import Geometry
+from ...convert.models.layer import LayerWeights
 from ...quantize.moments import Moments
 from ..model.distributed import max_everywhere, share, sum_everywhere, sum_to, world
 from ..model.forward import layer_forward

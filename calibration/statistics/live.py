@@ -12,7 +12,7 @@ import torch
 from mmquant.errors import FitError, InputError
 
 from ...convert.checkpoints.checkpoint import Checkpoint
-from ...convert.models.minimax_m2 import LayerWeights
+from ...convert.models.layer import LayerWeights
 from ...convert.source import read_layer
 from ..model.hidden import RAM_LIMIT, place_of
 from ..model.stream import DISK_LIMIT, Stream

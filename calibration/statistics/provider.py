@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.folder.variant import FolderVariant
-from ...convert.models.minimax_m2 import LayerWeights
+from ...convert.models.layer import LayerWeights
 from ..model.hidden import HiddenStates
 from .layer import LayerStatistics
 

@@ -22,7 +22,7 @@ from ...convert.checkpoints.write import write_tensors
 from ...convert.files.atomic import is_temporary, sha256_file, whole_file, write_whole
 from ...convert.files.difference import first_difference, short
 from ...convert.files.progress import damaged
-from ...convert.models.minimax_m2 import Geometry
+from ...convert.models.geometry import Geometry
 from ...quantize.moments import Moments
 from ..model.distributed import world
 from .file import SHARED, SQUARES, entries

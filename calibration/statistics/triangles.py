@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...convert.models.minimax_m2 import Geometry
+from ...convert.models.geometry import Geometry
 
 STORED = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
 

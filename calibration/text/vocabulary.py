@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mmquant.errors import InputError
 
 from ...convert.files.parse import parse_json, take, take_list, take_map
-from ...convert.models.minimax_m2 import Geometry
+from ...convert.models.geometry import Geometry
 from ...convert.models.rope import RopeScaling, same_scaling
 from ...convert.source import Source
 

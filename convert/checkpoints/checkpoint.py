@@ -1,4 +1,4 @@
-"""Open a MiniMax-M2 checkpoint that can be quantized (BF16 or FP8) from its headers alone."""
+"""Open a checkpoint that can be quantized (BF16 or FP8) from its headers alone."""
 
 from __future__ import annotations
 
@@ -19,18 +19,7 @@ from ..formats.format import Scheme
 from ..formats.fp8_native import SCALES
 from ..formats.plain import PLAIN
 from ..models import architecture_of
-from ..models.minimax_m2 import (
-    FINAL_NORM,
-    HEAD,
-    expert_name,
-    global_shapes,
-    is_mtp,
-    kind_of,
-    layer_prefix,
-    matrix_shapes,
-    plain_shapes,
-)
-from ..models.minimax_m2.names import SAMPLED
+from ..models.shapes import expert_shape, global_shapes, is_mtp, matrix_shapes, plain_shapes
 from .batches import batches, read_batch
 from .census import Kind, count_kinds
 from .extras import extra_kind, extra_notes
@@ -53,18 +42,19 @@ class Checkpoint:
         self.notes: list[str] = []
         self.config = read_config(store)
         self.geometry = architecture_of(self.config).geometry(self.config)
+        self.names = self.geometry.names
         quantization = quantization_of(self.config)
-        self.book = None if quantization is None else SchemeBook(quantization)
+        self.book = None if quantization is None else SchemeBook(quantization, self.names)
         check_method(self.book)
         self.tensors = collect_tensors(store)
-        self.skipped = {n: t for n, t in self.tensors.items() if is_mtp(n, self.geometry) or extra_kind(n)}
+        self.skipped = {n: t for n, t in self.tensors.items() if is_mtp(n, self.geometry) or extra_kind(n, self.names)}
         used = {n: t for n, t in self.tensors.items() if n not in self.skipped}
-        self.schedule = Schedule(store, used, self.geometry.layers)
+        self.schedule = Schedule(store, used, self.geometry)
         self._modules = modules_of(used)
         self._schemes: dict[str, Scheme | None] = {}
-        self.notes = extra_notes(self.label, (n for n in self.skipped if not is_mtp(n, self.geometry)))
-        if self.config.get("tie_word_embeddings") and HEAD in self.tensors:
-            self.notes.append(f"{self.label}: tie_word_embeddings is true beside {HEAD}: the stored head is used")
+        self.notes = extra_notes(self.label, (n for n in self.skipped if not is_mtp(n, self.geometry)), self.names)
+        if self.config.get("tie_word_embeddings") and (head := self.names.head) in self.tensors:
+            self.notes.append(f"{self.label}: tie_word_embeddings is true beside {head}: the stored head is used")
 
     # -- what is FP8 -------------------------------------------------------------------------------------------------
 
@@ -122,8 +112,8 @@ class Checkpoint:
         """name -> (shapes, dtypes) that are right for every tensor that this config calls for."""
         wanted: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]] = {}
         wanted |= {name: ((shape,), PLAIN) for name, shape in global_shapes(self.geometry).items()}
-        if self.config.get("tie_word_embeddings") and HEAD not in self.tensors:
-            del wanted[HEAD]
+        if self.config.get("tie_word_embeddings") and self.names.head not in self.tensors:
+            del wanted[self.names.head]
         for layer in range(self.geometry.layers):
             for name, shape in plain_shapes(self.geometry, layer):
                 wanted[name] = ((shape,), PLAIN)
@@ -188,8 +178,8 @@ class Checkpoint:
         return codes, scales if self.tile_of(name) is not None else scales.reshape(-1, 1).expand(len(codes), 1)
 
     def read(self, name: str) -> Tensor:
-        if name == HEAD and name not in self.tensors and self.config.get("tie_word_embeddings"):
-            name = "model.embed_tokens.weight"
+        if name == self.names.head and name not in self.tensors and self.config.get("tie_word_embeddings"):
+            name = self.names.embed
         stem = name.removesuffix(".weight")
         if name.endswith(".weight") and name in self.tensors and self.tensors[name].dtype == "F8_E4M3":
             codes, scales = self.native(stem)
@@ -200,11 +190,9 @@ class Checkpoint:
     def read_experts(
         self, layer: int, projection: str, experts: range, device: torch.device | str, dtype: torch.dtype
     ) -> Tensor:
-        g = self.geometry
-        shape = (g.hidden, g.expert_width) if projection == "w2" else (g.expert_width, g.hidden)
-        out = torch.empty((len(experts), *shape), device=device, dtype=dtype)
+        out = torch.empty((len(experts), *expert_shape(self.geometry, projection)), device=device, dtype=dtype)
         for part in batches(len(experts)):
-            names = [expert_name(layer, experts[position], projection) for position in part]
+            names = [self.names.expert(layer, experts[position], projection) for position in part]
             out[part.start : part.stop] = self._dequantized(names, device).to(dtype)
         return out
 
@@ -263,9 +251,9 @@ class Checkpoint:
             digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
         last = self.geometry.layers - 1
         for layer in sorted({0, last // 2, last}):
-            for name in SAMPLED:
-                digest.update(self._bytes(layer_prefix(layer) + name))
-        digest.update(self._bytes(FINAL_NORM))
+            for field in self.names.sampled:
+                digest.update(self._bytes(self.names.prefix(layer) + self.names.plain[field]))
+        digest.update(self._bytes(self.names.final_norm))
         return digest.hexdigest()
 
     def _bytes(self, name: str) -> bytes:
@@ -278,7 +266,7 @@ class Checkpoint:
 
     def _kind(self, name: str) -> str:
         if name not in self.skipped:
-            return kind_of(name)
+            return self.names.kind_of(name)
         return "mtp (skipped)" if is_mtp(name, self.geometry) else "extra (skipped)"
 
 

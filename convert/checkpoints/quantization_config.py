@@ -15,6 +15,7 @@ from ..files.parse import is_object
 from ..formats.format import Scheme
 from ..formats.skip_lists import ENGINES, names_of
 from ..formats.table import METHODS, formats_of
+from ..models.names import TensorNames
 
 # The second: compressed-tensors before 2025.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -35,8 +36,8 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
 class SchemeBook:
     """The schemes of a quantization_config by matrix, one reading for each engine."""
 
-    def __init__(self, quantization: dict[str, Any]) -> None:
-        self.quantization = quantization
+    def __init__(self, quantization: dict[str, Any], names: TensorNames) -> None:
+        self.quantization, self._tensors = quantization, names
         self.method = str(quantization.get("quant_method"))
         if self.method not in METHODS:
             known = ", ".join(METHODS)
@@ -55,7 +56,7 @@ class SchemeBook:
 
     def reading(self, name: str, engine: str) -> Scheme | None:
         """What one engine takes the matrix for."""
-        names = names_of(name, engine, self._method.single, self._method.fused)
+        names = names_of(self._tensors, name, engine, self._method.single, self._method.fused)
         if (engine, names) not in self._known:
             self._known[engine, names] = self._method.read(self._formats, self.quantization, names, engine)
         return self._known[engine, names]

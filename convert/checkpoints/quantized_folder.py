@@ -18,17 +18,7 @@ from mmquant.errors import InputError
 from ..formats.format import Fetch, PartError, Scheme
 from ..formats.plain import PLAIN
 from ..models import architecture_of
-from ..models.minimax_m2 import (
-    EMBED,
-    HEAD,
-    expert_name,
-    global_shapes,
-    is_mtp,
-    kind_of,
-    matrix_shapes,
-    plain_shapes,
-)
-from ..models.minimax_m2.names import SGLANG_NAMES
+from ..models.shapes import global_shapes, is_mtp, matrix_shapes, plain_shapes
 from .batches import batches, read_batch
 from .census import Kind, count_kinds
 from .extras import extra_kind, extra_notes
@@ -41,7 +31,6 @@ from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, re
 
 SAMPLED = 512  # tensors whose first bytes are in the fingerprint
 SAMPLE = 256
-ALIASES = {theirs: ours for ours, theirs in SGLANG_NAMES.items()}
 
 
 class QuantizedFolder:
@@ -51,12 +40,14 @@ class QuantizedFolder:
         self.store, self.label, self.origin = store, store.label, store.origin
         self.config = read_config(store)
         self.geometry = architecture_of(self.config).geometry(self.config)
+        self.names = self.geometry.names
+        self._aliases = {theirs: self.names.projections[key] for key, theirs in self.names.sglang.items()}
         self.quantization = quantization_of(self.config) or {}
-        self.book = SchemeBook(self.quantization)
+        self.book = SchemeBook(self.quantization, self.names)
         self.warnings: list[str] = []  # what engines would read otherwise
         found = collect_tensors(store)
         self.tensors = {n: t for n, t in found.items() if not is_mtp(n, self.geometry)}
-        self.schedule = Schedule(store, self.tensors, self.geometry.layers)
+        self.schedule = Schedule(store, self.tensors, self.geometry)
         check_count(self.geometry, len(found), self.label)
         self._by_module: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
@@ -72,15 +63,17 @@ class QuantizedFolder:
         check_storage(self.label, self.book, read)
         self.matrices = {name: self._resolve(name, shape, schemes[name]) for name, shape in shapes.items()}
         self.warnings += engine_notes(self.label, self.book, read)
-        self.notes = self.warnings + extra_notes(self.label, (n for n in self.tensors if self._extra(n)))
+        self.notes = self.warnings + extra_notes(self.label, (n for n in self.tensors if self._extra(n)), self.names)
 
     def _extra(self, name: str) -> bool:
         """A tensor that nothing depends on; the scales of a cache that config.json names are none."""
-        return extra_kind(name) is not None and not (self.quantization.get("kv_cache_scheme") and "_proj." in name)
+        return extra_kind(name, self.names) is not None and not (
+            self.quantization.get("kv_cache_scheme") and "_proj." in name
+        )
 
     def _release(self, module: str) -> str:
         head, _, last = module.rpartition(".")
-        return f"{head}.{ALIASES[last]}" if last in ALIASES and ".experts." in head else module
+        return f"{head}.{self._aliases[last]}" if last in self._aliases and ".experts." in head else module
 
     def _scheme(self, name: str, shape: tuple[int, int]) -> Scheme | None:
         """The scheme of a matrix: of the first engine whose reading fits the tensors that are there."""
@@ -120,19 +113,19 @@ class QuantizedFolder:
         """What is not a quantized matrix: present, with its shape and a plain dtype, else ValueError."""
         wanted: dict[str, tuple[int, ...]] = dict(global_shapes(self.geometry))
         if self.config.get("tie_word_embeddings"):
-            wanted.pop(HEAD)
+            wanted.pop(self.names.head)
         for layer in range(self.geometry.layers):
             wanted |= dict(plain_shapes(self.geometry, layer))
-        if HEAD in self.tensors:
-            wanted[HEAD] = global_shapes(self.geometry)[HEAD]
+        if (head := self.names.head) in self.tensors:
+            wanted[head] = global_shapes(self.geometry)[head]
         missing = [name for name in wanted if name not in self.tensors]
         if missing:
             raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
         for name, shape in wanted.items():
             self._check(name, self.tensors[name], shape, PLAIN)
         known = {info.name for stored in self.matrices.values() for info in known_parts(stored)}
-        known |= wanted.keys() | {HEAD}
-        if strange := [n for n in self.tensors if n not in known and extra_kind(n) is None]:
+        known |= wanted.keys() | {head}
+        if strange := [n for n in self.tensors if n not in known and extra_kind(n, self.names) is None]:
             raise InputError(f"{self.label}: {len(strange)} tensors are not part of this model, first {strange[0]}")
 
     def dequantize(self, name: str, device: torch.device | str = "cpu") -> Tensor:
@@ -175,8 +168,8 @@ class QuantizedFolder:
         stem = name.removesuffix(".weight")
         if stem in self.matrices:
             return self.dequantize(stem)
-        if name == HEAD and name not in self.tensors and self.config.get("tie_word_embeddings"):
-            name = EMBED
+        if name == self.names.head and name not in self.tensors and self.config.get("tie_word_embeddings"):
+            name = self.names.embed
         if name not in self.tensors:
             raise InputError(f"{self.label}: {name} is missing")
         self.schedule.reading(name)
@@ -186,10 +179,10 @@ class QuantizedFolder:
         self, layer: int, projection: str, experts: range, device: torch.device | str, dtype: torch.dtype
     ) -> Tensor:
         """[len(experts), out, in] of one projection, dequantized on the device."""
-        shape = self.matrices[expert_name(layer, 0, projection)].shape
+        shape = self.matrices[self.names.expert(layer, 0, projection)].shape
         out = torch.empty((len(experts), *shape), device=device, dtype=dtype)
         for part in batches(len(experts)):
-            names = [expert_name(layer, experts[position], projection) for position in part]
+            names = [self.names.expert(layer, experts[position], projection) for position in part]
             out[part.start : part.stop] = self._batch(names, device).to(dtype)
         return out
 
@@ -201,7 +194,7 @@ class QuantizedFolder:
 
     def census(self) -> list[Kind]:
         """Count, dtype, bytes and weights of each kind of tensor."""
-        kinds = ((("extra (skipped)" if self._extra(n) else kind_of(n)), t) for n, t in self.tensors.items())
+        kinds = ((("extra (skipped)" if self._extra(n) else self.names.kind_of(n)), t) for n, t in self.tensors.items())
         return count_kinds((kind, t.dtype, t.shape, t.size) for kind, t in kinds)
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from ..models.minimax_m2 import EMBED, layer_of
+from ..models.geometry import Geometry
 from .store import ShardStore, TensorInfo
 
 BLOCK = 8 << 20
@@ -66,12 +66,12 @@ class ReadAhead:
                 continue  # the pass itself will say what is wrong with the file
 
 
-def step_of(name: str, layers: int) -> int:
+def step_of(name: str, geometry: Geometry) -> int:
     """The pass's step that uses a tensor: embeddings 0, layer L is L+1, final norm and head layers+1."""
-    layer = layer_of(name)
+    layer = geometry.names.layer_of(name)
     if layer is not None:
         return layer + 1
-    return 0 if name == EMBED else layers + 1
+    return 0 if name == geometry.names.embed else geometry.layers + 1
 
 
 class Schedule:
@@ -83,16 +83,16 @@ class Schedule:
     one may still be read again. One reader at a time.
     """
 
-    def __init__(self, store: ShardStore, tensors: Mapping[str, TensorInfo], layers: int) -> None:
+    def __init__(self, store: ShardStore, tensors: Mapping[str, TensorInfo], geometry: Geometry) -> None:
         self.behind = 0
-        self._store, self._tensors, self._layers = store, tensors, layers
+        self._store, self._tensors, self._geometry = store, tensors, geometry
         self._step: int | None = None
         self._last: dict[str, int] = {}  # shards not released yet: the step of their last use
         self.ahead = ReadAhead()
 
     def reading(self, name: str) -> None:
         """A tensor is about to be read; any name of its module will do."""
-        step = step_of(name, self._layers)
+        step = step_of(name, self._geometry)
         if self._store.is_local:
             self.ahead.enter(step, self._ranges)
         elif self._step is None or 0 < step < self._step - self.behind:  # embeddings alone may serve a tied head
@@ -110,14 +110,14 @@ class Schedule:
     def _by_step(self) -> dict[int, list[TensorInfo]]:
         found: dict[int, list[TensorInfo]] = {}
         for name, info in self._tensors.items():
-            found.setdefault(step_of(name, self._layers), []).append(info)
+            found.setdefault(step_of(name, self._geometry), []).append(info)
         return found
 
     def _plan(self, first_step: int) -> None:
         first: dict[str, int] = {}
         self._step, self._last = first_step, {}
         for name, info in self._tensors.items():
-            step = step_of(name, self._layers)
+            step = step_of(name, self._geometry)
             if step >= first_step:
                 first[info.shard] = min(step, first.get(info.shard, step))
                 self._last[info.shard] = max(step, self._last.get(info.shard, step))

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ..files.parse import parse_json
-from ..models.minimax_m2 import Geometry
+from ..models.geometry import Geometry
 from .store import ShardStore, TensorInfo, shard_names
 
 TORCH_DTYPES = {

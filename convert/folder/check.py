@@ -21,7 +21,8 @@ from ..checkpoints.quantized_folder import QuantizedFolder
 from ..checkpoints.storage import words
 from ..checkpoints.store import LocalFolder
 from ..formats.skip_lists import SGLANG, VLLM
-from ..models.minimax_m2 import ATTENTION, PROJECTIONS, attention_name, expert_name, global_shapes, is_mtp, plain_shapes
+from ..models.names import ATTENTION, PROJECTIONS, TensorNames
+from ..models.shapes import global_shapes, is_mtp, plain_shapes
 from ..source import Source
 
 LARGEST_ERROR = 0.5  # of a matrix, relative: INT4 of anything is near 0.1, noise is near 1.4
@@ -56,7 +57,7 @@ def check_places(found: QuantizedFolder) -> None:
     known = set(global_shapes(found.geometry))
     for layer in range(found.geometry.layers):
         known |= {name for name, _ in plain_shapes(found.geometry, layer)}
-        known |= set(_cache_names(layer))
+        known |= set(_cache_names(found.names, layer))
     for stored in found.matrices.values():
         known |= {f"{stored.name}.{suffix}" for suffix in stored.parts}
     strange = sorted(n for n in found.tensors if n not in known and not is_mtp(n, found.geometry))
@@ -64,14 +65,14 @@ def check_places(found: QuantizedFolder) -> None:
         raise InputError(f"{found.label}: {strange[0]} has no place in the model")
 
 
-def _cache_names(layer: int) -> list[str]:
-    return [f"{attention_name(layer, p)}.{s}" for p, s in (("k_proj", "k_scale"), ("v_proj", "v_scale"))]
+def _cache_names(names: TensorNames, layer: int) -> list[str]:
+    return [f"{names.attention(layer, p)}.{s}" for p, s in (("k_proj", "k_scale"), ("v_proj", "v_scale"))]
 
 
 def _check_cache_scales(found: QuantizedFolder) -> None:
     """A kv_cache_scheme comes with a positive scale [1] for every layer's keys and values, and none without it."""
     wanted = bool(found.quantization.get("kv_cache_scheme"))
-    for name in (name for layer in range(found.geometry.layers) for name in _cache_names(layer)):
+    for name in (name for layer in range(found.geometry.layers) for name in _cache_names(found.names, layer)):
         if (name in found.tensors) != wanted:
             state = "is there without" if not wanted else "is missing beside"
             raise InputError(f"{found.label}: {name} {state} a kv_cache_scheme in config.json")
@@ -84,9 +85,9 @@ def _check_cache_scales(found: QuantizedFolder) -> None:
 
 def check_engines(found: QuantizedFolder, layer: int) -> None:
     """vLLM and SGLang look experts up under names of their own and take one scheme for a layer's experts."""
-    wanted = found.matrices[expert_name(layer, 0, "w1")].scheme
+    wanted = found.matrices[found.names.expert(layer, 0, "w1")].scheme
     for projection in PROJECTIONS:
-        name = expert_name(layer, 0, projection)
+        name = found.names.expert(layer, 0, projection)
         for engine in (VLLM, SGLANG):
             scheme = found.book.reading(name, engine)
             if scheme != wanted:
@@ -94,20 +95,20 @@ def check_engines(found: QuantizedFolder, layer: int) -> None:
                 raise InputError(f"{found.label}: {name} {said}, its tensors are {words(wanted)}")
     for expert in range(found.geometry.experts):
         for projection in PROJECTIONS:
-            scheme = found.matrices[expert_name(layer, expert, projection)].scheme
+            scheme = found.matrices[found.names.expert(layer, expert, projection)].scheme
             if scheme != wanted:
-                name = expert_name(layer, expert, projection)
+                name = found.names.expert(layer, expert, projection)
                 raise InputError(f"{found.label}: {name} is {words(scheme)}, expert 0 of its layer {words(wanted)}")
 
 
 def check_layer(found: QuantizedFolder, layer: int, device: torch.device | str) -> None:
     """Attention one by one, experts in stacks."""
     for projection in ATTENTION:
-        name = attention_name(layer, projection)
+        name = found.names.attention(layer, projection)
         _check_values(found, [name], found.dequantize(name, device).unsqueeze(0))
     for projection in PROJECTIONS:
         for part in batches(found.geometry.experts):
-            names = [expert_name(layer, expert, projection) for expert in part]
+            names = [found.names.expert(layer, expert, projection) for expert in part]
             _check_values(found, names, found.read_experts(layer, projection, part, device, torch.float32))
 
 
@@ -135,7 +136,7 @@ def _compare(found: QuantizedFolder, source: Source, samples: int) -> None:
     for layer in range(found.geometry.layers):
         for expert in chosen:
             for projection in PROJECTIONS:
-                name = expert_name(layer, expert, projection)
+                name = found.names.expert(layer, expert, projection)
                 error = difference(found.dequantize(name), source.read(name + ".weight"))
                 if error > LARGEST_ERROR:
                     raise InputError(f"{found.label}: {name} is {error:.2f} away from the original, expected below 0.5")

@@ -20,8 +20,7 @@ from ..checkpoints.batches import batches
 from ..checkpoints.quantized_folder import QuantizedFolder
 from ..findings import Finding
 from ..formats.format import BlockScales
-from ..models.minimax_m2 import attention_name, expert_name
-from ..models.minimax_m2.names import ATTENTION_STACKS, EXPERT_STACKS
+from ..models.names import ATTENTION_STACKS, EXPERT_STACKS
 from .check import check_engines, check_layer, check_places
 
 LARGEST, LEAST = 448.0, 2.0**-6
@@ -65,9 +64,10 @@ def caught(source: QuantizedFolder, where: str, check: Callable[[], None]) -> li
 def stacks_of(source: QuantizedFolder, layer: int) -> Iterator[list[list[str]]]:
     """Names of the matrices that engines stack, [S][n]: all experts of a layer together."""
     for stack in ATTENTION_STACKS:
-        yield [[attention_name(layer, projection)] for projection in stack]
+        yield [[source.names.attention(layer, projection)] for projection in stack]
     for stack in EXPERT_STACKS:
-        yield [[expert_name(layer, e, projection) for e in range(source.geometry.experts)] for projection in stack]
+        experts = range(source.geometry.experts)
+        yield [[source.names.expert(layer, e, projection) for e in experts] for projection in stack]
 
 
 def examine_stack(

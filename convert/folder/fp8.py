@@ -13,7 +13,7 @@ from ..formats.format import Format, Scheme, specs
 from ..formats.fp8_block import TILE
 from ..formats.spec import TensorSpec
 from ..formats.table import choices
-from ..models.minimax_m2 import matrix_shapes, plain_shapes
+from ..models.shapes import matrix_shapes, plain_shapes
 from .packing import folder_config, nearest_tensors
 from .variant import plain_specs, plain_tensors
 from .writer import DTYPE_NAMES
@@ -78,4 +78,4 @@ class Fp8Variant:
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
-        return folder_config(fp8_scheme(source, self.storage), attention=True)
+        return folder_config(fp8_scheme(source, self.storage), True, source.names)

@@ -18,7 +18,7 @@ from ..checkpoints.finite import check_finite
 from ..checkpoints.store import INDEX, TensorInfo, shard_names
 from ..files.atomic import copy_whole, sha256_file, write_whole
 from ..manifest import FileEntry
-from ..models.minimax_m2 import matrix_shapes
+from ..models.shapes import matrix_shapes
 from ..remote_code import with_code
 
 UNQUANTIZED = "its weights are not FP8 (config.json has no quantization_config)"

@@ -13,8 +13,9 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..formats.format import Format, Scheme, check_writable, specs
 from ..formats.plain import plain_spec, plain_tensor
 from ..formats.spec import TensorSpec
-from ..models.minimax_m2 import Geometry, attention_name, expert_name, matrix_shapes, plain_shapes
-from ..models.minimax_m2.names import ATTENTION_STACKS, EXPERT_STACKS
+from ..models.geometry import Geometry
+from ..models.names import ATTENTION_STACKS, EXPERT_STACKS
+from ..models.shapes import matrix_shapes, plain_shapes
 from .packing import folder_config, stacked_tensors
 from .variant import plain_specs, plain_tensors
 from .weights import check_groups, stacks
@@ -66,14 +67,13 @@ class NearestVariant:
     def _stacks(self, g: Geometry, layer: int) -> Iterator[list[str]]:
         """The names of a layer's matrices, those together that share scales."""
         for stack in stacks(self.storage, ATTENTION_STACKS):
-            yield [attention_name(layer, projection) for projection in stack]
+            yield [g.names.attention(layer, projection) for projection in stack]
         for expert in range(g.experts):
             for stack in stacks(self.storage, EXPERT_STACKS):
-                yield [expert_name(layer, expert, projection) for projection in stack]
+                yield [g.names.expert(layer, expert, projection) for projection in stack]
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
-        del source
-        return folder_config(self.scheme, self.attention)
+        return folder_config(self.scheme, self.attention, source.names)
 
     def _rounded(self, name: str) -> bool:
         return self.attention or ".experts." in name

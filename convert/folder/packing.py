@@ -12,6 +12,7 @@ from mmquant.errors import InputError
 from ...quantize.integer.grid import IntWeight, map_parts
 from ..checkpoints.batches import to_host
 from ..formats.format import Format, Scheme
+from ..models.names import TensorNames
 
 PACKED_AT_ONCE = 16  # matrices: 1 GB of temporaries at M2.7's size
 
@@ -57,10 +58,10 @@ def stacked_tensors(scheme: Scheme, names: list[list[str]], weights: list[Tensor
     return found
 
 
-def folder_config(scheme: Scheme, attention: bool) -> dict[str, Any]:
+def folder_config(scheme: Scheme, attention: bool, names: TensorNames) -> dict[str, Any]:
     """quantization_config of a folder whose experts (and attention) are stored by one scheme."""
     assert scheme.format.config is not None, scheme.format
-    return scheme.format.config(scheme, attention)
+    return scheme.format.config(scheme, attention, names)
 
 
 def _named(names: list[str], packed: dict[str, Tensor]) -> dict[str, Tensor]:

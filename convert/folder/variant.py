@@ -11,8 +11,8 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization_config import QUANTIZATION_KEYS
 from ..formats.spec import TensorSpec
-from ..models.minimax_m2 import EMBED, HEAD, global_shapes
 from ..models.rope import DEFAULT
+from ..models.shapes import global_shapes
 from ..remote_code import with_code
 
 
@@ -62,11 +62,13 @@ def global_specs(source: Checkpoint) -> list[TensorSpec]:
 
 def global_tensors(source: Checkpoint, first: bool) -> dict[str, Tensor]:
     """The embeddings (`first`), or the final norm and head: each needs its own shards at its own time."""
-    return plain_tensors(source, [(name, shape) for name, shape in _globals(source) if (name == EMBED) == first])
+    embed = source.names.embed
+    return plain_tensors(source, [(name, shape) for name, shape in _globals(source) if (name == embed) == first])
 
 
 def _globals(source: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:
-    return [(n, s) for n, s in global_shapes(source.geometry).items() if n != HEAD or n in source.tensors]
+    head = source.names.head
+    return [(n, s) for n, s in global_shapes(source.geometry).items() if n != head or n in source.tensors]
 
 
 def quantized_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def quantized_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[s
         config.pop("rope_scaling", None)
     config.setdefault("rope_theta", g.rope_theta)
     config.setdefault("rotary_dim", g.rotary_dim)
-    if config.get("tie_word_embeddings") and HEAD in source.tensors:
+    if config.get("tie_word_embeddings") and source.names.head in source.tensors:
         config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization
     return config

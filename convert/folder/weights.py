@@ -16,15 +16,9 @@ from ..formats.format import Format, Scheme, check_writable, specs
 from ..formats.plain import plain_spec, plain_tensor
 from ..formats.spec import TensorSpec
 from ..formats.table import choices
-from ..models.minimax_m2 import (
-    ATTENTION,
-    Geometry,
-    attention_name,
-    expert_name,
-    matrix_shapes,
-    plain_shapes,
-)
-from ..models.minimax_m2.names import ATTENTION_STACKS, EXPERT_STACKS
+from ..models.geometry import Geometry
+from ..models.names import ATTENTION, ATTENTION_STACKS, EXPERT_STACKS
+from ..models.shapes import matrix_shapes, plain_shapes
 from .fp8 import fp8_scheme, fp8_specs, fp8_tensors
 from .packing import folder_config, stacked_tensors
 from .variant import plain_specs, plain_tensors
@@ -151,7 +145,7 @@ class WeightsVariant:
             else:
                 found.extend(specs(scheme, name, shape))
         if self.kv_cache == "fp8":
-            found.extend(ct.cache_specs(attention_name(layer, "k_proj"), attention_name(layer, "v_proj")))
+            found.extend(ct.cache_specs(*(source.names.attention(layer, name) for name in ("k_proj", "v_proj"))))
         return found
 
     @property
@@ -163,9 +157,9 @@ class WeightsVariant:
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
         if not self.whole:
             for projection in ATTENTION:
-                tensors |= self.attention_tensors(source, attention_name(layer, projection), device)
+                tensors |= self.attention_tensors(source, source.names.attention(layer, projection), device)
         for stack in stacks(self.storage, ATTENTION_STACKS) if self.whole else ():
-            names = [attention_name(layer, projection) for projection in stack]
+            names = [source.names.attention(layer, projection) for projection in stack]
             weights = [source.read(name + ".weight").to(device).unsqueeze(0) for name in names]
             tensors |= stacked_tensors(self.scheme(self.bits), [[name] for name in names], weights)
         for stack in stacks(self.storage, EXPERT_STACKS):
@@ -188,13 +182,13 @@ class WeightsVariant:
         for start in range(0, g.experts, step):
             chosen = range(start, min(start + step, g.experts))
             weights = [source.read_experts(layer, p, chosen, device, torch.float32) for p in stack]
-            names = [[expert_name(layer, e, p) for e in chosen] for p in stack]
+            names = [[source.names.expert(layer, e, p) for e in chosen] for p in stack]
             tensors |= stacked_tensors(self.scheme(self.bits_of(layer)), names, weights)
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
         if not self.storage.mixes:
-            return folder_config(self.scheme(self.bits), self.whole)
+            return folder_config(self.scheme(self.bits), self.whole, source.names)
         return mixed_config(self, source)
 
 
@@ -228,7 +222,7 @@ def mixed_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
     scheme, row = v.scheme(v.bits), v.storage
     whole = attention == scheme
     if whole and not v.eight_bit:
-        return ct.one_group(scheme, True, cache)
+        return ct.one_group(scheme, True, source.names, cache)
     groups: dict[str, dict[str, Any]] = {}
     if v.eight_bit:
         groups[v.scheme(8).label] = ct.entry(v.scheme(8), [layers_target(v.eight_bit)])
@@ -240,10 +234,10 @@ def mixed_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
         groups[scheme.label] = ct.entry(scheme, targets)
     if attention is not None and not whole:
         groups[attention.label] = ct.entry(attention, [ct.ATTENTION_TARGET])
-    ignore = (*ct.IGNORE, ct.ATTENTION_TARGET) if attention is None else ct.IGNORE
+    ignore = (*source.names.ignore, ct.ATTENTION_TARGET) if attention is None else source.names.ignore
     return ct.quantization_config(groups, row.name, ignore, cache)
 
 
 def layers_target(layers: tuple[int, ...]) -> str:
-    """A pattern for the experts of some layers that matches in vLLM (mlp.experts) and SGLang (block_sparse_moe)."""
+    """A pattern for the experts of some layers that matches in vLLM (mlp.experts) and SGLang (the release's name)."""
     return rf"re:.*\.layers\.({'|'.join(str(layer) for layer in layers)})\..*experts\..*"

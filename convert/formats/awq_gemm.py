@@ -17,7 +17,7 @@ from mmquant.errors import InputError
 from ...quantize.integer.grid import IntWeight
 from ...quantize.integer.pack import pack_awq, unpack_awq
 from ...quantize.integer.rtn import rtn_int
-from ..models.minimax_m2.names import ROUTER
+from ..models.names import TensorNames
 from .format import Fetch, Format, Method, Part, Scheme, Shape
 from .scales import finite, groups_of, half_scales, scaled
 from .settings import is_group
@@ -52,7 +52,7 @@ def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Ten
     return _pack(names, rtn_int(weights, scheme.bits, scheme.group, scheme.symmetric))
 
 
-def _config(scheme: Scheme, attention: bool) -> dict[str, Any]:
+def _config(scheme: Scheme, attention: bool, names: TensorNames) -> dict[str, Any]:
     """The router's name is listed whole: engines match substrings of module names."""
     return {
         "quant_method": NAME,
@@ -60,7 +60,7 @@ def _config(scheme: Scheme, attention: bool) -> dict[str, Any]:
         "group_size": scheme.group,
         "zero_point": True,
         "version": "gemm",
-        SKIPPED: ["lm_head", "embed_tokens", ROUTER, *([] if attention else ["self_attn"])],
+        SKIPPED: ["lm_head", "embed_tokens", names.router, *([] if attention else ["self_attn"])],
     }
 
 

@@ -1,7 +1,7 @@
 """The envelope of compressed-tensors: config groups out, and the group of a matrix in. Its formats are other modules.
 
 As the engines' loaders take it (compressed-tensors 0.17-0.20). Targets are regular expressions that match both engines'
-prefixes (vLLM: mlp.experts, SGLang: block_sparse_moe.experts); vLLM would ignore exact expert names. Reading: a name or
+prefixes (vLLM: mlp.experts, SGLang: the release's name); vLLM would ignore exact expert names. Reading: a name or
 pattern wins over the class name "Linear" whatever their order (vLLM compressed_tensors/utils.py).
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from mmquant.errors import InputError
 
 from ..files.parse import is_object
-from ..models.minimax_m2.names import IGNORE as IGNORE
+from ..models.names import TensorNames
 from .format import Format, Method, Scheme
 from .settings import block_of, is_group
 from .skip_lists import matches, strings
@@ -58,7 +58,7 @@ def group(
 
 
 def quantization_config(
-    groups: Mapping[str, dict[str, Any]], format: str, ignore: tuple[str, ...] = IGNORE, kv_cache: bool = False
+    groups: Mapping[str, dict[str, Any]], format: str, ignore: tuple[str, ...], kv_cache: bool = False
 ) -> dict[str, Any]:
     """The quantization_config of config.json; `format` is the top-level one, each group names its own."""
     scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
@@ -81,9 +81,10 @@ def entry(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     return scheme.format.group(targets, scheme)
 
 
-def one_group(scheme: Scheme, attention: bool, kv_cache: bool = False) -> dict[str, Any]:
+def one_group(scheme: Scheme, attention: bool, names: TensorNames, kv_cache: bool = False) -> dict[str, Any]:
     """quantization_config of a folder whose experts, and attention or not, are stored by one scheme."""
-    targets, ignore = (["Linear"], IGNORE) if attention else ([EXPERTS_TARGET], (*IGNORE, ATTENTION_TARGET))
+    targets = ["Linear"] if attention else [EXPERTS_TARGET]
+    ignore = names.ignore if attention else (*names.ignore, ATTENTION_TARGET)
     return quantization_config({scheme.label: entry(scheme, targets)}, scheme.format.name, ignore, kv_cache)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...quantize.integer.grid import IntWeight
+from ..models.names import TensorNames
 from .spec import TensorSpec
 
 Shape = tuple[int, int]  # (outputs, inputs)
@@ -110,7 +111,7 @@ class Format:
     nearest: Callable[[list[str], Tensor, Scheme], dict[str, Tensor]] | None = None
     pack: Callable[[list[str], IntWeight], dict[str, Tensor]] | None = None
     group: Callable[[list[str], Scheme], dict[str, Any]] | None = None
-    config: Callable[[Scheme, bool], dict[str, Any]] | None = None
+    config: Callable[[Scheme, bool, TensorNames], dict[str, Any]] | None = None
     label: str = ""  # of its config group, {bits} filled in
     manifest: str = "safetensors"  # the manifest's format
     command: str = ""  # the command that writes it, and the word of its --format or --scheme

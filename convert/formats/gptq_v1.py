@@ -20,6 +20,7 @@ from ...quantize.integer.grid import IntWeight
 from ...quantize.integer.pack import pack_gptq, pack_gptq_zeros, unpack_gptq, unpack_gptq_zeros
 from ...quantize.integer.rtn import rtn_int
 from ..files.parse import is_object
+from ..models.names import TensorNames
 from .format import Fetch, Format, Method, Part, PartError, Scheme, Shape
 from .scales import finite, groups_of, half_scales, scaled
 from .settings import is_group
@@ -74,7 +75,7 @@ def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Ten
     return _pack(names, rtn_int(weights, scheme.bits, scheme.group, scheme.symmetric))
 
 
-def _config(scheme: Scheme, attention: bool) -> dict[str, Any]:
+def _config(scheme: Scheme, attention: bool, names: TensorNames) -> dict[str, Any]:
     skip: dict[str, Any] = {} if attention else {r"-:.*self_attn.*": {}}
     return {
         "quant_method": NAME,

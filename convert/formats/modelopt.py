@@ -19,7 +19,7 @@ from mmquant.errors import InputError
 from ...quantize.fp4.grid import NVFP4
 from ...quantize.integer.grid import IntWeight
 from ..files.parse import is_object
-from ..models.minimax_m2.names import ROUTER
+from ..models.names import TensorNames
 from .format import BlockScales, Fetch, Format, Method, Part, Scheme, Shape
 from .nvfp4 import GROUP, LARGEST, block_parts, block_values, blocks_of, positive, stored_scales
 from .scales import finite
@@ -27,7 +27,6 @@ from .skip_lists import SGLANG, strings
 
 NAME = "modelopt"
 ALGORITHMS = {4: "NVFP4", 16: "W4A16_NVFP4"}  # by bits of the activations
-EXCLUDED = ("lm_head", f"*.{ROUTER}")
 ATTENTION = "*.self_attn.*"
 
 
@@ -60,14 +59,14 @@ def _input_scale(largest: Tensor) -> dict[str, Tensor]:
     return {"input_scale": largest / LARGEST}
 
 
-def _config(scheme: Scheme, attention: bool) -> dict[str, Any]:
+def _config(scheme: Scheme, attention: bool, names: TensorNames) -> dict[str, Any]:
     four: dict[str, Any] = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
     group = {"input_activations": four if scheme.activations == 4 else None, "weights": four, "targets": ["Linear"]}
     return {
         "quant_method": NAME,
         "quant_algo": ALGORITHMS[scheme.activations],
         "group_size": GROUP,
-        "ignore": [*EXCLUDED] if attention else [*EXCLUDED, ATTENTION],
+        "ignore": ["lm_head", f"*.{names.router}", *([] if attention else [ATTENTION])],
         "config_groups": {"group_0": group},
         "kv_cache_scheme": None,
     }

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from mmquant.errors import InputError
 
 from ..files.parse import are, is_list
-from ..models.minimax_m2.names import EXPERT, MOE, SGLANG_NAMES, VLLM_MOE
+from ..models.names import TensorNames
 
 VLLM, SGLANG, TRANSFORMERS = "vLLM", "SGLang", "transformers"
 ENGINES = (VLLM, SGLANG, TRANSFORMERS)
@@ -26,22 +26,22 @@ _FUSED = re.compile(r"\.[qkv]_proj$")
 Skips = Callable[[Sequence[str], Sequence[str]], bool]  # entries, the engine's names of a matrix
 
 
-def names_of(name: str, engine: str, single: bool = False, fused: bool = False) -> tuple[str, ...]:
+def names_of(names: TensorNames, name: str, engine: str, single: bool = False, fused: bool = False) -> tuple[str, ...]:
     """What an engine calls a matrix (release name without .weight) when it looks up how that is stored.
 
     single  one lookup a projection of a layer's experts (compressed-tensors), else one for all of them
     fused   q, k and v are looked up as qkv_proj
     """
-    match = EXPERT.fullmatch(name)
-    if match is None:
+    found = names.expert_of(name)
+    if found is None:
         return (_FUSED.sub(".qkv_proj", name),) if fused and engine != TRANSFORMERS else (name,)
-    layer, _, expert, projection = match.groups()
+    last, vllm = names.projections[found.projection], f"{found.stem}.{names.vllm_moe}.experts"
     if engine == VLLM:
-        return (f"{layer}.{VLLM_MOE}.experts.0.{projection}" if single else f"{layer}.{VLLM_MOE}.experts",)
+        return (f"{vllm}.0.{last}" if single else vllm,)
     if engine == SGLANG:
-        stem = f"{layer}.{MOE}.experts"
-        return (f"{stem}.0.{SGLANG_NAMES[projection]}" if single else stem,)
-    return (name, f"{layer}.{VLLM_MOE}.experts.{expert}.{projection}", f"{layer}.{VLLM_MOE}.experts")
+        stem = f"{found.stem}.{names.moe}.experts"
+        return (f"{stem}.0.{names.sglang[found.projection]}" if single else stem,)
+    return (name, f"{vllm}.{found.number}.{last}", vllm)
 
 
 def whole_names(entries: Sequence[str], names: Sequence[str]) -> bool:

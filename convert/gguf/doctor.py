@@ -22,7 +22,7 @@ from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
 from ...quantize.overflow import FP16_MAX, rescale_exponents
 from ..findings import Finding
-from ..models.minimax_m2.gguf import ARCH, PRE, SIGMOID
+from ..models.gguf import GATING
 from .finite import SCALES
 from .header import GgufFile, GgufTensor
 from .reader import GgufSource
@@ -43,9 +43,10 @@ def check_metadata(source: GgufSource) -> list[Finding]:
         if data.get(key) != wanted:
             found.append(Finding(level, key, f"{data.get(key)!r}, expected {wanted!r}"))
 
-    expect("tokenizer.ggml.pre", PRE)
+    row = source.geometry.architecture
+    expect("tokenizer.ggml.pre", row.gguf.pre)
     expect("tokenizer.ggml.model", "gpt2")
-    expect(f"{ARCH}.expert_gating_func", SIGMOID)
+    expect(f"{row.gguf.arch}.expert_gating_func", GATING[row.rules.scoring])
     for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.bos_token_id", "tokenizer.chat_template"):
         if key not in data:
             found.append(Finding("warning", key, "missing"))

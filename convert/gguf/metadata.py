@@ -20,12 +20,11 @@ from ..carried import read_object
 from ..chat_templates import DEFAULT, chat_templates
 from ..files.parse import are, is_list, is_object, short, take, take_list, take_map
 from ..hub.hubs import DEFAULT_HUB, HUBS
-from ..models.minimax_m2 import Geometry
-from ..models.minimax_m2.gguf import ARCH, PRE, SIGMOID
+from ..models.geometry import Geometry
+from ..models.gguf import architecture_keys
 from ..naming import short_name
 from ..source import Source
 from ..special_tokens import special_tokens
-from .rope_keys import scaling_values
 from .tokenizer import SPECIAL_TOKENS
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
@@ -83,7 +82,7 @@ def model_metadata(source: Source, name: str, file_type: int, importance: Import
     """
     metadata = {
         **general_keys(source, name),
-        **architecture_keys(source.geometry),
+        **{key: Value(*value) for key, value in architecture_keys(source.geometry).items()},
         "general.file_type": Value("u32", file_type),
         "general.quantization_version": Value("u32", GGML_QUANT_VERSION),
         **tokenizer_keys(source),
@@ -119,34 +118,10 @@ def provenance_keys(source: Source, settings: dict[str, str]) -> Metadata:
     return {f"mmquant.{key}": Value("str", value) for key, value in {**fixed, **settings}.items()}
 
 
-def architecture_keys(geometry: Geometry) -> Metadata:
-    """minimax-m2.* in the converter's order."""
-    g = geometry
-    values = {
-        "block_count": Value("u32", g.layers),
-        "context_length": Value("u32", g.max_context),
-        "embedding_length": Value("u32", g.hidden),
-        "feed_forward_length": Value("u32", g.expert_width),
-        "attention.head_count": Value("u32", g.heads),
-        "attention.head_count_kv": Value("u32", g.kv_heads),
-        "rope.freq_base": Value("f32", g.rope_theta),
-        "attention.layer_norm_rms_epsilon": Value("f32", g.norm_eps),
-        "expert_count": Value("u32", g.experts),
-        "expert_used_count": Value("u32", g.experts_per_token),
-        "expert_gating_func": Value("u32", SIGMOID),
-        "attention.key_length": Value("u32", g.head_dim),
-        "attention.value_length": Value("u32", g.head_dim),
-        "expert_feed_forward_length": Value("u32", g.expert_width),
-        "rope.dimension_count": Value("u32", g.rotary_dim),
-        **{key: Value(*value) for key, value in scaling_values(g.rope_scaling).items()},
-    }
-    return {f"{ARCH}.{key}": value for key, value in values.items()}
-
-
 def general_keys(source: Source, name: str) -> Metadata:
     """general.*: name, size, and from the source's model card its licence, tags, languages and base model."""
     keys: dict[str, Value] = {
-        "general.architecture": Value("str", ARCH),
+        "general.architecture": Value("str", source.geometry.architecture.gguf.arch),
         "general.type": Value("str", "model"),
         "general.name": Value("str", name),
         "general.size_label": Value("str", geometry_size(source.geometry)),
@@ -213,7 +188,7 @@ def tokenizer_keys(source: Source) -> Metadata:
     merges = take(model, "merges", list, where, [])
     keys = {
         "tokenizer.ggml.model": Value("str", "gpt2"),
-        "tokenizer.ggml.pre": Value("str", PRE),
+        "tokenizer.ggml.pre": Value("str", source.geometry.architecture.gguf.pre),
         "tokenizer.ggml.tokens": Value("[str]", tokens),
         "tokenizer.ggml.token_type": Value("[i32]", types),
         "tokenizer.ggml.merges": Value("[str]", [_merge(merge, where) for merge in merges]),

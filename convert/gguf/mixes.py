@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mmquant.errors import InputError, suggest
 
 from ...quantize.ggml.types import GGMLType, storable
-from ..models.minimax_m2 import Geometry
+from ..models.geometry import Geometry
 from .names import OUTPUT, TOKEN_EMBD, all_shapes, is_quantizable, split_block
 
 PLAIN = ("F32", "F16", "BF16")

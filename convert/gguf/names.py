@@ -1,7 +1,7 @@
 """Map release tensor names to GGUF names and shapes (numpy order, as llama.cpp's loader expects).
 
-Source: llama.cpp src/models/minimax-m2.cpp (809 tensors for 62 layers). Expert matrices of a layer are stacked into
-one tensor per projection.
+Source: llama.cpp src/llama-arch.cpp; names are the same for every architecture. Expert matrices of a layer are stacked
+into one tensor per projection.
 """
 
 from __future__ import annotations
@@ -10,11 +10,21 @@ import re
 
 from mmquant.errors import InputError
 
-from ..models.minimax_m2 import EMBED, FINAL_NORM, HEAD, Geometry, attention_name, expert_name
-from ..models.minimax_m2.gguf import ARCH, ATTENTION_TENSORS, EXPERT_TENSORS, PLAIN_TENSORS
+from ..models.geometry import Geometry
+from ..models.names import TensorNames
+from ..models.shapes import attention_shapes, expert_shape
 
 TOKEN_EMBD, OUTPUT_NORM, OUTPUT = "token_embd.weight", "output_norm.weight", "output.weight"
-GLOBALS = {TOKEN_EMBD: EMBED, OUTPUT_NORM: FINAL_NORM, OUTPUT: HEAD}
+ATTENTION_TENSORS = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
+EXPERT_TENSORS = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
+PLAIN_TENSORS = {  # field of LayerWeights; never quantized
+    "attn_norm.weight": "input_norm",
+    "attn_q_norm.weight": "q_norm",
+    "attn_k_norm.weight": "k_norm",
+    "ffn_norm.weight": "post_norm",
+    "ffn_gate_inp.weight": "router",
+    "exp_probs_b.bias": "router_bias",
+}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -24,44 +34,62 @@ def split_block(name: str) -> tuple[int | None, str]:
     return (int(match.group(1)), match.group(2)) if match else (None, name)
 
 
-def release_name(name: str, expert: int | None = None) -> str:
+def global_names(names: TensorNames) -> dict[str, str]:
+    """GGUF name -> release name outside the layers."""
+    return {TOKEN_EMBD: names.embed, OUTPUT_NORM: names.final_norm, OUTPUT: names.head}
+
+
+def release_name(names: TensorNames, name: str, expert: int | None = None) -> str:
     """Release name (with its suffix) of a GGUF tensor; stacked experts need the expert's number.
 
-    Raises ValueError for a name that minimax-m2 does not have.
+    Raises ValueError for a name that the architecture does not have.
     """
-    if name in GLOBALS:
-        return GLOBALS[name]
+    if name in (outside := global_names(names)):
+        return outside[name]
     layer, rest = split_block(name)
     stem = rest.removesuffix(".weight")
     if layer is not None:
-        if rest in PLAIN_TENSORS:
-            return f"model.layers.{layer}.{PLAIN_TENSORS[rest]}"
+        if PLAIN_TENSORS.get(rest) in names.plain:
+            return names.prefix(layer) + names.plain[PLAIN_TENSORS[rest]]
         if stem in ATTENTION_TENSORS and rest != stem:
-            return attention_name(layer, ATTENTION_TENSORS[stem]) + ".weight"
+            return names.attention(layer, ATTENTION_TENSORS[stem]) + ".weight"
         if stem in EXPERT_TENSORS and rest != stem and expert is not None:
-            return expert_name(layer, expert, EXPERT_TENSORS[stem]) + ".weight"
-    raise InputError(f"{name}: not a tensor of {ARCH}")
+            return names.expert(layer, expert, EXPERT_TENSORS[stem]) + ".weight"
+    raise InputError(f"{name}: not a tensor of this architecture")
+
+
+def gguf_name(names: TensorNames, name: str) -> tuple[str, int | None]:
+    """Release name (with its suffix) -> (GGUF name, expert or None). Raises ValueError for an unknown name."""
+    for theirs, ours in global_names(names).items():
+        if ours == name:
+            return theirs, None
+    stem, layer = name.removesuffix(".weight"), names.layer_of(name)
+    if stem != name and (found := names.expert_of(stem)) is not None:
+        return f"blk.{found.layer}.{expert_tensor(found.projection)}.weight", found.number
+    if layer is not None:
+        for theirs, field in PLAIN_TENSORS.items():
+            if field in names.plain and names.prefix(layer) + names.plain[field] == name:
+                return f"blk.{layer}.{theirs}", None
+        for theirs, projection in ATTENTION_TENSORS.items():
+            if f"{names.attention(layer, projection)}.weight" == name:
+                return f"blk.{layer}.{theirs}.weight", None
+    raise InputError(f"{name}: not a weight of this architecture")
+
+
+def expert_tensor(projection: str) -> str:
+    """w1, w2, w3 -> the tensor of a block (without .weight) that stacks it."""
+    return next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == projection)
 
 
 def layer_shapes(geometry: Geometry, layer: int) -> dict[str, tuple[int, ...]]:
     """GGUF name -> shape of a layer's tensors, in the order in which they are written."""
-    g, p = geometry, f"blk.{layer}."
-    q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
-    return {
-        p + "attn_norm.weight": (g.hidden,),
-        p + "attn_q.weight": (q, g.hidden),
-        p + "attn_k.weight": (kv, g.hidden),
-        p + "attn_v.weight": (kv, g.hidden),
-        p + "attn_output.weight": (g.hidden, q),
-        p + "attn_q_norm.weight": (q,),
-        p + "attn_k_norm.weight": (kv,),
-        p + "ffn_norm.weight": (g.hidden,),
-        p + "ffn_gate_inp.weight": (g.experts, g.hidden),
-        p + "exp_probs_b.bias": (g.experts,),
-        p + "ffn_gate_exps.weight": (g.experts, g.expert_width, g.hidden),
-        p + "ffn_up_exps.weight": (g.experts, g.expert_width, g.hidden),
-        p + "ffn_down_exps.weight": (g.experts, g.hidden, g.expert_width),
-    }
+    g, p, plain = geometry, f"blk.{layer}.", geometry.plain_fields()
+    attention = {f"{name}.weight": attention_shapes(g)[role] for name, role in ATTENTION_TENSORS.items()}
+    experts = {f"{name}.weight": (g.experts, *expert_shape(g, role)) for name, role in EXPERT_TENSORS.items()}
+    shapes: dict[str, tuple[int, ...]] = {name: plain[field] for name, field in PLAIN_TENSORS.items() if field in plain}
+    first = "attn_norm.weight"
+    ordered = {first: shapes.pop(first), **attention, **shapes, **experts}
+    return {p + name: shape for name, shape in ordered.items()}
 
 
 def step_shapes(geometry: Geometry) -> list[dict[str, tuple[int, ...]]]:

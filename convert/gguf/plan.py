@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..fit import Weights
-from ..models.minimax_m2 import Geometry
+from ..models.geometry import Geometry
 from ..source import Source
 from .metadata import Importance, Metadata, model_metadata, provenance_keys
 from .mixes import tensor_types

@@ -1,4 +1,4 @@
-"""Open a GGUF model of MiniMax-M2 (split or whole, by any tool) as a Source of dequantized weights."""
+"""Open a GGUF model (split or whole, by any tool) as a Source of dequantized weights."""
 
 from __future__ import annotations
 
@@ -20,48 +20,17 @@ from ..checkpoints.census import Kind, count_kinds
 from ..checkpoints.schedule import Range, ReadAhead
 from ..checkpoints.store import Origin
 from ..files.together import interrupted
-from ..models import architecture_of
-from ..models.minimax_m2 import HEAD, kind_of
-from ..models.minimax_m2.geometry import CLASS_NAME, MODEL_TYPE
-from ..models.minimax_m2.gguf import ARCH, ATTENTION_TENSORS, EXPERT_TENSORS, PLAIN_TENSORS, SIGMOID
-from ..models.minimax_m2.names import EXPERT
+from ..models import ARCHITECTURES, architecture_of
+from ..models.architecture import Architecture
+from ..models.gguf import Metadata
 from ..naming import cached_repository
 from .header import GgufFile, GgufTensor, read_header
-from .names import (
-    GLOBALS,
-    OUTPUT,
-    TOKEN_EMBD,
-    all_shapes,
-    release_name,
-    split_block,
-)
-from .rope_keys import rope_parameters
+from .names import OUTPUT, TOKEN_EMBD, all_shapes, expert_tensor, gguf_name, release_name, split_block
 from .tokenizer import tokenizer_config, tokenizer_json
 
 INPUT_SCALE = ".input_scale"  # of activations; llama.cpp's own kernels for them aside, no weight depends on it
 SAMPLE = 1024  # bytes of each tensor in the fingerprint
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-
-
-def gguf_name(name: str) -> tuple[str, int | None]:
-    """Release name (with its suffix) -> (GGUF name, expert or None). Raises ValueError for an unknown name."""
-    for theirs, ours in GLOBALS.items():
-        if ours == name:
-            return theirs, None
-    expert = EXPERT.fullmatch(name.removesuffix(".weight"))
-    if expert is not None and name.endswith(".weight"):
-        stem = next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == expert[4])
-        return f"blk.{expert[2]}.{stem}.weight", int(expert[3])
-    layer = _LAYER.fullmatch(name)
-    if layer is not None:
-        for theirs, ours in PLAIN_TENSORS.items():
-            if ours == layer[2]:
-                return f"blk.{layer[1]}.{theirs}", None
-        for theirs, ours in ATTENTION_TENSORS.items():
-            if f"self_attn.{ours}.weight" == layer[2]:
-                return f"blk.{layer[1]}.{theirs}.weight", None
-    raise InputError(f"{name}: not a weight of MiniMax-M2")
 
 
 def folder_of(path: Path) -> Path:
@@ -121,65 +90,39 @@ class GgufSource:
             raise InputError(f"{self.label}: {self.geometry.layers} layers, but only {len(self._where)} tensors")
 
     def _check_split(self) -> None:
-        count = self._number("split.count", len(self.files))
+        found = Metadata(self.metadata, self.label)
+        count = found.number("split.count", len(self.files))
         if count not in (0, len(self.files)):
             raise InputError(f"{self.label}: split.count is {count}, the name says {len(self.files)} files")
         for number, file in enumerate(self.files):
-            found = file.metadata.get("split.no", number)
-            if found != number:
-                raise InputError(f"{file.path}: split.no is {reprlib.repr(found)}, expected {number}")
+            place = file.metadata.get("split.no", number)
+            if place != number:
+                raise InputError(f"{file.path}: split.no is {reprlib.repr(place)}, expected {number}")
         total = sum(len(file.tensors) for file in self.files)
-        wanted = self._number("split.tensors.count", total)
+        wanted = found.number("split.tensors.count", total)
         if wanted != total:
             raise InputError(f"{self.label}: {total} tensors in all parts, split.tensors.count is {wanted}")
 
-    def _number(self, key: str, default: int | None = None) -> int:
-        value = self.metadata.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"{self.label}: {key} is {reprlib.repr(value)}, expected an integer")
-        return value
-
-    def _real(self, key: str) -> float:
-        value = self.metadata.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{self.label}: {key} is {reprlib.repr(value)}, expected a number")
-        return float(value)
-
     def _config(self) -> dict[str, Any]:
         """config.json's keys as the metadata has them."""
-        arch = self.metadata.get("general.architecture")
-        if arch != ARCH:
-            raise InputError(f"{self.label}: general.architecture is {reprlib.repr(arch)}, expected {ARCH!r}")
-        gating = self._number(f"{ARCH}.expert_gating_func", SIGMOID)
-        if gating != SIGMOID:
-            raise InputError(f"{self.label}: expert_gating_func is {gating}, expected {SIGMOID} (sigmoid)")
-        head_dim = self._number(f"{ARCH}.attention.key_length")
-        if self._number(f"{ARCH}.attention.value_length", head_dim) != head_dim:
-            raise InputError(f"{self.label}: attention.value_length is not key_length {head_dim}")
+        row = self._row()
         if TOKEN_EMBD not in self._where:
             raise InputError(f"{self.label}: {TOKEN_EMBD} is missing")
-        width = self._number(f"{ARCH}.expert_feed_forward_length", self._number(f"{ARCH}.feed_forward_length", 0))
-        scaling = rope_parameters(self.metadata, ARCH, self.label)
         return {
-            "architectures": [CLASS_NAME],
-            "model_type": MODEL_TYPE,
-            "scoring_func": "sigmoid",
-            "num_hidden_layers": self._number(f"{ARCH}.block_count"),
-            "hidden_size": self._number(f"{ARCH}.embedding_length"),
-            "intermediate_size": width,
-            "num_attention_heads": self._number(f"{ARCH}.attention.head_count"),
-            "num_key_value_heads": self._number(f"{ARCH}.attention.head_count_kv"),
-            "head_dim": head_dim,
-            "num_local_experts": self._number(f"{ARCH}.expert_count"),
-            "num_experts_per_tok": self._number(f"{ARCH}.expert_used_count"),
+            "architectures": [row.class_name],
+            "model_type": row.model_type,
+            **row.gguf_config(Metadata(self.metadata, self.label)),
             "vocab_size": self._where[TOKEN_EMBD][1].shape[0],
-            "rotary_dim": self._number(f"{ARCH}.rope.dimension_count", head_dim),
-            "rope_theta": self._real(f"{ARCH}.rope.freq_base"),
-            "rms_norm_eps": self._real(f"{ARCH}.attention.layer_norm_rms_epsilon"),
-            "max_position_embeddings": self._number(f"{ARCH}.context_length"),
-            **({} if scaling is None else {"rope_parameters": scaling}),
             "tie_word_embeddings": OUTPUT not in self._where,
         }
+
+    def _row(self) -> Architecture:
+        """The architecture that general.architecture names. Raises InputError."""
+        arch, rows = self.metadata.get("general.architecture"), ARCHITECTURES.values()
+        if (row := next((row for row in rows if row.gguf.arch == arch), None)) is not None:
+            return row
+        known = " or ".join(repr(row.gguf.arch) for row in rows)
+        raise InputError(f"{self.label}: general.architecture is {reprlib.repr(arch)}, expected {known}")
 
     def validate(self) -> None:
         """Every tensor of the geometry present with its shape, and no other. ValueError with the first fault."""
@@ -235,8 +178,8 @@ class GgufSource:
 
     def read(self, name: str) -> Tensor:
         """Dequantized float32 CPU tensor by release name."""
-        theirs, expert = gguf_name(name)
-        if name == HEAD and theirs not in self._where:
+        theirs, expert = gguf_name(self.geometry.names, name)
+        if theirs == OUTPUT and theirs not in self._where:
             theirs = TOKEN_EMBD
         if expert is not None:
             return self._experts(theirs, range(expert, expert + 1), "cpu", torch.float32)[0]
@@ -247,8 +190,7 @@ class GgufSource:
         self, layer: int, projection: str, experts: range, device: torch.device | str, dtype: torch.dtype
     ) -> Tensor:
         """[len(experts), out, in] of one projection, decoded on the device."""
-        stem = next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == projection)
-        return self._experts(f"blk.{layer}.{stem}.weight", experts, device, dtype)
+        return self._experts(f"blk.{layer}.{expert_tensor(projection)}.weight", experts, device, dtype)
 
     def _experts(self, name: str, experts: range, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         file, tensor = self._entered(name)
@@ -270,7 +212,7 @@ class GgufSource:
         if name == "config.json":
             return json.dumps(self.config).encode()
         if name == "tokenizer.json":
-            return tokenizer_json(self.metadata)
+            return tokenizer_json(self.metadata, self.geometry.architecture.gguf)
         return tokenizer_config(self.metadata) if name == "tokenizer_config.json" else None
 
     def census(self) -> list[Kind]:
@@ -281,7 +223,8 @@ class GgufSource:
     def _kind(self, name: str) -> str:
         if self._beyond(name):
             return "mtp (skipped)"
-        return kind_of(release_name(name, 0)) if not name.endswith(INPUT_SCALE) else "extra (skipped)"
+        names = self.geometry.names
+        return "extra (skipped)" if name.endswith(INPUT_SCALE) else names.kind_of(release_name(names, name, 0))
 
     @property
     def bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Rebuild tokenizer.json from GGUF metadata: byte-level BPE with MiniMax-M2's pre-tokenizer."""
+"""Rebuild tokenizer.json from GGUF metadata: byte-level BPE with the architecture's pre-tokenizer."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from ..chat_templates import DEFAULT
 from ..files.parse import is_list
-from ..models.minimax_m2.gguf import PATTERN, PRE
+from ..models.gguf import GgufFacts
 
 # Kinds of special tokens as GGUF spells them.
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 
 
-def tokenizer_json(metadata: dict[str, Any]) -> bytes | None:
-    """A tokenizer.json that splits text as the file's tokenizer does; None for a file that carries no BPE of M2's."""
+def tokenizer_json(metadata: dict[str, Any], facts: GgufFacts) -> bytes | None:
+    """A tokenizer.json that splits text as the file's tokenizer does; None for a file without BPE of that sort."""
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
     kinds = metadata.get("tokenizer.ggml.token_type")
-    if not is_list(tokens) or not is_list(merges) or metadata.get("tokenizer.ggml.pre") != PRE:
+    if not is_list(tokens) or not is_list(merges) or metadata.get("tokenizer.ggml.pre") != facts.pre:
         return None
     if not is_list(kinds) or len(kinds) != len(tokens):
         kinds = [NORMAL] * len(tokens)
@@ -37,7 +37,7 @@ def tokenizer_json(metadata: dict[str, Any]) -> bytes | None:
         if kind in (CONTROL, USER_DEFINED)
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": facts.pattern}, "behavior": "Isolated", "invert": False}
     model = {
         "type": "BPE",
         "vocab": {token: i for i, token, kind in both if kind == NORMAL},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .minimax_m2.geometry import Geometry
+from .geometry import Geometry, LayerRules
+from .gguf import GgufFacts, Metadata
+from .names import TensorNames
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,17 @@ class ChatNotation:
     tools_prompt: Callable[[list[str]], str]  # tools as JSON texts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """One architecture; `models.ARCHITECTURES` has them by model_type."""
 
     model_type: str  # of config.json
     class_name: str  # among its architectures
     geometry: Callable[[dict[str, Any]], Geometry]  # config.json -> sizes; InputError for what is malformed
+    names: TensorNames
+    rules: LayerRules
+    gguf: GgufFacts
+    gguf_config: Callable[[Metadata], dict[str, Any]]  # config.json of a GGUF file's keys, without its vocabulary
     code_files: tuple[str, ...]  # that the release carries for trust_remote_code
     chat: ChatNotation
     licence: NamedLicence | None = None

@@ -14,7 +14,7 @@ from mmquant.commands.cli import cli
 from mmquant.convert import fit
 from mmquant.convert.fit import Weights
 from mmquant.convert.folder.weights import check_groups
-from mmquant.convert.models.minimax_m2 import Geometry
+from mmquant.convert.models.geometry import Geometry
 from mmquant.convert.open import open_native
 from mmquant.convert.requires import notes, parallel_allowed, requires
 from mmquant.errors import InputError

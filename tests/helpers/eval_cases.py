@@ -22,7 +22,7 @@ from mmquant.calibration.model.distributed import current_ranks
 from mmquant.calibration.text.sample import Sample
 from mmquant.convert.checkpoints.census import Kind
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
-from mmquant.convert.models.minimax_m2 import Geometry
+from mmquant.convert.models.geometry import Geometry
 from mmquant.convert.open import open_native
 
 CONTEXT = 12

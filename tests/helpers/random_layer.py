@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from mmquant.convert.models.minimax_m2 import Geometry, LayerWeights
+from mmquant.convert.models.layer import LayerWeights
+from mmquant.convert.models.minimax_m2 import Geometry
 
 SMALL = Geometry(
     layers=1,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mmquant.convert.models.minimax_m2 import Geometry, global_shapes, matrix_shapes, plain_shapes
+from mmquant.convert.models import architecture_of
+from mmquant.convert.models.shapes import global_shapes, matrix_shapes, plain_shapes
 from mmquant.quantize.fp8 import quantize_tiles
 
 CONFIG: dict[str, Any] = {
@@ -43,7 +44,7 @@ CONFIG: dict[str, Any] = {
 def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tensors of the release's names; expert 0 of layer 0 has a dead row and a dead tile."""
     generator = torch.Generator().manual_seed(seed)
-    geometry = Geometry.from_config(config)
+    geometry = architecture_of(config).geometry(config)
     tensors: dict[str, torch.Tensor] = {}
 
     def draw(shape: tuple[int, ...], scale: float = 1.0) -> torch.Tensor:
@@ -53,9 +54,8 @@ def tiny_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tenso
         tensors[name] = (draw(shape, 0.1) + (1.0 if "norm" in name else 0.0)).to(torch.bfloat16)
     for layer in range(geometry.layers):
         for name, shape in plain_shapes(geometry, layer):
-            wide = "block_sparse_moe" in name
             value = draw(shape, 0.05) + (1.0 if "norm" in name else 0.0)
-            tensors[name] = value if wide else value.to(torch.bfloat16)
+            tensors[name] = value.to(torch.bfloat16) if "norm" in name else value
         for name, shape in matrix_shapes(geometry, layer):
             weight = draw(shape, 0.08)
             if layer == 0 and ".experts.0." in name:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers.ct_reader import tensors_of
-from mmquant.convert.models.minimax_m2 import matrix_shapes
+from mmquant.convert.models.shapes import matrix_shapes
 from mmquant.convert.open import open_native, open_source
 
 HERE = Path(__file__).parent

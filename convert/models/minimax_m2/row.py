@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from ..architecture import Architecture, ChatNotation
-from .geometry import CLASS_NAME, MODEL_TYPE, Geometry
-from .names import CODE_FILES
+from ..geometry import LayerRules
+from .geometry import Geometry
+from .gguf import GGUF, config
+from .names import CODE_FILES, NAMES
 from .text import LICENCE, thinking, tool_calls, tools_prompt
 
 ARCHITECTURE = Architecture(
-    model_type=MODEL_TYPE,
-    class_name=CLASS_NAME,
+    model_type="minimax_m2",
+    class_name="MiniMaxM2ForCausalLM",
     geometry=Geometry.from_config,
+    names=NAMES,
+    rules=LayerRules(scoring="sigmoid", qk_norm="layer"),
+    gguf=GGUF,
+    gguf_config=config,
     code_files=CODE_FILES,
     chat=ChatNotation(tool_calls, thinking, tools_prompt),
     licence=LICENCE,

@@ -24,7 +24,7 @@ from mmquant.calibration.text.corpus import Corpus
 from mmquant.convert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mmquant.convert.folder.check import check_folder
 from mmquant.convert.folder.weights import WeightsVariant, check_groups
-from mmquant.convert.models.minimax_m2 import LayerWeights
+from mmquant.convert.models.layer import LayerWeights
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.quantize.integer.gptq import GptqGrid
@@ -92,7 +92,7 @@ def test_equalization_keeps_the_function_and_the_experts_chosen(source: Checkpoi
 
     def chosen(norm: Tensor, router: Tensor) -> Tensor:
         x = rms_norm(hidden, norm, g.norm_eps)
-        return route(x, router, w.router_bias, g.experts_per_token).chosen.sort(-1).values
+        return route(x, router, w.router_bias, g).chosen.sort(-1).values
 
     before, after = chosen(w.post_norm, w.router), chosen(found.plain["post_norm"], found.plain["router"])
     assert torch.equal(before, after)

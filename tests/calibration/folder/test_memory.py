@@ -7,7 +7,8 @@ import torch
 
 from mmquant.calibration.folder.layer import LARGEST_WORK, LayerOptions, expert_chunks, quantize_layer, working_memory
 from mmquant.calibration.statistics.layer import LayerStatistics, RoutingStatistics
-from mmquant.convert.models.minimax_m2 import Geometry, LayerWeights
+from mmquant.convert.models.layer import LayerWeights
+from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.quantize.moments import Moments
 
 HIDDEN, WIDTH, EXPERTS = 1024, 512, 24

@@ -28,7 +28,8 @@ from mmquant.calibration.gguf.streams import Streams
 from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.calibration.statistics.layer_pass import layer_bytes
 from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
-from mmquant.convert.models.minimax_m2 import Geometry, LayerWeights
+from mmquant.convert.models.layer import LayerWeights
+from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.errors import FitError
 
 SCRIPT = """

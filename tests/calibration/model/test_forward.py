@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.random_layer import SMALL
 from helpers.tiny import write_tiny
 from mmquant.calibration.model.forward import (
     Observer,
@@ -107,7 +108,7 @@ def test_experts_are_the_weighted_sum_token_by_token(tmp_path: Path, monkeypatch
     source = open_checkpoint(write_tiny(tmp_path))
     weights, g = read_layer(source, 1), source.geometry
     x = torch.randn(23, g.hidden)
-    routing = route(x, weights.router, weights.router_bias, g.experts_per_token)
+    routing = route(x, weights.router, weights.router_bias, g)
     expected = torch.zeros(23, g.hidden)
     for token in range(23):
         for slot in range(g.experts_per_token):
@@ -122,7 +123,7 @@ def test_experts_are_the_weighted_sum_token_by_token(tmp_path: Path, monkeypatch
 
 def test_routing_selects_by_biased_score_and_weighs_by_unbiased() -> None:
     x, router = torch.eye(3), torch.tensor([[2.0, 0, 0], [1, 0, 0], [0, 0, 0], [-1, 0, 0]])
-    routing = route(x, router, torch.tensor([0.0, 0.0, 0.0, 9.0]), 2)
+    routing = route(x, router, torch.tensor([0.0, 0.0, 0.0, 9.0]), SMALL)
     assert sorted(routing.chosen[0].tolist()) == [0, 3]
     scores = torch.sigmoid(torch.tensor([2.0, -1.0]))
     assert torch.allclose(routing.weights[0].sort(descending=True).values, scores / scores.sum())

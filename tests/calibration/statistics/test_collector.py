@@ -20,7 +20,7 @@ from mmquant.calibration.statistics.layer import (
     overflowing_experts,
     sampling_error,
 )
-from mmquant.convert.models.minimax_m2 import LayerWeights
+from mmquant.convert.models.layer import LayerWeights
 from mmquant.quantize.moments import Moments
 
 
@@ -54,10 +54,11 @@ class Row:
 
 def rows_by_definition(weights: LayerWeights, x: torch.Tensor, per_token: int) -> list[Row]:
     """Every (token, expert) pair of the router, one by one, in float64."""
-    out = []
+    out, bias = [], weights.router_bias
+    assert bias is not None
     for token in x:
         score = 1 / (1 + torch.exp(-(weights.router.double() @ token)))
-        order = sorted(range(len(score)), key=lambda e: -float(score[e] + weights.router_bias[e]))[:per_token]
+        order = sorted(range(len(score)), key=lambda e: -float(score[e] + bias[e]))[:per_token]
         total = sum(float(score[e]) for e in order)
         for e in order:
             gate, up = weights.w1[e].double() @ token, weights.w3[e].double() @ token
@@ -135,6 +136,7 @@ def test_moments_are_the_sums_of_the_definition(weighting: str, full: bool) -> N
 
 def test_extremes_of_keys_and_values_are_those_of_what_a_cache_stores() -> None:
     weights = random_layer()
+    assert weights.k_norm is not None
     found, inputs = collect(weights, HIDDEN, Collect())
     size, turned, largest = SMALL.head_dim, SMALL.rotary_dim // 2, torch.zeros(2, SMALL.head_dim).double()
     for row, x in enumerate(inputs.all("in")):
@@ -151,6 +153,8 @@ def test_extremes_of_keys_and_values_are_those_of_what_a_cache_stores() -> None:
 
 def test_routing_counts_by_domain_pairs_and_margins() -> None:
     weights = random_layer()
+    assert weights.router_bias is not None
+    bias = weights.router_bias.double()
     found, inputs = collect(weights, HIDDEN, Collect())
     x = inputs.all("moe")
     rows = rows_by_definition(weights, x, 2)
@@ -163,7 +167,7 @@ def test_routing_counts_by_domain_pairs_and_margins() -> None:
             load[window % 2, e] += 1
         for pair in ((a, a), (b, b), (a, b), (b, a)):
             pairs[pair] += 1
-        score = 1 / (1 + torch.exp(-(weights.router.double() @ x[token]))) + weights.router_bias.double()
+        score = 1 / (1 + torch.exp(-(weights.router.double() @ x[token]))) + bias
         second, third = sorted(score.tolist(), reverse=True)[1:3]
         bins[max(0, min(MARGIN_BINS - 1, math.floor(math.log2(second - third)) + MARGIN_BINS))] += 1
     assert np.array_equal(found.routing.load.numpy(), load)

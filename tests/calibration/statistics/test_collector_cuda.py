@@ -13,7 +13,7 @@ from mmquant.calibration.model.forward import layer_forward
 from mmquant.calibration.statistics.collector import Collect, Collector
 from mmquant.calibration.statistics.collector_cuda import FusedCollector, make_collector
 from mmquant.calibration.statistics.layer import LayerStatistics
-from mmquant.convert.models.minimax_m2 import LayerWeights
+from mmquant.convert.models.layer import LayerWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -84,6 +84,7 @@ def test_dead_experts_and_those_with_few_tokens_are_told(tmp_path: Path) -> None
     path = model(tmp_path)
     live = LivePass(open_native(path), corpus(), options())
     found = live.layer(0)
+    assert found.weights.router_bias is not None
     found.weights.router_bias[3] = -100.0
     from mmquant.calibration.statistics.layer_pass import calibrate_layer
 

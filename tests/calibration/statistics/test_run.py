@@ -23,7 +23,7 @@ from mmquant.calibration.statistics.run import calibrate_into, needs
 from mmquant.calibration.statistics.store import open_statistics
 from mmquant.calibration.statistics.triangles import square, stored_bytes, triangle
 from mmquant.convert.files.lock import hold
-from mmquant.convert.models.minimax_m2 import LayerWeights
+from mmquant.convert.models.layer import LayerWeights
 from mmquant.convert.open import open_native
 from mmquant.convert.source import read_layer
 from mmquant.errors import FitError, InputError

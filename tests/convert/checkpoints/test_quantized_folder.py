@@ -19,6 +19,7 @@ from helpers.paths import GOLDEN
 from mmquant.convert.checkpoints.quantization_config import SchemeBook
 from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
 from mmquant.convert.checkpoints.store import LocalFolder
+from mmquant.convert.models.minimax_m2.names import NAMES
 from mmquant.convert.open import open_source
 from mmquant.quantize.integer.pack import pack_rows, pack_zeros_ct
 
@@ -168,7 +169,7 @@ def ct_config(*groups: tuple[list[str], dict[str, Any]], ignore: tuple[str, ...]
 
 
 def bits_of(config: dict[str, Any], name: str, engine: str = "vLLM") -> int | None:
-    scheme = SchemeBook(config).reading(name, engine)
+    scheme = SchemeBook(config, NAMES).reading(name, engine)
     return None if scheme is None else scheme.bits
 
 
@@ -207,7 +208,7 @@ def test_gptq_rules_are_matched_as_vllm_matches_them() -> None:
 )
 def test_configs_that_are_not_read(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        SchemeBook(ct_config((["Linear"], {})) | change).reading(W2, "vLLM")
+        SchemeBook(ct_config((["Linear"], {})) | change, NAMES).reading(W2, "vLLM")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_configs_that_are_not_read(change: dict[str, Any], message: str) -> None
 )
 def test_schemes_that_are_not_read(weights: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        SchemeBook(ct_config((["Linear"], weights))).reading(W2, "vLLM")
+        SchemeBook(ct_config((["Linear"], weights)), NAMES).reading(W2, "vLLM")
 
 
 def drop(*names: str) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:

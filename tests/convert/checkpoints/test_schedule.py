@@ -8,8 +8,10 @@ import pytest
 
 from mmquant.convert.checkpoints.schedule import Schedule, joined, step_of
 from mmquant.convert.checkpoints.store import LocalFolder, ShardStore, TensorInfo
+from mmquant.convert.models.minimax_m2 import Geometry
 
 LAYERS = 4
+GEOMETRY = Geometry(LAYERS, 64, 4, 2, 16, 4, 2, 64, 64, 16, 1e4, 1e-6, 64)
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -37,7 +39,7 @@ def make(places: dict[str, str]) -> tuple[Schedule, Recorder]:
     store = Recorder()
     tensors = {name: TensorInfo(name, shard, "F32", (1,), 0, 4) for name, shard in places.items()}
     listening: ShardStore = store  # type: ignore[assignment]
-    return Schedule(listening, tensors, LAYERS), store
+    return Schedule(listening, tensors, GEOMETRY), store
 
 
 # Every layer begins in the shard in which the one before it ends; embeddings and head share one.
@@ -46,7 +48,7 @@ PLACES |= {layer(i): f"s{i}" for i in range(LAYERS)} | {layer(i, "mlp.weight"): 
 
 
 def test_steps() -> None:
-    found = [step_of(n, LAYERS) for n in (EMBED, layer(0), layer(3), "model.layers.3.mlp", NORM, HEAD)]
+    found = [step_of(n, GEOMETRY) for n in (EMBED, layer(0), layer(3), "model.layers.3.mlp", NORM, HEAD)]
     assert found == [0, 1, 4, 4, 5, 5]
 
 
@@ -105,7 +107,7 @@ def test_a_local_folder_is_read_one_step_ahead(tmp_path: Path) -> None:
     infos = [TensorInfo(EMBED, "s", "U8", (20,), 0, 20), TensorInfo(layer(0), "s", "U8", (30,), 20, 30)]
     infos += [TensorInfo(layer(0, "b"), "s", "U8", (7,), 50, 7), TensorInfo(layer(1), "t", "U8", (10,), 0, 10)]
     infos += [TensorInfo(layer(2), "missing", "U8", (9,), 0, 9)]
-    schedule = Schedule(LocalFolder(tmp_path), {i.name: i for i in infos}, LAYERS)
+    schedule = Schedule(LocalFolder(tmp_path), {i.name: i for i in infos}, GEOMETRY)
     for name, size in ((EMBED, 37), (layer(0), 47), (layer(1), 47), (layer(3), 47)):
         schedule.reading(name)
         schedule.reading(name)

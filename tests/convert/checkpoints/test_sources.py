@@ -18,6 +18,7 @@ from mmquant.convert.checkpoints.quantization_config import SchemeBook
 from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
 from mmquant.convert.checkpoints.store import LocalFolder
 from mmquant.convert.folder.fp8 import Fp8Variant
+from mmquant.convert.models.minimax_m2.names import NAMES
 from mmquant.convert.open import open_native, open_source
 from mmquant.errors import InputError
 from mmquant.runs.folder import write_folder
@@ -94,7 +95,9 @@ SKIPS = [  # quantization_config, matrix, what vLLM, SGLang and transformers mak
 def test_skip_lists_as_each_engine_matches_them(
     method: str, entries: list[str], name: str, wanted: tuple[bool, bool, bool]
 ) -> None:
-    book = SchemeBook({"quant_method": method, "modules_to_not_convert": entries, "weight_block_size": [128, 128]})
+    book = SchemeBook(
+        {"quant_method": method, "modules_to_not_convert": entries, "weight_block_size": [128, 128]}, NAMES
+    )
     assert tuple(scheme is None for _, scheme in book.readings(name)) == wanted
 
 

@@ -21,6 +21,7 @@ from mmquant.convert.folder.nearest import NearestVariant
 from mmquant.convert.formats import modelopt, nvfp4
 from mmquant.convert.formats.format import Format, Scheme
 from mmquant.convert.formats.skip_lists import ENGINES, SGLANG, VLLM, names_of
+from mmquant.convert.models.minimax_m2.names import NAMES
 from mmquant.convert.open import open_native, open_source
 from mmquant.errors import InputError
 from mmquant.quantize.fp4.levels import from_nibbles, nearest
@@ -127,12 +128,12 @@ def test_attention_is_left_out_where_it_is_not_quantized(tmp_path: Path, word: s
 def test_fp4_activations_are_said_and_found_again(row: Format) -> None:
     scheme = Scheme(row, 4, 16, activations=4)
     assert row.config is not None
-    config = row.config(scheme, False)
+    config = row.config(scheme, False, NAMES)
     for engine in ENGINES:
         single = row.method.single
-        names = names_of("model.layers.0.block_sparse_moe.experts.3.w1", engine, single, row.method.fused)
+        names = names_of(NAMES, "model.layers.0.block_sparse_moe.experts.3.w1", engine, single, row.method.fused)
         assert row.method.read((row,), config, names, engine) == scheme
-        attention = names_of("model.layers.0.self_attn.q_proj", engine, single, row.method.fused)
+        attention = names_of(NAMES, "model.layers.0.self_attn.q_proj", engine, single, row.method.fused)
         assert row.method.read((row,), config, attention, engine) is None
     if row is nvfp4.FORMAT:
         said = QuantizationConfig.model_validate(config).config_groups["NVFP4A4"].input_activations  # type: ignore[index]

@@ -15,6 +15,7 @@ from mmquant.commands import fp8, int4, mxfp4, nvfp4
 from mmquant.convert.folder.writer import DTYPE_NAMES
 from mmquant.convert.formats.format import FLOATS, Format, Scheme, check_writable, specs
 from mmquant.convert.formats.table import FORMATS, METHODS, choices, formats_of
+from mmquant.convert.models.minimax_m2.names import NAMES as TENSORS
 from mmquant.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -117,11 +118,11 @@ def test_written_as_planned_and_read_back(row: Format, symmetric: bool, shape: t
 def test_what_config_says_is_recognised(row: Format) -> None:
     scheme = scheme_of(row, row.symmetric[0])
     assert row.config is not None
-    config = row.config(scheme, True)
+    config = row.config(scheme, True, TENSORS)
     name = "model.layers.0.self_attn.q_proj"
     found = row.method.read(formats_of(row.method), config, (name,), "vLLM")
     assert found == scheme
-    assert row.method.read(formats_of(row.method), row.config(scheme, False), (name,), "vLLM") is None
+    assert row.method.read(formats_of(row.method), row.config(scheme, False, TENSORS), (name,), "vLLM") is None
 
 
 def test_what_a_format_cannot_hold_is_refused() -> None:

@@ -15,7 +15,9 @@ import pytest
 from helpers.paths import DATA
 from mmquant.convert.gguf.mixes import MIXES, PLAIN, find_mix, parse_overrides, tensor_bytes, tensor_types
 from mmquant.convert.gguf.names import all_shapes, is_quantizable, release_name, split_block
-from mmquant.convert.models.minimax_m2 import Geometry, global_shapes, matrix_shapes, plain_shapes
+from mmquant.convert.models.minimax_m2 import Geometry
+from mmquant.convert.models.minimax_m2.names import NAMES
+from mmquant.convert.models.shapes import global_shapes, matrix_shapes, plain_shapes
 
 M27 = Geometry(62, 3072, 48, 8, 128, 256, 8, 1536, 200064, 64, 5e6, 1e-6, 196608)
 DEMO = Geometry(4, 256, 4, 2, 64, 16, 4, 256, 2048, 32, 5e6, 1e-6, 2048)
@@ -83,7 +85,7 @@ def test_every_release_tensor_has_one_gguf_name() -> None:
     named = []
     for name in all_shapes(geometry):
         experts = range(geometry.experts) if "_exps" in name else [None]
-        named += [release_name(name, expert) for expert in experts]
+        named += [release_name(NAMES, name, expert) for expert in experts]
     assert len(named) == len(release)
     assert set(named) == release
     assert len(all_shapes(M27)) == 809
@@ -94,8 +96,8 @@ def test_every_release_tensor_has_one_gguf_name() -> None:
     ["blk.0.attn_q", "blk.0.ffn_up.weight", "attn_q.weight", "blk.0.ffn_down_exps.weight", "blk.x.attn_q.weight"],
 )
 def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="not a tensor of minimax-m2"):
-        release_name(name)
+    with pytest.raises(ValueError, match="not a tensor of this architecture"):
+        release_name(NAMES, name)
 
 
 def test_overrides_and_plan() -> None:

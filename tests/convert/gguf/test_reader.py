@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from helpers.tiny import write_tiny
 from mmquant.convert.checkpoints.store import LocalFolder
 from mmquant.convert.gguf.header import read_header
-from mmquant.convert.gguf.names import EXPERT_TENSORS, all_shapes, is_quantizable, release_name, split_block
-from mmquant.convert.gguf.reader import GgufSource, find_parts, gguf_name
+from mmquant.convert.gguf.names import EXPERT_TENSORS, all_shapes, gguf_name, is_quantizable, release_name, split_block
+from mmquant.convert.gguf.reader import GgufSource, find_parts
+from mmquant.convert.models.minimax_m2.names import NAMES
 from mmquant.convert.open import open_native, open_source
 from mmquant.convert.source import read_layer
 from mmquant.quantize.ggml.types import GGMLType
@@ -81,11 +82,11 @@ def test_every_type_has_the_values_of_gguf_py(tmp_path: Path, kind: GGMLType) ->
             assert layer is not None
             projection = EXPERT_TENSORS[rest.removesuffix(".weight")]
             found = source.read_experts(layer, projection, range(3), "cpu", torch.float32)
-            one = source.read(release_name(tensor.name, 1))
+            one = source.read(release_name(NAMES, tensor.name, 1))
             assert torch.equal(one, found[1])
             assert torch.equal(source.read_experts(layer, projection, range(1, 2), "cpu", torch.float32)[0], one)
         else:
-            found = source.read(release_name(tensor.name))
+            found = source.read(release_name(NAMES, tensor.name))
         np.testing.assert_array_equal(found.numpy(), wanted.reshape(found.shape), err_msg=tensor.name)
 
 
@@ -94,10 +95,10 @@ def test_names_go_both_ways(plain: Path) -> None:
     for name, shape in all_shapes(source.geometry).items():
         experts = range(3) if len(shape) == 3 else [None]
         for expert in experts:
-            assert gguf_name(release_name(name, expert)) == (name, expert)
+            assert gguf_name(NAMES, release_name(NAMES, name, expert)) == (name, expert)
     for name in ("model.layers.0.self_attn.qkv.weight", "lm_head", "model.layers.x.w1"):
-        with pytest.raises(ValueError, match="not a weight of MiniMax-M2"):
-            gguf_name(name)
+        with pytest.raises(ValueError, match="not a weight of this architecture"):
+            gguf_name(NAMES, name)
 
 
 def test_geometry_is_the_sources(plain: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmquant.errors import InputError
 
-from ..models.rope import BETA_FAST, BETA_SLOW, DEFAULT, LINEAR, YARN, RopeScaling, usual_attention_factor
+from .rope import BETA_FAST, BETA_SLOW, DEFAULT, LINEAR, YARN, RopeScaling, usual_attention_factor
 
 PREFIX = "rope.scaling."
 TYPES = {"none": DEFAULT, LINEAR: LINEAR, YARN: YARN}  # llama.cpp's names: config.json's
