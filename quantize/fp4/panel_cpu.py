@@ -15,7 +15,7 @@ from ..simd.vectors import added_bits, e2m1, filled, larger, masked_bits, where
 
 if TYPE_CHECKING:
     from ..integer.gptq import Panel
-    from ..simd.typed import Floats, Integers, Lanes, Number
+    from ..simd.typed import Floats, Integers, Lanes, Number, Vector
     from .grid import Fp4Grid
 
 TILE = 16
@@ -42,12 +42,18 @@ def round_columns(grid: Fp4Grid, panel: Panel, importance: Tensor, scales: Tenso
 
 
 @inline
-def _search(held: Floats, first: int, weights: Floats, group: int, unit: Number, below: int, above: int, ls: Lanes):
-    """The best scales [L] of the rows first .. first + group of held [P, L]; weights [P]."""
+def _base(held: Floats, first: int, group: int, unit: Number, ls: Lanes):
+    """The scale [L] that brings the largest of the rows first .. first + group of held [P, L] to the last level."""
     most = filled(TWELVE * TINY, ls)
     for k in range(first, first + group):
         most = larger(most, abs(load(held, k * len(ls), ls)))
-    base = masked_bits(most / TWELVE, -unit)
+    return masked_bits(most / TWELVE, -unit)
+
+
+@inline
+def _search(held: Floats, first: int, weights: Floats, group: int, unit: Number, below: int, above: int, ls: Lanes):
+    """The best scales [L] of a group's rows rounded as they are; weights [P]."""
+    base = _base(held, first, group, unit, ls)
     best, scale = filled(HUGE, ls), base
     for step in range(-below, above + 1):
         tried = added_bits(base, np.float32(step) * unit)
@@ -63,6 +69,41 @@ def _search(held: Floats, first: int, weights: Floats, group: int, unit: Number,
         better = error < best
         best, scale = where(better, error, best), where(better, tried, scale)
     return scale
+
+
+@inline
+def _search_feeding(
+    held: Floats, plain: Floats, tried: Floats, first: int, weights: Floats, lower: Floats, group: int, unit: Number,
+    below: int, above: int, ls: Lanes,
+):  # fmt: skip
+    """The same of rows that feed their errors on, among each other; plain [P, L] as they came, tried [group, L]."""
+    base = _base(held, first, group, unit, ls)
+    best, scale = filled(HUGE, ls), base
+    for step in range(-below, above + 1):
+        now = added_bits(base, np.float32(step) * unit)
+        inverse = ONE / now
+        for k in range(group):
+            store(tried, k * len(ls), load(held, (first + k) * len(ls), ls))
+        total = filled(ZERO, ls)
+        for k in range(group - 1, -1, -1):
+            x = load(tried, k * len(ls), ls)
+            value = e2m1(x * inverse) * now
+            total = total + weights[first + k] * (x - value) * (x - value)
+            error = load(plain, (first + k) * len(ls), ls) - value
+            for j in range(k):
+                store(tried, j * len(ls), load(tried, j * len(ls), ls) + error * lower[first + k, first + j])
+        better = total < best
+        best, scale = where(better, total, best), where(better, now, scale)
+    return scale
+
+
+@inline
+def _feed(held: Floats, plain: Floats, error: Floats, k: int, value: Vector, lower: Floats, ls: Lanes):
+    """Feed the error of row k to the rows before it; it is kept in the first row of `error`."""
+    off = load(plain, k * len(ls), ls) - value
+    store(error, 0, off)
+    for j in range(k):
+        store(held, j * len(ls), load(held, j * len(ls), ls) + off * lower[k, j])
 
 
 # Of arrays however they lie: one compilation for slices and whole ones.
@@ -92,32 +133,35 @@ def _round(
     feedback: bool,
     ls: Lanes,
 ):
-    """Tiles first .. stop: part, columns, codes, errors [E, P, O], triangle [E, P, P], scales [E, P/group, O]."""
+    """Tiles first .. stop: part, columns, codes, errors [E, P, O], triangle [E, P, P], scales [E, P/group, O].
+
+    Errors go to all columns of the panel that are still to come.
+    """
     _, count, outputs = part.shape
     tiles = -(-outputs // TILE)
-    held, error = np.zeros((count, TILE), np.float32), np.zeros(TILE, np.float32)
-    level, scale = np.zeros(TILE, np.float32), np.ones(TILE, np.float32)
+    held, plain = np.zeros((count, TILE), np.float32), np.zeros((count, TILE), np.float32)
+    scale, tried = np.ones(TILE, np.float32), np.zeros((group, TILE), np.float32)
     for p in range(first, stop):
         e, start = p // tiles, p % tiles * TILE
-        width = min(TILE, outputs - start)
-        held[:, :width] = part[e, :, start : start + width]
+        end = min(start + TILE, outputs)
+        held[:, : end - start] = part[e, :, start:end]
+        plain[:, : end - start] = columns[e, :, start:end]
         for g in range(count // group - 1, -1, -1):
-            if search:
-                store(scale, 0, _search(held, g * group, importance[e], group, unit, below, above, ls))
-                scales[e, g, start : start + width] = scale[:width]
+            if not search:
+                scale[: end - start] = scales[e, g, start:end]
+            elif feedback:
+                given = (importance[e], triangle[e], group, unit, below, above, ls)
+                store(scale, 0, _search_feeding(held, plain, tried, g * group, *given))
             else:
-                scale[:width] = scales[e, g, start : start + width]
-            inverse = ONE / load(scale, 0, ls)
+                store(scale, 0, _search(held, g * group, importance[e], group, unit, below, above, ls))
+            scales[e, g, start:end] = scale[: end - start]
             for k in range((g + 1) * group - 1, g * group - 1, -1):
-                store(level, 0, e2m1(load(held, k * TILE, ls) * inverse))
-                for i in range(width):
-                    codes[e, k, start + i] = np.int8(level[i])
+                level = e2m1(load(held, k * TILE, ls) * (ONE / load(scale, 0, ls)))
+                store(tried, 0, level)
+                for i in range(end - start):
+                    codes[e, k, start + i] = np.int8(tried[0, i])
                 if feedback:
-                    for i in range(width):
-                        error[i] = columns[e, k, start + i] - level[i] * scale[i]
-                        errors[e, k, start + i] = error[i]
-                    lanes = load(error, 0, ls)
-                    for j in range(k):
-                        store(held, j * TILE, load(held, j * TILE, ls) + lanes * triangle[e, k, j])
+                    _feed(held, plain, tried, k, level * load(scale, 0, ls), triangle[e], ls)
+                    errors[e, k, start:end] = tried[0, : end - start]
         if feedback:
-            part[e, :, start : start + width] = held[:, :width]
+            part[e, :, start:end] = held[:, : end - start]

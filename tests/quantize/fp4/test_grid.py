@@ -139,6 +139,29 @@ def test_errors_are_fed_back_as_by_the_definition(grid: Fp4Grid, outputs: int, i
     assert float((again.codes != solved.weight.codes).float().mean()) < 0.01
 
 
+@GRIDS
+def test_no_stored_scale_is_better_with_errors_fed_back(grid: Fp4Grid) -> None:
+    """One group: every scale that it can have, swept by the slow loop; judged by tr(E H E^T), H as it is damped."""
+    size = grid.group_size
+    weight, second = weights(1, 12, 32, 3)[:, 1:-1, :size], moments(1, size)
+    known = gptq_factor(second, size)
+    damped = second[0].double() + torch.eye(size) * float(known.damping[0] * second[0].diagonal().mean())
+
+    def cost(values: Tensor) -> Tensor:
+        error = weight[0].double() - values
+        return ((error @ damped) * error).sum(-1)
+
+    best = torch.full((weight.shape[1],), math.inf, dtype=torch.float64)
+    found = gptq_quantize(weight, second, grid).weight
+    unit = torch.ones(1) if found.unit is None else found.unit[0, 0].double()
+    for scale in (stored(grid) * unit / 2).tolist():
+        fixed = torch.full((weight.shape[1], 1), scale)
+        best = torch.minimum(best, cost(slow_feedback(weight[0], known, fixed, size)))
+    mine = cost(dequantize(found)[0].double())
+    assert float((mine / best).mean()) < 1.02
+    assert float((mine <= best * 1.001).float().mean()) >= 0.8  # a little is added to columns of no energy
+
+
 def loss(weight: Tensor, found: IntWeight, second: Tensor) -> float:
     error = weight - dequantize(found)
     return float(((error @ second) * error).sum())

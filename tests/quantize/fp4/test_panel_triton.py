@@ -13,10 +13,11 @@ if not CUDA:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from mmquant.quantize.fp4 import panel_cpu, panel_triton  # noqa: E402
-from mmquant.quantize.fp4.grid import MXFP4, NVFP4, Fp4Grid, weighing  # noqa: E402
+from mmquant.quantize.fp4.grid import MXFP4, Fp4Grid, weighing  # noqa: E402
 from mmquant.quantize.integer.gptq import Panel  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
+FEW = Fp4Grid(16, 3, 1, 2, True)  # NVFP4 with fewer scales to try: the interpreter is slow
 
 
 def panel(experts: int, columns: int, outputs: int, feedback: bool) -> Panel:
@@ -43,9 +44,9 @@ def moved(given: Panel) -> Panel:
     return Panel(*(None if value is None else copy(value) for value in vars(given).values()))
 
 
-@pytest.mark.parametrize("grid", [NVFP4, MXFP4], ids=["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("grid", [FEW, MXFP4], ids=["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("feedback", [True, False])
-@pytest.mark.parametrize(("experts", "columns", "outputs"), [(2, 64, 37), (1, 32, 130)])
+@pytest.mark.parametrize(("experts", "columns", "outputs"), [(2, 32, 37), (1, 64, 70)])
 def test_as_on_the_cpu(grid: Fp4Grid, feedback: bool, experts: int, columns: int, outputs: int) -> None:
     ours = panel(experts, columns, outputs, feedback)
     theirs = moved(ours)
