@@ -49,22 +49,26 @@ class Commands(click.Group):
     """Imports a command's module only when it is asked for: `mmquant --help` needs no torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the help."""
         return list(COMMANDS)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """A UsageError that names the nearest command for an unknown one."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             raise click.UsageError(f"no command {name!r}; {suggest(name, COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command when it is used."""
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f"mmquant.commands.{cmd_name}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing any."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 

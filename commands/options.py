@@ -78,15 +78,18 @@ def _value(field: dataclasses.Field[Any], value: object) -> object:
 
 
 def model_option() -> Decorator:
+    """--model."""
     text = "Folder, hf:ORG/NAME[@REV], ms:ORG/NAME[@REV] or demo."
     return click.option("--model", default=DEFAULT_MODEL, show_default=True, help=text)
 
 
 def out_option() -> Decorator:
+    """--out."""
     return click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 
 
 def device_option() -> Decorator:
+    """--device."""
     text = "cpu, cuda or cuda:N; default: cuda when there is one."
     return click.option("--device", default=None, callback=_device, help=text)
 
@@ -127,6 +130,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def fresh_option() -> Decorator:
+    """--fresh."""
     text = "Remove an unfinished run in --out and start over."
     return click.option("--fresh", is_flag=True, expose_value=False, callback=_fresh, help=text)
 
@@ -176,8 +180,10 @@ def refuse_idle_text(options: WeightsOptions) -> None:
 
 
 def json_option() -> Decorator:
+    """--json."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
 
 def dry_run_option() -> Decorator:
+    """--dry-run."""
     return click.option("--dry-run", is_flag=True, help="Print the plan and the bytes it needs; write nothing.")

@@ -20,6 +20,7 @@ class Terminal:
     """Shows a run to whoever sits before it. TQDM_DISABLE=1 leaves the messages alone."""
 
     def start(self, phase: str, total: int | None, unit: str, done: int = 0) -> Bar:
+        """A bar on a terminal, lines elsewhere."""
         if os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false"):
             from mmquant.monitor import SilentBar
 
@@ -29,6 +30,7 @@ class Terminal:
         return Drawn(phase, total, unit, done)
 
     def message(self, text: str) -> None:
+        """Write a line to stderr, above a bar that is drawn."""
         line = f"mmquant: {text}"
         if "tqdm" not in sys.modules:
             print(line, file=sys.stderr)
@@ -49,12 +51,15 @@ class Drawn:
         )
 
     def advance(self, count: int = 1) -> None:
+        """More units are done."""
         self._bar.update(count)
 
     def expect(self, total: int) -> None:
+        """The total is known now."""
         self._bar.total = total
 
     def finish(self) -> None:
+        """The phase is over."""
         self._bar.close()
 
 
@@ -66,15 +71,18 @@ class Lines:
         self._last = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
+        """More units are done."""
         self._done += count
         if time.monotonic() - self._last >= EVERY:
             self._last = time.monotonic()
             print(f"mmquant: {self._line()}", file=sys.stderr, flush=True)
 
     def expect(self, total: int) -> None:
+        """The total is known now."""
         self._total = total
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """The phase is over."""
 
     def _line(self) -> str:
         if self._unit == "B":

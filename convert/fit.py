@@ -32,10 +32,12 @@ class Weights:
 
     @property
     def experts(self) -> int:
+        """Bytes of all experts."""
         return sum(self.expert_layer)
 
     @property
     def total(self) -> int:
+        """Bytes of all weights."""
         return self.resident + self.experts
 
 
@@ -52,9 +54,11 @@ class Device:
 
     @property
     def margin(self) -> int:
+        """Bytes that stay free; negative: what is missing."""
         return self.usable - self.weights - self.kv - self.compute - self.runtime
 
     def row(self) -> dict[str, Any]:
+        """The device's line of a budget in the manifest."""
         return {
             "device": self.name,
             "usable": self.usable,

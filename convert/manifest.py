@@ -65,6 +65,7 @@ def license_block(source: Source) -> dict[str, Any]:
 
 
 def geometry_block(g: Geometry) -> dict[str, int]:
+    """Sizes as the manifest has them."""
     return {
         "layers": g.layers,
         "hidden": g.hidden,
@@ -79,6 +80,7 @@ def geometry_block(g: Geometry) -> dict[str, int]:
 
 
 def model_block(source: Source, base_model: str, revision: str, origin: str) -> dict[str, Any]:
+    """What was quantized."""
     g = source.geometry
     return {
         "base_model": base_model,
@@ -94,6 +96,7 @@ def model_block(source: Source, base_model: str, revision: str, origin: str) -> 
 
 
 def artifact_block(artifact: Artifact, g: Geometry) -> dict[str, Any]:
+    """What was written."""
     weights = artifact.weights
     return {
         "id": artifact.id,

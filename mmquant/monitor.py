@@ -44,22 +44,27 @@ class SilentBar:
     """Shows nothing."""
 
     def advance(self, count: int = 1) -> None:
+        """More units are done."""
         del count
 
     def expect(self, total: int) -> None:
+        """The total is known now."""
         del total
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """The phase is over."""
 
 
 class Silent:
     """Hears nothing."""
 
     def start(self, phase: str, total: int | None, unit: str, done: int = 0) -> Bar:
+        """A bar that shows nothing."""
         del phase, total, unit, done
         return SilentBar()
 
     def message(self, text: str) -> None:
+        """Forget it."""
         del text
 
 

@@ -36,6 +36,7 @@ class Calibration(Result):
     layers: list[LayerSummary]
 
     def to_dict(self) -> dict[str, Any]:
+        """The document that the command prints with --json."""
         from ..calibration.statistics.report import as_json
 
         return as_json(self.layers, self.corpus)
@@ -64,9 +65,11 @@ class CalibrationPlan(Result):
     refusal: MmquantError | None
 
     def to_dict(self) -> dict[str, Any]:
+        """The document that the command prints with --json."""
         return {"corpus": self.corpus, "moments": self.full, "bytes": asdict(self.need)}
 
     def rows(self) -> list[dict[str, Any]]:
+        """One row each, for tables."""
         return [asdict(self.need)]
 
     def lines(self) -> list[str]:

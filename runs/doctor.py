@@ -50,6 +50,7 @@ class Diagnosis(Result):
         }
 
     def rows(self) -> list[dict[str, Any]]:
+        """One row each, for tables."""
         return [asdict(finding) for finding in self.findings]
 
     def lines(self) -> list[str]:

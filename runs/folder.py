@@ -48,6 +48,7 @@ class Prepared:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all tensors."""
         return self.weights.total
 
 

@@ -36,9 +36,11 @@ class Census(Result):
         return self.geometry.parameters
 
     def rows(self) -> list[dict[str, Any]]:
+        """One row each, for tables."""
         return [asdict(kind) for kind in self.kinds]
 
     def to_dict(self) -> dict[str, Any]:
+        """The document that the command prints with --json."""
         found = {"model": self.model, "fingerprint": self.fingerprint, "geometry": asdict(self.geometry)}
         return {**found, "kinds": self.rows(), "bytes": self.bytes, "parameters": self.parameters}
 

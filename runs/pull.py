@@ -38,6 +38,7 @@ class Pulled(Result):
     dry_run: bool
 
     def to_dict(self) -> dict[str, Any]:
+        """The document that the command prints with --json."""
         found = {"model": self.model, "revision": self.revision, "files": self.files, "bytes": self.bytes}
         return {**found, "out": str(self.out)}
 

@@ -38,6 +38,7 @@ class Pushed(Result):
     dry_run: bool
 
     def to_dict(self) -> dict[str, Any]:
+        """The document that the command prints with --json."""
         return {"files": self.files, "bytes": self.bytes, "url": self.url, "commits": self.commits}
 
     def line(self) -> str:

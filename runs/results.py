@@ -70,6 +70,7 @@ class Quantized(Result):
     refusal: MmquantError | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The document that the command prints with --json."""
         return {"path": str(self.path), "label": self.label, "bytes": self.bytes, "dry_run": self.dry_run} | {
             "refusal": str(self.refusal) if self.refusal else None
         }

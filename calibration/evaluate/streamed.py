@@ -47,10 +47,12 @@ class Settings:
 
     @property
     def like_llama(self) -> bool:
+        """Whether activations are rounded as llama.cpp rounds them."""
         return self.activations == "llama.cpp"
 
     @property
     def other_dtype(self) -> torch.dtype:
+        """The compute dtype that the floor is measured in."""
         return torch.bfloat16 if self.dtype == torch.float32 else torch.float32
 
 

@@ -44,10 +44,12 @@ class CalibratedWeights(WeightsVariant):
 
     @property
     def label(self) -> str:
+        """Name of the artifact in tables and manifests."""
         effort = "" if self.options.effort == "default" else f"-{self.options.effort}"
         return f"{self.stem}-{self.options.method}{effort}"
 
     def run(self) -> dict[str, Any]:
+        """Everything that decides the bytes, apart from the source."""
         o = self.options
         settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
         settings |= {"prior": o.prior, "sampling": o.sampling}
@@ -61,6 +63,7 @@ class CalibratedWeights(WeightsVariant):
         return self.options.method == "awq" or self.options.learned
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        """The tensors of one layer, in the order of the file."""
         specs = super().specs(source, layer)
         if not self.router_changes:
             return specs

@@ -33,6 +33,7 @@ class Held:
 
     @classmethod
     def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Held:
+        """No rows yet, of `matrices` matrices of `inputs` inputs."""
         x, z = (torch.zeros(matrices, HELD, inputs, device=device) for _ in range(2))
         return cls(x, z, [0] * matrices, [0] * matrices)
 

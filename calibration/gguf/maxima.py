@@ -19,6 +19,7 @@ class Largest(Observer):
         self.sums, self.block = torch.zeros(experts), block
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+        """Keep the largest sum of each expert's inner rows."""
         sums = h.float().unflatten(1, (-1, self.block)).sum(-1).abs().amax(1).cpu()
         for expert in range(len(offsets) - 1):
             rows = sums[offsets[expert] : offsets[expert + 1]]

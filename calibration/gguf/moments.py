@@ -48,6 +48,8 @@ class Pair:
 
     @classmethod
     def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Pair:
+        """Sums of no rows, of `matrices` matrices of `inputs` inputs."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 

@@ -34,6 +34,7 @@ class Rows(Observer):
         self.take = take
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+        """Hand the rows on."""
         self.take(x, h, token, slot, offsets)
 
 
@@ -43,6 +44,7 @@ class AttentionOutput(Observer):
     output: Tensor
 
     def attention_output(self, x: Tensor) -> None:
+        """Keep x [N, heads * head_dim]."""
         self.output = x
 
 
@@ -72,6 +74,7 @@ class Streams:
             yield start, reference, written
 
     def put(self, start: int, reference: Tensor, written: Tensor) -> None:
+        """Replace windows of both streams, from `start` on."""
         self.reference.put(start, reference)
         self.written.put(start, written)
 

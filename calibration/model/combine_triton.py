@@ -8,6 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def combine_kernel(y, place, share, out, hidden, K: tl.constexpr, WIDTH: tl.constexpr):
+    """One token and WIDTH channels: the weighted sum of its K experts' rows."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = channel < hidden

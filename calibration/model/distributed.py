@@ -150,6 +150,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def share(self, count: int) -> range:

@@ -73,6 +73,7 @@ class HiddenStates:
 
     @property
     def on_disk(self) -> bool:
+        """Whether they lie in a file instead of memory."""
         return self._file is not None
 
     def batches(self, windows: int, device: torch.device | str = "cpu") -> Iterator[tuple[int, Tensor]]:

@@ -89,10 +89,12 @@ class Collector(Observer):
     # attention
 
     def attention_input(self, x: Tensor) -> None:
+        """Sum what q, k and v see."""
         if self.first:
             self._single(self.attention_in, x, "input of q, k, v")
 
     def keys_values(self, k: Tensor, v: Tensor) -> None:
+        """Keep the largest magnitudes that a KV cache stores."""
         if self.first:
             for place, x in enumerate((k, v)):
                 largest = torch.linalg.vector_norm(x, torch.inf, dim=(0, 2), dtype=torch.float32).flatten()
@@ -100,6 +102,7 @@ class Collector(Observer):
                 torch.maximum(self.kv_amax[place], largest.nan_to_num(0.0, 0.0), out=self.kv_amax[place])
 
     def attention_output(self, x: Tensor) -> None:
+        """Sum what o sees."""
         if self.first:
             self._single(self.attention_out, x, "input of o_proj")
 
@@ -148,6 +151,7 @@ class Collector(Observer):
     # experts
 
     def moe_input(self, x: Tensor, routing: Routing) -> None:
+        """Count the router's choices and keep them for `experts`."""
         values = row_extremes(x)
         x, values, good = self._finite(x, values, "input of the experts", None)
         if good is not None:
@@ -205,6 +209,7 @@ class Collector(Observer):
         sums.extremes((first, second, third))
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+        """Sum what the experts see, and their outputs' norms."""
         counts = torch.tensor(offsets, device=x.device).diff()
         owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), counts, output_size=len(token))
         share = self.share[token, slot]

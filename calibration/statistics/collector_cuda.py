@@ -39,6 +39,7 @@ class FusedCollector(Collector):
     plain = False
 
     def moe_input(self, x: Tensor, routing: Routing) -> None:
+        """Count the router's choices and keep them for `experts`."""
         from .reduce_triton import column_abs_max
 
         abs_max = column_abs_max(x)
@@ -53,6 +54,7 @@ class FusedCollector(Collector):
             torch.maximum(self.hidden_amax, abs_max, out=self.hidden_amax)
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
+        """Sum what the experts see, and their outputs' norms."""
         if self.plain:
             super().experts(x, h, y, token, slot, offsets)
             return
@@ -80,6 +82,7 @@ class FusedCollector(Collector):
             self._grams(scaled_x, scaled_h, ends, offsets)
 
     def statistics(self) -> LayerStatistics:
+        """The sums so far, second moments made symmetric."""
         from .reduce_triton import mirror
 
         for second in (self.expert_in.second, self.expert_mid.second):

@@ -19,6 +19,8 @@ SHARED = "shared"  # second moment of the experts' input when every expert saw e
 
 
 def entries(found: LayerStatistics, dtype: str) -> Iterator[Entry]:
+    """The tensors of a layer file, in its order; second moments in `dtype`."""
+
     def small(name: str, value: Tensor) -> Entry:
         return Entry(name, "F32", tuple(value.shape), lambda: iter([value]))
 

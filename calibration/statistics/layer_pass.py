@@ -165,6 +165,7 @@ class Results:
             return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=shape))
 
     def put(self, experts: range, part: LayerStatistics) -> None:
+        """Take over the second moments of some experts from a further pass."""
         assert part.expert_in.second is not None
         assert part.expert_mid.second is not None
         self.mid[experts.start : experts.stop] = part.expert_mid.second.cpu()

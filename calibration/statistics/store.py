@@ -36,6 +36,7 @@ REMEDY = "delete the folder (or use --fresh) and calibrate again"
 
 
 def layer_file(layer: int) -> str:
+    """Name of a layer's file."""
     return f"layer-{layer:03d}.safetensors"
 
 
@@ -161,6 +162,7 @@ class StoredStatistics:
 
     @property
     def layers(self) -> int:
+        """How many layers are stored."""
         return len(self.entries)
 
     @property

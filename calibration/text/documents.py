@@ -48,6 +48,7 @@ class StoredDocument:
 
     @property
     def text(self) -> str:
+        """All of it at once."""
         return "".join(self.parts())
 
 
@@ -66,6 +67,7 @@ class TextFile:
 
     @property
     def unit(self) -> str:
+        """What its documents are counted in."""
         return "row" if self.kind == "json" else "line"
 
     def scan(self) -> Iterator[tuple[int, int, bytes, bool]]:

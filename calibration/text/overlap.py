@@ -60,6 +60,7 @@ class Overlap:
 
     @property
     def refused(self) -> bool:
+        """Whether so much is shared that evaluation would not be honest."""
         return self.longest >= PASSAGE or self.shared > SHARE * max(self.total, 1)
 
 

@@ -70,10 +70,12 @@ class Sample:
 
     @property
     def windows(self) -> int:
+        """How many windows there are."""
         return self.tokens.shape[0]
 
     @property
     def context(self) -> int:
+        """Tokens in a window."""
         return self.tokens.shape[1]
 
     @property

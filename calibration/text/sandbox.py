@@ -64,6 +64,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:
+        """Call a function of the template, with numbers within measure."""
         for value in (*args, *kwargs.values()):
             _check_number(value)
         return super().call(__context, __obj, *args, **kwargs)

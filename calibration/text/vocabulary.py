@@ -24,6 +24,7 @@ class Vocabulary:
 
     @property
     def digest(self) -> str:
+        """SHA-256 of tokens, merges and splitting."""
         whole = [sorted(self.tokens.items()), self.merges, self.splitting]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 

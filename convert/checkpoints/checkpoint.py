@@ -178,6 +178,7 @@ class Checkpoint:
         return codes, scales if self.tile_of(name) is not None else scales.reshape(-1, 1).expand(len(codes), 1)
 
     def read(self, name: str) -> Tensor:
+        """Dequantized float32 CPU tensor by full release name."""
         if name == self.names.head and name not in self.tensors and self.config.get("tie_word_embeddings"):
             name = self.names.embed
         stem = name.removesuffix(".weight")
@@ -190,6 +191,7 @@ class Checkpoint:
     def read_experts(
         self, layer: int, projection: str, experts: range, device: torch.device | str, dtype: torch.dtype
     ) -> Tensor:
+        """[len(experts), out, in] of one projection, dequantized on the device."""
         out = torch.empty((len(experts), *expert_shape(self.geometry, projection)), device=device, dtype=dtype)
         for part in batches(len(experts)):
             names = [self.names.expert(layer, experts[position], projection) for position in part]
@@ -229,17 +231,21 @@ class Checkpoint:
         return self.tensors[name]
 
     def small_file(self, name: str) -> bytes | None:
+        """tokenizer.json, config.json, LICENSE ... or None."""
         return self.store.small(name)
 
     def close(self, finished: bool = False) -> None:
+        """Stop fetching; `finished`: nothing of it will be needed again."""
         self.store.close(finished)
 
     @property
     def bytes(self) -> int:
+        """Bytes of all tensors that are used."""
         return sum(t.size for n, t in self.tensors.items() if n not in self.skipped)
 
     @property
     def fingerprint(self) -> str:
+        """Hex digest that identifies the weights."""
         return self._fingerprint
 
     @cached_property

@@ -187,9 +187,11 @@ class QuantizedFolder:
         return out
 
     def small_file(self, name: str) -> bytes | None:
+        """tokenizer.json, config.json, LICENSE ... or None."""
         return self.store.small(name)
 
     def close(self, finished: bool = False) -> None:
+        """Stop fetching; `finished`: nothing of it will be needed again."""
         self.store.close(finished)
 
     def census(self) -> list[Kind]:
@@ -204,6 +206,7 @@ class QuantizedFolder:
 
     @property
     def fingerprint(self) -> str:
+        """Hex digest that identifies the weights."""
         return self._fingerprint
 
     @cached_property

@@ -46,6 +46,7 @@ def scheme_for(book: SchemeBook | None, name: str, parts: Parts) -> Scheme | Non
 
 
 def words(scheme: Scheme | None) -> str:
+    """A scheme, as messages name it."""
     if scheme is None:
         return "unquantized"
     if scheme.block is not None:

@@ -98,10 +98,12 @@ class LocalFolder:
         self.origin, self.is_local = Origin(*found) if found else Origin(), True
 
     def files(self) -> dict[str, int]:
+        """Path -> bytes of every file."""
         found = [*self.folder.iterdir(), *self.folder.glob("additional_chat_templates/*.jinja")]
         return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in found if p.is_file()}
 
     def small(self, name: str) -> bytes | None:
+        """Bytes of a small file, None when there is none."""
         path = self.folder / name
         if not path.is_file():
             return None
@@ -110,6 +112,7 @@ class LocalFolder:
         return refuse_pointer(f"{self.label}: {name}", path.read_bytes())
 
     def header(self, shard: str) -> list[TensorInfo]:
+        """The tensors of a shard. InputError for a damaged header."""
         path = self.path(shard)
         with open(path, "rb") as file:
             refuse_strangers(file.read(LOOK), str(path), "a safetensors file")
@@ -118,6 +121,7 @@ class LocalFolder:
             return parse_header(file.read(length), shard, path.stat().st_size)
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
+        """Bytes of a shard. InputError when it is cut off."""
         with open(self.path(shard), "rb") as file:
             file.seek(offset)
             data = file.read(size)
@@ -126,21 +130,26 @@ class LocalFolder:
         return data
 
     def path(self, shard: str) -> Path:
+        """The local file of a shard. InputError when it is missing."""
         path = self.folder / shard
         if not path.is_file():
             raise InputError(f"{self.folder}: shard {shard} is missing")
         return path
 
     def plan(self, shards: list[str]) -> None:
+        """Nothing to fetch."""
         del shards
 
     def release(self, shard: str) -> None:
+        """Nothing to delete."""
         del shard
 
     def in_flight(self) -> int:
+        """Shards that are being fetched: none."""
         return 0
 
     def close(self, finished: bool = False) -> None:
+        """Nothing to stop."""
         del finished
 
 

@@ -28,6 +28,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """Bytes of its values."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 

@@ -51,6 +51,7 @@ class Fp8Variant:
 
     @property
     def label(self) -> str:
+        """Name of the artifact in tables and manifests."""
         return f"FP8-{self.scheme}"
 
     @property
@@ -60,22 +61,27 @@ class Fp8Variant:
 
     @property
     def format(self) -> str:
+        """The manifest's format."""
         return self.storage.manifest
 
     def run(self) -> dict[str, Any]:
+        """Everything that decides the bytes, apart from the source."""
         return {"command": "fp8", "scheme": self.scheme}
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        """The tensors of one layer, in the order of the file."""
         found, scheme = plain_specs(source, plain_shapes(source.geometry, layer)), fp8_scheme(source, self.storage)
         for name, shape in matrix_shapes(source.geometry, layer):
             found.extend(fp8_specs(source, name, shape, scheme))
         return found
 
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
+        """The same tensors' values."""
         tensors, scheme = plain_tensors(source, plain_shapes(source.geometry, layer)), fp8_scheme(source, self.storage)
         for name, _ in matrix_shapes(source.geometry, layer):
             tensors |= fp8_tensors(source, name, device, scheme)
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
+        """config.json's quantization_config."""
         return folder_config(fp8_scheme(source, self.storage), True, source.names)

@@ -36,16 +36,20 @@ class NearestVariant:
 
     @property
     def label(self) -> str:
+        """Name of the artifact in tables and manifests."""
         return f"{self.scheme.label or self.storage.name}-rtn"
 
     @property
     def format(self) -> str:
+        """The manifest's format."""
         return self.storage.manifest
 
     def run(self) -> dict[str, Any]:
+        """Everything that decides the bytes, apart from the source."""
         return {"format": self.storage.name, "group_size": self.group, "attention": self.attention}
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        """The tensors of one layer, in the order of the file."""
         check_writable(self.scheme)
         check_groups(source.geometry, self.group)
         found = plain_specs(source, plain_shapes(source.geometry, layer))
@@ -54,6 +58,7 @@ class NearestVariant:
         return found
 
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
+        """The same tensors' values."""
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
         for names in self._stacks(source.geometry, layer):
             weights = [source.read(name + ".weight").to(device) for name in names]
@@ -73,6 +78,7 @@ class NearestVariant:
                 yield [g.names.expert(layer, expert, projection) for projection in stack]
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
+        """config.json's quantization_config."""
         return folder_config(self.scheme, self.attention, source.names)
 
     def _rounded(self, name: str) -> bool:

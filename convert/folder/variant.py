@@ -52,6 +52,7 @@ def plain_specs(source: Checkpoint, shapes: Iterable[tuple[str, tuple[int, ...]]
 
 
 def plain_tensors(source: Checkpoint, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Values of tensors that are carried as they are stored."""
     return {name: source.raw(name) for name, _ in shapes}
 
 

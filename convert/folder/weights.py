@@ -92,10 +92,12 @@ class WeightsVariant:
 
     @property
     def label(self) -> str:
+        """Name of the artifact in tables and manifests."""
         return f"{self.stem}-rtn"
 
     @property
     def format(self) -> str:
+        """The manifest's format."""
         return self.storage.manifest
 
     @property
@@ -119,6 +121,7 @@ class WeightsVariant:
         return self.scheme(self.bits) if self.whole else None
 
     def run(self) -> dict[str, Any]:
+        """Everything that decides the bytes, apart from the source."""
         found: dict[str, Any] = {
             "command": self.command,
             "method": "rtn",
@@ -133,6 +136,7 @@ class WeightsVariant:
         return found if self.activations == 16 else {**found, "activations": self.activations}
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
+        """The tensors of one layer, in the order of the file."""
         check_groups(source.geometry, self.group_size, attention=self.attention, sizes=self.group_choices)
         check_mixture(self, source.geometry)
         found, experts = plain_specs(source, plain_shapes(source.geometry, layer)), self.scheme(self.bits_of(layer))
@@ -154,6 +158,7 @@ class WeightsVariant:
         return self.storage.group_sizes or GROUP_SIZES
 
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
+        """The same tensors' values."""
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
         if not self.whole:
             for projection in ATTENTION:
@@ -187,6 +192,7 @@ class WeightsVariant:
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
+        """config.json's quantization_config."""
         if not self.storage.mixes:
             return folder_config(self.scheme(self.bits), self.whole, source.names)
         return mixed_config(self, source)

@@ -45,6 +45,7 @@ class Shard:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the file."""
         return len(self.header) + sum(t.bytes for t in self.tensors)
 
 

@@ -21,4 +21,5 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
+        """Bytes of its values."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]

@@ -233,6 +233,7 @@ class GgufSource:
 
     @property
     def fingerprint(self) -> str:
+        """Hex digest that identifies the weights."""
         return self._fingerprint
 
     @cached_property

@@ -43,6 +43,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
+        """Bytes of its data, without padding."""
         return tensor_bytes(self.type, self.shape)
 
 
@@ -56,10 +57,12 @@ class Part:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the file."""
         return len(self.header) + sum(padded(tensor.bytes) for tensor in self.tensors)
 
 
 def padded(size: int) -> int:
+    """A size rounded up to GGUF's alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

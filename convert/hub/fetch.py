@@ -50,14 +50,17 @@ class Job:
 
     @property
     def part(self) -> Path:
+        """The file that is being filled."""
         return self.target.with_name(self.target.name + ".part")
 
     @property
     def record(self) -> Path:
+        """Which blocks of it are there."""
         return self.target.with_name(self.target.name + ".part.json")
 
     @property
     def identity(self) -> dict[str, object]:
+        """What a record must say to be continued."""
         return {"size": self.file.size, "digest": self.file.digest, "block": self.block}
 
     def blocks(self) -> list[tuple[int, int]]:

@@ -164,17 +164,21 @@ class Repository:
         self._ready: dict[str, Any] = {}
 
     def create(self, private: bool) -> None:
+        """Make the repository, and the branch, unless they exist."""
         self._call(lambda: self._api.create_repo(self.spec.repo, private=private, exist_ok=True))
         if self.spec.revision != BRANCH and not self.spec.revision.startswith("refs/"):
             self._call(lambda: self._api.create_branch(self.spec.repo, branch=self.spec.revision, exist_ok=True))
 
     def open_request(self, title: str) -> str:
+        """Open a pull request; its revision."""
         return str(self._call(lambda: self._api.create_pull_request(self.spec.repo, title=title)).git_reference)
 
     def listing(self) -> Listing:
+        """Files of the branch as the hub lists them now."""
         return list_files(self.client, self.spec)
 
     def check_card(self, text: str) -> None:
+        """InputError for a model card that the hub would refuse."""
         url = f"{self.client.endpoint.url}/api/validate-yaml"
         body = json.dumps({"content": text, "repoType": "model"}).encode()
         try:
@@ -190,6 +194,7 @@ class Repository:
             raise InputError(f"README.md: the hub refuses its front matter: {said}")
 
     def upload(self, file: Upload) -> None:
+        """Bring a large file's bytes to the hub, where they wait for a commit."""
         from huggingface_hub import CommitOperationAdd
 
         operation = CommitOperationAdd(file.path, str(file.local))
@@ -198,6 +203,7 @@ class Repository:
         self._ready[file.path] = operation
 
     def commit(self, files: Sequence[Upload], message: str, before: Listing) -> None:
+        """Commit files that were uploaded, and small ones. Conflict when the answer was lost or the branch moved."""
         from huggingface_hub import CommitOperationAdd
 
         operations = [self._ready.pop(f.path, None) or CommitOperationAdd(f.path, str(f.local)) for f in files]

@@ -36,6 +36,7 @@ def quant_label(path: str, known: Iterable[str] = ()) -> str:
 
 
 def is_model(path: str) -> bool:
+    """Whether a path is a GGUF model."""
     return path.endswith(".gguf") and path != IMATRIX
 
 

@@ -72,6 +72,7 @@ class Listing:
 
     @property
     def pinned(self) -> RepoSpec:
+        """The same repository at the commit that was listed."""
         return RepoSpec(self.spec.hub, self.spec.repo, self.commit)
 
 

@@ -183,6 +183,7 @@ class Repository:
         self.client, self.spec = client, spec
 
     def create(self, private: bool) -> None:
+        """Make the repository, and the branch, unless they exist."""
         from modelscope_hub import HubApi
         from modelscope_hub.errors import HubError as ModelScopeError
 
@@ -201,15 +202,18 @@ class Repository:
             raise HubError(f"{self.spec}: the repository cannot be made ({text}), check MODELSCOPE_API_TOKEN") from None
 
     def open_request(self, title: str) -> str:
+        """Open a pull request; its revision."""
         raise InputError("--pr: ModelScope's API has no pull requests, expected --hub hf or no --pr")
 
     def listing(self) -> Listing:
+        """Files of the branch as the hub lists them now."""
         return list_files(self.client, self.spec)
 
     def check_card(self, text: str) -> None:
         """ModelScope has no such question."""
 
     def upload(self, file: Upload) -> None:
+        """Bring a large file's bytes to the hub, where they wait for a commit."""
         if is_inline(file):
             return
         href = self._batch(file)
@@ -235,6 +239,7 @@ class Repository:
             href = self._batch(file)
 
     def commit(self, files: Sequence[Upload], message: str, before: Listing) -> None:
+        """Commit files that were uploaded, and small ones. Conflict when the answer was lost or the branch moved."""
         url = f"{self._base}/commit/{self.spec.revision}"
         actions = [_action(f, "update" if f.path in before.files else "create") for f in files]
         data = json.dumps({"commit_message": message, "actions": actions}).encode()

@@ -50,6 +50,7 @@ class DaemonPool(Executor):
                 future.set_exception(error)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Finish what is queued, or cancel it, and end the threads."""
         with self._closing:
             if not self._closed:
                 self._closed = True

@@ -48,6 +48,7 @@ class Ledger:
                 raise InputError(f"{self.path}: not a ledger, delete it to hash and compare everything anew") from None
 
     def save(self) -> None:
+        """Write it whole."""
         data = {"request": self.request, "files": self.files}
         write_whole(self.path, (json.dumps(data, indent=1) + "\n").encode())
 
@@ -63,6 +64,7 @@ class Ledger:
         return Upload(path, local, stat.st_size, str(known["sha256"]))
 
     def mark(self, files: Sequence[Upload], state: str) -> None:
+        """Note a new state of some files."""
         for file in files:
             self.files[file.path]["state"] = state
         self.save()
@@ -92,6 +94,7 @@ class Publisher:
 
     @property
     def listing(self) -> Listing:
+        """The branch's files, listed once a commit."""
         if self._listing is None:
             self._listing = self.remote.listing()
         return self._listing

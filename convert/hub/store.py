@@ -67,9 +67,11 @@ class HubFolder:
     # -- the protocol ----------------------------------------------------------------------------------------------
 
     def files(self) -> dict[str, int]:
+        """Path -> bytes of every file."""
         return {f.path: f.size for f in self.listing.files.values()}
 
     def small(self, name: str) -> bytes | None:
+        """Bytes of a small file, None when there is none."""
         file = self.listing.files.get(name)
         if file is None:
             return None
@@ -78,6 +80,7 @@ class HubFolder:
         return refuse_pointer(f"{self.label}: {name}", self._kept("small", file, lambda: self._get(file)))
 
     def header(self, shard: str) -> list[TensorInfo]:
+        """The tensors of a shard. InputError for a damaged header."""
         with self._lock:
             if self._headers is None:
                 self._headers = self._all_headers()
@@ -86,6 +89,7 @@ class HubFolder:
         return self._headers[shard]
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
+        """Bytes of a shard, from the local copy or by a ranged request."""
         file = self._file(shard)
         if offset + size > file.size:
             raise InputError(f"{shard}: {file.size:,} bytes, {size:,} at {offset:,} were asked for")
@@ -99,11 +103,13 @@ class HubFolder:
             return source.read(size)
 
     def path(self, shard: str) -> Path:
+        """The local file of a shard, fetched when it is not there."""
         self._file(shard)
         self._hold()
         return self._prefetch.path(shard)
 
     def plan(self, shards: list[str]) -> None:
+        """Fetch shards ahead in this order. InputError when the largest does not fit the disk limit."""
         sizes = {s: self._file(s).size for s in shards}
         largest = max(sizes, key=lambda s: sizes[s], default=None)
         limit = self.options.max_disk
@@ -120,6 +126,7 @@ class HubFolder:
         self._prefetch.plan(shards)
 
     def release(self, shard: str) -> None:
+        """A shard is not needed again; delete it unless --keep-shards."""
         self._prefetch.release(shard)
 
     def in_flight(self) -> int:

@@ -78,6 +78,7 @@ def same_scaling(one: RopeScaling | None, other: RopeScaling | None) -> bool:
 
 
 def usual_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies cos and sin by for a factor of context."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 

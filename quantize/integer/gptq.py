@@ -58,13 +58,19 @@ class Grid(Protocol):
     """
 
     @property
-    def bits(self) -> int: ...
+    def bits(self) -> int:
+        """Bits of a code."""
+        ...
 
     @property
-    def group_size(self) -> int: ...
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1: all."""
+        ...
 
     @property
-    def symmetric(self) -> bool: ...
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
+        ...
 
     @property
     def shared(self) -> bool:

@@ -31,6 +31,7 @@ class Evaluation(Result):
     document: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
+        """What `eval --json` prints."""
         return self.document
 
     def rows(self) -> list[dict[str, Any]]:

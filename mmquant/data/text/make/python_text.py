@@ -50,6 +50,7 @@ def code(modules: str, each: int) -> str:
 
 
 def main() -> None:
+    """The command line."""
     out = Path(sys.argv[1])
     for folder, modules, each, names in (
         ("evaluation", EVALUATION_MODULES, 4000, EVALUATION_TOPICS),

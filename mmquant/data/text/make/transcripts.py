@@ -32,6 +32,7 @@ MODULES = (
 
 
 def call(function: str, /, **arguments: object) -> dict[str, Any]:
+    """A tool call of a message."""
     return {"type": "function", "function": {"name": function, "arguments": arguments}}
 
 
@@ -41,6 +42,7 @@ def calling(thought: str, made: dict[str, Any]) -> dict[str, Any]:
 
 
 def tool(name: str, description: str, *parameters: str) -> dict[str, Any]:
+    """A tool with string parameters."""
     schema = {"type": "object", "properties": {p: {"type": "string"} for p in parameters}, "required": list(parameters)}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
@@ -79,6 +81,7 @@ def sentence(text: str) -> str:
 
 
 def docs_chat(form: list[str], entry: tuple[str, str, str]) -> dict[str, Any]:
+    """A conversation that looks something up in the documentation."""
     name, signature, text = entry
     values = {"name": name, "signature": name.rsplit(".", 1)[-1] + signature, "first": sentence(text)}
     messages = [
@@ -91,6 +94,7 @@ def docs_chat(form: list[str], entry: tuple[str, str, str]) -> dict[str, Any]:
 
 
 def compute_chat(language: str, kind: str, rng: random.Random) -> dict[str, Any]:
+    """A conversation that computes something with a tool."""
     if kind == "days":
         a, b = (f"{rng.randint(1900, 2030)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}" for _ in range(2))
         expression = f"abs((date.fromisoformat('{b}') - date.fromisoformat('{a}')).days)"
@@ -112,6 +116,7 @@ def compute_chat(language: str, kind: str, rng: random.Random) -> dict[str, Any]
 
 
 def main() -> None:
+    """The command line."""
     written, out = Path(sys.argv[1]), Path(sys.argv[2])
     rng = random.Random(27)
     entries = documented()
