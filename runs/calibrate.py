@@ -51,7 +51,7 @@ class Calibration(Result):
         from ..calibration.statistics.report import findings, table
 
         done = f"{self.path}: {len(self.layers)} layers, report in {self.path / 'report.html'}"
-        return [table(self.layers), *findings(self.layers), done]
+        return [*table(self.layers), *findings(self.layers), done]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmquant.monitor import current
+from mmquant.tables import Size, percent
+from mmquant.tables import table as aligned
 
 from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
@@ -85,10 +87,17 @@ def _row(name: str, folder: Path, score: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for people."""
-    head = f"{'variant':<16}{'bytes':>12}{'bits/w':>8}{'PPL':>9}{'KLD':>10}{'top-1':>8}  fits"
-    lines = [
-        f"{r['variant']:<16}{r['bytes']:>12,}{r['bits_per_weight']:>8.2f}{r['ppl']:>9.4f}{r['kld']:>10.6f}"
-        f"{r['top1']:>8.2%}  {', '.join(r['fits'])}"
+    head = ("variant", "GB", "bits/w", "PPL", "KLD", "top-1 %", "fits")
+    cells = [
+        (
+            r["variant"],
+            Size(r["bytes"]),
+            f"{r['bits_per_weight']:.2f}",
+            f"{r['ppl']:.4f}",
+            f"{r['kld']:.6f}",
+            percent(r["top1"]),
+            ", ".join(r["fits"]),
+        )
         for r in rows
     ]
-    return "\n".join([head, *lines])
+    return "\n".join(aligned(head, cells, text=("variant", "fits")))

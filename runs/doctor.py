@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
 from mmquant.monitor import Monitor, watching
+from mmquant.tables import table
 
 from .calibrate import make_corpus
 from .models import choose_device
@@ -59,19 +60,23 @@ class Diagnosis(Result):
         for finding in self.findings:
             experts = f" (experts {', '.join(map(str, finding.experts))})" if finding.experts else ""
             found.append(f"{finding.level}: {finding.where}: {finding.text}{experts}")
-        found += [self._rescaled_line(*where, power) for where, power in self.rescaled.items()]
+        found += self._rescaled_lines()
         found += [str(path) for path in self.written]
         return found or [f"{self.file}: nothing found"]
 
-    def _rescaled_line(self, layer: int, expert: int, power: int) -> str:
+    def _rescaled_lines(self) -> list[str]:
+        """A table of the rescaled experts: up / 2^k, down * 2^k, and how far their sums are below float16's limit."""
         from ..quantize.overflow import FP16_MAX
 
-        line = f"rescaled: layer {layer} expert {expert}: up / 2^{power}, down * 2^{power}"
-        if self.sums is None:
-            return line
-        sum_ = float(self.sums[layer, expert])
-        below = f"{FP16_MAX * 2**power / sum_:.1f} times below {FP16_MAX:.0f}"
-        return f"{line}, largest sum {sum_:.4g} -> {sum_ / 2**power:.4g}, {below}"
+        head = ("rescaled layer", "expert", "up / 2^k, down * 2^k")
+        if not self.rescaled or self.sums is None:
+            return table(head, [(*where, power) for where, power in self.rescaled.items()]) if self.rescaled else []
+        rows = []
+        for (layer, expert), power in self.rescaled.items():
+            largest = float(self.sums[layer, expert])
+            numbers = (f"{largest:.4g}", f"{largest / 2**power:.4g}", f"{FP16_MAX * 2**power / largest:.1f}")
+            rows.append((layer, expert, power, *numbers))
+        return table((*head, "largest sum", "now", f"times below {FP16_MAX:.0f}"), rows)
 
 
 def doctor(

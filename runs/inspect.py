@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from mmquant.tables import WIDTH, Size, table
 
 from ..convert.open import open_source
 from .models import say_notes
@@ -49,10 +52,10 @@ class Census(Result):
         g = self.geometry
         head = f"{self.model}: {g.layers} layers, hidden {g.hidden}, {g.experts} experts of {g.expert_width} (top "
         head += f"{g.experts_per_token}), {g.heads}/{g.kv_heads} heads of {g.head_dim}, vocabulary {g.vocab}"
-        lines = [head, f"{'kind':<16}{'dtype':<10}{'count':>8}{'weights':>18}{'bytes':>18}"]
-        lines += [f"{k.kind:<16}{k.dtype:<10}{k.count:>8,}{k.weights:>18,}{k.bytes:>18,}" for k in self.kinds]
-        count = sum(k.count for k in self.kinds)
-        return [*lines, f"{'total':<16}{'':<10}{count:>8,}{g.parameters:>18,}{self.bytes:>18,}"]
+        rows = [(k.kind, k.dtype, k.count, k.weights, Size(k.bytes)) for k in self.kinds]
+        total = ("total", "", sum(k.count for k in self.kinds), g.parameters, Size(self.bytes))
+        shown = table(("kind", "dtype", "count", "weights", "GB"), [*rows, total], text=("kind", "dtype"))
+        return [*textwrap.wrap(head, WIDTH), *shown]
 
 
 def inspect(model: str | Path) -> Census:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmquant.tables import percent
+from mmquant.tables import table as aligned
+
 from ...quantize.overflow import FP16_MAX
 from .layer import (
     MARGIN_BINS,
@@ -83,21 +86,24 @@ def _finite(values: Tensor) -> list[float | None]:
     return [float(v) if v < float("inf") else None for v in values.tolist()]
 
 
-def table(layers: list[LayerSummary]) -> str:
-    """One line a layer."""
-    head = ("layer", "tokens/expert", "max/mean", "dead", "few", "sampling err", "max |x|", "max |h|", "max |sum32|")
-    rows: list[tuple[str, ...]] = [(*head, "fp16 overflow", "outliers", "close calls")]
+def table(layers: list[LayerSummary]) -> list[str]:
+    """Two lines per layer: the numbers, then what is unusual."""
+    head = ("layer", "tokens/expert", "max/mean", "dead", "few", "sampling err %", "max |x|", "max |h|")
+    rows = []
     for s in layers:
         known = sorted(e for e in s.error_in if e is not None)
-        spread = f"{min(s.tokens)}..{max(s.tokens)}"
-        error = f"{known[len(known) // 2]:.1%}..{known[-1]:.1%}" if known else "-"
-        cells = (str(s.layer), spread, f"{s.imbalance:.2f}", str(len(s.dead)), str(len(s.few)), error)
-        extremes = (f"{s.amax_in:.4g}", f"{s.amax_mid:.4g}", f"{s.sum32:.4g}")
-        overflow = ", ".join(map(str, s.overflow[:6])) + (" ..." if len(s.overflow) > 6 else "") or "-"
+        error = f"{100 * known[len(known) // 2]:.1f}..{100 * known[-1]:.1f}" if known else None
+        overflow = ", ".join(map(str, s.overflow[:6])) + (" ..." if len(s.overflow) > 6 else "")
         outliers = f"{len(s.outliers_in)}+{len(s.outliers_mid)}"
-        rows.append((*cells, *extremes, overflow, outliers, f"{s.close_calls:.2%}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        spread = f"{min(s.tokens)}..{max(s.tokens)}"
+        rows.append(
+            (
+                *(s.layer, spread, f"{s.imbalance:.2f}", len(s.dead), len(s.few), error),
+                *(f"{s.amax_in:.4g}", f"{s.amax_mid:.4g}", f"{s.sum32:.4g}"),
+                *(overflow or None, outliers, percent(s.close_calls)),
+            )
+        )
+    return aligned((*head, "max |sum32|", "fp16 overflow", "outliers", "close calls %"), rows, text=("fp16 overflow",))
 
 
 def findings(layers: list[LayerSummary]) -> list[str]:

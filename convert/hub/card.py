@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mmquant.errors import InputError
+from mmquant.tables import Size, cell, markdown
 
 from ..card import LICENSE_FIELDS
 from ..files.parse import is_list, is_object
@@ -156,11 +157,6 @@ def _license(manifest: dict[str, Any], notice: str) -> str:
     return "\n".join([*lines, *([f"> {notice.split('. ')[0]}"] if notice else [])])
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)])
-
-
 def _targets(manifest: dict[str, Any]) -> str:
     rows: list[list[str]] = []
     for t in manifest["targets"]:
@@ -172,16 +168,16 @@ def _targets(manifest: dict[str, Any]) -> str:
             [t["id"], t["artifact"], t["engine"], t["fits"], context, t["basis"], f"`{command}`" if fits else "-"]
         )
     head = ["for", "artifact", "engine", "fits", "context", "basis", "command"]
-    return _table(head, rows) if rows else "No targets were computed."
+    return markdown(head, rows) if rows else "No targets were computed."
 
 
 def _files(manifest: dict[str, Any]) -> str:
     rows = [
-        [f"`{f['path']}`", a.get("quant_label", a["id"]), f"{f['size'] / 1e9:.3f} GB", f"`{f['sha256']}`"]
+        [f"`{f['path']}`", a.get("quant_label", a["id"]), Size(f["size"]), f"`{f['sha256']}`"]
         for a in manifest["artifacts"]
         for f in a["files"]
     ]
-    return _table(["file", "artifact", "size", "sha256"], rows)
+    return markdown(["file", "artifact", "GB", "sha256"], rows)
 
 
 def _quality(manifest: dict[str, Any]) -> str:
@@ -206,11 +202,12 @@ def _quality(manifest: dict[str, Any]) -> str:
                 f"{a['id']}: against {quality.get('reference', 'no reference')}; text {corpus or 'not recorded'}"
             )
     head = ["artifact", "bits/weight", "status", "PPL", "PPL of the reference", "mean KLD", "99.9 % KLD", "top-1"]
-    return "\n\n".join([_table([*head, "non-finite"], rows), *notes])
+    return "\n\n".join([markdown([*head, "non-finite"], rows), *notes])
 
 
 def _number(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, int | float) else "-"
+    """A manifest's number; another tool's may be anything."""
+    return cell(value if isinstance(value, int | float | str) else None)
 
 
 def _made(manifest: dict[str, Any]) -> str:

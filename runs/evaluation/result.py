@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmquant import __version__
 from mmquant.errors import InputError
+from mmquant.tables import Size, cell, percent
+from mmquant.tables import table as aligned
 
 from ...calibration.evaluate.metrics import summarise
 from ...calibration.evaluate.streamed import ENERGY, ERROR, NONFINITE, OVERLAP, TOKENS, Outcome
@@ -20,6 +22,7 @@ from ...calibration.text.sample import Sample
 from ...convert.source import Source
 
 SCHEMA, SCHEMA_VERSION = "mmquant-eval", "1.1"
+NUMBERS = ("candidate", "GB", "bits/w", "PPL", "ratio", "+-", "KLD", "95 %", "99.9 %", "top-1 %", "nonfinite")
 # Threshold -> where its number stands in a candidate, and whether the number must stay below or above.
 GATES = {
     "max_ppl_ratio": ("ppl_ratio", "max"),
@@ -195,21 +198,20 @@ def validate(result: dict[str, Any]) -> None:
 def table(result: dict[str, Any]) -> str:
     """The result for people: a line for each candidate, then each domain, then the layer that loses most."""
     sample, lines = result["sample"], []
-    lines.append(f"reference {result['reference']['label']}: PPL {_number(_reference_ppl(result))}")
+    lines.append(f"reference {result['reference']['label']}: PPL {cell(_reference_ppl(result))}")
     scored = f"{sample['positions']} positions in {sample['windows']} windows of {sample['context']}"
     kind = result["dtype"] if result["activations"] == "exact" else f"activations of {result['activations']}"
     lines.append(f"{scored} ({sample['convention']}), engine {result['engine']}, {kind}")
-    rows = [("candidate", "bytes", "bpw", "PPL", "ratio", "+-", "KLD", "95 %", "99.9 %", "top-1 %", "nonfinite")]
-    rows += [_row(candidate) for candidate in [*result["candidates"], *filter(None, [result.get("floor")])]]
-    lines += _aligned(rows)
+    rows = [_row(candidate) for candidate in [*result["candidates"], *filter(None, [result.get("floor")])]]
+    lines += aligned(NUMBERS, rows, text=("candidate",))
     domains = [
-        (c["label"], name, _number(d["ppl"]), _number(d["kld"]["mean"]), _percent(d["top1"]))
+        (c["label"], name, d["ppl"], d["kld"]["mean"], percent(d["top1"], 3))
         for c in result["candidates"]
         for name, d in c["domains"].items()
         if len(c["domains"]) > 1 and d["tokens"]
     ]
     if domains:
-        lines += ["", *_aligned([("candidate", "domain", "PPL", "KLD", "top-1 %"), *domains])]
+        lines += ["", *aligned(("candidate", "domain", "PPL", "KLD", "top-1 %"), domains, text=("candidate", "domain"))]
     for candidate in result["candidates"]:
         lines += _worst_layer(candidate)
     if "engine_check" in result:
@@ -231,43 +233,29 @@ def _worst_layer(candidate: dict[str, Any]) -> list[str]:
 
 
 def _engine_lines(check: dict[str, Any]) -> list[str]:
-    rows = [("candidate", "PPL", "KLD", "99.9 %", "top-1 %", "PPL off", "KLD off")]
+    rows = []
     for c in check["candidates"]:
         off = c["difference"]
-        numbers = (_number(c["ppl"]), _number(c["kld"]["mean"]), _number(c["kld"]["p999"]), _percent(c["top1"]))
-        rows.append((c["label"], *numbers, _percent(off["ppl"]) + " %", _number(off["kld_mean_nats"])))
-    return [f"by {check['engine']} {check['version']}, reference by {check['reference']}:", *_aligned(rows)]
+        numbers = (c["ppl"], c["kld"]["mean"], c["kld"]["p999"], percent(c["top1"], 3))
+        rows.append((c["label"], *numbers, percent(off["ppl"], 3), off["kld_mean_nats"]))
+    head = ("candidate", "PPL", "KLD", "99.9 %", "top-1 %", "PPL off %", "KLD off")
+    by = f"by {check['engine']} {check['version']}, reference by {check['reference']}:"
+    return [by, *aligned(head, rows, text=("candidate",))]
 
 
 def _reference_ppl(result: dict[str, Any]) -> float | None:
     return result["candidates"][0]["ppl_reference"] if result["candidates"] else None
 
 
-def _row(c: dict[str, Any]) -> tuple[str, ...]:
+def _row(c: dict[str, Any]) -> tuple[object, ...]:
     kld, interval = c["kld"], c["kld"]["mean_ci95"]
     return (
         c["label"],
-        f"{c['bytes']:,}" if "bytes" in c else "",
-        f"{c['bits_per_weight']:.3f}" if "bits_per_weight" in c else "",
-        _number(c["ppl"]),
-        _number(c["ppl_ratio"]),
-        _number(c["ppl_ratio_stderr"]),
-        _number(kld["mean"]),
-        f"{_number(interval[0])}..{_number(interval[1])}" if interval else "",
-        _number(kld["p999"]),
-        _percent(c["top1"]),
-        str(c["nonfinite"]),
+        Size(c["bytes"]) if "bytes" in c else None,
+        f"{c['bits_per_weight']:.3f}" if "bits_per_weight" in c else None,
+        *(c["ppl"], c["ppl_ratio"], c["ppl_ratio_stderr"], kld["mean"]),
+        f"{cell(interval[0])}..{cell(interval[1])}" if interval else None,
+        kld["p999"],
+        percent(c["top1"], 3),
+        c["nonfinite"],
     )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3f}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(c.rjust(widths[i]) if i else c.ljust(widths[i]) for i, c in enumerate(row)) for row in rows]

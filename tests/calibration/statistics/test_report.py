@@ -97,7 +97,7 @@ def test_dead_experts_and_those_with_few_tokens_are_told(tmp_path: Path) -> None
     text = " ".join(findings([summary]))
     assert "expert 3 saw no token; the layer's pooled moments stand in" in text
     assert "fewer tokens than they have input channels" in text
-    assert "0.." in table([summary])
+    assert "0.." in "\n".join(table([summary]))
     page = report([summary], ("a", "b"), corpus().describe(), "x <y>")
     assert page.count('"#c6392c"') == 3  # no token, so no sampling error and no saliency
     silent = replace(summary, load=[summary.load[0], [0] * 5])

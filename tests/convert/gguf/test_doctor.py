@@ -165,8 +165,10 @@ def test_maxima_of_statistics_decide(risky: Path, measure: list[str], tmp_path: 
     assert done.exit_code == 0, done.output
     found = doctor(risky, "--statistics", str(tmp_path / "s"), "--fix", "--out", str(tmp_path / "fixed"))
     assert found.exit_code == 0, found.output
-    assert "rescaled: layer 3 expert 3: up / 2^" in found.stdout
-    assert "times below 65504" in found.stdout
+    lines = [line.split() for line in found.stdout.splitlines()]
+    head = next(i for i, words in enumerate(lines) if words[:2] == ["rescaled", "layer"])
+    assert lines[head + 1][:2] == ["3", "3"]
+    assert float(lines[head + 1][-1]) > 1  # times below 65504
 
 
 def test_q2_k_is_measured_by_sums_of_16(tmp_path: Path) -> None:
