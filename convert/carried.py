@@ -30,8 +30,7 @@ def read_object(source: Source, name: str) -> dict[str, Any]:
 
 def named_templates(source: Source) -> dict[str, str]:
     """File name by template's name, of transformers' folder of further chat templates, sorted."""
-    store = getattr(source, "store", None)
-    matches = [match for file in (store.files() if store is not None else ()) if (match := _TEMPLATE.fullmatch(file))]
+    matches = [match for file in source.file_names() if (match := _TEMPLATE.fullmatch(file))]
     return {match[1]: match[0] for match in sorted(matches, key=lambda match: match[0])}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +64,14 @@ class Source(Protocol):
 
     def small_file(self, name: str) -> bytes | None:
         """tokenizer.json, config.json, LICENSE ... or None."""
+        ...
+
+    def file_names(self) -> Collection[str]:
+        """Names of the files that `small_file` can read; none of a source that makes them up."""
+        ...
+
+    def ggml_type(self, name: str) -> str | None:
+        """The ggml type of a tensor by its GGUF name; None for what is no GGUF, or lacks the tensor."""
         ...
 
     def validate(self) -> None:

@@ -72,15 +72,18 @@ def write_folder(
     device: torch.device | str = "cpu",
     limit: int = SHARD_LIMIT,
     provider: Provider | None = None,
+    behind: int = 0,
 ) -> Path:
     """Write `variant` of `source` into the folder `out` and return it. A finished folder of the same run is left alone.
 
-    `provider` hands a calibrated variant its statistics; None for one that needs none. The folder is read again as an
-    engine would before it gets its manifest: one that fails stays unfinished.
+    `provider` hands a calibrated variant its statistics; None for one that needs none. `behind`: how many layers before
+    the one at work are read once more. The folder is read again as an engine would before it gets its manifest: one
+    that fails stays unfinished.
 
     Raises InputError when `out` holds something else or fails its check, FitError when disk or memory is too small.
     """
     prepared = prepare(source, variant)
+    source.schedule.behind = behind
     run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
     if provider is not None:
         run |= provider.run()

@@ -84,8 +84,15 @@ def write_weights(source: Checkpoint, variant: WeightsVariant, options: WeightsO
             hidden=variant.options.learned,
             full=variant.options.full,
         )
-    if isinstance(variant, CalibratedWeights) and variant.options.learned:
-        source.schedule.behind = 1  # the reference stream reads the layer before once more
-    done = write_folder(source, variant, out, device=device, limit=options.max_shard_size, provider=provider)
+    learned = isinstance(variant, CalibratedWeights) and variant.options.learned
+    done = write_folder(
+        source,
+        variant,
+        out,
+        device=device,
+        limit=options.max_shard_size,
+        provider=provider,
+        behind=int(learned),  # the reference stream reads the layer before once more
+    )
     shutil.rmtree(out / STREAMS, ignore_errors=True)
     return done

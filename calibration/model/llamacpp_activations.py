@@ -7,11 +7,12 @@ Source: ggml-cpu.c (`vec_dot_type` of each type), ggml-quants.c (quantize_row_q8
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, TOKEN_EMBD
-from ...convert.gguf.reader import GgufSource
 from ...convert.models.layer import LayerWeights
 from ...convert.source import Source
 from .forward import CACHE, EXACT, HEAD_INPUT, Change, Rounding
@@ -62,25 +63,19 @@ def change_of(kind: str) -> Change | None:
 def layer_rounding(source: Source, layer: int) -> Rounding:
     """What llama.cpp does to the inputs of each matrix of a layer."""
     tensors = {name: role[0] for name, role in ATTENTION_TENSORS.items()} | EXPERT_TENSORS
-    found = {role: change_of(_type(source, f"blk.{layer}.{name}.weight")) for name, role in tensors.items()}
+    found = {role: change_of(source.ggml_type(f"blk.{layer}.{name}.weight") or BF16) for name, role in tensors.items()}
     return {CACHE: half} | {role: change for role, change in found.items() if change is not None}
 
 
 def head_rounding(source: Source) -> Rounding:
     """What llama.cpp does to the input of the head."""
-    tied = isinstance(source, GgufSource) and source.config["tie_word_embeddings"]
-    change = change_of(_type(source, TOKEN_EMBD if tied else OUTPUT))
+    kind = source.ggml_type(OUTPUT) or source.ggml_type(TOKEN_EMBD) or BF16  # tied embeddings are the head as well
+    change = change_of(kind)
     return EXACT if change is None else {HEAD_INPUT: change}
-
-
-def _type(source: Source, name: str) -> str:
-    return source.tensor_type(name) if isinstance(source, GgufSource) else BF16
 
 
 def as_converted(source: Source, weights: LayerWeights) -> LayerWeights:
     """The layer as its GGUF would hold it: matrices of what is no GGUF rounded to bfloat16, all else untouched."""
-    if isinstance(source, GgufSource):
+    if source.ggml_type(TOKEN_EMBD) is not None:
         return weights
-    matrices = ("q", "k", "v", "o", "w1", "w3", "w2")
-    names = LayerWeights.__dataclass_fields__
-    return LayerWeights(**{n: brain(getattr(weights, n)) if n in matrices else getattr(weights, n) for n in names})
+    return replace(weights, **{name: brain(getattr(weights, name)) for name in ("q", "k", "v", "o", "w1", "w3", "w2")})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from math import ceil
 from pathlib import Path
@@ -233,6 +233,13 @@ class Checkpoint:
     def small_file(self, name: str) -> bytes | None:
         """tokenizer.json, config.json, LICENSE ... or None."""
         return self.store.small(name)
+
+    def file_names(self) -> Collection[str]:
+        """Names of the folder's files."""
+        return self.store.files()
+
+    def ggml_type(self, name: str) -> None:
+        """None: this is no GGUF."""
 
     def close(self, finished: bool = False) -> None:
         """Stop fetching; `finished`: nothing of it will be needed again."""

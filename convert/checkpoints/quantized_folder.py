@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from functools import cached_property
 
 import torch
@@ -189,6 +190,13 @@ class QuantizedFolder:
     def small_file(self, name: str) -> bytes | None:
         """tokenizer.json, config.json, LICENSE ... or None."""
         return self.store.small(name)
+
+    def file_names(self) -> Collection[str]:
+        """Names of the folder's files."""
+        return self.store.files()
+
+    def ggml_type(self, name: str) -> None:
+        """None: this is no GGUF."""
 
     def close(self, finished: bool = False) -> None:
         """Stop fetching; `finished`: nothing of it will be needed again."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import reprlib
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,14 @@ class GgufSource:
             part = torch.from_numpy(data[expert].copy()).to(device)
             out[position] = decode(part, tensor.kind, columns).to(dtype)
         return out
+
+    def file_names(self) -> Collection[str]:
+        """None: the small files are made of the metadata."""
+        return ()
+
+    def ggml_type(self, name: str) -> str | None:
+        """The ggml type of a tensor, None when it is missing."""
+        return self.tensor_type(name) if name in self._where else None
 
     def close(self, finished: bool = False) -> None:
         """Nothing stays open."""

@@ -6,6 +6,7 @@ Also run by torch's spawned processes, which import it by name.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ class Noisy:
 
     def small_file(self, name: str) -> bytes | None:
         return self.source.small_file(name)
+
+    def file_names(self) -> Collection[str]:
+        return self.source.file_names()
+
+    def ggml_type(self, name: str) -> str | None:
+        return self.source.ggml_type(name)
 
     def validate(self) -> None:
         self.source.validate()
