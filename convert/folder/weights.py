@@ -42,15 +42,15 @@ def check_groups(
         return
     works = ", ".join(str(s) for s in sizes if not g.hidden % s and not width % s) or "none"
     if g.hidden % group_size or g.expert_width % group_size:
-        raise InputError(
-            f"group size {group_size} does not divide hidden {g.hidden} and expert width {g.expert_width}; "
-            f"sizes that do: {works}"
-        )
+        others = f"; sizes that do: {works}" if len(sizes) > 1 else ""
+        where = f"hidden {g.hidden} and expert width {g.expert_width}"
+        raise InputError(f"group size {group_size} does not divide {where}{others}")
     if width % group_size:
         most = max(p for p in range(1, parallel) if not g.expert_width % (p * group_size))
+        ways = f"group sizes {works}, " if len(sizes) > 1 else ""
         raise InputError(
             f"group size {group_size}: {g.expert_width}/{parallel} = {width} is not a multiple of it; what works: "
-            f"group sizes {works}, at most {most} devices, or expert parallelism (--enable-expert-parallel)"
+            f"{ways}at most {most} devices, or expert parallelism (--enable-expert-parallel)"
         )
 
     inputs = g.heads * g.head_dim

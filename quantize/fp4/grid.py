@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
+from ..integer.descent import descend
 from ..integer.gptq import Panel
 from ..integer.grid import IntWeight, groups_of, search_weights
 from ..linear_algebra import full_float32
@@ -105,9 +106,8 @@ class Fp4Grid:
         return self.finish(codes.mT.contiguous(), scales.mT.contiguous(), None)
 
     def refit(self, weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
-        """Nothing: a scale of four bits or one moves too far for a least-squares step to be of use."""
-        del weight, second
-        return found
+        """Codes and scales again, panel by panel: a least-squares step of the scales alone would be finer than they."""
+        return descend(weight, found, second, self)
 
 
 NVFP4 = Fp4Grid(16, 3, 7, 7, True)

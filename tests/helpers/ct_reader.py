@@ -19,6 +19,7 @@ with warnings.catch_warnings():
 
 CACHE = ("k_scale", "v_scale")
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+PARTS += ("input_global_scale",)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
