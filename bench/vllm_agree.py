@@ -1,0 +1,134 @@
+"""What a real vLLM computes from each artifact, against mmquant's own float32 forward of the same folder.
+
+    python bench/vllm_agree.py [--work DIR] [--windows 16] [NAME ...]
+
+Writes the demo model as each NAME (default: all of FOLDERS), opens it in vLLM (eager) and takes the whole logits of
+windows of the bundled evaluation text. KL(ours || vLLM) is in nats a token; `ours bf16` bounds what can be seen: our
+own forward in bfloat16 against float32. Needs a CUDA device and vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import _path  # noqa: F401
+import torch
+from torch import Tensor
+
+from mmquant.calibration.evaluate.metrics import log_softmax
+from mmquant.calibration.model.forward import embed, final_logits, layer_forward
+from mmquant.calibration.text.corpus import bundled
+from mmquant.calibration.text.tokenizer import load_tokenizer, windows
+from mmquant.convert.open import open_source
+from mmquant.convert.source import Source, read_globals, read_layer
+
+CONTEXT = 512
+TEXTS = ("prose", "docs", "zh", "code")
+FOLDERS = {
+    "fp8-block": "fp8",
+    "fp8-channel": "fp8 --scheme channel",
+    "int4": "int4",
+    "int4-fp8-cache": "int4 --kv-cache fp8",
+    "nvfp4": "nvfp4",
+    "nvfp4-high": "nvfp4 --effort high",
+    "nvfp4-modelopt": "nvfp4 --format modelopt",
+    "nvfp4-attention": "nvfp4 --attention nvfp4",
+    "nvfp4-w4a4": "nvfp4 --activations nvfp4",
+    "mxfp4": "mxfp4",
+}
+
+
+@torch.inference_mode()
+def own_logits(source: Source, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits [W, T, V] in float32 of tokens [W, T], computed on the device in `dtype`."""
+    device = tokens.device
+    outside = read_globals(source, device, dtype)
+    hidden = embed(outside, tokens)
+    for layer in range(source.geometry.layers):
+        hidden = layer_forward(read_layer(source, layer, device, dtype), source.geometry, hidden)
+    return final_logits(outside, source.geometry, hidden).float()
+
+
+def vllm_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Logits [W, T, V] by vLLM: those that it computes for the prompt's log-probabilities, caught on the way."""
+    import vllm  # pyright: ignore[reportMissingImports]
+
+    model = vllm.LLM(
+        model=str(folder),
+        max_model_len=CONTEXT + 1,
+        enforce_eager=True,
+        gpu_memory_utilization=0.2,
+        trust_remote_code=False,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=8 * CONTEXT,
+    )
+    caught: list[Tensor] = []
+
+    def watch(inner: torch.nn.Module) -> None:
+        compute: Callable[..., Tensor] = vars(type(inner))["compute_logits"].__get__(inner)
+
+        def keep(hidden: Tensor, *rest: object, **named: object) -> Tensor:
+            logits = compute(hidden, *rest, **named)
+            if len(logits) == CONTEXT - 1:
+                caught.append(logits.float())
+            return logits
+
+        inner.__dict__["compute_logits"] = keep
+
+    model.apply_model(watch)
+    settings = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
+    for window in tokens.tolist():
+        model.generate([{"prompt_token_ids": window}], settings, use_tqdm=False)
+    found = torch.stack(caught)
+    del model, watch
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def distance(reference: Tensor, logits: Tensor) -> float:
+    """Mean KL(reference || logits) in nats over all rows."""
+    p, q = log_softmax(reference), log_softmax(logits)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(FOLDERS), metavar="NAME")
+    parser.add_argument("--work", type=Path, default=Path("vllm-agree"))
+    parser.add_argument("--windows", type=int, default=16)
+    given = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where its logits can be seen
+    os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
+    tokenizer = load_tokenizer(open_source("demo"))
+    each = given.windows // len(TEXTS)
+    texts = [(bundled("evaluation") / f"{name}.txt").read_text() for name in TEXTS]
+    tokens = torch.cat([windows(text, tokenizer, CONTEXT, each) for text in texts]).cuda()
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, {len(tokens)} windows of {CONTEXT}", flush=True)
+    print("| folder | KL(ours, vLLM) | ours bf16 | seconds |\n| --- | --- | --- | --- |", flush=True)
+    for name in given.names:
+        folder, started = given.work / name, time.monotonic()
+        command = [sys.executable, "-m", "mmquant", *FOLDERS[name].split(), "--model", "demo", "--out", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            if done.returncode:
+                raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            source = open_source(str(folder))
+            ours = own_logits(source, tokens)[:, :-1]
+            half = own_logits(source, tokens, torch.bfloat16)[:, :-1]
+            theirs = vllm_logits(folder, tokens)
+            numbers = f"{distance(ours, theirs):.4f} | {distance(ours, half):.4f}"
+        except Exception as error:  # one folder that does not load must not hide the others
+            numbers = f"{type(error).__name__}: {str(error).strip()[-300:]} |"
+        print(f"| {name} | {numbers} | {time.monotonic() - started:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
