@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +87,38 @@ class Source(Protocol):
         ...
 
 
+class SharedLayer:
+    """The dequantized layer that several readers of one source use in turn: read once, dropped by `release`.
+
+    Readers leave its tensors as they are. An earlier layer than that is read for its reader alone.
+    """
+
+    def __init__(self) -> None:
+        self.layer = -1
+        self.reads = 0  # how often weights were read, of any layer
+        self._found: dict[tuple[str, torch.dtype], LayerWeights] = {}
+
+    def take(
+        self, layer: int, device: torch.device | str, dtype: torch.dtype, read: Callable[[], LayerWeights]
+    ) -> LayerWeights:
+        """The weights of `layer` on the device, in `dtype`; `read` is called for what is not there."""
+        if layer > self.layer:
+            self.release()
+            self.layer = layer
+        key = (str(device), dtype)
+        if layer == self.layer and key in self._found:
+            return self._found[key]
+        self.reads += 1
+        weights = read()
+        if layer == self.layer:
+            self._found[key] = weights
+        return weights
+
+    def release(self) -> None:
+        """Drop what is held."""
+        self._found.clear()
+
+
 def read_layer(
     source: Source,
     layer: int,
@@ -94,7 +126,19 @@ def read_layer(
     dtype: torch.dtype = torch.float32,
     experts: range | None = None,
 ) -> LayerWeights:
-    """One decoder layer (or only some of its experts), matrices in `dtype`, norms and router in float32."""
+    """One decoder layer (or only some of its experts), matrices in `dtype`, norms and router in float32.
+
+    A whole one comes from the source's `shared` layer where it has one.
+    """
+    shared: SharedLayer | None = getattr(source, "shared", None)
+    if shared is not None and experts is None:
+        return shared.take(layer, device, dtype, lambda: _read_layer(source, layer, device, dtype, None))
+    return _read_layer(source, layer, device, dtype, experts)
+
+
+def _read_layer(
+    source: Source, layer: int, device: torch.device | str, dtype: torch.dtype, experts: range | None
+) -> LayerWeights:
     names, chosen = source.geometry.names, experts if experts is not None else range(source.geometry.experts)
 
     def plain(name: str) -> Tensor:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..convert.checkpoints.checkpoint import Checkpoint
     from ..convert.hub.store import FetchOptions
     from ..convert.source import Source
+    from .passes import Passes
 
 FULL_BY_DEFAULT = 16 << 30  # full moments are kept by default while they take no more than this on disk
 
@@ -286,7 +287,7 @@ def export_imatrix(folder: Path, path: Path) -> None:
 
 
 def make_provider(
-    source: Checkpoint, options: WeightsOptions, device: str, folder: Path, hidden: bool, full: bool = True
+    source: Checkpoint, options: WeightsOptions, passes: Passes, folder: Path, hidden: bool, full: bool = True
 ) -> Provider:
     """A live pass over the calibration text, or the stored statistics of --statistics.
 
@@ -296,15 +297,12 @@ def make_provider(
     """
     from ..calibration.statistics.live import LivePass, StoredPass
 
-    chosen = pass_of(options, device, hidden, full)
+    chosen = pass_of(options, passes.device, hidden, full)
     if options.statistics is None:
-        return LivePass(
-            source,
-            make_corpus(source, options),
-            chosen,
-            hidden=hidden,
-            folder=folder if chosen.propagate == "quantized" else None,
-        )
+        corpus = passes.corpus(options)
+        if hidden or chosen.propagate == "quantized":
+            return LivePass(source, corpus, chosen, hidden=hidden, folder=folder)
+        return passes.reference_pass(corpus, chosen, folder)
     if hidden or chosen.propagate == "quantized":
         what = "--effort high" if hidden else "--propagate quantized"
         raise InputError(f"{what} needs the calibration tokens, --statistics holds only sums")

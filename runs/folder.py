@@ -17,6 +17,7 @@ from mmquant import __version__
 from mmquant.errors import FitError, InputError
 from mmquant.monitor import phase
 
+from ..calibration.statistics.live import SharedPass
 from ..convert import manifest
 from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ from ..convert.formats import fp8_native
 from ..convert.formats.spec import TensorSpec
 from ..convert.formats.table import METHODS
 from ..convert.manifest import Artifact, FileEntry
-from .memory import memory_for
+from .engine import run_jobs
 from .place import free_bytes, refuse_strangers
 
 if TYPE_CHECKING:
@@ -64,6 +65,86 @@ def prepare(source: Checkpoint, variant: FolderVariant) -> Prepared:
     return Prepared(steps, Weights(total - sum(experts), experts))
 
 
+class FolderJob:
+    """A folder that is written in one pass. See `write_folder`."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        variant: FolderVariant,
+        out: Path,
+        *,
+        device: torch.device | str = "cpu",
+        limit: int = SHARD_LIMIT,
+        provider: Provider | None = None,
+        behind: int = 0,
+        streams: Path | None = None,
+    ) -> None:
+        """streams: a folder that goes when the artifact is finished; the rest as of `write_folder`."""
+        self.source, self.variant, self.out, self.path = source, variant, out, out
+        self.device, self.limit, self.provider, self.behind, self.streams = device, limit, provider, behind, streams
+        self.label, self.prepared = variant.label, prepare(source, variant)
+        self.run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
+        if provider is not None:
+            self.run |= provider.run()
+        self.finished = is_finished(out, self.run)
+        self.uses = [provider] if isinstance(provider, SharedPass) else []
+        self.steps = len(self.prepared.steps)
+        self._writer: FolderWriter | None = None
+
+    @property
+    def writer(self) -> FolderWriter:
+        """The writer, inside `open`."""
+        assert self._writer is not None
+        return self._writer
+
+    @property
+    def done(self) -> int:
+        """Steps that are durable."""
+        return self.writer.done
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return self.prepared.bytes
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder; the plan of an unfinished run is compared, and its files are."""
+        with claim(self.out, self.run):
+            self._writer = FolderWriter(self.out, self.prepared.steps, self.run, self.limit)
+            check_disk(self.out, self.writer.bytes - written_bytes(self.out), self.source)
+            self.source.schedule.behind = max(self.source.schedule.behind, self.behind)
+            try:
+                yield
+            finally:
+                self.source.schedule.behind = 0
+                self.writer.close()
+
+    def step(self, step: int) -> None:
+        """Make the tensors of one step, and write them durably."""
+        self.writer.write(step, step_tensors(self.source, self.variant, step, self.device, self.provider))
+
+    def finish(self) -> Path:
+        """Index and small files, the check as an engine reads, the manifest."""
+        source, variant, out = self.source, self.variant, self.out
+        names = self.writer.finish(self.small_files())
+        check_written(out, source, self.device)
+        entries = tuple(FileEntry(n, (out / n).stat().st_size, self.writer.sha256[n]) for n in names)
+        finish_folder(out, source, variant.format, variant.label, entries, self.prepared.weights, self.run)
+        self.writer.clear_progress()
+        if self.streams is not None:
+            shutil.rmtree(self.streams, ignore_errors=True)
+        return out
+
+    def small_files(self) -> dict[str, bytes]:
+        """config.json and what is carried beside it."""
+        quantization = self.variant.quantization_config(self.source)
+        made = {**further_files(quantization), "config.json": quantized_config(self.source, quantization)}
+        files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
+        return {**carried_files(self.source), **files}
+
+
 def write_folder(
     source: Checkpoint,
     variant: FolderVariant,
@@ -82,30 +163,7 @@ def write_folder(
 
     Raises InputError when `out` holds something else or fails its check, FitError when disk or memory is too small.
     """
-    prepared = prepare(source, variant)
-    source.schedule.behind = behind
-    run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
-    if provider is not None:
-        run |= provider.run()
-    if is_finished(out, run):
-        return out
-    quantization = variant.quantization_config(source)
-    written = {**further_files(quantization), "config.json": quantized_config(source, quantization)}
-    files = {**carried_files(source), **{n: (json.dumps(v, indent=2) + "\n").encode() for n, v in written.items()}}
-    with claim(out, run):
-        writer = FolderWriter(out, prepared.steps, run, limit)
-        check_disk(out, writer.bytes - written_bytes(out), source)
-        steps = range(writer.done, len(prepared.steps))
-        with phase(variant.label, len(prepared.steps), "step", writer.done) as bar:
-            for step in steps:
-                with memory_for(step_name(step, source.geometry.layers)):
-                    writer.write(step, step_tensors(source, variant, step, device, provider))
-                bar.advance()
-        names = writer.finish(files)
-        check_written(out, source, device)
-        entries = tuple(FileEntry(n, (out / n).stat().st_size, writer.sha256[n]) for n in names)
-        finish_folder(out, source, variant.format, variant.label, entries, prepared.weights, run)
-        writer.clear_progress()
+    run_jobs([FolderJob(source, variant, out, device=device, limit=limit, provider=provider, behind=behind)])
     return out
 
 
@@ -121,11 +179,6 @@ def check_written(out: Path, source: Checkpoint, device: torch.device | str) -> 
     A hub's shards were verified on their way and are gone: fetching them again to compare would double the traffic.
     """
     check_folder(out, source if source.store.is_local else None, device=device)
-
-
-def step_name(step: int, layers: int) -> str:
-    """What a step writes, in words: the first and the last are what stands outside the layers."""
-    return f"layer {step - 1}" if 1 <= step <= layers else "embeddings" if step == 0 else "the head"
 
 
 def step_tensors(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmquant.errors import InputError
-from mmquant.monitor import Monitor, current, phase, watching
+from mmquant.monitor import Monitor, current, watching
 
 from ..calibration.gguf.provider import TensorProvider
 from ..calibration.gguf.run import CalibratedRun, Calibration, plan_memory
@@ -33,11 +35,12 @@ from ..convert.hub.address import parse_address
 from ..convert.manifest import FileEntry
 from ..convert.naming import short_name
 from ..convert.source import CARRIED_FILES
-from .calibrate import context_of, generic_at_most, make_corpus, windows_at_most
-from .folder import check_disk, check_place, claim, finish_folder, is_finished, step_name, written_bytes
-from .memory import memory_for
+from .calibrate import context_of, generic_at_most, windows_at_most
+from .engine import Shared, run_jobs
+from .folder import check_disk, check_place, claim, finish_folder, is_finished, written_bytes
 from .models import Model, choose_device, opened
 from .options import GgufOptions
+from .passes import Passes
 from .results import Quantized, planned, written
 
 if TYPE_CHECKING:
@@ -65,19 +68,29 @@ def quantize_gguf(
     """
     chosen, out, place = options or GgufOptions(), Path(out), choose_device(device)
     check_options(chosen)
-    mix, changed = find_mix(chosen.type), parse_overrides(chosen.tensor_type)
     with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
-        stem = chosen.name
-        if stem is None:
-            stem = f"{model_stem(str(model) if isinstance(model, str | Path) else source.label)}-{mix.name}"
-        types, calibrated = read_plan(chosen.plan), is_calibrated(chosen)
-        variant = GgufVariant(mix, stem, calibrated, changed, types, part_bytes=chosen.max_part_size)
+        variant = variant_of(source, chosen, model)
         size = make_plan(source, variant, None).bytes
         if dry_run:
             return planned(out, variant.label, size, lambda: check_gguf(source, variant, out, size, place, chosen))
-        calibration = make_calibration(source, chosen) if calibrated else None
-        path = write_gguf(source, variant, out, calibration=calibration, device=place)
-        return written(path, variant.label, size)
+        job = make_job(source, chosen, out, Passes(source, place), variant)
+        run_jobs([job])
+        return written(job.path, job.label, size)
+
+
+def variant_of(source: Checkpoint, options: GgufOptions, model: Model) -> GgufVariant:
+    """The artifact to write; `model` names its file unless the options do."""
+    mix, stem = find_mix(options.type), options.name
+    if stem is None:
+        stem = f"{model_stem(str(model) if isinstance(model, str | Path) else source.label)}-{mix.name}"
+    changed, types = parse_overrides(options.tensor_type), read_plan(options.plan)
+    return GgufVariant(mix, stem, is_calibrated(options), changed, types, part_bytes=options.max_part_size)
+
+
+def make_job(source: Checkpoint, options: GgufOptions, out: Path, passes: Passes, variant: GgufVariant) -> GgufJob:
+    """The artifact as a job of `passes`' run; its text is read here."""
+    calibration = make_calibration(source, options, passes) if variant.importance else None
+    return GgufJob(source, variant, out, calibration=calibration, device=passes.device, passes=passes)
 
 
 def check_options(options: GgufOptions) -> None:
@@ -92,6 +105,81 @@ def check_options(options: GgufOptions) -> None:
 def is_calibrated(options: GgufOptions) -> bool:
     """Whether the type is one that calibration helps, and wanted."""
     return not options.no_calibration and find_mix(options.type).base not in (*PLAIN, "Q8_0")
+
+
+class GgufJob:
+    """A GGUF file, or its parts, written in one pass. See `write_gguf`."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        variant: GgufVariant,
+        out: Path,
+        *,
+        calibration: Calibration | Stored | None = None,
+        device: torch.device | str = "cpu",
+        passes: Passes | None = None,
+    ) -> None:
+        """passes: what is shared with other artifacts of the run."""
+        source.validate()
+        self.source, self.out, self.label = source, out, variant.label
+        importance = calibration.importance(source.geometry) if calibration else None
+        self.plan = make_plan(source, variant, importance)
+        self.run = run_of(source, variant) | (calibration.run() if calibration else {})
+        self.path, self.steps = out / self.plan.parts[0].name, len(self.plan.steps)
+        self.finished, self.done = is_finished(out, self.run), 0
+        self.uses: list[Shared] = []
+        self.provider: TensorProvider | None = None
+        self._writer: GgufWriter | None = None
+        if not self.finished:
+            self.provider = provider_of(source, self.plan, calibration, device, out, passes)
+            self.uses = [self.provider.passes] if isinstance(self.provider, FastRun) else []
+
+    @property
+    def writer(self) -> GgufWriter:
+        """The writer, inside `open`."""
+        assert self._writer is not None
+        return self._writer
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return self.plan.bytes
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder, and take up what an unfinished run left."""
+        assert self.provider is not None
+        with claim(self.out, self.run):
+            check_disk(self.out, self.plan.bytes - written_bytes(self.out), self.source)
+            self._writer = writer = GgufWriter(self.out, self.plan.parts, self.run)
+            first = self.plan.first_step(writer.done)
+            if first is None:
+                raise damaged(writer.progress.path, f"{writer.done} tensors are done", "whole steps")
+            self.done = first
+            self.provider.begin(first)
+            try:
+                yield
+            finally:
+                writer.close()
+
+    def step(self, step: int) -> None:
+        """Make the tensors of one step, and write them durably."""
+        assert self.provider is not None
+        write_step(self.writer, self.provider, step)
+        self.done = step + 1
+
+    def finish(self) -> Path:
+        """The licence beside the file, the check, the manifest."""
+        source, out, plan = self.source, self.out, self.plan
+        paths = self.writer.finish()
+        entries = [FileEntry(p.name, p.stat().st_size, self.writer.sha256[p.name]) for p in paths]
+        entries += carry_licence(source, out)
+        check_file(self.path)
+        finish_folder(out, source, "gguf", plan.label, tuple(entries), plan.weights(), self.run, entry=self.path.name)
+        forget(out)
+        self.writer.clear_progress()
+        return self.path
 
 
 def write_gguf(
@@ -110,25 +198,9 @@ def write_gguf(
     A finished folder of the same run is left alone, an unfinished one continued at its layer. InputError when `out`
     holds something else, FitError when the disk is too small.
     """
-    source.validate()
-    plan = make_plan(source, variant, calibration.importance(source.geometry) if calibration else None)
-    run = run_of(source, variant) | (calibration.run() if calibration else {})
-    first = out / plan.parts[0].name
-    if is_finished(out, run):
-        return first
-    provider = provider_of(source, plan, calibration, device, out)
-    with claim(out, run):
-        check_disk(out, plan.bytes - written_bytes(out), source)
-        writer = GgufWriter(out, plan.parts, run)
-        write_steps(plan, writer, provider)
-        paths = writer.finish()
-        entries = [FileEntry(p.name, p.stat().st_size, writer.sha256[p.name]) for p in paths]
-        entries += carry_licence(source, out)
-        check_file(first)
-        finish_folder(out, source, "gguf", plan.label, tuple(entries), plan.weights(), run, entry=first.name)
-        forget(out)
-        writer.clear_progress()
-    return first
+    job = GgufJob(source, variant, out, calibration=calibration, device=device)
+    run_jobs([job])
+    return job.path
 
 
 def run_of(source: Checkpoint, variant: GgufVariant) -> dict[str, Any]:
@@ -137,35 +209,33 @@ def run_of(source: Checkpoint, variant: GgufVariant) -> dict[str, Any]:
 
 
 def provider_of(
-    source: Checkpoint, plan: GgufPlan, calibration: Calibration | Stored | None, device: torch.device | str, out: Path
+    source: Checkpoint,
+    plan: GgufPlan,
+    calibration: Calibration | Stored | None,
+    device: torch.device | str,
+    out: Path,
+    passes: Passes | None = None,
 ) -> TensorProvider:
     """What makes the tensors of `plan`. FitError, before anything is written, when a layer needs too much memory."""
     if calibration is None:
         return NearestRun(source, plan, device)
     if isinstance(calibration, Stored):
         return StoredRun(source, plan, calibration, device)
+    shared, tokens = passes or Passes(source, str(device)), calibration.tokens
     if calibration.effort == "fast":
-        return FastRun(source, plan, calibration.tokens, device, out)
-    return CalibratedRun(source, plan, calibration, device, out)
+        return FastRun(source, plan, tokens, device, out, shared.fast_pass(tokens, out))
+    return CalibratedRun(source, plan, calibration, device, out, shared.reference(tokens, out), shared.others)
 
 
-def write_steps(plan: GgufPlan, writer: GgufWriter, provider: TensorProvider) -> None:
-    """Write every step that is missing, each made durable before the next begins."""
-    first, steps = plan.first_step(writer.done), len(plan.steps)
-    if first is None:
-        raise damaged(writer.progress.path, f"{writer.done} tensors are done", "whole steps")
-    provider.begin(first)
-    with phase(plan.label, steps, "step", first) as bar:
-        for step in range(first, steps):
-            with memory_for(step_name(step, steps - 2)):
-                for name, data in provider.tensors(step):
-                    writer.write(name, data)
-            provider.save(step + 1)
-            writer.checkpoint()
-            provider.forget(step)
-            for line in provider.report.of_layer(step - 1):
-                current().message(line)
-            bar.advance()
+def write_step(writer: GgufWriter, provider: TensorProvider, step: int) -> None:
+    """Write one step, made durable, and say what was done beyond rounding."""
+    for name, data in provider.tensors(step):
+        writer.write(name, data)
+    provider.save(step + 1)
+    writer.checkpoint()
+    provider.forget(step)
+    for line in provider.report.of_layer(step - 1):
+        current().message(line)
 
 
 def check_file(first: Path) -> None:
@@ -203,12 +273,12 @@ def at_effort(options: GgufOptions) -> GgufOptions:
     return replace(options, windows=options.windows * (HIGH if options.effort == "high" else 1))
 
 
-def make_calibration(source: Checkpoint, options: GgufOptions) -> Calibration | Stored:
+def make_calibration(source: Checkpoint, options: GgufOptions, passes: Passes | None = None) -> Calibration | Stored:
     """Open the statistics, or read, check and pack the calibration text."""
     if options.statistics is not None:
         return open_stored(options.statistics, source, options.effort)
     options = at_effort(options)
-    corpus = make_corpus(source, options)
+    corpus = (passes or Passes(source, "cpu")).corpus(options)
     names = ", ".join(Path(spec.split("=")[0]).name for spec in options.text) or "default"
     names += " and bundled text" if generic_at_most(options) else ""
     return Calibration(corpus.tokens, {"corpus": corpus.describe()}, names, options.effort)

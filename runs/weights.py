@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -16,9 +15,11 @@ from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
 from ..convert.formats.table import choices
 from .calibrate import make_provider, pass_of, tokens_at_most
-from .folder import check_place, prepare, write_folder
+from .engine import run_jobs
+from .folder import FolderJob, check_place, prepare
 from .models import Model, choose_device, opened
 from .options import WeightsOptions
+from .passes import Passes
 from .results import Quantized, planned, written
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def quantize_weights(
         size = prepare(source, variant).bytes
         if dry_run:
             return planned(out, variant.label, size, lambda: check_weights(source, variant, options, place, out, size))
-        return written(write_weights(source, variant, options, place, out), variant.label, size)
+        job = make_job(source, options, out, Passes(source, place), variant)
+        run_jobs([job])
+        return written(job.path, variant.label, size)
 
 
 def check_mixture(command: str, options: WeightsOptions) -> None:
@@ -72,27 +75,22 @@ def check_weights(
         moment_plan(source, chosen, tokens_at_most(source, options))
 
 
-def write_weights(source: Checkpoint, variant: WeightsVariant, options: WeightsOptions, device: str, out: Path) -> Path:
-    """Write the folder; what a killed run would have continued from goes with it."""
+def make_job(
+    source: Checkpoint, options: WeightsOptions, out: Path, passes: Passes, variant: WeightsVariant
+) -> FolderJob:
+    """The artifact as a job of `passes`' run; its text is read here. What it would continue from goes at the end."""
     provider = None
     if isinstance(variant, CalibratedWeights):
-        provider = make_provider(
-            source,
-            options,
-            device,
-            out / STREAMS,
-            hidden=variant.options.learned,
-            full=variant.options.full,
-        )
+        learned, full = variant.options.learned, variant.options.full
+        provider = make_provider(source, options, passes, out / STREAMS, hidden=learned, full=full)
     learned = isinstance(variant, CalibratedWeights) and variant.options.learned
-    done = write_folder(
+    return FolderJob(
         source,
         variant,
         out,
-        device=device,
+        device=passes.device,
         limit=options.max_shard_size,
         provider=provider,
         behind=int(learned),  # the reference stream reads the layer before once more
+        streams=out / STREAMS,
     )
-    shutil.rmtree(out / STREAMS, ignore_errors=True)
-    return done

@@ -7,7 +7,7 @@ is next.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .encode import Matrices, encode_nearest
 from .layer import quantize_head, quantize_layer
 from .memory import moment_memory, stream_place, text_batch
 from .provider import TensorProvider
+from .reference import SharedReference
 from .solve import METHODS, Report
 from .streams import Streams
 
@@ -62,12 +63,15 @@ class MemoryPlan:
     moments: int
 
 
-def plan_memory(g: Geometry, windows: int, length: int, device: torch.device | str) -> MemoryPlan:
-    """How a calibrated run of `windows` x `length` tokens shares what is free now. FitError when it is too little."""
+def plan_memory(g: Geometry, windows: int, length: int, device: torch.device | str, others: int = 0) -> MemoryPlan:
+    """How a calibrated run of `windows` x `length` tokens shares what is free now, but `others` bytes.
+
+    FitError when it is too little.
+    """
     dtype = default_dtype(device)
     size, batch = 2 * 4 * windows * length * g.hidden, text_batch(length, device)
     held = size if torch.device(device).type == "cpu" and size <= 2 * RAM_LIMIT else 0
-    memory = moment_memory(g, dtype, device, batch * length, held)
+    memory = moment_memory(g, dtype, device, batch * length, held + others)
     place = stream_place(g, device, memory, size)
     memory -= 0 if place.type == "cpu" else size
     return MemoryPlan(batch, place, memory)
@@ -76,32 +80,46 @@ def plan_memory(g: Geometry, windows: int, length: int, device: torch.device | s
 class CalibratedRun(TensorProvider):
     """The tensors of `plan`, each layer quantized on what the quantized layers before it deliver.
 
-    Both streams are kept in `folder` as they enter the step that is next.
+    The quantized stream is kept in `folder` as it enters the step that is next, the reference's where `reference` keeps
+    it: other runs on the same text may share that.
     """
 
     streams: Streams
 
     def __init__(
-        self, source: Checkpoint, plan: GgufPlan, calibration: Calibration, device: torch.device | str, folder: Path
+        self,
+        source: Checkpoint,
+        plan: GgufPlan,
+        calibration: Calibration,
+        device: torch.device | str,
+        folder: Path,
+        reference: SharedReference | None = None,
+        others: int = 0,
     ) -> None:
-        """FitError when a layer needs more memory than is free; nothing is allocated before `begin`."""
+        """others: bytes that the streams of other runs will take.
+
+        FitError when a layer needs more memory than is free; nothing is allocated before `begin`.
+        """
         self.source, self.plan, self.calibration, self.device, self.folder = source, plan, calibration, device, folder
         self.method, self.dtype, self.report = METHODS[calibration.effort], default_dtype(device), Report()
         windows, length = calibration.tokens.shape
-        self.memory = plan_memory(source.geometry, windows, length, device)
+        self.memory = plan_memory(source.geometry, windows, length, device, others)
+        shape = (windows, length, source.geometry.hidden)
+        self.reference = reference or SharedReference(shape, self.memory.place, folder)
+        self.user = self.reference.join()
 
     def begin(self, step: int) -> None:
         """Both streams as they enter `step`. InputError when their files are damaged or gone."""
-        (windows, length), hidden, memory = self.calibration.tokens.shape, self.source.geometry.hidden, self.memory
-        reference, written = (
-            HiddenStates(windows, length, hidden, folder=self.folder, device=memory.place) for _ in range(2)
-        )
-        self.streams = Streams(reference, written, memory.batch, self.device, memory.moments)
+        memory = self.memory
+        written = HiddenStates(*self.reference.shape, folder=self.folder, device=memory.place)
+        self.streams = Streams(written, written, memory.batch, self.device, memory.moments)
+        self.reference.begin(self.user, step, len(self.plan.steps) - 1)
         if 0 < step < len(self.plan.steps):
-            load_states(self._path(step), self._states())
+            load_states(self._path(step), {"written": written})
 
     def tensors(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, bytes) of the tensors of one step, in order."""
+        self.streams = replace(self.streams, reference=self.reference.enter(step))
         data = self._values(step)
         for tensor in self.plan.steps[step]:
             yield tensor.name, data.pop(tensor.name)
@@ -109,17 +127,16 @@ class CalibratedRun(TensorProvider):
     def save(self, step: int) -> None:
         """Both streams as they enter `step`; behind the head nothing is left to keep."""
         if step < len(self.plan.steps):
-            save_states(self._path(step), self._states())
+            self.reference.save(step)
+            save_states(self._path(step), {"written": self.streams.written})
 
     def forget(self, step: int) -> None:
         """Delete the streams that entered `step`."""
         self._path(step).unlink(missing_ok=True)
+        self.reference.forget(self.user, step, len(self.plan.steps) - 1)
 
     def _path(self, step: int) -> Path:
-        return self.folder / f".hidden-{step:03d}-both"
-
-    def _states(self) -> dict[str, HiddenStates]:
-        return {"reference": self.streams.reference, "written": self.streams.written}
+        return self.folder / f".hidden-{step:03d}-written"
 
     def _values(self, step: int) -> dict[str, np.ndarray]:
         g, types, layer = self.source.geometry, self.plan.types, self.plan.layer(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.gguf.names import OUTPUT
 from ...convert.gguf.plan import GgufPlan
 from ...convert.gguf.writer import TensorInfo
+from ...convert.models.layer import LayerWeights
 from ...quantize.ggml.types import GGMLType
 from ..model.forward import rms_norm
 from ..model.stream import Stream
 from ..statistics.collector import Collect
+from ..statistics.layer import LayerStatistics
 from ..statistics.layer_pass import calibrate_layer, plan_moments
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest, encode_tensors
@@ -28,27 +31,79 @@ from .solve import METHODS, Report
 DIAGONALS = Collect(full=False)
 
 
-class FastRun(TensorProvider):
-    """The tensors of `plan`, each searched under the diagonals of one stream.
+class FastPass:
+    """The reference's stream and the diagonals of the layer that it has left; for any number of runs on one text.
 
     The stream is kept in `folder` as it enters each layer.
     """
 
-    stream: Stream
+    def __init__(self, source: Checkpoint, tokens: Tensor, device: torch.device | str, folder: Path) -> None:
+        """tokens [W, T] int64."""
+        self.source, self.tokens, self.device, self.folder = source, tokens, device, folder
+        self._found: tuple[LayerWeights, LayerStatistics] | None = None
+        self._layer = -1
+        self._reached: dict[int, int] = {}
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The residual stream; its memory is taken when it is first used."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        batch, dtype = text_batch(self.tokens.shape[1], self.device), default_dtype(self.device)
+        return Stream(self.source, self.tokens, device=self.device, dtype=dtype, batch=batch, folder=self.folder)
+
+    def layer(self, layer: int) -> tuple[LayerWeights, LayerStatistics]:
+        """A layer's weights and statistics; the stream, which no layer enters twice, leaves it."""
+        if self._found is None or self._layer != layer:
+            self._found = None
+            if self.stream.layer != layer:
+                self.stream.start(layer)
+            weights, domain = self.stream.read_layer(layer), torch.zeros(len(self.tokens), dtype=torch.int64)
+            plan = plan_moments(self.source.geometry, DIAGONALS, 0)
+            self._found = weights, calibrate_layer(self.stream, weights, domain, 1, DIAGONALS, plan)
+            self._layer = layer
+        return self._found
+
+    def after_layers(self) -> Stream:
+        """The stream behind the last layer."""
+        if self.stream.layer != self.source.geometry.layers:
+            self.stream.start(self.source.geometry.layers)
+        return self.stream
+
+    def save(self, step: int) -> None:
+        """Keep the stream as it leaves the layer before `step`, which a run has just reached."""
+        if 1 < step <= self.source.geometry.layers + 1:
+            self.stream.save()
+
+    def reach(self, user: int, step: int) -> None:
+        """A run does `step` next: what lies before every run's goes."""
+        self._reached[user] = step
+        if "stream" in self.__dict__:
+            self.stream.keep_from(min(self._reached.values()) - 1)
+
+    def release(self) -> None:
+        """Nobody asks for the layer any more."""
+        self._found = None
+
+
+class FastRun(TensorProvider):
+    """The tensors of `plan`, each searched under the diagonals of one stream (`passes`, which other runs may share)."""
 
     def __init__(
-        self, source: Checkpoint, plan: GgufPlan, tokens: Tensor, device: torch.device | str, folder: Path
+        self,
+        source: Checkpoint,
+        plan: GgufPlan,
+        tokens: Tensor,
+        device: torch.device | str,
+        folder: Path,
+        passes: FastPass | None = None,
     ) -> None:
         """tokens [W, T] int64."""
-        self.source, self.plan, self.tokens, self.device, self.folder = source, plan, tokens, device, folder
-        self.report = Report()
+        self.source, self.plan, self.device, self.report = source, plan, device, Report()
+        self.passes = passes or FastPass(source, tokens, device, folder)
 
     def begin(self, step: int) -> None:
         """The stream as it enters the layer of `step`: from the embedding, from its file, or by replaying layers."""
-        batch, dtype = text_batch(self.tokens.shape[1], self.device), default_dtype(self.device)
-        self.stream = Stream(self.source, self.tokens, device=self.device, dtype=dtype, batch=batch, folder=self.folder)
-        if step < len(self.plan.steps):
-            self.stream.start(max(0, step - 1))
+        self.passes.reach(id(self), step if step < len(self.plan.steps) else 1 << 30)
 
     def tensors(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, bytes) of the tensors of one step, in order."""
@@ -64,18 +119,15 @@ class FastRun(TensorProvider):
 
     def save(self, step: int) -> None:
         """The stream as it leaves the layer before `step`."""
-        self.stream.save()
+        self.passes.save(step)
 
     def forget(self, step: int) -> None:
-        """Delete the streams that entered the layers up to that of `step`."""
-        self.stream.keep_from(step)
+        """Delete the streams that entered the layers up to that of `step`, unless another run needs them."""
+        self.passes.reach(id(self), step + 1 if step + 1 < len(self.plan.steps) else 1 << 30)
 
     def _layer(self, layer: int, infos: Sequence[TensorInfo]) -> dict[str, np.ndarray]:
-        """Bytes of a layer's matrices by name; the stream leaves the layer."""
-        assert self.stream.layer == layer
-        weights, g = self.stream.read_layer(layer), self.source.geometry
-        domain = torch.zeros(self.stream.hidden.shape[0], dtype=torch.int64)
-        statistics = calibrate_layer(self.stream, weights, domain, 1, DIAGONALS, plan_moments(g, DIAGONALS, 0))
+        """Bytes of a layer's matrices by name."""
+        weights, statistics = self.passes.layer(layer)
         names = {stem: info for info in infos if (stem := stem_of(info.name)) in INPUT_OF}
         kinds = {stem: GGMLType[info.type] for stem, info in names.items()}
         moments = {stem: getattr(statistics, INPUT_OF[stem]) for stem in names}
@@ -84,10 +136,10 @@ class FastRun(TensorProvider):
 
     def _head_importance(self) -> Tensor:
         """[H] mean square of what the head sees."""
-        assert self.stream.layer == self.source.geometry.layers
-        norm = self.source.read(self.source.geometry.names.final_norm).to(self.stream.device)
+        stream = self.passes.after_layers()
+        norm = self.source.read(self.source.geometry.names.final_norm).to(stream.device)
         total, rows = torch.zeros_like(norm), 0
-        for _, hidden in self.stream.hidden.batches(self.stream.batch, self.stream.device):
+        for _, hidden in stream.hidden.batches(stream.batch, stream.device):
             x = rms_norm(hidden, norm, self.source.geometry.norm_eps).flatten(0, 1)
             total, rows = total + x.square().sum(0), rows + len(x)
         return total / rows

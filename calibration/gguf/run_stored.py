@@ -7,6 +7,7 @@ the head is not calibrated. Full moments give error feedback, diagonals a search
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,23 +183,39 @@ def encode_matrices_of(
 ) -> dict[str, np.ndarray]:
     """Bytes of a layer's matrices by short name, each under its moments.
 
-    Experts that would overflow float16 are rescaled in `weights` and named in the report.
+    Experts that would overflow float16 are rescaled and named in the report.
     """
     middle = moments["ffn_down_exps"]
     exponents = rescale_exponents(middle.sum32.to(weights.w1.device))
     report.rescaled |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
     report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
-    for expert in (exponents > 0).nonzero().flatten().tolist():  # in place: a layer is a third of a 24 GB card
+    out = {}
+    with rescaled_in_place(weights, exponents):
+        for name, kind in kinds.items():
+            role = ROLES[ATTENTION_TENSORS[name]] if name in ATTENTION_TENSORS else EXPERT_TENSORS[name]
+            weight = getattr(weights, role)
+            weight = weight.unsqueeze(0) if weight.dim() == 2 else weight
+            with naming(f"blk.{layer}.{name}.weight"):
+                out[name] = encode_matrices(weight, kind, moments[name], method)
+    return out
+
+
+@contextmanager
+def rescaled_in_place(weights: LayerWeights, exponents: Tensor) -> Iterator[None]:
+    """Rescale experts by powers of two inside the block, in place: a layer is a third of a 24 GB card.
+
+    They are put back afterwards: other artifacts of the run are made of the same weights.
+    """
+    kept = {}
+    for expert in (exponents > 0).nonzero().flatten().tolist():
+        kept[expert] = weights.w3[expert].clone(), weights.w2[expert].clone()
         weights.w3[expert] /= torch.exp2(exponents[expert])
         weights.w2[expert] *= torch.exp2(exponents[expert])
-    out = {}
-    for name, kind in kinds.items():
-        role = ROLES[ATTENTION_TENSORS[name]] if name in ATTENTION_TENSORS else EXPERT_TENSORS[name]
-        weight = getattr(weights, role)
-        weight = weight.unsqueeze(0) if weight.dim() == 2 else weight
-        with naming(f"blk.{layer}.{name}.weight"):
-            out[name] = encode_matrices(weight, kind, moments[name], method)
-    return out
+    try:
+        yield
+    finally:
+        for expert, (w3, w2) in kept.items():
+            weights.w3[expert], weights.w2[expert] = w3, w2
 
 
 def encode_matrices(weight: Tensor, kind: GGMLType, moments: Moments, method: Method) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...convert.models.layer import LayerWeights, layer_weights
 from ...convert.models.names import ATTENTION
 from ...convert.models.shapes import attention_shapes, expert_shape
-from ...convert.source import Source, read_layer
+from ...convert.source import SharedLayer, Source, read_layer
 
 T = TypeVar("T")
 
@@ -64,9 +64,16 @@ def read_layer_shared(
     source: Source, layer: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LayerWeights:
     """`read_layer` with every rank reading its share of the experts and of the attention matrices, then gathered."""
-    rank, size = world()
-    if size == 1:
+    if world()[1] == 1:
         return read_layer(source, layer, device, dtype)
+    shared: SharedLayer | None = getattr(source, "shared", None)
+    if shared is not None:
+        return shared.take(layer, device, dtype, lambda: _read_share(source, layer, device, dtype))
+    return _read_share(source, layer, device, dtype)
+
+
+def _read_share(source: Source, layer: int, device: torch.device | str, dtype: torch.dtype) -> LayerWeights:
+    rank, size = world()
     g = source.geometry
     experts, shapes = share(g.experts, rank, size), attention_shapes(g)
 

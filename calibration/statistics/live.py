@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,25 @@ class LivePass:
         self.show_hidden = hidden
         o = self.options
         self.plan = moment_plan(source, o, corpus.tokens.numel())
-        self.stream = Stream(
-            source,
-            corpus.tokens,
+        self._pending: LayerWeights | None = None
+        self._kept: dict[str, Any] = {}
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The residual stream; its memory is taken when the first layer is asked for."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        o = self.options
+        return Stream(
+            self.source,
+            self.corpus.tokens,
             device=o.device,
             dtype=o.dtype,
             batch=o.batch,
-            folder=folder,
+            folder=self.folder,
             ram_limit=o.ram_limit,
             disk_limit=o.disk_limit,
         )
-        self._pending: LayerWeights | None = None
-        self._kept: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         """What identifies the statistics."""
@@ -156,6 +164,35 @@ class LivePass:
         if self.folder is not None:
             self.stream.save()
             self.stream.keep_from(self.stream.layer - 1)
+
+
+class SharedPass:
+    """A provider that several variants ask for the same layer: computed once, dropped by `release`.
+
+    Only for passes of the reference: what `quantized` hands back would be one variant's.
+    """
+
+    def __init__(self, inner: LivePass | StoredPass) -> None:
+        self.inner = inner
+        self._inputs: LayerInputs | None = None
+
+    def run(self) -> dict[str, Any]:
+        """What identifies the statistics."""
+        return self.inner.run()
+
+    def layer(self, layer: int) -> LayerInputs:
+        """The layer's weights and statistics."""
+        if self._inputs is None or self._inputs.layer != layer:
+            self._inputs = None
+            self._inputs = self.inner.layer(layer)
+        return self._inputs
+
+    def quantized(self, layer: int, weights: LayerWeights) -> None:
+        """The next layer sees the reference; nothing to do."""
+
+    def release(self) -> None:
+        """Nobody asks for the layer any more."""
+        self._inputs = None
 
 
 class StoredPass:

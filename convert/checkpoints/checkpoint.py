@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from functools import cached_property
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from .storage import check_method, check_storage, engine_notes, modules_of, no_s
 from .store import LocalFolder, ShardStore, TensorInfo
 from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
 
+if TYPE_CHECKING:
+    from ..source import SharedLayer
+
 LARGEST_SCALE = torch.finfo(torch.float32).max / E4M3_MAX
 
 
@@ -40,6 +44,7 @@ class Checkpoint:
         self.store = store
         self.label, self.origin = store.label, store.origin
         self.notes: list[str] = []
+        self.shared: SharedLayer | None = None  # of a run in which several artifacts are made
         self.config = read_config(store)
         self.geometry = architecture_of(self.config).geometry(self.config)
         self.names = self.geometry.names

@@ -43,7 +43,7 @@ from mmquant.convert.gguf.plan import GgufPlan, plan_steps
 from mmquant.convert.gguf.variant import GgufVariant
 from mmquant.convert.gguf.writer import GgufWriter, plan_parts
 from mmquant.convert.models.minimax_m2 import Geometry
-from mmquant.runs.gguf import provider_of, write_steps
+from mmquant.runs.gguf import provider_of, write_step
 
 class Made:
     geometry = Geometry(int(sys.argv[2]), 512, 4, 2, 64, 8, 2, 1024, 256, 32, 5e6, 1e-6, 128)
@@ -64,7 +64,10 @@ tokens = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(
 calibration = Calibration(tokens, {}, "random") if sys.argv[3] == "calibrated" else None
 folder = Path(sys.argv[1])
 writer = GgufWriter(folder, plan.parts)
-write_steps(plan, writer, provider_of(source, plan, calibration, "cpu", folder))
+provider = provider_of(source, plan, calibration, "cpu", folder)
+provider.begin(0)
+for step in range(len(plan.steps)):
+    write_step(writer, provider, step)
 writer.finish()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -1,0 +1,108 @@
+"""The one loop that writes artifacts: step by step over the checkpoint, every artifact in turn at each step.
+
+A step is the embeddings, one layer, or the final norm and head. An artifact remembers on disk how many of its steps are
+whole, so a run that was killed takes up each one where it stood, at the cost of one step of one artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+from mmquant.errors import naming
+from mmquant.monitor import phase
+
+from .memory import memory_for
+
+
+class Shared(Protocol):
+    """What several artifacts take from one computation, a layer's weights for example."""
+
+    def release(self) -> None:
+        """Nobody asks for this step's any more."""
+
+
+class Job(Protocol):
+    """One artifact on its way.
+
+    label: its name in tables. path: what an engine is given in the end. finished: it was there, whole, before this run.
+    """
+
+    label: str
+    finished: bool
+    path: Path
+
+    @property
+    def uses(self) -> Sequence[Shared]:
+        """What it shares with other jobs."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """How many there are: two more than layers."""
+        ...
+
+    @property
+    def done(self) -> int:
+        """Steps that are durable."""
+        ...
+
+    def open(self) -> AbstractContextManager[None]:
+        """Hold the folder, and be ready for step `done`."""
+        ...
+
+    def step(self, step: int) -> None:
+        """Make the tensors of one step, durable when it returns."""
+        ...
+
+    def finish(self) -> Path:
+        """Check the files and write the manifest; `path`."""
+        ...
+
+
+def step_name(step: int, layers: int) -> str:
+    """What a step writes, in words: the first and the last are what stands outside the layers."""
+    return f"layer {step - 1}" if 1 <= step <= layers else "embeddings" if step == 0 else "the head"
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    label: str | None = None,
+    always: Iterable[Shared] = (),
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Write every artifact that is not finished.
+
+    label: of the progress bar. always: released at the end of every step. after: called when all have done a step.
+    """
+    todo = [job for job in jobs if not job.finished]
+    if not todo:
+        return
+    with ExitStack() as stack:
+        for job in todo:
+            stack.enter_context(job.open())
+        steps, first = todo[0].steps, min(job.done for job in todo)
+        with phase(label or todo[0].label, steps, "step", first) as bar:
+            for step in range(first, steps):
+                _take_turns([job for job in todo if job.done == step], step, len(jobs) > 1)
+                for shared in always:
+                    shared.release()
+                if after is not None:
+                    after(step)
+                bar.advance()
+        for job in todo:
+            with naming(job.label) if len(jobs) > 1 else nullcontext():
+                job.finish()
+
+
+def _take_turns(jobs: Sequence[Job], step: int, several: bool) -> None:
+    """One step of each job; what they share goes with its last user."""
+    for number, job in enumerate(jobs):
+        with memory_for(step_name(step, job.steps - 2)), naming(job.label) if several else nullcontext():
+            job.step(step)
+        later = {id(shared) for other in jobs[number + 1 :] for shared in other.uses}
+        for shared in job.uses:
+            if id(shared) not in later:
+                shared.release()
