@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import mmquant
+from helpers.hub_server import HubServer
+
 BENCH = Path(__file__).parents[1] / "bench"
 SMALL = "--hidden 256 --width 128 --experts 8 --chosen 2 --heads 4 --group-of-heads 2 --head-dim 32"
 
@@ -69,3 +74,61 @@ def test_two_checkouts_are_compared_by_their_bytes(tmp_path: Path) -> None:
     assert "mmquant.fit.json: artifacts.0.files.1.size" in same_bytes.compare(before, after)[1]
     (after / "more").touch()
     assert same_bytes.compare(before, after)[1] == "more is in the second alone"
+
+
+SMALL_MODEL = {
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rotary_dim": 32,
+    "num_local_experts": 80,
+    "num_experts_per_tok": 4,
+    "vocab_size": 2048,
+    "max_position_embeddings": 2048,
+}
+
+
+def test_a_rehearsed_checkpoint_is_served_and_quantized_as_if_it_were_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any range of a shard equals the same bytes of the whole; the hub's digests are true; the artifact is whole."""
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
+    rehearsal, shards = (importlib.import_module(f"bench.rehearsal.{name}") for name in ("serve", "shard"))
+    model = importlib.import_module("bench.rehearsal.model").Model(2, tuple(SMALL_MODEL.items()), 65)
+    shard = shards.Shard(model.layouts[1])
+    whole = bytes(shard[:])
+    for start, stop in ((0, 9), (7, len(shard.layout.header) + 3), (1001, 70_002), (len(shard) - 5, len(shard))):
+        assert bytes(shard[start:stop]) == whole[start:stop]
+    assert bytes(shards.Shard(model.layouts[1], seed=1)[:]) != whole
+    with HubServer() as hub:
+        rehearsal.publish(hub, model, shards.Digests(tmp_path / "digests.json"))
+        for name, value in hub.environment().items():
+            monkeypatch.setenv(name, value)
+        done = mmquant.quantize_fp8(f"hf:{rehearsal.REPOSITORY}", tmp_path / "out")
+    assert done.path is not None
+    source = mmquant.open_model(str(done.path))
+    last = source.read("model.layers.1.block_sparse_moe.experts.61.w3.weight")
+    assert 0.015 < float(last.std()) / 2**15 < 0.025  # tiles of 0.75 to 1.25 times 0.02
+    first = source.read("model.layers.0.block_sparse_moe.experts.61.w3.weight")
+    assert 0.015 < float(first.std()) < 0.025
+    assert float(first.abs().max()) > 4 * float(first.std())
+
+
+def test_the_rehearsal_has_the_releases_size() -> None:
+    """Numbers of the release: 230.1 GB in 125 shards, 95,000 tensors of experts."""
+    sys.path.insert(0, str(BENCH.parent))
+    try:
+        model = importlib.import_module("bench.rehearsal.model").Model()
+    finally:
+        sys.path.remove(str(BENCH.parent))
+    layouts = model.layouts
+    names = [piece.name for layout in layouts for piece in layout.pieces]
+    assert (len(layouts), len(names), len(set(names))) == (125, 96_103, 96_103)
+    assert sum(".experts." in name for name in names) == 62 * 256 * 3 * 2
+    assert 230.1e9 < sum(layout.bytes for layout in layouts) < 230.2e9
+    known = json.loads((BENCH / "rehearsal" / "digests.json").read_text())
+    shards = importlib.import_module("bench.rehearsal.shard")
+    assert all(shards.Shard(layout).identity in known for layout in layouts)

@@ -125,7 +125,7 @@ def publish(folder: Path, hub: str = "hf", revision: str | None = None, **more: 
 
 def files_of(server: HubServer, repo: str = "me/q", revision: str = "main") -> dict[str, bytes]:
     tree = server.tree(repo, revision)
-    return {p: server.objects[e.sha256] for p, e in tree.items() if p != ".gitattributes"}
+    return {p: bytes(server.objects[e.sha256][:]) for p, e in tree.items() if p != ".gitattributes"}
 
 
 def check_sums(files: dict[str, bytes]) -> None:

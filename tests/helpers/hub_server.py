@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -29,6 +29,14 @@ import yaml
 TOKEN = "hf_" + "Secret" * 6
 BINARY = (".safetensors", ".gguf", ".bin")
 PIECE = 1 << 14
+
+
+class Content(Protocol):
+    """What an object holds: bytes, or something that makes each slice when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes | bytearray: ...
 
 
 def git_sha1(data: bytes) -> str:
@@ -101,7 +109,7 @@ class Failure(Exception):
 class HubServer:
     def __init__(self, *, token: str = TOKEN, page: int = 1000, redirect: bool = True) -> None:
         self.token, self.page, self.redirect = token, page, redirect
-        self.objects: dict[str, bytes] = {}
+        self.objects: dict[str, Content] = {}
         self.repos: dict[str, Repo] = {}
         self.faults: list[Fault] = []
         self.log: list[dict[str, Any]] = []
@@ -207,7 +215,7 @@ class HubServer:
         data = self.objects[sha]
         lfs = self.is_lfs(path, len(data))
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (sha.encode(), len(data))
-        return Entry(sha, len(data), git_sha1(pointer if lfs else data), lfs)
+        return Entry(sha, len(data), git_sha1(pointer if lfs else bytes(data[:])), lfs)
 
     def commit(self, repo: Repo, branch: str, add: dict[str, Entry], title: str, delete: Iterable[str] = ()) -> Commit:
         head = repo.branches.get(branch)
@@ -225,7 +233,7 @@ class HubServer:
     def read(self, repo_id: str, path: str, revision: str = "main") -> bytes:
         commit = self.repos[repo_id].at(revision)
         assert commit is not None
-        return self.objects[commit.tree[path].sha256]
+        return bytes(self.objects[commit.tree[path].sha256][:])
 
     def tree(self, repo_id: str, revision: str = "main") -> dict[str, Entry]:
         commit = self.repos[repo_id].at(revision)
@@ -397,24 +405,25 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.active += 1
                 self.hub.peak = max(self.hub.peak, self.hub.active)
             try:
-                self.stream(bytearray(data[first : last + 1]))
+                self.stream(data, first, last + 1)
             finally:
                 with self.hub.lock:
                     self.hub.active -= 1
 
-    def stream(self, data: bytearray) -> None:
+    def stream(self, data: Content, first: int, last: int) -> None:
+        """Bytes [first, last) of an object; places of a fault count from `first`."""
         fault = self.fault or Fault(re.compile(""))
-        if fault.flip is not None and fault.flip < len(data):
-            data[fault.flip] ^= 0xFF
         if fault.trickle is not None:
-            for byte in data:
+            for byte in data[first:last]:
                 self.wfile.write(bytes([byte]))
                 self.wfile.flush()
                 time.sleep(fault.trickle)
             return
-        stop = len(data) if fault.cut is None else min(fault.cut, len(data))
-        for at in range(0, stop, PIECE):
-            piece = data[at : min(at + PIECE, stop)]
+        stop = last if fault.cut is None else min(first + fault.cut, last)
+        for at in range(first, stop, PIECE):
+            piece = bytearray(data[at : min(at + PIECE, stop)])
+            if fault.flip is not None and 0 <= first + fault.flip - at < len(piece):
+                piece[first + fault.flip - at] ^= 0xFF
             self.wfile.write(piece)
             self.hub.sent += len(piece)
             if fault.hang:
