@@ -93,7 +93,7 @@ def loss(data: torch.Tensor, weight: torch.Tensor, pair: Pair, kind: GGMLType, m
     rows confirm, under moments with their ridge."""
     first, exact, pooled = slice(0, 1), weight[:1].float(), pair.pooled()
     own, cross = method.moments(pooled, first)
-    share = correction_share([exact], pooled, first, method)
+    share = correction_share(exact, exact.shape[1], pooled, first, method)
     target = exact + (1.0 if share is None else float(share)) * (corrected(exact, own, cross, method.damping) - exact)
     error = decode(data[0], kind, target.shape[2]) - target[0]
     return float(((error @ own[0]) * error).sum() / ((target[0] @ own[0]) * target[0]).sum())

@@ -6,7 +6,7 @@ importance is rounded plainly. Rows are those of other tokens, of the same text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,21 +23,23 @@ SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compare
 class Held:
     """Rows of E matrices of n inputs: x of the reference, z of the written model [E, HELD, n].
 
-    Each is multiplied by its router weight, zero where there is none. By matrix: rows met and rows held.
+    Each is multiplied by its router weight, zero where there is none. d [E, HELD, O]: what the residual stream lacks
+    (O = 0: of matrices that do not add to it). By matrix: rows met and rows held.
     """
 
     x: Tensor
     z: Tensor
+    d: Tensor
     met: list[int]
     count: list[int] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Held:
+    def empty(cls, matrices: int, inputs: int, device: torch.device | str, outputs: int = 0) -> Held:
         """No rows yet, of `matrices` matrices of `inputs` inputs."""
-        x, z = (torch.zeros(matrices, HELD, inputs, device=device) for _ in range(2))
-        return cls(x, z, [0] * matrices, [0] * matrices)
+        x, z, d = (torch.zeros(matrices, HELD, n, device=device) for n in (inputs, inputs, outputs))
+        return cls(x, z, d, [0] * matrices, [0] * matrices)
 
-    def take(self, matrix: int, x: Tensor, z: Tensor) -> slice:
+    def take(self, matrix: int, x: Tensor, z: Tensor, d: Tensor | None = None) -> slice:
         """Hold some of the next rows [R, n] of a matrix; which of them, for whoever sums the rest."""
         first = (STRIDE // 2 - self.met[matrix]) % STRIDE
         room = HELD - self.count[matrix]
@@ -45,6 +47,8 @@ class Held:
         rows = x[chosen]
         place = slice(self.count[matrix], self.count[matrix] + len(rows))
         self.x[matrix, place], self.z[matrix, place] = rows, z[chosen]
+        if d is not None:
+            self.d[matrix, place] = d[chosen]
         self.met[matrix] += len(x)
         self.count[matrix] += len(rows)
         return chosen
@@ -60,6 +64,8 @@ class Held:
         """
         x, z = self.x[part], self.z[part]
         missing, given = (x - z) @ weight.mT, z @ (target - weight).mT
+        if self.d.shape[2]:
+            missing += self.d[part]
         sums = torch.stack(((missing * given).sum(1), given.square().sum(1)))
         return sums.unflatten(-1, (matrices, -1)).sum(-1)
 
@@ -69,8 +75,15 @@ class Held:
         return torch.where(self.enough(part).unsqueeze(1), best.clamp(0, 1), torch.ones_like(best))
 
     def errors(self, part: slice, weight: Tensor, values: Tensor) -> Tensor:
-        """[E, O] squared error of the outputs of `values` on z against those of `weight` on x."""
-        return (self.x[part] @ weight.mT - self.z[part] @ values.mT).square().sum(1)
+        """[E, O] squared error of the outputs of `values` on z against those of `weight` on x, and what d adds."""
+        error = self.x[part] @ weight.mT - self.z[part] @ values.mT
+        if self.d.shape[2]:
+            error += self.d[part]
+        return error.square().sum(1)
+
+    def outputs(self, rows: slice | Tensor) -> Held:
+        """The same for some outputs alone."""
+        return replace(self, d=self.d[:, :, rows]) if self.d.shape[2] else self
 
     def worse(
         self, part: slice, weight: Tensor, values: Tensor, kind: GGMLType, importance: Tensor, matrices: int
@@ -86,6 +99,7 @@ class Held:
         some = weight[:, rows].float()
         plain = decode(encode(some.flatten(0, 1), kind, importance.contiguous()), kind, n).view_as(some)
         found, simple = (
-            self.errors(part, some, v).view(experts, matrices, -1).sum(-1) for v in (values[:, rows], plain)
+            self.outputs(rows).errors(part, some, v).view(experts, matrices, -1).sum(-1)
+            for v in (values[:, rows], plain)
         )
         return (found > simple) & self.enough(part).unsqueeze(1)

@@ -51,9 +51,14 @@ def text_batch(length: int, device: torch.device | str) -> int:
     return max(1, windows // SMALLER) if torch.device(device).type == "cpu" else windows
 
 
-def pair_bytes(inputs: int) -> int:
-    """Own and cross moments of one matrix, and its held-out rows."""
-    return 2 * 4 * inputs * (inputs + HELD)
+def pair_bytes(inputs: int, outputs: int = 0) -> int:
+    """Own and cross moments of one matrix, its held-out rows, and the drift of its outputs (Pair.drift)."""
+    return 4 * (2 * inputs * (inputs + HELD) + outputs * (inputs + HELD))
+
+
+def expert_bytes(g: Geometry) -> int:
+    """Moments of an expert: of its inputs, or later of what enters w2, which adds to the residual stream."""
+    return max(pair_bytes(g.hidden), pair_bytes(g.expert_width, g.hidden))
 
 
 def solve_bytes(rows: int, inputs: int) -> int:
@@ -82,7 +87,7 @@ def layer_peak(g: Geometry, dtype: torch.dtype, plan: ExpertPlan, work: int, act
 
 def plan_experts(g: Geometry, moments: int, work: int) -> ExpertPlan:
     """Fit a layer's experts into `moments` bytes for their moments (one fits always) and `work` bytes for a solve."""
-    each = max(pair_bytes(g.hidden), pair_bytes(g.expert_width))
+    each = expert_bytes(g)
     largest = max(solve_bytes(2 * g.expert_width, g.hidden), solve_bytes(g.hidden, g.expert_width))
     step, chunk = min(g.experts, max(1, work // largest)), max(1, moments // each)
     if chunk >= g.experts:
@@ -110,5 +115,5 @@ def moment_memory(g: Geometry, dtype: torch.dtype, device: torch.device | str, t
 def stream_place(g: Geometry, device: torch.device | str, moments: int, size: int) -> torch.device:
     """Where `size` bytes of hidden states lie: on a GPU when all experts' moments fit into `moments` beside them."""
     device = torch.device(device)
-    room = moments - g.experts * max(pair_bytes(g.hidden), pair_bytes(g.expert_width))
+    room = moments - g.experts * expert_bytes(g)
     return device if device.type == "cuda" and size <= room else torch.device("cpu")

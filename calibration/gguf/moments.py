@@ -36,7 +36,7 @@ class Pair:
     """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T.
 
     weight and rows are [E]. `pool`: of all matrices of the layer when these are only some of them; `held`: rows that
-    are in no sum.
+    are in no sum; `drift` [E, O, n]: d z^T, what the residual stream lacks where these matrices add to it.
     """
 
     own: Tensor
@@ -45,30 +45,36 @@ class Pair:
     rows: Tensor
     pool: Pool | None = None
     held: Held | None = None
+    drift: Tensor | None = None
 
     @classmethod
-    def empty(cls, matrices: int, inputs: int, device: torch.device | str) -> Pair:
-        """Sums of no rows, of `matrices` matrices of `inputs` inputs."""
+    def empty(cls, matrices: int, inputs: int, device: torch.device | str, outputs: int = 0) -> Pair:
+        """No rows yet; outputs: O of `drift`, 0 for matrices that do not add to the residual stream."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        square, rows = (matrices, inputs, inputs), Held.empty(matrices, inputs, device)
-        return cls(zeros(*square), zeros(*square), zeros(matrices), zeros(matrices), held=rows)
+        square, rows = (matrices, inputs, inputs), Held.empty(matrices, inputs, device, outputs)
+        drift = zeros(matrices, outputs, inputs) if outputs else None
+        return cls(zeros(*square), zeros(*square), zeros(matrices), zeros(matrices), held=rows, drift=drift)
 
-    def add(self, matrix: int, x: Tensor, z: Tensor, share: Tensor | None = None) -> None:
-        """Rows x, z [R, n] of one matrix, each counted by share^2 [R]."""
+    def add(self, matrix: int, x: Tensor, z: Tensor, share: Tensor | None = None, d: Tensor | None = None) -> None:
+        """Rows x, z [R, n] (and d [R, O], what the stream lacks) of one matrix, each counted by share^2 [R]."""
         if not len(x):
             return
         whole = x.dtype != torch.bfloat16  # sums over bfloat16 rows lose nothing that counts in TF32
         weight = torch.ones(len(x), device=x.device) if share is None else share.float()
         x, z = (rows.float() * weight.unsqueeze(1) for rows in (x, z))
+        d = None if d is None else d * weight.unsqueeze(1)
         if self.held is not None:
-            out = self.held.take(matrix, x, z)
+            out = self.held.take(matrix, x, z, d)
             x[out], z[out], weight[out] = 0.0, 0.0, 0.0
         with full_float32(whole):
             self.own[matrix].addmm_(z.T, z)
             self.cross[matrix].addmm_(x.T, z)
+        if self.drift is not None and d is not None:
+            with full_float32(False):  # a regression of small numbers
+                self.drift[matrix].addmm_(d.T, z)
         self.weight[matrix] += weight.square().sum()
         self.rows[matrix] += (weight != 0).sum()
 
@@ -83,6 +89,21 @@ class Pair:
         sums = PoolSums()
         sums.add(self)
         return replace(self, pool=sums.result())
+
+    def outputs(self, rows: slice) -> Pair:
+        """The same for some outputs of the matrices alone."""
+        drift = None if self.drift is None else self.drift[:, rows]
+        return replace(self, drift=drift, held=None if self.held is None else self.held.outputs(rows))
+
+    def mean_drift(self, chosen: slice, prior: float = PRIOR) -> Tensor | None:
+        """Mean drift [E, O, n] of some matrices; none of it where rows are few."""
+        if self.drift is None:
+            return None
+        pool = self.pooled().pool
+        assert pool is not None
+        others = prior * self.own.shape[-1] * (len(pool.rows) > 1)
+        known = self.rows[chosen] / (self.rows[chosen] + others).clamp(min=1.0)
+        return self.drift[chosen] * (known / self.weight[chosen].clamp(min=TINY)).view(-1, 1, 1)
 
     def means(
         self, chosen: slice, prior: float = PRIOR, floor: float = FLOOR, sampling: float = SAMPLING
@@ -159,8 +180,8 @@ def each_pooled(chunks: list[range], collect: Callable[[range], Pair], use: Call
     return pool.rows
 
 
-def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """T = W (X + l) (H + l)^-1 for weight [E, O, n]; W itself where H cannot be factored."""
+def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float, drift: Tensor | None = None) -> Tensor:
+    """T = (W (X + l) + D) (H + l)^-1 for weight [E, O, n], D the mean drift; W itself where H cannot be factored."""
     mean = own.diagonal(dim1=1, dim2=2).mean(1)
     ridge = (damping * mean).view(-1, 1, 1) * torch.eye(own.shape[-1], device=own.device)
     lower, good = cholesky(own + ridge)
@@ -169,4 +190,6 @@ def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float) -> Ten
     turn.diagonal(dim1=1, dim2=2).sub_(1)
     with full_float32(False):  # of what is added alone
         change = weight @ turn.mT
+        if drift is not None:
+            change += torch.cholesky_solve(drift.mT, lower).mT
     return torch.where(good.view(-1, 1, 1), weight + change, weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,7 @@ class Method:
     feedback  error feedback under the second moments; otherwise a search weighted by their diagonal
     correct   let each matrix make good what the layers before it lost
     repair    so do the router and the head
+    residual  what adds to the residual stream also makes good what the stream itself lacks there
     passes    rounds of coordinate descent after the sweep
     damping   share of the mean diagonal added to the moments
     prior     strength of the pooled moments; floor, sampling: ridge of the moments (Pair.means)
@@ -39,11 +40,16 @@ class Method:
     feedback: bool = True
     correct: bool = True
     repair: bool = True
+    residual: bool = True
     passes: int = 2
     damping: float = 0.05
     prior: float = PRIOR
     floor: float = FLOOR
     sampling: float = SAMPLING
+
+    def drift(self, pair: Pair, chosen: slice) -> Tensor | None:
+        """Mean drift that matrices make good, where they add to the residual stream."""
+        return pair.mean_drift(chosen, self.prior) if self.residual else None
 
     def moments(self, pair: Pair, chosen: slice) -> tuple[Tensor, Tensor]:
         """Mean own and cross moments with this method's regularization."""
@@ -139,8 +145,9 @@ def solve_part(
         return to_host(stored).numpy(), values, none
     block = rows_at_once(weight)
     if len(weight) == 1 and block < weight.shape[1]:  # larger than the working memory
-        share = correction_share(weight.split(block, 1), pair, part, method)
-        pieces = [solve_part(few, kind, pair, part, method, share=share) for few in weight.split(block, 1)]
+        share = correction_share(weight, block, pair, part, method)
+        blocks = [slice(start, start + block) for start in range(0, weight.shape[1], block)]
+        pieces = [solve_part(weight[:, b], kind, pair.outputs(b), part, method, share=share) for b in blocks]
         data, values, plain = zip(*pieces, strict=True)
         return np.concatenate(data, 1), torch.cat(values, 1), torch.stack(plain).any(0)
     own, cross = method.moments(pair, part)
@@ -149,7 +156,7 @@ def solve_part(
     exact = target = weight.float()
     held = pair.held if method.feedback else None
     if method.correct:
-        target = corrected(exact, own, cross, method.damping)
+        target = corrected(exact, own, cross, method.damping, method.drift(pair, part))
         if held is not None and share is None:
             share = held.share(part, held.agreement(part, exact, target, matrices))
         if share is not None:
@@ -161,15 +168,18 @@ def solve_part(
     return to_host(stored).numpy(), values, none
 
 
-def correction_share(blocks: Sequence[Tensor], pair: Pair, part: slice, method: Method) -> Tensor | None:
-    """[E, 1] share of the correction that held-out rows confirm, of a matrix that comes in blocks of rows."""
+def correction_share(weight: Tensor, block: int, pair: Pair, part: slice, method: Method) -> Tensor | None:
+    """[E, 1] share of the correction that held-out rows confirm, of a matrix [1, O, n] taken `block` rows at a time."""
     held = pair.held
     if held is None or not (method.correct and method.feedback):
         return None
     moments, sums = method.moments(pair, part), torch.zeros(2, 1, 1, device=held.x.device)
-    for block in blocks:
-        exact = block.float()
-        sums += held.agreement(part, exact, corrected(exact, *moments, method.damping))
+    for start in range(0, weight.shape[1], block):
+        few = slice(start, start + block)
+        some, exact = pair.outputs(few), weight[:, few].float()
+        target = corrected(exact, *moments, method.damping, method.drift(some, part))
+        assert some.held is not None
+        sums += some.held.agreement(part, exact, target)
     return held.share(part, sums)
 
 

@@ -4,9 +4,10 @@ The reference stream runs through the original weights, the other through what w
 input of a matrix W and z the other's, sum |W x - Q z|^2 is least, before rounding, at T = W X (H + l)^-1 with
 H = E z z^T, X = E x z^T (l: damping, also added to X, so that T = W where nothing is known). T is then rounded with
 error feedback under H: what earlier layers lost is made good where a linear map can. Inside the layer the order is
-q, k, v; o; w1, w3; w2; each is calibrated on the quantized matrices before it. Rows are weighted by the reference's
-router weight and follow the reference's routing. After https://arxiv.org/abs/2504.02692 (asymmetric calibration), here
-per expert.
+q, k, v; o; w1, w3; w2; each is calibrated on the quantized matrices before it. o and w2 add to the residual stream:
+with d what that stream lacks there, their T gets + E d z^T (H + l)^-1, for what the layers before it lost. Rows
+are weighted by the reference's router weight and follow the reference's routing. After https://arxiv.org/abs/2504.02692
+(asymmetric calibration), here per expert.
 """
 
 from __future__ import annotations
@@ -90,12 +91,12 @@ def input_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
 
 def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
     """Sums of what o sees, with q, k, v of `new` on the written side. The reference moves past attention."""
-    pair = Pair.empty(1, g.heads * g.head_dim, streams.device)
+    pair = Pair.empty(1, g.heads * g.head_dim, streams.device, g.hidden)
     for start, reference, written in streams.batches():
         x, z = AttentionOutput(), AttentionOutput()
         streams.reference.put(start, reference + attention(weights, g, reference, x))
         attention(new, g, written, z)
-        pair.add(0, x.output, z.output)
+        pair.add(0, x.output, z.output, d=(reference - written).flatten(0, 1))
     return pair
 
 
@@ -138,24 +139,27 @@ def middle_pairs(
 
     exponents [E]: powers of two by which the new layer's inner rows are smaller (`rescaled`)
     """
-    pair, scale = Pair.empty(len(kept), g.expert_width, streams.device), scales(exponents[kept.start : kept.stop])
+    pair = Pair.empty(len(kept), g.expert_width, streams.device, g.hidden)
+    scale = scales(exponents[kept.start : kept.stop])
     for rows in routed(streams, part, g, kept):
         x, z = (inner_rows(side, one, rows.offsets) for side, one in ((rows.x, part), (rows.z, new)))
-        add_rows(pair, x, z, rows.share, rows.offsets, scale)
+        add_rows(pair, x, z, rows.share, rows.offsets, scale, rows.lacking)
     return pair
 
 
 def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry, exponents: Tensor) -> Pair:
     """`middle_pairs` of all experts on the way of the reference out of the layer: its rows are computed once."""
-    pair, scale = Pair.empty(g.experts, g.expert_width, streams.device), scales(exponents)
+    pair, scale = Pair.empty(g.experts, g.expert_width, streams.device, g.hidden), scales(exponents)
     for start, reference, written in streams.batches():
+        lacking = (reference - written).flatten(0, 1)
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
         x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
         routing = route(x, weights.router, weights.router_bias, g)
 
         def take(_: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
             inner = inner_rows(z[token], new, offsets)  # noqa: B023 - used within this iteration
-            add_rows(pair, h, inner, routing.weights[token, slot], offsets, scale)  # noqa: B023
+            share, lost = routing.weights[token, slot], Lacking(lacking, token)  # noqa: B023
+            add_rows(pair, h, inner, share, offsets, scale, lost)
 
         moved = run_experts(weights, x, routing, Rows(take))
         streams.reference.put(start, reference + moved.view(reference.shape))
@@ -175,6 +179,18 @@ def experts_of(weights: LayerWeights, kept: range) -> LayerWeights:
 
 
 @dataclass(frozen=True)
+class Lacking:
+    """What the quantized stream lacks by token [N, H] float32, and the tokens of rows [R]."""
+
+    hidden: Tensor
+    token: Tensor
+
+    def rows(self, part: slice) -> Tensor:
+        """[R, H] of some rows."""
+        return self.hidden[self.token[part]]
+
+
+@dataclass(frozen=True)
 class RoutedRows:
     """Rows sorted by expert: x of the reference and z of the quantized stream [R, H], router weight [R], offsets."""
 
@@ -182,19 +198,21 @@ class RoutedRows:
     z: Tensor
     share: Tensor
     offsets: list[int]
+    lacking: Lacking
 
 
 def routed(streams: Streams, weights: LayerWeights, g: Geometry, kept: range) -> Iterator[RoutedRows]:
     """The rows of the experts `kept`, in pieces that do not depend on which are kept."""
     for _, reference, written in streams.batches():
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
-        x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
+        x, z, lost = x.to(weights.w1.dtype), z.to(weights.w1.dtype), (reference - written).flatten(0, 1)
         routing = route(x, weights.router, weights.router_bias, g)
         for token, slot, offsets in dispatch(routing, g.experts):
             first, last = offsets[kept.start], offsets[kept.stop]
             token, slot = token[first:last], slot[first:last]
             ends = [end - first for end in offsets[kept.start : kept.stop + 1]]
-            yield RoutedRows(x[token], z[token], routing.weights[token, slot], ends)
+            share = routing.weights[token, slot]
+            yield RoutedRows(x[token], z[token], share, ends, Lacking(lost, token))
 
 
 def dispatch(routing: Routing, experts: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
@@ -208,11 +226,20 @@ def dispatch(routing: Routing, experts: int) -> Iterator[tuple[Tensor, Tensor, l
         yield order // per_token + start, order % per_token, [0, *torch.cumsum(counts, 0).tolist()]
 
 
-def add_rows(pair: Pair, x: Tensor, z: Tensor, share: Tensor, offsets: list[int], scale: Tensor | None = None) -> None:
+def add_rows(
+    pair: Pair,
+    x: Tensor,
+    z: Tensor,
+    share: Tensor,
+    offsets: list[int],
+    scale: Tensor | None = None,
+    lacking: Lacking | None = None,
+) -> None:
     """Rows [R, n] sorted by expert, to the sums of their experts; x times `scale` [E], powers of two."""
     for expert, (start, stop) in enumerate(pairwise(offsets)):
-        rows = x[start:stop] if scale is None else x[start:stop] * scale[expert].to(x.dtype)
-        pair.add(expert, rows, z[start:stop], share[start:stop])
+        part = slice(start, stop)
+        rows = x[part] if scale is None else x[part] * scale[expert].to(x.dtype)
+        pair.add(expert, rows, z[part], share[part], None if lacking is None else lacking.rows(part))
 
 
 def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, g: Geometry) -> None:

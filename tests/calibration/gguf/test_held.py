@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
+from mmquant.calibration.gguf import solve as solve_module
 from mmquant.calibration.gguf.held import FEWEST, HELD, STRIDE
 from mmquant.calibration.gguf.moments import Pair
 from mmquant.calibration.gguf.solve import METHODS, Report, solve_part
@@ -72,6 +74,38 @@ def test_each_of_stacked_matrices_has_its_own_share() -> None:
     _, values, _ = solve_part(weight.unsqueeze(0), GGMLType.Q8_0, pair, slice(None), method, matrices=2)
     wanted = torch.cat((0.8 * weight[:4], weight[4:]))
     assert float((values[0] - wanted).norm() / wanted.norm()) < 0.02
+
+
+def drifted(outputs: int, confirmed: float = 1.0) -> tuple[Pair, Tensor, Tensor]:
+    """Sums over rows whose stream lacks M z; held-out rows lack `confirmed` of it. Also W and M, stacked [1, O, N]."""
+    x, weight, lost = rows(2000), rows(outputs, 3), 0.5 * rows(outputs, 4)
+    pair = Pair.empty(1, N, "cpu", outputs)
+    for part in range(0, 2000, 100):
+        z = x[part : part + 100]
+        pair.add(0, z, z, d=z @ lost.T)
+    assert pair.held is not None
+    return replace(pair, held=replace(pair.held, d=confirmed * pair.held.d)), weight.unsqueeze(0), lost.unsqueeze(0)
+
+
+@pytest.mark.parametrize("confirmed", [1.0, 0.5, 0.0])
+def test_what_the_stream_lacks_is_made_good_as_far_as_held_rows_say(confirmed: float) -> None:
+    """Both streams agree at the input, so all that is to add is M z: the matrix becomes W + M."""
+    pair, weight, lost = drifted(8, confirmed)
+    method = replace(METHODS["default"], floor=0.0, sampling=0.0, damping=1e-4)
+    _, values, _ = solve_part(weight, GGMLType.Q8_0, pair, slice(None), method)
+    wanted = weight + confirmed * lost
+    assert float((values - wanted).norm() / wanted.norm()) < 0.02
+    _, without, _ = solve_part(weight, GGMLType.Q8_0, pair, slice(None), replace(method, residual=False))
+    assert float((without - weight).norm() / weight.norm()) < 0.02
+
+
+def test_outputs_in_blocks_make_good_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, weight, _ = drifted(8)
+    whole, _, _ = solve_part(weight, GGMLType.Q4_K, pair, slice(None), METHODS["default"])
+    monkeypatch.setattr(solve_module, "rows_at_once", lambda _: 3)
+    blocks, _, _ = solve_part(weight, GGMLType.Q4_K, pair, slice(None), METHODS["default"])
+    assert whole.shape == blocks.shape
+    assert float((whole != blocks).mean()) < 0.01
 
 
 def test_what_feedback_made_worse_is_rounded_plainly_and_said() -> None:

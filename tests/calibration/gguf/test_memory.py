@@ -17,6 +17,7 @@ from mmquant.calibration.gguf.layer import quantize_layer
 from mmquant.calibration.gguf.memory import (
     ExpertPlan,
     activation_bytes,
+    expert_bytes,
     layer_peak,
     moment_memory,
     pair_bytes,
@@ -143,7 +144,7 @@ def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str) -> None:
     assert report.unseen == {(0, 6)}
     assert set(report.rescaled) == {(0, 0)}
     for held, chunks in ((3, 3), (1, 7)):
-        parts = streams_of(g, "cpu", held * pair_bytes(256))
+        parts = streams_of(g, "cpu", held * expert_bytes(g))
         assert len(parts.plan(g).chunks(7)) == chunks
         found, also = run(g, weights, parts, kind)
         assert found.keys() == expected.keys()
@@ -180,7 +181,7 @@ def test_tensors_stay_within_the_stated_memory(chunk: int, monkeypatch: pytest.M
     g = Geometry(1, 512, 4, 2, 64, 12, 2, 256, 64, 32, 1e4, 1e-6, 512)
     weights, work = layer_of(g, "cpu", torch.bfloat16), solve_bytes(512, 512)
     monkeypatch.setattr(gguf_memory, "CPU_WORK", work)
-    streams = streams_of(g, "cpu", chunk * pair_bytes(512))
+    streams = streams_of(g, "cpu", chunk * expert_bytes(g))
     assert streams.plan(g) == ExpertPlan(chunk, 1)
     with Allocations() as allocations:
         run(g, weights, streams, "Q4_K")
@@ -199,11 +200,11 @@ def test_the_allocators_peak_stays_within_the_stated_memory(
     g = Geometry(1, 1024, 8, 2, 128, 24, 4, 512, 64, 64, 1e4, 1e-6, 512)
     weights, work = layer_of(g, "cuda", torch.bfloat16), 8 * solve_bytes(1024, 1024)
     monkeypatch.setattr(gguf_memory, "working_memory", lambda device: work)
-    plan = plan_experts(g, chunk * pair_bytes(1024), work)
+    plan = plan_experts(g, chunk * expert_bytes(g), work)
     assert plan == ExpertPlan(chunk, 8)
 
     def peak() -> int:
-        streams = streams_of(g, "cuda", chunk * pair_bytes(1024), windows=8, batch=4)
+        streams = streams_of(g, "cuda", chunk * expert_bytes(g), windows=8, batch=4)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmquant.calibration.gguf.maxima import Largest
@@ -19,7 +20,7 @@ from mmquant.calibration.gguf.streams import (
     pass_experts,
     rescaled,
 )
-from mmquant.calibration.model.forward import embed, layer_forward
+from mmquant.calibration.model.forward import Observer, attention, embed, layer_forward, rms_norm, route
 from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
@@ -127,3 +128,44 @@ def test_both_streams_pass_a_layer_as_the_forward_does() -> None:
     assert torch.allclose(largest, watch.sums)
     for side in (both.reference, both.written):
         assert float((side.all() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_what_the_stream_lacks_is_summed_with_the_rows_that_add_to_it() -> None:
+    """Drift of every expert's w2 and of o, by their definition: d z^T, rows counted by their squared router weight."""
+    source = open_source("demo")
+    g, weights = source.geometry, read_layer(source, 1)
+    tokens = torch.randint(0, 2000, (2, 64), generator=torch.Generator().manual_seed(0))
+    hidden = embed(read_globals(source), tokens)
+    both = streams_at(hidden)
+    lacking = 0.1 * hidden * rows(1, g.hidden, 1).abs()
+    both.written.put(0, hidden - lacking)
+    seen = Watched()
+    attention(weights, g, hidden - lacking, seen)
+    pair = output_pair(both, weights, replace(weights), g)
+    assert pair.held is not None
+    assert pair.drift is not None
+    sums = pair.drift[0] + pair.held.d[0].T @ pair.held.z[0]
+    expected = lacking.flatten(0, 1).T @ seen.output
+    assert torch.allclose(sums, expected, atol=1e-4 * float(expected.abs().max()))
+    pass_attention(both, weights, g)
+    lacking = (both.reference.all() - both.written.all()).flatten(0, 1)
+    x, z = (rms_norm(s.all(), weights.post_norm, g.norm_eps).flatten(0, 1) for s in (both.reference, both.written))
+    routing = route(x, weights.router, weights.router_bias, g)
+    pair = leaving_pairs(both, weights, weights, g, torch.zeros(g.experts))
+    assert pair.held is not None
+    assert pair.drift is not None
+    for expert in range(g.experts):
+        token, slot = (routing.chosen == expert).nonzero(as_tuple=True)
+        inner = F.silu(z[token] @ weights.w1[expert].T) * (z[token] @ weights.w3[expert].T)
+        square = routing.weights[token, slot].square().unsqueeze(1)
+        sums = pair.drift[expert] + pair.held.d[expert].T @ pair.held.z[expert]
+        assert torch.allclose(sums, (lacking[token] * square).T @ inner, rtol=1e-3, atol=1e-5)
+
+
+class Watched(Observer):
+    """Keeps what o sees."""
+
+    output: Tensor
+
+    def attention_output(self, x: Tensor) -> None:
+        self.output = x
