@@ -249,11 +249,11 @@ def collect(
     """Run the pass into `out` with its report; summaries of all layers."""
     from ..calibration.model.distributed import world
     from ..calibration.statistics.report import summarise
-    from ..calibration.statistics.report_html import report
     from ..calibration.statistics.run import calibrate_into, needs
     from ..calibration.statistics.store import open_statistics
-    from ..convert.files.atomic import write_whole
     from ..convert.open import open_source
+    from .reports.calibration import report
+    from .reports.page import write
 
     store, layers = options.store, options.layers
     if layers is not None and layers.stop > source.geometry.layers:
@@ -273,7 +273,7 @@ def collect(
     stored = open_statistics(out)
     summaries = [summarise(stored.layer(n, second=False), stored.squares(n)) for n in range(stored.layers)]
     page = report(summaries, corpus.domains, corpus.describe(), f"Calibration of {source.label}")
-    write_whole(out / "report.html", page.encode())
+    write(out / "report.html", page)
     return summaries
 
 

@@ -198,7 +198,7 @@ def validate(result: dict[str, Any]) -> None:
 def table(result: dict[str, Any]) -> str:
     """The result for people: a line for each candidate, then each domain, then the layer that loses most."""
     sample, lines = result["sample"], []
-    lines.append(f"reference {result['reference']['label']}: PPL {cell(_reference_ppl(result))}")
+    lines.append(f"reference {cell(result['reference']['label'])}: PPL {cell(_reference_ppl(result))}")
     scored = f"{sample['positions']} positions in {sample['windows']} windows of {sample['context']}"
     kind = result["dtype"] if result["activations"] == "exact" else f"activations of {result['activations']}"
     lines.append(f"{scored} ({sample['convention']}), engine {result['engine']}, {kind}")
@@ -226,7 +226,7 @@ def _worst_layer(candidate: dict[str, Any]) -> list[str]:
     errors = [0.0, *(layer["relative_error"] for layer in layers)]
     worst = max(range(len(layers)), key=lambda i: errors[i + 1] - errors[i])
     last = layers[-1]
-    text = f"{candidate['label']}: hidden state {last['relative_error']:.3g} off after the last layer, "
+    text = f"{cell(candidate['label'])}: hidden state {last['relative_error']:.3g} off after the last layer, "
     overlap = min(layers, key=lambda layer: layer["expert_overlap"])
     text += f"most added by layer {layers[worst]['layer']}; experts agree least in layer {overlap['layer']} "
     return [text + f"({overlap['expert_overlap']:.4f})"]

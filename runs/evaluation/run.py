@@ -57,8 +57,8 @@ class Evaluation(Result):
         record(self.artifacts, self.document)
 
     def write_html(self, path: Path) -> None:
-        """A report with plots; needs matplotlib."""
-        from .report import write_report
+        """A report with plots, if matplotlib is installed."""
+        from ..reports.evaluation import write_report
 
         write_report(path, self.document)
 

@@ -181,33 +181,6 @@ def test_memory_is_looked_at_before_a_folder_is_made(
             assert not (tmp_path / "o").exists()
 
 
-WITHOUT = """
-import sys
-sys.modules["matplotlib"] = None
-import mmquant.commands.cli as cli
-sys.argv = ["mmquant", *sys.argv[1:]]
-cli.main()
-"""
-
-
-def test_without_matplotlib_the_option_is_refused_before_any_work(tmp_path: Path) -> None:
-    line = ["eval", "nowhere", "--reference", "demo", "--html", str(tmp_path / "r.html")]
-    done = subprocess.run([sys.executable, "-c", WITHOUT, *line], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "mmquant: --html: matplotlib is not installed, expected pip install 'mmquant[report]'\n"
-
-
-@pytest.mark.slow
-def test_the_demo_ends_with_its_table_without_matplotlib(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WITHOUT, "demo", "--out", str(tmp_path / "o")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("variant ")
-    assert "no report.html: matplotlib is not installed" in done.stderr
-    assert not (tmp_path / "o" / "report.html").exists()
-
-
 def test_a_place_that_cannot_be_is_the_users_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
 ) -> None:

@@ -236,11 +236,8 @@ def test_the_report_stands_alone(folder: Path, tmp_path: Path) -> None:
     done = mmquant(folder, "--reference", "demo", *FEW, "--html", report)
     assert done.exit_code == 0, done.exception
     text = report.read_text()
-    assert text.count("data:image/png;base64,") == 4
-    assert '<meta name="viewport"' in text
-    assert "prefers-color-scheme:dark" in text
+    assert text.count("<svg") == 4
     assert "what others published" not in text  # of another model
-    assert "http" not in text.replace("http://www.w3.org", "").split("<body>")[0]
 
 
 def test_llama_cpp_beside_the_streamed_pass(gguf: Path) -> None:
