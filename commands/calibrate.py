@@ -36,7 +36,7 @@ def command(
 
     from ..calibration.model.distributed import leave
     from ..runs.calibrate import calibrate, plan_calibration
-    from ..runs.sizes import check_output
+    from ..runs.output import check_output
 
     if dry_run:
         plan = plan_calibration(model, out, options, device=device, fetch=fetch)

@@ -52,7 +52,7 @@ def command(
     from ..calibration.model.distributed import leave
     from ..runs.evaluation.result import read_gate
     from ..runs.evaluation.run import evaluate
-    from ..runs.sizes import check_output
+    from ..runs.output import check_output
 
     check_output("--html", html)
     gates = read_gate(gate_file) if gate_file is not None else {}

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from mmquant.errors import InputError
 
-from ..runs.sizes import parse_size
+from ..convert.files.sizes import parse_size
 
 if TYPE_CHECKING:
     from ..runs.options import WeightsOptions

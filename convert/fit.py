@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .fitting.weights import Weights
 from .models.geometry import Geometry
 
 GIB = 1 << 30
@@ -21,24 +22,6 @@ UBATCH = 512
 HOST_SIZES = (32, 64, 96, 128, 192, 256, 384)
 WANTED_CONTEXT = 32768
 TIGHT = 0.03  # a margin below this share of the device is "tight"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of tensor data: what every token reads, and the routed experts of each layer."""
-
-    resident: int
-    expert_layer: tuple[int, ...]
-
-    @property
-    def experts(self) -> int:
-        """Bytes of all experts."""
-        return sum(self.expert_layer)
-
-    @property
-    def total(self) -> int:
-        """Bytes of all weights."""
-        return self.resident + self.experts
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from mmquant.monitor import Monitor, current, phase, watching
 
 from .models import Model, choose_device, close_model, opened
 from .options import CalibrateOptions, TextOptions, WeightsOptions
+from .output import check_output
 from .results import Result
-from .sizes import check_output
 
 if TYPE_CHECKING:
     from ..calibration.statistics.live import PassOptions

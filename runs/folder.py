@@ -24,7 +24,7 @@ from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
-from ..convert.fit import Weights
+from ..convert.fitting.weights import Weights
 from ..convert.folder.check import check_folder
 from ..convert.folder.native_copy import check_native, copy_native
 from ..convert.folder.variant import FolderVariant, global_specs, global_tensors, quantized_config

@@ -25,7 +25,7 @@ from ..convert.files.atomic import replace_folder, sha256_file, write_whole
 from ..convert.files.child import SAFE_PATH, environment
 from ..convert.files.lock import hold
 from ..convert.files.parse import parse_json
-from ..convert.fit import Weights
+from ..convert.fitting.weights import Weights
 from ..convert.folder.check import check_folder
 from ..convert.formats.compressed_tensors import NAME
 from ..convert.manifest import FileEntry

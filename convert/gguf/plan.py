@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..fit import Weights
+from ..fitting.weights import Weights, by_kind
 from ..models.geometry import Geometry
 from ..source import Source
 from .metadata import Importance, Metadata, model_metadata, provenance_keys
 from .mixes import tensor_types
-from .names import EXPERT_TENSORS, split_block, step_shapes
+from .names import step_shapes
 from .variant import GgufVariant
 from .writer import Part, TensorInfo, plan_parts
 
@@ -54,15 +54,8 @@ class GgufPlan:
 
     def weights(self) -> Weights:
         """Bytes by kind, for the manifest."""
-        resident, experts = 0, [0] * (len(self.steps) - 2)
-        for index, step in enumerate(self.steps):
-            layer = self.layer(index)
-            for tensor in step:
-                if layer is not None and split_block(tensor.name)[1].removesuffix(".weight") in EXPERT_TENSORS:
-                    experts[layer] += tensor.bytes
-                else:
-                    resident += tensor.bytes
-        return Weights(resident, tuple(experts))
+        sizes = {tensor.name: tensor.bytes for step in self.steps for tensor in step}
+        return by_kind(len(self.steps) - 2, sizes)
 
 
 def make_plan(source: Source, variant: GgufVariant, importance: Importance | None) -> GgufPlan:

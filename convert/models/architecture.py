@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from .geometry import Geometry, LayerRules
@@ -30,6 +30,21 @@ class ChatNotation:
 
 
 @dataclass(frozen=True, eq=False)
+class Serving:
+    """How engines serve the model, and what a card says of its use.
+
+    vllm, sglang  flags that name the parsers of tool calls and of thinking
+    prompt        one turn as the chat template writes it
+    """
+
+    vllm: tuple[str, ...]
+    sglang: tuple[str, ...]
+    sampling: Mapping[str, float]
+    prompt: str
+    thinking: str
+
+
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """One architecture; `models.ARCHITECTURES` has them by model_type."""
 
@@ -43,3 +58,7 @@ class Architecture:
     code_files: tuple[str, ...]  # that the release carries for trust_remote_code
     chat: ChatNotation
     licence: NamedLicence | None = None
+    releases: Mapping[str, dict[str, Any]] = field(
+        default_factory=dict[str, dict[str, Any]]
+    )  # ORG/NAME -> config.json, known offline
+    serving: Serving | None = None

@@ -107,8 +107,14 @@ class Geometry:
 
     @property
     def active_parameters(self) -> int:
-        """Weights that one token touches: chosen experts instead of all."""
-        return self.parameters - self.expert_weights // self.experts * (self.experts - self.experts_per_token)
+        """Weights that one token is multiplied with: attention, router with its bias, the chosen experts, the head.
+
+        The embedding is a look-up of one row; norms are left out.
+        """
+        fields = self.plain_fields()
+        router = sum(math.prod(fields[name]) for name in ("router", "router_bias") if name in fields)
+        chosen = self.expert_weights // self.experts * self.experts_per_token
+        return self.attention_weights + chosen + self.layers * router + self.vocab * self.hidden
 
     def kv_bytes_per_token(self, bytes_per_32: float) -> int:
         """Bytes of keys and values of one token over all layers; `bytes_per_32` = bytes of 32 cache elements."""

@@ -13,8 +13,8 @@ from mmquant.monitor import Monitor, current, phase, watching
 
 from ..models import choose_device, close_model, open_any
 from ..options import EvalOptions
+from ..output import check_output
 from ..results import Result
-from ..sizes import check_output
 
 if TYPE_CHECKING:
     from ...calibration.evaluate.streamed import Settings

@@ -7,6 +7,7 @@ from ..geometry import LayerRules
 from .geometry import Geometry
 from .gguf import GGUF, config
 from .names import CODE_FILES, NAMES
+from .release import RELEASES, SERVING
 from .text import LICENCE, thinking, tool_calls, tools_prompt
 
 ARCHITECTURE = Architecture(
@@ -19,5 +20,7 @@ ARCHITECTURE = Architecture(
     gguf_config=config,
     code_files=CODE_FILES,
     chat=ChatNotation(tool_calls, thinking, tools_prompt),
+    serving=SERVING,
     licence=LICENCE,
+    releases=RELEASES,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mmquant.convert.files.sizes import parse_size
 from mmquant.errors import InputError
-from mmquant.runs.sizes import parse_size
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
-"""Parse sizes as users write them, and check that an output path can be written."""
+"""Parse sizes as users write them."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from decimal import Decimal
-from pathlib import Path
 
 from mmquant.errors import InputError
 
@@ -26,17 +24,3 @@ def parse_size(text: str) -> int:
     if not 1 <= size <= LARGEST:
         raise InputError(f"{text!r}, expected 1 to {LARGEST:,} bytes")
     return size
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Refuse a file that could not be written in the end, before any work: InputError. Makes the folder it lies in."""
-    if path is None:
-        return
-    try:
-        if path.is_dir():
-            raise InputError(f"{option} {path}: a folder, expected the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{option} {path}: {error.strerror}, expected a place that can be written") from None

@@ -1,0 +1,1 @@
+"""What fits where: geometry -> sizes -> placement -> verdict -> commands, each a module of plain functions."""

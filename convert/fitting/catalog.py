@@ -1,0 +1,123 @@
+"""Every type and format that mmquant writes, as rows with their bytes: the table of storage formats and the mixes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mmquant.errors import InputError, suggest
+
+from ..folder.weights import ATTENTION_FP8, GROUP_SIZES
+from ..formats.format import Format, Scheme
+from ..formats.fp8_block import TILE
+from ..formats.table import FORMATS, choices
+from ..gguf.mixes import ALIASES, MIXES, PLAIN, Mix
+from ..models.geometry import Geometry
+from .weights import Weights, folder_weights, mix_weights
+
+GGUF, MLX, FOLDER = "gguf", "mlx", "folder"  # families: which engines run a row
+EVERY_WIDTH = ("mlx",)  # commands that let the user choose among all the bits of their format
+
+
+@dataclass(frozen=True)
+class Row:
+    """One type or format.
+
+    id        what --type takes
+    family    gguf (llama.cpp), mlx, or folder (vLLM, SGLang)
+    format    the manifest's format
+    command   the words of the command that writes it
+    group     inputs that share a scale, which tensor parallelism must not cut; 0: none to cut, -1: a whole row
+    cuda      its kernels need CUDA
+    """
+
+    id: str
+    family: str
+    format: str
+    command: tuple[str, ...]
+    weigh: Callable[[Geometry], Weights]
+    group: int = 0
+    cuda: bool = False
+
+
+def rows() -> tuple[Row, ...]:
+    """All of them: folders first, then GGUF by size as the table of mixes has them."""
+    return (*_folder_rows(), *(_gguf_row(mix) for mix in MIXES.values() if mix.base not in ("F32", "F16")))
+
+
+def find_rows(type: str | None) -> tuple[Row, ...]:
+    """The rows of a --type: one by its name, a family by its first word (int4, fp8), all without. InputError else."""
+    everything = rows()
+    if type is None:
+        return everything
+    wanted = ALIASES.get(type.upper(), type).lower()
+    found = [row for row in everything if row.id.lower() == wanted]
+    found = found or [row for row in everything if wanted in (row.family, row.id.split("-")[0].lower())]
+    if not found:
+        ids = {row.id.lower(): row.id for row in everything}
+        raise InputError(f"--type {type}: unknown, {suggest(wanted, ids)}")
+    return tuple(found)
+
+
+def _gguf_row(mix: Mix) -> Row:
+    def weigh(g: Geometry) -> Weights:
+        return mix_weights(g, mix, mix.base not in (*PLAIN, "Q8_0"))
+
+    return Row(mix.name, GGUF, "gguf", ("gguf", "--type", mix.name), weigh)
+
+
+def _folder_rows() -> Iterator[Row]:
+    for storage in FORMATS:
+        if not storage.command:
+            continue
+        if storage.requantizable:
+            yield _fp8_row(storage)
+            continue
+        widths = storage.bits if storage.command in EVERY_WIDTH else storage.bits[:1]
+        for bits in widths:
+            for group in storage.group_sizes or sorted(GROUP_SIZES, reverse=True):
+                for attention in _attentions(storage):
+                    yield _weights_row(storage, bits, group, attention)
+
+
+def _attentions(storage: Format) -> tuple[str, ...]:
+    """How attention may lie beside its experts: as released, FP8 where formats mix, as the experts."""
+    return ("bf16", *(ATTENTION_FP8 if storage.mixes else ()), "same")
+
+
+def _fp8_row(storage: Format) -> Row:
+    tiles = storage.tiled or storage.nearest is None  # the release as it is lies in tiles
+    scheme = Scheme(storage, 8, block=TILE if tiles else None)
+
+    def weigh(g: Geometry) -> Weights:
+        return folder_weights(g, scheme, scheme, release=True)
+
+    command = (storage.command, "--scheme", storage.choice)
+    group = TILE[1] if tiles else 0
+    return Row(f"{storage.command}-{storage.choice}", FOLDER, storage.manifest, command, weigh, group)
+
+
+def _weights_row(storage: Format, bits: int, group: int, attention: str) -> Row:
+    experts = Scheme(storage, bits, group, storage.symmetric[0])
+    beside: Scheme | None = experts if attention == "same" else None
+    if attention in ATTENTION_FP8:
+        fp8 = choices("fp8")[ATTENTION_FP8[attention]]
+        beside = Scheme(fp8, 8, block=TILE if fp8.tiled else None)
+
+    def weigh(g: Geometry) -> Weights:
+        return folder_weights(g, experts, beside, release=True)
+
+    several, default = len(storage.group_sizes or GROUP_SIZES) > 1, next(iter(choices(storage.command)), "")
+    name = [storage.command if storage.choice in ("", default) else storage.choice]
+    if name[0] in ("modelopt",):
+        name.insert(0, storage.command)
+    name += [str(bits)] * (storage.command in EVERY_WIDTH)
+    name += [f"g{group}"] * several
+    word = storage.command if attention == "same" else attention
+    name += [f"attention-{word}"] * (attention != "bf16")
+    command = [storage.command, *(("--format", storage.choice) if storage.choice else ())]
+    command += ["--bits", str(bits)] * (storage.command in EVERY_WIDTH)
+    command += ["--group-size", str(group)] * several
+    command += ["--attention", word] * (attention != "bf16")
+    family = MLX if storage.command == "mlx" else FOLDER
+    return Row("-".join(name), family, storage.manifest, tuple(command), weigh, group, family == FOLDER)

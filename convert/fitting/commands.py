@@ -1,0 +1,116 @@
+"""Complete commands that start an artifact under each engine as it was placed; none for what does not fit."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+
+from ..models.architecture import Architecture
+from . import memory
+from .catalog import GGUF, MLX
+from .verdict import NO, Fit
+
+FILE = "MODEL.gguf"  # of an artifact that is not written yet
+FOLDER = "MODEL"
+MERGED = "merged.gguf"
+SEQUENCES = 8  # vLLM and SGLang: requests at once, which share the cache
+SGLANG_SHARE = "0.88"  # of a card, weights and cache
+CPU_EXPERTS = r"\.ffn_(gate|up|down)_exps=CPU"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line of an engine, words and environment; `note`: what it is for, where it is not the plain one."""
+
+    engine: str
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict[str, str])
+    note: str = ""
+
+    @property
+    def line(self) -> str:
+        """As it is typed."""
+        return " ".join([*(f"{key}={shlex.quote(value)}" for key, value in self.env.items()), shlex.join(self.argv)])
+
+
+def commands(
+    fit: Fit, model: Architecture, entry: str | None = None, parts: int = 1, asked: bool = False
+) -> list[Command]:
+    """Every engine that runs the artifact, the first choice first.
+
+    entry: the folder or (first) file; parts: files of a split GGUF; asked: the cache type was asked for, and is not
+    what the artifact implies.
+    """
+    if fit.verdict == NO:
+        return []
+    if fit.row.family == MLX:
+        return [Command("mlx_lm", ("mlx_lm.server", "--model", entry or FOLDER, "--trust-remote-code"))]
+    if fit.row.family != GGUF:
+        return [_vllm(fit, model, entry or FOLDER, asked), _sglang(fit, model, entry or FOLDER, asked)]
+    found = [_llama(fit, entry or FILE)]
+    return [*found, *_others(fit, model, entry or FILE, parts), _speculating(found[0])]
+
+
+def _vllm(fit: Fit, model: Architecture, entry: str, asked: bool) -> Command:
+    place, serving = fit.placement, model.serving
+    argv = ["vllm", "serve", entry, "--tensor-parallel-size", str(place.tensor_parallel)]
+    argv += ["--enable-expert-parallel"] * place.expert_parallel
+    argv += ["--max-model-len", str(place.context), "--gpu-memory-utilization", str(memory.VLLM_SHARE)]
+    argv += ["--max-num-seqs", str(SEQUENCES), "--trust-remote-code"]
+    argv += ["--kv-cache-dtype", "fp8"] * (asked and place.cache == "fp8")
+    argv += ["--enable-auto-tool-choice", *serving.vllm] if serving else []
+    return Command("vllm", tuple(argv), {"SAFETENSORS_FAST_GPU": "1"})
+
+
+def _sglang(fit: Fit, model: Architecture, entry: str, asked: bool) -> Command:
+    place, serving = fit.placement, model.serving
+    argv = ["python", "-m", "sglang.launch_server", "--model-path", entry, "--tp-size", str(place.tensor_parallel)]
+    argv += ["--ep-size", str(place.tensor_parallel)] * place.expert_parallel
+    argv += ["--context-length", str(place.context), "--mem-fraction-static", SGLANG_SHARE]
+    argv += ["--max-running-requests", str(SEQUENCES), "--trust-remote-code"]
+    argv += ["--kv-cache-dtype", "fp8_e4m3"] * (asked and place.cache == "fp8")
+    return Command("sglang", (*argv, *(serving.sglang if serving else ())))
+
+
+def _llama(fit: Fit, entry: str) -> Command:
+    place = fit.placement
+    layers = "99" if fit.target.cards is not None or fit.target.unified else "0"
+    argv = ["llama-server", "-m", entry, "-c", str(place.context), "-ngl", layers]
+    argv += ["--n-cpu-moe", str(place.cpu_layers)] if place.cpu_layers else []
+    argv += ["-ts", ",".join(map(str, place.split))] if place.split else []
+    argv += ["-fa", "on"]
+    argv += ["-ctk", place.cache, "-ctv", place.cache] if place.cache != "f16" else []
+    return Command("llama.cpp", (*argv, "-np", "1", "--jinja"))
+
+
+def _speculating(command: Command) -> Command:
+    """The same with drafts from the text itself: it helps where answers repeat their prompt (code edits)."""
+    return Command(
+        command.engine, (*command.argv, "--spec-type", "ngram-mod"), command.env, "ngram speculation, an option"
+    )
+
+
+def _others(fit: Fit, model: Architecture, entry: str, parts: int) -> list[Command]:
+    """Ollama and LM Studio: they place layers themselves, experts in RAM are not for Ollama."""
+    found: list[Command] = []
+    if fit.placement.cpu_layers == 0:
+        file = f"./{MERGED}" if parts > 1 else entry
+        merge = [shlex.join(["llama-gguf-split", "--merge", entry, MERGED])] if parts > 1 else []
+        settings = ""
+        if model.serving is not None:
+            settings = "".join(f"PARAMETER {key} {value}\\n" for key, value in model.serving.sampling.items())
+        text = f"FROM {file}\\nPARAMETER num_ctx {fit.placement.context}\\n{settings}"
+        steps = [*merge, f"printf {shlex.quote(text)} > Modelfile", "ollama create mmquant -f Modelfile"]
+        found.append(Command("ollama", ("sh", "-c", " && ".join([*steps, "ollama run mmquant"]))))
+    load = ["lms", "load", "mmquant", "--context-length", str(fit.placement.context), "--gpu", "max"]
+    note = (
+        "" if fit.placement.cpu_layers == 0 else f"in its settings: experts of {fit.placement.cpu_layers} layers on CPU"
+    )
+    text = " && ".join([shlex.join(["lms", "import", entry, "--user-repo", "mmquant/mmquant"]), shlex.join(load)])
+    return [*found, Command("lm studio", ("sh", "-c", text), note=note)]
+
+
+def override_tensor(fit: Fit) -> str:
+    """The -ot that says what --n-cpu-moe says, for engines and versions without it; empty when no expert is in RAM."""
+    layers = "|".join(map(str, range(fit.placement.cpu_layers)))
+    return rf"blk\.({layers}){CPU_EXPERTS}" if layers else ""
