@@ -19,7 +19,7 @@ from torch import Tensor
 from mmquant.quantize.fp4 import panel_triton
 from mmquant.quantize.fp4.grid import MXFP4, NVFP4
 from mmquant.quantize.integer import descent
-from mmquant.quantize.integer.gptq import GptqGrid, Grid, gptq_factor, gptq_quantize
+from mmquant.quantize.integer.gptq import GptqGrid, Grid, Solved, gptq_factor, gptq_quantize
 from mmquant.quantize.integer.grid import IntWeight, dequantize
 
 GRIDS: dict[str, Grid] = {"int4 g128": GptqGrid(4, 128), "int4 g32": GptqGrid(4, 32), "nvfp4": NVFP4, "mxfp4": MXFP4}
@@ -38,8 +38,9 @@ def check(name: str, grid: Grid) -> None:
     found = []
     for device in ("cpu", "cuda"):
         w, h = weight.to(device), second.to(device)
-        solved = gptq_quantize(w, h, grid).weight
-        found.append((solved.codes.cpu(), loss(w, solved, h), loss(w, grid.refit(w, solved, h), h)))
+        solved = gptq_quantize(w, h, grid)
+        refitted = grid.refit(w, solved, h)
+        found.append((solved.weight.codes.cpu(), loss(w, solved.weight, h), loss(w, refitted.weight, h)))
     (codes, first, last), (other, first2, last2) = found
     turned = float((codes != other).float().mean())
     print(f"check {name}: {turned:.3%} of the codes differ from the CPU's, loss {first2 / first:.5f} of its, ", end="")
@@ -49,15 +50,13 @@ def check(name: str, grid: Grid) -> None:
 def measure(name: str, grid: Grid, weight: Tensor, second: Tensor, chunk: int) -> tuple[float, float]:
     """Seconds of error feedback and of refit or descent for all experts."""
     parts = [slice(s, s + chunk) for s in range(0, len(weight), chunk)]
-    solved = gptq_quantize(weight[:2], second[:2], grid).weight  # compiled
-    grid.refit(weight[:2], solved, second[:2])
+    grid.refit(weight[:2], gptq_quantize(weight[:2], second[:2], grid), second[:2])  # compiled
     feedback = refit = 0.0
     for part in parts:
-        found: list[IntWeight] = []
-        feedback += seconds(
-            lambda part=part, found=found: found.append(gptq_quantize(weight[part], second[part], grid).weight)
-        )
-        refit += seconds(lambda part=part, found=found: grid.refit(weight[part], found[0], second[part]))
+        w, h = weight[part], second[part]
+        found: list[Solved] = []
+        feedback += seconds(lambda w=w, h=h, found=found: found.append(gptq_quantize(w, h, grid)))
+        refit += seconds(lambda w=w, h=h, found=found: grid.refit(w, found[0], h))
     factor = sum(seconds(lambda part=part: gptq_factor(second[part], max(1, grid.group_size))) for part in parts)
     print(f"  {name:10s} feedback {feedback:.3f} s (factor {factor:.3f}), refit {refit:.3f} s")
     return feedback, refit
@@ -88,7 +87,7 @@ def main() -> None:
         print(f"{kind}: {a.experts} experts [{outputs}, {n}], {a.chunk} at a time")
         if a.tune:
             tune(weight[:32], second[:32])
-            panel_triton.TILE, panel_triton.WARPS = 64, 2
+            panel_triton.TILE, panel_triton.WARPS = 64, 1
         for name, grid in GRIDS.items():
             totals[name] += sum(measure(name, grid, weight, second, a.chunk))
         print(f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most, {descent.PASSES} passes of the descent")

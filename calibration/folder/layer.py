@@ -184,8 +184,7 @@ def solve(
 ) -> Solved:
     """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I].
 
-    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning; without learning the scales are
-    refitted to the codes.
+    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning.
     """
     grid = options.grid
     if not options.compensated:
@@ -199,9 +198,7 @@ def solve(
     if isinstance(scale, Tensor):
         second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     solved = gptq_quantize(weight, second, grid, options.damping, keep=options.learned)
-    if solved.compensated is None:
-        return dataclasses.replace(solved, weight=grid.refit(weight, solved.weight, second))
-    return solved
+    return grid.refit(weight, solved, second)
 
 
 def feedback_moments(moments: Moments, options: LayerOptions, part: slice, pool: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ..integer.descent import descend
-from ..integer.gptq import Panel
+from ..integer.gptq import Panel, Solved
 from ..integer.grid import IntWeight, groups_of, search_weights
 from ..linear_algebra import full_float32
 from .levels import LARGEST, LEVELS, nearest
@@ -105,9 +105,9 @@ class Fp4Grid:
             round_columns(self, panel, scales[:, start // size : part.stop // size], True)
         return self.finish(codes.mT.contiguous(), scales.mT.contiguous(), None)
 
-    def refit(self, weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
+    def refit(self, weight: Tensor, solved: Solved, second: Tensor) -> Solved:
         """Codes and scales again, panel by panel: a least-squares step of the scales alone would be finer than they."""
-        return descend(weight, found, second, self)
+        return descend(weight, solved, second, self)
 
 
 NVFP4 = Fp4Grid(16, 3, 7, 7, True)

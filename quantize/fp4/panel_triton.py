@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..integer.gptq import Panel
     from .grid import Fp4Grid
 
-TILE, WARPS = 64, 2
+TILE, WARPS = 64, 1
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
 TINY = tl.constexpr(2.0**-100)
 

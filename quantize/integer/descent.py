@@ -8,55 +8,60 @@ never rises. One sweep of GPTQ decides each column before it knows the errors of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..linear_algebra import full_float32, solve
-from .gptq import DAMPING, Grid, gptq_factor, gptq_sweep, restore
+from ..linear_algebra import full_float32, inv
+from .gptq import DAMPING, Grid, Solved, gptq_factor, gptq_sweep, restore
 from .grid import IntWeight, dequantize, groups_of
 
 PANEL, PASSES = 64, 2
 
 
-def descend(weight: Tensor, found: IntWeight, second: Tensor, grid: Grid, passes: int = PASSES) -> IntWeight:
+def descend(weight: Tensor, solved: Solved, second: Tensor, grid: Grid, passes: int = PASSES) -> Solved:
     """The same matrices with a smaller error of their outputs, measured by `second` damped as for GPTQ.
 
-    weight [E, O, I] float32; found: what was rounded, without zero points; second [E, I, I] mean second moments.
+    weight [E, O, I] float32; solved: what error feedback found, without zero points; second [E, I, I] mean second
+    moments. What was rounded (`compensated`, changed in place) follows. On CUDA products of errors and moments round
+    their factors to TF32.
     """
-    codes, scales, values = found.codes.clone(), found.scales.clone(), dequantize(found)
-    n = weight.shape[-1]
+    found, n = solved.weight, weight.shape[-1]
+    codes, scales, error = found.codes.clone(), found.scales.clone(), weight - dequantize(found)
     size = groups_of(n, grid.group_size)
     step = max(size, PANEL // size * size)
     damping = DAMPING * second.diagonal(dim1=-2, dim2=-1).mean(-1)
-    with full_float32():
-        for start in [*range(0, n, step)] * passes:
-            part = slice(start, min(start + step, n))
-            groups = slice(part.start // size, part.stop // size)
-            better, moved = _round_panel(weight, values, second, damping, part, grid)
-            for kept, new, columns in ((codes, moved.codes, part), (scales, moved.scales, groups)):
-                kept[..., columns] = torch.where(better, new, kept[..., columns])
-            values[..., part] = torch.where(better, dequantize(moved), values[..., part])
-    return grid.finish(codes, scales, None)
+    for start in [*range(0, n, step)] * passes:
+        part = slice(start, min(start + step, n))
+        groups = slice(part.start // size, part.stop // size)
+        better, moved, target = _round_panel(weight, error, second, damping, part, grid)
+        codes[..., part] = torch.where(better, moved.codes, codes[..., part])
+        scales[..., groups] = torch.where(better, moved.scales, scales[..., groups])
+        error[..., part] = torch.where(better, weight[..., part] - dequantize(moved), error[..., part])
+        if solved.compensated is not None:
+            solved.compensated[..., part] = torch.where(better, target, solved.compensated[..., part])
+    return replace(solved, weight=grid.finish(codes, scales, None))
 
 
 def _round_panel(
-    weight: Tensor, values: Tensor, second: Tensor, damping: Tensor, part: slice, grid: Grid
-) -> tuple[Tensor, IntWeight]:
-    """The rows [E, O, 1] that gain by new codes and scales of the columns `part`, and these."""
-    error = weight - values
+    weight: Tensor, error: Tensor, second: Tensor, damping: Tensor, part: slice, grid: Grid
+) -> tuple[Tensor, IntWeight, Tensor]:
+    """The rows [E, O, 1] that gain by new codes and scales of the columns `part`; these, and what was rounded."""
     own = second[:, part, part].clone()
-    own.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     here = error[..., part]
-    across = error @ second[..., part] - here @ second[:, part, part]
-    size = groups_of(own.shape[-1], grid.group_size)
-    known = gptq_factor(own, size, 0.0)
-    target = weight[..., part] + solve(own, across.mT).mT
-    swept = gptq_sweep(target.contiguous(), known, grid, size)
-    codes, _ = restore(swept, known, False)
-    moved = IntWeight(codes, swept.scales.mT.contiguous(), None, grid.bits)
-    new = weight[..., part] - dequantize(moved)
-
-    def cost(e: Tensor) -> Tensor:
-        return ((e @ own + 2 * across) * e).sum(-1, keepdim=True)
-
-    return cost(new) < cost(here), moved
+    with full_float32(False):
+        across = error @ second[..., part]
+    with full_float32():
+        across -= here @ own
+        own.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+        size = groups_of(own.shape[-1], grid.group_size)
+        known = gptq_factor(own, size, 0.0)
+        target = weight[..., part] + across @ inv(own)
+        swept = gptq_sweep(target, known, grid, size)
+        codes, rounded = restore(swept, known, True)
+        assert rounded is not None
+        moved = IntWeight(codes, swept.scales.mT.contiguous(), None, grid.bits)
+        new = weight[..., part] - dequantize(moved)
+        rise = ((new @ own + 2 * across) * new - (here @ own + 2 * across) * here).sum(-1, keepdim=True)
+    return rise < 0, moved, rounded

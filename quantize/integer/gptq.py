@@ -9,7 +9,7 @@ the order inside them are free, so nothing about the order reaches the file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol
 
@@ -101,8 +101,8 @@ class Grid(Protocol):
         """Nearest codes of weight [E, O, I] under searched scales; importance [E, I] weighs a column's error."""
         ...
 
-    def refit(self, weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
-        """The codes under scales that cost the outputs least; second [E, I, I] mean second moments."""
+    def refit(self, weight: Tensor, solved: Solved, second: Tensor) -> Solved:
+        """Improve what error feedback found of weight [E, O, I]; second [E, I, I] mean second moments."""
         ...
 
 
@@ -146,9 +146,11 @@ class GptqGrid:
         """See `Grid`."""
         return rtn_int(weight, self.bits, self.group_size, self.symmetric, importance=importance)
 
-    def refit(self, weight: Tensor, found: IntWeight, second: Tensor) -> IntWeight:
-        """See `Grid`."""
-        return refit_scales(weight, found, second)
+    def refit(self, weight: Tensor, solved: Solved, second: Tensor) -> Solved:
+        """The codes under scales that cost the outputs least; unchanged where learning will find both."""
+        if solved.compensated is not None:
+            return solved
+        return replace(solved, weight=refit_scales(weight, solved.weight, second))
 
 
 @dataclass(frozen=True)
