@@ -27,6 +27,7 @@ ARTIFACTS: dict[str, tuple[str, ...]] = {
     "fp8-block": ("fp8", "--scheme", "block"),
     "fp8-channel": ("fp8", "--scheme", "channel"),
     "fp8-native": ("fp8", "--scheme", "native"),
+    "bf16": ("bf16",),
     "int4-rtn": RTN,
     "int4-rtn-awq": (*RTN, "--format", "awq"),
     "int4-rtn-gptq": (*RTN, "--format", "gptq"),

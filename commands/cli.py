@@ -17,6 +17,7 @@ from mmquant.errors import MmquantError, suggest
 
 COMMANDS = {
     "fp8": "FP8 for vLLM and SGLang, exact from the release.",
+    "bf16": "BF16 for fine-tuning, the release without its quantization.",
     "int4": "INT4 weights (W4A16) for vLLM and SGLang.",
     "awq": "INT4 by AWQ, in its format.",
     "nvfp4": "NVFP4 weights for vLLM, SGLang and TensorRT-LLM.",

@@ -20,6 +20,7 @@ from mmquant.monitor import Bar, Monitor
 
 if TYPE_CHECKING:
     from mmquant.convert.hub.store import FetchOptions
+    from mmquant.runs.bf16 import dequantize_bf16
     from mmquant.runs.calibrate import Calibration, calibrate
     from mmquant.runs.doctor import Diagnosis, doctor
     from mmquant.runs.evaluation.run import Evaluation, evaluate
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mmquant.runs.int4 import quantize_int4
     from mmquant.runs.models import open_any as open_model
     from mmquant.runs.options import (
+        Bf16Options,
         CalibrateOptions,
         DoctorOptions,
         EvalOptions,
@@ -51,8 +53,8 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "quantize").is_dir():
     __path__.append(str(_CHECKOUT))  # in a checkout the packages lie beside this folder, in a wheel inside it
 
-_OPTIONS = "CalibrateOptions DoctorOptions EvalOptions Fp8Options GgufOptions Int4Options Mxfp4Options Nvfp4Options "
-_OPTIONS += "PullOptions PushOptions"
+_OPTIONS = "Bf16Options CalibrateOptions DoctorOptions EvalOptions Fp8Options GgufOptions Int4Options Mxfp4Options "
+_OPTIONS += "Nvfp4Options PullOptions PushOptions"
 # Public name -> the module that has it, and its name there.
 _PUBLIC = {
     "Calibration": ("runs.calibrate", "Calibration"),
@@ -64,6 +66,7 @@ _PUBLIC = {
     "Pushed": ("runs.push", "Pushed"),
     "Quantized": ("runs.results", "Quantized"),
     "calibrate": ("runs.calibrate", "calibrate"),
+    "dequantize_bf16": ("runs.bf16", "dequantize_bf16"),
     "doctor": ("runs.doctor", "doctor"),
     "evaluate": ("runs.evaluation.run", "evaluate"),
     "inspect": ("runs.inspect", "inspect"),
@@ -80,6 +83,7 @@ _PUBLIC = {
 
 __all__ = [
     "Bar",
+    "Bf16Options",
     "CalibrateOptions",
     "Calibration",
     "Census",
@@ -106,6 +110,7 @@ __all__ = [
     "Quantized",
     "__version__",
     "calibrate",
+    "dequantize_bf16",
     "doctor",
     "evaluate",
     "inspect",

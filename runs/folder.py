@@ -25,6 +25,7 @@ from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
 from ..convert.fitting.weights import Weights
+from ..convert.folder.bf16 import check_bf16
 from ..convert.folder.check import check_folder
 from ..convert.folder.native_copy import check_native, copy_native
 from ..convert.folder.variant import FolderVariant, global_specs, global_tensors, quantized_config
@@ -129,7 +130,7 @@ class FolderJob:
         """Index and small files, the check as an engine reads, the manifest."""
         source, variant, out = self.source, self.variant, self.out
         names = self.writer.finish(self.small_files())
-        check_written(out, source, self.device)
+        check_written(out, source, self.device, variant.quantization_config(source) is not None)
         entries = tuple(FileEntry(n, (out / n).stat().st_size, self.writer.sha256[n]) for n in names)
         finish_folder(out, source, variant.format, variant.label, entries, self.prepared.weights, self.run)
         self.writer.clear_progress()
@@ -167,18 +168,24 @@ def write_folder(
     return out
 
 
-def further_files(quantization: Mapping[str, Any]) -> dict[str, Any]:
+def further_files(quantization: Mapping[str, Any] | None) -> dict[str, Any]:
     """Objects of JSON files beside config.json that engines of the quant_method look for, by name."""
+    if quantization is None:
+        return {}
     method = METHODS[str(quantization["quant_method"])]
     return {} if method.files is None else method.files(dict(quantization))
 
 
-def check_written(out: Path, source: Checkpoint, device: torch.device | str) -> None:
+def check_written(out: Path, source: Checkpoint, device: torch.device | str, quantized: bool = True) -> None:
     """InputError unless an engine reads from the folder what was meant.
 
     A hub's shards were verified on their way and are gone: fetching them again to compare would double the traffic.
     """
-    check_folder(out, source if source.store.is_local else None, device=device)
+    original = source if source.store.is_local else None
+    if quantized:
+        check_folder(out, original, device=device)
+    else:
+        check_bf16(out, original)
 
 
 def step_tensors(

@@ -76,6 +76,13 @@ class CalibrateOptions(TextOptions):
 
 
 @dataclass(frozen=True)
+class Bf16Options(Checked):
+    """Options of `bf16`. max_shard_size: bytes."""
+
+    max_shard_size: int = option(5 * 10**9, "Largest output shard, for example 5GB.", kind="size", shown="5GB")
+
+
+@dataclass(frozen=True)
 class Fp8Options(Checked):
     """Options of `fp8`. max_shard_size: bytes."""
 

@@ -200,10 +200,10 @@ class Checkpoint:
         out = torch.empty((len(experts), *expert_shape(self.geometry, projection)), device=device, dtype=dtype)
         for part in batches(len(experts)):
             names = [self.names.expert(layer, experts[position], projection) for position in part]
-            out[part.start : part.stop] = self._dequantized(names, device).to(dtype)
+            out[part.start : part.stop] = self.dequantized(names, device).to(dtype)
         return out
 
-    def _dequantized(self, names: list[str], device: torch.device | str) -> Tensor:
+    def dequantized(self, names: list[str], device: torch.device | str) -> Tensor:
         """[n, out, in] float32 of experts' matrices; together where they are stored alike."""
         self.schedule.reading(names[0])
         scheme = self.scheme(names[0])

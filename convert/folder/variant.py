@@ -41,8 +41,8 @@ class FolderVariant(Protocol):
         """The same tensors' values."""
         ...
 
-    def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
-        """config.json's quantization_config."""
+    def quantization_config(self, source: Checkpoint) -> dict[str, Any] | None:
+        """config.json's quantization_config; None where nothing is quantized."""
         ...
 
 
@@ -72,8 +72,8 @@ def _globals(source: Checkpoint) -> list[tuple[str, tuple[int, ...]]]:
     return [(n, s) for n, s in global_shapes(source.geometry).items() if n != head or n in source.tensors]
 
 
-def quantized_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json with another quantization_config, and RoPE spelled out.
+def quantized_config(source: Checkpoint, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """The source's config.json with another quantization_config or none, and RoPE spelled out.
 
     transformers before 5.23 ignores `rotary_dim` and would rotate every dimension; `rope_parameters` is read by all.
     Where there is a `rope_scaling`, transformers 5 lets it win: it says the same.
@@ -92,5 +92,6 @@ def quantized_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[s
     config.setdefault("rotary_dim", g.rotary_dim)
     if config.get("tie_word_embeddings") and source.names.head in source.tensors:
         config["tie_word_embeddings"] = False
-    config["quantization_config"] = quantization
-    return config
+    if quantization is None:
+        return config | {("dtype" if "dtype" in config else "torch_dtype"): "bfloat16"}
+    return config | {"quantization_config": quantization}

@@ -22,6 +22,7 @@ from mmquant.convert.hub.store import FetchOptions
 from mmquant.errors import InputError
 from mmquant.monitor import Bar
 from mmquant.runs.options import (
+    Bf16Options,
     CalibrateOptions,
     DoctorOptions,
     EvalOptions,
@@ -34,6 +35,7 @@ from mmquant.runs.options import (
 
 OPTIONS = {
     "fp8": Fp8Options,
+    "bf16": Bf16Options,
     "int4": Int4Options,
     "gguf": GgufOptions,
     "calibrate": CalibrateOptions,
@@ -62,7 +64,8 @@ def test_unknown_names_are_attribute_errors() -> None:
 
 
 def test_functions_take_the_options_of_their_command() -> None:
-    names = {"fp8": "quantize_fp8", "int4": "quantize_int4", "gguf": "quantize_gguf", "eval": "evaluate"}
+    names = {"bf16": "dequantize_bf16", "eval": "evaluate"}
+    names |= {command: f"quantize_{command}" for command in ("fp8", "int4", "gguf")}
     for command, options in OPTIONS.items():
         function = getattr(mmquant, names.get(command, command))
         assert options.__name__ in str(inspect.signature(function).parameters["options"].annotation), command

@@ -1,0 +1,43 @@
+"""Write BF16 folders: the release without its quantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmquant.monitor import Monitor, watching
+
+from ..convert.folder.bf16 import Bf16Variant
+from .folder import check_place, prepare, write_folder
+from .models import Model, choose_device, opened
+from .options import Bf16Options
+from .results import Quantized, planned, written
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
+
+
+def dequantize_bf16(
+    model: Model,
+    out: str | Path,
+    options: Bf16Options | None = None,
+    *,
+    device: str | None = None,
+    fetch: FetchOptions | None = None,
+    dry_run: bool = False,
+    monitor: Monitor | None = None,
+) -> Quantized:
+    """Write the model in bfloat16 into the folder `out`, for fine-tuning; a finished folder of the same run stays.
+
+    Every FP8 code times its scale, rounded once. Arguments as of `quantize_fp8`.
+
+    Raises InputError when the model or `out` is not what is needed, FitError when the disk is too small.
+    """
+    chosen, out, variant = options or Bf16Options(), Path(out), Bf16Variant()
+    with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
+        size = prepare(source, variant).bytes
+        if dry_run:
+            run = {**variant.run(), "source": source.fingerprint, "shard_limit": chosen.max_shard_size}
+            return planned(out, variant.label, size, lambda: check_place(out, size, run))
+        path = write_folder(source, variant, out, device=choose_device(device), limit=chosen.max_shard_size)
+        return written(path, variant.label, size)
