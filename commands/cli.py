@@ -23,6 +23,8 @@ COMMANDS = {
     "nvfp4": "NVFP4 weights for vLLM, SGLang and TensorRT-LLM.",
     "mxfp4": "MXFP4 weights for vLLM and SGLang.",
     "gguf": "GGUF for llama.cpp.",
+    "run": "Every variant of a recipe in one pass, resumable anywhere.",
+    "status": "How far a run is.",
     "calibrate": "Every expert's statistics in one streamed pass.",
     "eval": "Perplexity, KL divergence and agreement with the reference.",
     "pull": "Fetch a repository, verified and resumable.",

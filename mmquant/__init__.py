@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from mmquant.runs.pull import Pulled, pull
     from mmquant.runs.push import Pushed, push
     from mmquant.runs.results import Quantized
+    from mmquant.runs.run import Made, run
+    from mmquant.runs.status import Status, status
 
 __version__ = "0.1.0"
 
@@ -62,6 +64,7 @@ _PUBLIC = {
     "Diagnosis": ("runs.doctor", "Diagnosis"),
     "Evaluation": ("runs.evaluation.run", "Evaluation"),
     "FetchOptions": ("convert.hub.store", "FetchOptions"),
+    "Made": ("runs.run", "Made"),
     "Pulled": ("runs.pull", "Pulled"),
     "Pushed": ("runs.push", "Pushed"),
     "Quantized": ("runs.results", "Quantized"),
@@ -73,6 +76,9 @@ _PUBLIC = {
     "open_model": ("runs.models", "open_any"),
     "pull": ("runs.pull", "pull"),
     "push": ("runs.push", "push"),
+    "Status": ("runs.status", "Status"),
+    "run": ("runs.run", "run"),
+    "status": ("runs.status", "status"),
     "quantize_fp8": ("runs.fp8", "quantize_fp8"),
     "quantize_gguf": ("runs.gguf", "quantize_gguf"),
     "quantize_int4": ("runs.int4", "quantize_int4"),
@@ -98,6 +104,7 @@ __all__ = [
     "GgufOptions",
     "InputError",
     "Int4Options",
+    "Made",
     "MmquantError",
     "Monitor",
     "Mxfp4Options",
@@ -108,6 +115,7 @@ __all__ = [
     "PushOptions",
     "Pushed",
     "Quantized",
+    "Status",
     "__version__",
     "calibrate",
     "dequantize_bf16",
@@ -122,6 +130,8 @@ __all__ = [
     "quantize_int4",
     "quantize_mxfp4",
     "quantize_nvfp4",
+    "run",
+    "status",
 ]
 
 

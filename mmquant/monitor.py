@@ -76,6 +76,11 @@ def current() -> Monitor:
     return _CURRENT.get()
 
 
+def message(text: str) -> None:
+    """Tell whoever watches now one line."""
+    current().message(text)
+
+
 @contextmanager
 def watching(monitor: Monitor | None) -> Iterator[None]:
     """Let `monitor` watch what runs inside; None leaves whoever watches already."""

@@ -248,12 +248,8 @@ def collect(
 ) -> list[LayerSummary]:
     """Run the pass into `out` with its report; summaries of all layers."""
     from ..calibration.model.distributed import world
-    from ..calibration.statistics.report import summarise
     from ..calibration.statistics.run import calibrate_into, needs
-    from ..calibration.statistics.store import open_statistics
     from ..convert.open import open_source
-    from .reports.calibration import report
-    from .reports.page import write
 
     store, layers = options.store, options.layers
     if layers is not None and layers.stop > source.geometry.layers:
@@ -270,6 +266,16 @@ def collect(
             done = found.layer + 1
     if rank != 0:
         return []
+    return write_report(out, corpus, source)
+
+
+def write_report(out: Path, corpus: Corpus, source: Checkpoint) -> list[LayerSummary]:
+    """report.html of finished statistics; summaries of all layers."""
+    from ..calibration.statistics.report import summarise
+    from ..calibration.statistics.store import open_statistics
+    from .reports.calibration import report
+    from .reports.page import write
+
     stored = open_statistics(out)
     summaries = [summarise(stored.layer(n, second=False), stored.squares(n)) for n in range(stored.layers)]
     page = report(summaries, corpus.domains, corpus.describe(), f"Calibration of {source.label}")

@@ -6,13 +6,14 @@ whole, so a run that was killed takes up each one where it stood, at the cost of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 from mmquant.errors import naming
-from mmquant.monitor import phase
+from mmquant.monitor import Bar, Monitor, current, phase, watching
 
 from .memory import memory_for
 
@@ -62,6 +63,19 @@ class Job(Protocol):
         ...
 
 
+class Watcher(Protocol):
+    """Hears how far a run is."""
+
+    def begin(self, first: int, steps: int) -> None:
+        """The first step that is missing, and how many there are."""
+
+    def job_done(self, label: str, step: int, seconds: float) -> None:
+        """An artifact's step is durable."""
+
+    def step_done(self, step: int) -> None:
+        """Every artifact's is."""
+
+
 def step_name(step: int, layers: int) -> str:
     """What a step writes, in words: the first and the last are what stands outside the layers."""
     return f"layer {step - 1}" if 1 <= step <= layers else "embeddings" if step == 0 else "the head"
@@ -72,10 +86,12 @@ def run_jobs(
     label: str | None = None,
     always: Iterable[Shared] = (),
     after: Callable[[int], None] | None = None,
+    watch: Watcher | None = None,
 ) -> None:
     """Write every artifact that is not finished.
 
     label: of the progress bar. always: released at the end of every step. after: called when all have done a step.
+    watch: is told of every step of every artifact.
     """
     todo = [job for job in jobs if not job.finished]
     if not todo:
@@ -84,24 +100,51 @@ def run_jobs(
         for job in todo:
             stack.enter_context(job.open())
         steps, first = todo[0].steps, min(job.done for job in todo)
+        if watch is not None:
+            watch.begin(first, steps)
         with phase(label or todo[0].label, steps, "step", first) as bar:
             for step in range(first, steps):
-                _take_turns([job for job in todo if job.done == step], step, len(jobs) > 1)
+                _take_turns([job for job in todo if job.done == step], step, len(jobs) > 1, watch)
                 for shared in always:
                     shared.release()
                 if after is not None:
                     after(step)
+                if watch is not None:
+                    watch.step_done(step)
                 bar.advance()
         for job in todo:
-            with naming(job.label) if len(jobs) > 1 else nullcontext():
+            with _named(job.label) if len(jobs) > 1 else nullcontext():
                 job.finish()
 
 
-def _take_turns(jobs: Sequence[Job], step: int, several: bool) -> None:
+class _Prefixed:
+    """Puts an artifact's name before its messages."""
+
+    def __init__(self, inner: Monitor, name: str) -> None:
+        self.inner, self.name = inner, name
+
+    def start(self, phase: str, total: int | None, unit: str, done: int = 0) -> Bar:
+        return self.inner.start(phase, total, unit, done)
+
+    def message(self, text: str) -> None:
+        self.inner.message(f"{self.name}: {text}")
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Errors and messages inside name the artifact."""
+    with naming(label), watching(_Prefixed(current(), label)):
+        yield
+
+
+def _take_turns(jobs: Sequence[Job], step: int, several: bool, watch: Watcher | None) -> None:
     """One step of each job; what they share goes with its last user."""
     for number, job in enumerate(jobs):
-        with memory_for(step_name(step, job.steps - 2)), naming(job.label) if several else nullcontext():
+        with memory_for(step_name(step, job.steps - 2)), _named(job.label) if several else nullcontext():
+            began = time.monotonic()
             job.step(step)
+        if watch is not None:
+            watch.job_done(job.label, step, time.monotonic() - began)
         later = {id(shared) for other in jobs[number + 1 :] for shared in other.uses}
         for shared in job.uses:
             if id(shared) not in later:

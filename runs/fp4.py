@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmquant.monitor import Monitor, current
+from mmquant.monitor import Monitor, message
 
 from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.variant import CalibratedWeights
@@ -92,4 +92,4 @@ def _variant(
         seed=options.seed,
     )
     streams = out / STREAMS if chosen.learned else None
-    return CalibratedWeights(**shape, options=chosen, report=current().message, streams=streams)
+    return CalibratedWeights(**shape, options=chosen, report=message, streams=streams)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
-from mmquant.monitor import Monitor, current
+from mmquant.monitor import Monitor, current, message
 
 from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.variant import CalibratedWeights
@@ -88,7 +88,7 @@ def variant_of(source: Checkpoint, options: Int4Options, out: Path) -> WeightsVa
         seed=options.seed,
     )
     streams = out / STREAMS if chosen.learned else None
-    return CalibratedWeights(**shape, options=chosen, report=current().message, streams=streams)
+    return CalibratedWeights(**shape, options=chosen, report=message, streams=streams)
 
 
 def layers_of(text: str | None) -> tuple[int, ...]:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +78,41 @@ def plan_moments(geometry: Geometry, collect: Collect, memory: int, host: int | 
     return MomentPlan(chunk, passes, results, fixed + chunk * each, total)
 
 
+_LIMITS: ContextVar[Mapping[str, int | None]] = ContextVar("mmquant.memory_limits", default={})  # noqa: B039  never changed
+
+
+@contextmanager
+def memory_limits(limits: Mapping[str, int | None]) -> Iterator[None]:
+    """Plan inside with at most so many bytes for this process, by kind of device (`cpu`, `cuda`); None: no limit."""
+    token = _LIMITS.set(dict(limits))
+    try:
+        yield
+    finally:
+        _LIMITS.reset(token)
+
+
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that can be allocated now on the device (CPU: what the system calls available)."""
+    """Bytes that can be allocated now on the device: what the system calls available, within `memory_limits`."""
     device = torch.device(device)
+    limit = _LIMITS.get().get(device.type)
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        used = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used
+    else:
+        used, free = _resident(), _available()
+    return free if limit is None else max(0, min(free, limit - used))
+
+
+def _resident() -> int:
+    """Bytes of this process in memory, as far as the system tells."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _available() -> int:
     try:
         with open("/proc/meminfo") as file:
             for line in file:

@@ -52,9 +52,10 @@ def needs(source: Checkpoint, corpus: Corpus, options: PassOptions, dtype: str) 
     )
 
 
-def _writer(
+def writer_of(
     source: Checkpoint, corpus: Corpus, folder: Path, options: PassOptions, dtype: str, through: Source | None
 ) -> StatisticsWriter:
+    """The writer of a corpus's statistics in `folder`. InputError when that holds something else."""
     identity = identity_of(
         source.fingerprint,
         source.geometry,
@@ -70,7 +71,7 @@ def _writer(
 def check_calibration(source: Checkpoint, corpus: Corpus, options: PassOptions, folder: Path, dtype: str) -> None:
     """InputError when `folder` holds something else than (a part of) these statistics; nothing is written."""
     if options.propagate == "reference":
-        _writer(source, corpus, folder, options, dtype, None)
+        writer_of(source, corpus, folder, options, dtype, None)
 
 
 def calibrate_into(
@@ -97,7 +98,7 @@ def calibrate_into(
     plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])  # before there is a folder
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder) if rank == 0 else nullcontext():
-        writer = _writer(source, corpus, folder, options, dtype, through)
+        writer = writer_of(source, corpus, folder, options, dtype, through)
         last = source.geometry.layers if layers is None else layers.stop
         barrier()  # every rank has read the manifest before rank 0 changes it
         if writer.done >= last:

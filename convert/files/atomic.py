@@ -134,6 +134,13 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, shared: bool =
         raise
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log, in one write: a killed process leaves whole lines, a power failure may take some."""
+    data = (" ".join(line.splitlines()) + "\n").encode("utf-8", "replace")
+    with open(path, "ab", buffering=0) as file:
+        file.write(data)
+
+
 def copy_whole(source: Path, final: Path) -> str:
     """Copy a file and read the copy back before it gets its name; the SHA-256 of both.
 

@@ -1,0 +1,63 @@
+"""Recipes to begin with: `mmquant run --init`."""
+
+from __future__ import annotations
+
+MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
+HEAD = """\
+# A recipe of mmquant: every variant below in one pass over the checkpoint.
+#   mmquant run {file} --out DIR --dry-run   what it would fetch, write and need
+#   mmquant run {file} --out DIR             run again, it continues
+#   mmquant status DIR                       how far it is
+model: {model}        # a folder, hf:ORG/NAME[@REV], ms:ORG/NAME[@REV] or demo
+# revision: COMMIT    # pins the model; without it the commit of the first run is kept
+# device: cuda:0      # by default a GPU when there is one
+
+corpora:              # calibration text; a variant names one by `corpus`, the only one is everybody's
+  main:
+    text: [default]   # files, folders, PATH=WEIGHT; `default` is the bundled text
+    windows: 256
+    # context: 2048
+
+variants:             # NAME: a folder in DIR; options are those of the command
+{variants}
+check:                # scored against the model; leave it out to write only
+  windows: 64
+  gates:
+    max_kld: {gate}   # exit code 4 when one fails; what fails is not pushed
+
+# limits:
+#   disk: 300GB       # of artifacts and shards together
+#   shards: 4         # of the source on disk at once
+#   ram: 64GB
+#   gpu: 80GB
+{push}"""
+PUSH = """
+push:
+  - repo: me/MiniMax-M2.7-GGUF
+    hub: hf           # or ms
+    variants: [{names}]
+    delete_after_upload: true
+"""
+GGUF = ("Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+
+
+def _gguf(names: tuple[str, ...]) -> str:
+    return "".join(f"  {name}: {{command: gguf, type: {name}}}\n" for name in names)
+
+
+VARIANTS = {
+    "publisher": _gguf(GGUF) + "  imatrix: {command: calibrate, moments: diagonal, imatrix: imatrix.gguf}\n",
+    "2xa100": "  int4-g32: {command: int4, group_size: 32, attention: bf16}\n"
+    "  int4-g128: {command: int4, group_size: 128, attention: bf16}\n",
+    "24gb": _gguf(("IQ2_XXS", "Q2_K", "IQ3_XXS")),
+    "": "  fp8: {command: fp8}\n  int4: {command: int4, group_size: 32}\n" + _gguf(("Q4_K_M", "IQ2_XXS")),
+}
+GATES = {"publisher": 1.0, "2xa100": 0.15, "24gb": 2.0, "": 2.0}
+PURPOSES = tuple(name for name in VARIANTS if name)
+
+
+def template(purpose: str | None = None, model: str = MODEL, file: str = "recipe.yaml") -> str:
+    """A commented recipe for a purpose: publisher, 2xa100, 24gb, or one of each command."""
+    chosen = purpose or ""
+    push = PUSH.format(names=", ".join(GGUF)) if chosen == "publisher" else ""
+    return HEAD.format(file=file, model=model, variants=VARIANTS[chosen], gate=GATES[chosen], push=push)

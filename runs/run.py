@@ -1,0 +1,313 @@
+"""Make every artifact of a recipe in one pass over the checkpoint; a run that was killed continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmquant.errors import FitError, GateError, InputError, MmquantError, PartialError
+from mmquant.monitor import Monitor, current, watching
+from mmquant.tables import table
+
+from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.files.difference import first_difference
+from ..convert.files.lock import hold
+from ..convert.hub.http import TransferError
+from ..convert.manifest import MANIFEST
+from ..convert.source import SharedLayer
+from .artifacts import asked_of, bytes_of, check_variant, job_of, streams_of
+from .engine import Job, run_jobs
+from .folder import check_disk, written_bytes
+from .journal import JOURNAL, LOG, PUSHED, STATES, WAITING, WRITING, WRITTEN, Entry, Journal, read_journal
+from .models import choose_device, opened
+from .options import PushOptions
+from .passes import Passes
+from .place import free_bytes
+from .recipe.read import Recipe, read_recipe
+from .results import Result
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
+
+STREAMS = ".mmquant-streams"  # the reference's streams, in the run's folder
+OURS = (JOURNAL, LOG, STREAMS)
+
+
+@dataclass(frozen=True)
+class Made(Result):
+    """The artifacts of a run, or with dry_run what they would be.
+
+    table: one dictionary for each artifact. failure: the first gate that failed.
+    refusal: of a dry run, what the real one would stop at.
+    """
+
+    out: Path
+    table: list[dict[str, Any]]
+    dry_run: bool
+    text: list[str]
+    failure: str | None = None
+    refusal: MmquantError | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of --json."""
+        return {"out": str(self.out), "artifacts": self.table, "dry_run": self.dry_run, "failure": self.failure} | {
+            "refusal": str(self.refusal) if self.refusal else None
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each artifact."""
+        return self.table
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        return self.text
+
+
+def run(
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    fetch: FetchOptions | None = None,
+    replace: bool = False,
+    dry_run: bool = False,
+    monitor: Monitor | None = None,
+) -> Made:
+    """Make every variant of a recipe, each in its folder `out`/NAME, in one pass over the checkpoint.
+
+    What is finished is left alone, what is unfinished continued; what the recipe asks for differently now is made again
+    (a finished artifact only with `replace`).
+
+    Raises InputError for a recipe or folder that will not do, FitError when memory or disk is too small, PartialError
+    when the network gives up in between.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    out, place = Path(out), choose_device(device or chosen.device)
+    for variant in chosen.variants:
+        check_variant(variant)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: a file, expected a folder or nothing")
+    with watching(monitor), _limited(chosen, place):
+        if dry_run:
+            return _planned(chosen, out, fetch)
+        out.mkdir(parents=True, exist_ok=True)
+        with hold(out), partial():
+            return Run(chosen, out, place, _fetch(chosen, fetch), replace).go()
+
+
+@contextmanager
+def _limited(recipe: Recipe, device: str) -> Iterator[None]:
+    """Plan memory within the recipe's limits."""
+    from ..calibration.statistics.layer_pass import memory_limits
+
+    with memory_limits({"cpu": recipe.limits.ram, "cuda": recipe.limits.gpu if device != "cpu" else None}):
+        yield
+
+
+@contextmanager
+def partial() -> Iterator[None]:
+    """What the network did is no failure of the run: the same command continues."""
+    try:
+        yield
+    except TransferError as error:
+        raise PartialError(f"{error}; run again to continue") from None
+
+
+def _fetch(recipe: Recipe, given: FetchOptions | None) -> FetchOptions:
+    from ..convert.hub.store import FetchOptions
+
+    fetch, limits = given or FetchOptions(), recipe.limits
+    return dataclasses.replace(fetch, max_shards=limits.shards or fetch.max_shards)
+
+
+class Run:
+    """One run over a recipe."""
+
+    def __init__(self, recipe: Recipe, out: Path, device: str, fetch: FetchOptions, replace: bool) -> None:
+        self.recipe, self.out, self.device, self.fetch, self.replace = recipe, out, device, fetch, replace
+        found = read_journal(out)
+        if found is None:
+            strange = sorted(p.name for p in out.iterdir() if not p.name.startswith(".mmquant") and p.name not in OURS)
+            if strange:
+                raise InputError(f"{out}: holds {strange[0]}, expected an empty folder or a run of mmquant")
+        self.journal = found or Journal(out)
+        self.began = time.monotonic()
+
+    def go(self) -> Made:
+        """Write, check, publish; the summary."""
+        with opened(self.recipe.model, self.fetch, self.out) as source:
+            self._reconcile(source)
+            try:
+                self._write(source)
+                failure = self._check()
+                self._push()
+            except BaseException as error:
+                self.journal.state = f"stopped: {type(error).__name__}: {error}"[:300]
+                self.journal.save()
+                self.journal.log({"event": "stopped", "error": self.journal.state, "time": time.time()})
+                raise
+            self.journal.state = "finished" if failure is None else f"gate: {failure}"
+            self.journal.save()
+            source.close(finished=True)
+        shutil.rmtree(self.out / STREAMS, ignore_errors=True)
+        made = Made(
+            self.out, table_of(self.journal), False, summary(self.journal, time.monotonic() - self.began), failure
+        )
+        self.journal.log({"event": "finished", "seconds": time.monotonic() - self.began, "time": time.time()})
+        return made
+
+    def _reconcile(self, source: Checkpoint) -> None:
+        """The journal says what the recipe asks for; what was made for something else goes, and is named."""
+        wanted = {variant.name: asked_of(variant, source) for variant in self.recipe.variants}
+        entries = self.journal.artifacts
+        for name in [name for name in entries if name not in wanted]:
+            current().message(f"{name}: no longer in the recipe; {self.out / name} stays as it is")
+            del entries[name]
+        for name, asked in wanted.items():
+            entry = entries.get(name)
+            if entry is not None and entry.asked != asked:
+                self._set_aside(name, first_difference(entry.asked, asked))
+                entry = None
+            entries[name] = entry or Entry(asked)
+        self.journal.model, self.journal.layers = source.label, source.geometry.layers
+        self.journal.state = "running"
+        self.journal.save()
+
+    def _set_aside(self, name: str, difference: str) -> None:
+        """Remove what was made of other options."""
+        folder = self.out / name
+        if (folder / MANIFEST).exists() and not self.replace:
+            ways = "give it another name, or --replace makes it again"
+            raise InputError(f"{folder}: finished with {difference}; {ways}")
+        current().message(f"{name}: {difference}: made again")
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+    def _write(self, source: Checkpoint) -> None:
+        """Every artifact that is not there, in one pass."""
+        recipe, journal = self.recipe, self.journal
+        todo = [v for v in recipe.variants if STATES.index(journal.artifacts[v.name].state) < STATES.index(WRITTEN)]
+        if not todo:
+            return
+        passes = Passes(source, self.device, self.out / STREAMS)
+        streams = {variant.name: streams_of(source, variant) for variant in todo}
+        jobs: dict[str, Job] = {}
+        for variant in todo:
+            passes.others = sum(streams.values()) - streams[variant.name]
+            jobs[variant.name] = job_of(source, variant, recipe.model, self.out / variant.name, passes)
+            jobs[variant.name].label = variant.name
+        self._check_room(source, jobs)
+        for name in jobs:
+            if journal.artifacts[name].state == WAITING:
+                journal.set(name, WRITING)
+        source.shared = SharedLayer()
+        try:
+            watch = Watch(journal, len(jobs))
+            run_jobs(list(jobs.values()), "run", [source.shared], watch=watch)
+        finally:
+            source.shared = None
+        for name, job in jobs.items():
+            journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=_bytes(job.path))
+
+    def _check_room(self, source: Checkpoint, jobs: dict[str, Job]) -> None:
+        """FitError, before anything is written, when the disk or its limit does not hold all artifacts."""
+        have = sum(written_bytes(self.out / name) for name in jobs if (self.out / name).is_dir())
+        whole = sum(getattr(job, "bytes", 0) for job in jobs.values())
+        check_disk(self.out, max(0, whole - have), source)
+        limit = self.recipe.limits.disk
+        if limit is not None and whole + source.store.in_flight() > limit:
+            needed = whole + source.store.in_flight()
+            raise FitError(f"limits.disk {limit:,}: artifacts and shards take {needed:,} bytes")
+
+    def _check(self) -> str | None:
+        """Score what has not been scored; the first gate that fails."""
+        from .run_check import check_artifacts
+
+        return check_artifacts(self.recipe, self.out, self.journal, self.device)
+
+    def _push(self) -> None:
+        """Publish what is written and passed; what is on a hub already is found whole."""
+        from .push import push
+
+        for order in self.recipe.push:
+            for name in order.variants:
+                entry = self.journal.artifacts[name]
+                where = f"{order.options.hub}:{order.repo}"
+                if where in entry.facts.get("pushed", []) or entry.facts.get("failures"):
+                    continue
+                options: PushOptions = order.options
+                found = push(self.out / name, order.repo, options)
+                pushed = [*entry.facts.get("pushed", []), where]
+                self.journal.set(name, PUSHED, pushed=pushed, url=found.url)
+
+
+def _bytes(path: Path) -> int:
+    folder = path if path.is_dir() else path.parent
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _planned(recipe: Recipe, out: Path, fetch: FetchOptions | None) -> Made:
+    """What a run would make, from headers alone."""
+    with opened(recipe.model, fetch) as source:
+        source.validate()
+        rows, refusal = [], None
+        for variant in recipe.variants:
+            label, size = bytes_of(source, variant, recipe.model, out / variant.name)
+            rows.append({"name": variant.name, "command": variant.command, "label": label, "bytes": size})
+        whole, shards = sum(row["bytes"] for row in rows), source.store.in_flight()
+        download = 0 if source.store.is_local else source.bytes
+        streams = sum(streams_of(source, variant) for variant in recipe.variants)
+        facts = [
+            f"one pass over {source.label}: {source.geometry.layers} layers, {download:,} bytes to fetch",
+            f"disk: {whole:,} bytes of artifacts, at most {shards:,} of shards; {free_bytes(out):,} are free",
+            f"hidden states: {streams:,} bytes for calibration, once more on disk",
+        ]
+        limit = min(free_bytes(out), recipe.limits.disk or free_bytes(out))
+        if whole + shards > limit:
+            refusal = FitError(f"{out}: {whole + shards:,} bytes are needed, {limit:,} are free")
+        head = ("variant", "command", "artifact", "bytes")
+        text = [*table(head, _cells(rows), text=head[:3]), *facts]
+        return Made(out, rows, True, text, refusal=refusal)
+
+
+def _cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [(row["name"], row["command"], row["label"], f"{row['bytes']:,}") for row in rows]
+
+
+def table_of(journal: Journal) -> list[dict[str, Any]]:
+    """One row for each artifact of a journal."""
+    return [
+        {"name": name, "command": entry.asked["command"], "state": entry.state, **entry.facts}
+        for name, entry in journal.artifacts.items()
+    ]
+
+
+def summary(journal: Journal, seconds: float) -> list[str]:
+    """What a finished run says."""
+    rows: list[tuple[str, ...]] = []
+    for row in table_of(journal):
+        scores = row.get("scores", {})
+        numbers = [number(scores.get(n)) for n in ("bits", "kld", "top1")]
+        rows.append((row["name"], row["state"], f"{row.get('bytes', 0):,}", *numbers, row.get("path", "-")))
+    head = ("artifact", "state", "bytes", "bits", "KLD", "top-1", "path")
+    lines = table(head, rows, text=("artifact", "state", "path"))
+    return [*lines, f"{journal.model}: {len(rows)} artifacts in {seconds:.0f} s; log in {journal.folder / LOG}"]
+
+
+def number(value: object) -> str:
+    """A score as the summary shows it; of a KL divergence its mean."""
+    found = value.get("mean") if isinstance(value, dict) else value
+    return f"{found:.4g}" if isinstance(found, int | float) else "-"
+
+
+def gate(made: Made) -> None:
+    """GateError when a gate of the run failed."""
+    if made.failure is not None:
+        raise GateError(made.failure)

@@ -1,0 +1,140 @@
+"""How far a run is: in progress, finished, stopped or killed, told from its journal and its log alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmquant.errors import InputError
+from mmquant.tables import table
+
+from ..convert.files.lock import HOLDER
+from ..convert.files.parse import parse_any
+from .engine import step_name
+from .journal import LOG, Journal, read_journal
+from .results import Result
+
+LINES = 4096  # of the log's end that are read
+
+
+@dataclass(frozen=True)
+class Status(Result):
+    """What a run folder says. state: running, finished, gate, stopped or killed; reason: of the last three.
+
+    step     the last step that every artifact has; steps: how many there are; None before the first
+    facts    of that step: seconds_per_step, seconds_left, memory, disk_free
+    table    one dictionary for each artifact
+    """
+
+    folder: Path
+    model: str
+    state: str
+    reason: str
+    step: int | None
+    steps: int
+    facts: dict[str, Any]
+    table: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of --json."""
+        whole = {"folder": str(self.folder), "model": self.model, "state": self.state, "reason": self.reason}
+        return {**whole, "step": self.step, "steps": self.steps, **self.facts, "artifacts": self.table}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each artifact."""
+        return self.table
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        where = (
+            "nothing yet" if self.step is None else f"{step_name(self.step, self.steps - 2)} of {self.steps - 2} layers"
+        )
+        lines = [
+            f"{self.folder}: {self.state}{': ' + self.reason if self.reason else ''}",
+            f"{self.model}: {where} done",
+        ]
+        if self.state == "running" and self.facts:
+            rate = f"{self.facts['seconds_per_step']:.1f} s a step, about {self.facts['seconds_left']:,} s left"
+            memory, disk = self.facts["memory"] / 1e9, self.facts["disk_free"] / 1e9
+            lines.append(f"{rate}; {memory:.1f} GB in memory, {disk:.1f} GB of disk free")
+        cells = [(row["name"], row["state"], row["last"], f"{row['seconds']:.1f}") for row in self.table]
+        lines += table(("artifact", "state", "last step", "seconds"), cells, text=("artifact", "state", "last step"))
+        if self.state in ("stopped", "killed"):
+            lines.append("run the same command again to continue")
+        return lines
+
+
+def status(folder: str | Path) -> Status:
+    """How far the run in `folder` is; nothing is written. InputError when there is none."""
+    folder = Path(folder)
+    journal = read_journal(folder)
+    if journal is None:
+        raise InputError(f"{folder}: no run of mmquant, expected a folder of mmquant run --out")
+    events = read_log(folder / LOG)
+    begin = next((e for e in reversed(events) if e["event"] == "begin"), {})
+    last = next((e for e in reversed(events) if e["event"] == "step"), {})
+    state, reason = state_of(journal, folder)
+    names = ("seconds_per_step", "seconds_left", "memory", "disk_free")
+    facts = {name: last[name] for name in names if name in last}
+    steps = begin.get("steps", journal.layers + 2)
+    return Status(folder, journal.model, state, reason, last.get("step"), steps, facts, rows_of(journal, events, steps))
+
+
+def rows_of(journal: Journal, events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """One row for each artifact: its state, the last step that it has, the seconds that the known ones took."""
+    rows = []
+    for name, entry in journal.artifacts.items():
+        mine = [e for e in events if e["event"] == "artifact" and e.get("name") == name]
+        last = step_name(mine[-1]["step"], steps - 2) if mine else "-"
+        seconds = sum(e["seconds"] for e in mine)
+        rows.append({"name": name, "state": entry.state, "last": last, "seconds": seconds, **entry.facts})
+    return rows
+
+
+def state_of(journal: Journal, folder: Path) -> tuple[str, str]:
+    """What a run is doing, and why it is not."""
+    state, _, reason = journal.state.partition(": ")
+    if state != "running":
+        return state, reason
+    return ("running", "") if is_held(folder) else ("killed", "its process is gone")
+
+
+def is_held(folder: Path) -> bool:
+    """Whether the process that says it holds the folder is there; one on another machine is believed."""
+    try:
+        words = (folder / HOLDER).read_text("utf-8", errors="replace").split()
+        if len(words) != 4 or words[3] != socket.gethostname():
+            return len(words) == 4
+        os.kill(int(words[1]), 0)
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The events of a log's end; lines that a power failure cut are left out."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = deque(file, maxlen=LINES)
+    found = []
+    for line in lines:
+        try:
+            event = parse_any(line, str(path))
+        except InputError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            found.append(event)
+    return found
+
+
+def as_text(found: Status, as_json: bool) -> str:
+    """What the command prints."""
+    return json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines())
