@@ -30,6 +30,7 @@ COMMANDS = {
     "pull": "Fetch a repository, verified and resumable.",
     "push": "Publish a finished folder to a hub.",
     "doctor": "Finds what breaks a GGUF file or a quantized folder.",
+    "fit": "What fits on which machine, with context and command.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
 }

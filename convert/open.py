@@ -19,6 +19,7 @@ from .models import architecture_of
 from .source import Source
 
 if TYPE_CHECKING:
+    from .checkpoints.quantized_folder import QuantizedFolder
     from .hub.store import FetchOptions
 
 DEMO = "demo"
@@ -69,7 +70,7 @@ def _open_repository(address: Address, fetch: FetchOptions | None) -> Source:
     return open_store(store)
 
 
-def open_store(store: ShardStore) -> Source:
+def open_store(store: ShardStore) -> Checkpoint | QuantizedFolder:
     """A folder's or repository's safetensors: FP8 and BF16 that can be quantized, or what is quantized already."""
     config = read_config(store)
     quantization = quantization_of(config)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmquant.runs.calibrate import Calibration, calibrate
     from mmquant.runs.doctor import Diagnosis, doctor
     from mmquant.runs.evaluation.run import Evaluation, evaluate
+    from mmquant.runs.fit import Fits, fit
     from mmquant.runs.fp4 import quantize_mxfp4, quantize_nvfp4
     from mmquant.runs.fp8 import quantize_fp8
     from mmquant.runs.gguf import quantize_gguf
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         CalibrateOptions,
         DoctorOptions,
         EvalOptions,
+        FitOptions,
         Fp8Options,
         GgufOptions,
         Int4Options,
@@ -55,8 +57,8 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "quantize").is_dir():
     __path__.append(str(_CHECKOUT))  # in a checkout the packages lie beside this folder, in a wheel inside it
 
-_OPTIONS = "Bf16Options CalibrateOptions DoctorOptions EvalOptions Fp8Options GgufOptions Int4Options Mxfp4Options "
-_OPTIONS += "Nvfp4Options PullOptions PushOptions"
+_OPTIONS = "Bf16Options CalibrateOptions DoctorOptions EvalOptions FitOptions Fp8Options GgufOptions Int4Options "
+_OPTIONS += "Mxfp4Options Nvfp4Options PullOptions PushOptions"
 # Public name -> the module that has it, and its name there.
 _PUBLIC = {
     "Calibration": ("runs.calibrate", "Calibration"),
@@ -71,6 +73,8 @@ _PUBLIC = {
     "calibrate": ("runs.calibrate", "calibrate"),
     "dequantize_bf16": ("runs.bf16", "dequantize_bf16"),
     "doctor": ("runs.doctor", "doctor"),
+    "Fits": ("runs.fit", "Fits"),
+    "fit": ("runs.fit", "fit"),
     "evaluate": ("runs.evaluation.run", "evaluate"),
     "inspect": ("runs.inspect", "inspect"),
     "open_model": ("runs.models", "open_any"),
@@ -99,6 +103,8 @@ __all__ = [
     "Evaluation",
     "FetchOptions",
     "FitError",
+    "FitOptions",
+    "Fits",
     "Fp8Options",
     "GateError",
     "GgufOptions",
@@ -121,6 +127,7 @@ __all__ = [
     "dequantize_bf16",
     "doctor",
     "evaluate",
+    "fit",
     "inspect",
     "open_model",
     "pull",

@@ -283,3 +283,23 @@ class PushOptions(Checked):
         name = self.license
         if name is not None and (not name.strip() or not name.isprintable() or len(name) > 96):
             raise InputError(f"--license {name[:96]!r}: expected a licence's id or its name, one line")
+
+
+@dataclass(frozen=True)
+class FitOptions(Checked):
+    """Options of `fit`. type: a type, a format, or the first word of several (gguf, int4); None: all."""
+
+    type: str | None = option(None, "Q4_K_M, int4-g128, fp8-block ..., or gguf, int4, nvfp4 ...; default: all.")
+    gpu: str | None = option(None, "One card, xN for several: 24GB, 80GBx2. 24GB is a 24 GB card, 24e9 its bytes.")
+    ram: str | None = option(None, "RAM: 96GB; default with --gpu: 16GB.")
+    target: str | None = option(None, "A machine of the table, such as 24GB+96GB or 2xA100-80GB.", metavar="ID")
+    targets: Path | None = option(None, "More machines: a YAML file like the package's table.", kind="path")
+    context: int | None = option(None, "Tokens; default: the largest that leaves 1 GiB free.", least=1)
+    kv_cache: str | None = option(
+        None, "Type of the KV cache; default: f16, or what the artifact says.", choices=("f16", "q8_0", "fp8")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is not None and (self.gpu is not None or self.ram is not None):
+            raise InputError("--target with --gpu or --ram: choose one, a machine of the table or your own")

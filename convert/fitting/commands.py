@@ -10,8 +10,6 @@ from . import memory
 from .catalog import GGUF, MLX
 from .verdict import NO, Fit
 
-FILE = "MODEL.gguf"  # of an artifact that is not written yet
-FOLDER = "MODEL"
 MERGED = "merged.gguf"
 SEQUENCES = 8  # vLLM and SGLang: requests at once, which share the cache
 SGLANG_SHARE = "0.88"  # of a card, weights and cache
@@ -33,9 +31,7 @@ class Command:
         return " ".join([*(f"{key}={shlex.quote(value)}" for key, value in self.env.items()), shlex.join(self.argv)])
 
 
-def commands(
-    fit: Fit, model: Architecture, entry: str | None = None, parts: int = 1, asked: bool = False
-) -> list[Command]:
+def commands(fit: Fit, model: Architecture, entry: str, parts: int = 1, asked: bool = False) -> list[Command]:
     """Every engine that runs the artifact, the first choice first.
 
     entry: the folder or (first) file; parts: files of a split GGUF; asked: the cache type was asked for, and is not
@@ -44,11 +40,11 @@ def commands(
     if fit.verdict == NO:
         return []
     if fit.row.family == MLX:
-        return [Command("mlx_lm", ("mlx_lm.server", "--model", entry or FOLDER, "--trust-remote-code"))]
+        return [Command("mlx_lm", ("mlx_lm.server", "--model", entry, "--trust-remote-code"))]
     if fit.row.family != GGUF:
-        return [_vllm(fit, model, entry or FOLDER, asked), _sglang(fit, model, entry or FOLDER, asked)]
-    found = [_llama(fit, entry or FILE)]
-    return [*found, *_others(fit, model, entry or FILE, parts), _speculating(found[0])]
+        return [_vllm(fit, model, entry, asked), _sglang(fit, model, entry, asked)]
+    found = [_llama(fit, entry)]
+    return [*found, *_others(fit, model, entry, parts), _speculating(found[0])]
 
 
 def _vllm(fit: Fit, model: Architecture, entry: str, asked: bool) -> Command:
@@ -112,5 +108,16 @@ def _others(fit: Fit, model: Architecture, entry: str, parts: int) -> list[Comma
 
 def override_tensor(fit: Fit) -> str:
     """The -ot that says what --n-cpu-moe says, for engines and versions without it; empty when no expert is in RAM."""
-    layers = "|".join(map(str, range(fit.placement.cpu_layers)))
-    return rf"blk\.({layers}){CPU_EXPERTS}" if layers else ""
+    count = fit.placement.cpu_layers
+    return rf"blk\.({below(count)}){CPU_EXPERTS}" if count else ""
+
+
+def below(count: int) -> str:
+    """A regular expression of the numbers from 0 to count - 1."""
+    if count > 100:
+        return "|".join(map(str, range(count)))
+    tens, ones = divmod(count, 10)
+    parts = [f"[0-{min(count, 10) - 1}]"]
+    parts += [f"[1-{tens - 1}][0-9]"] if tens > 1 else []
+    parts += [f"{tens}[0-{ones - 1}]"] if tens and ones else []
+    return "|".join(parts)

@@ -8,7 +8,7 @@ from mmquant.errors import InputError
 
 from ..models.geometry import Geometry
 from . import memory
-from .catalog import GGUF, MLX, Row
+from .catalog import FOLDER, GGUF, MLX, Row
 from .placement import Placement, place_llama, place_mlx, place_vllm
 from .speed import tokens_per_second
 from .targets import Target
@@ -16,6 +16,7 @@ from .weights import Weights
 
 YES, TIGHT, NO = "yes", "tight", "no"
 CACHES = {GGUF: ("f16", "q8_0", "q4_0"), MLX: ("f16",)}  # the others: f16, fp8
+ENGINE_OF = {GGUF: "llama.cpp", MLX: "mlx_lm", FOLDER: "vllm"}
 NO_CUDA = "its kernels need CUDA"
 
 
@@ -39,6 +40,8 @@ class Fit:
 
 def place(row: Row, weights: Weights, g: Geometry, target: Target, context: int, cache: str) -> Placement:
     """Where a row's bytes lie on a target under the engine of its family."""
+    if (engine := ENGINE_OF[row.family]) not in target.engines:
+        return Placement(engine, context, cache, (), reason=f"{engine} is not for this machine")
     if row.family == GGUF:
         return place_llama(weights, g, target, context, cache)
     if row.family == MLX:
