@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mmquant.errors import InputError
 
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.folder.bf16 import Bf16Variant
 from ..convert.folder.fp8 import Fp8Variant
 from ..convert.formats.table import choices
 from . import fp4, gguf, int4
@@ -17,6 +18,7 @@ from .calibrate import context_of, windows_at_most
 from .engine import Job
 from .folder import FolderJob, prepare
 from .options import (
+    Bf16Options,
     CalibrateOptions,
     Checked,
     Fp8Options,
@@ -32,6 +34,7 @@ from .recipe.read import Variant
 from .weights import check_mixture, make_job
 
 if TYPE_CHECKING:
+    from ..convert.folder.variant import FolderVariant
     from ..convert.folder.weights import WeightsVariant
 
     Shape = Callable[[Checkpoint, Any, Path], WeightsVariant]
@@ -64,11 +67,7 @@ def bytes_of(source: Checkpoint, variant: Variant, model: str, out: Path) -> tup
         return shape.label, gguf.make_plan(source, shape, None).bytes
     if isinstance(options, CalibrateOptions):
         return "statistics", 0
-    made = (
-        Fp8Variant(options.scheme)
-        if isinstance(options, Fp8Options)
-        else WEIGHTS[type(options)][1](source, options, out)
-    )
+    made = folder_variant(source, options, out)
     return made.label, prepare(source, made).bytes
 
 
@@ -96,10 +95,19 @@ def job_of(source: Checkpoint, variant: Variant, model: str, out: Path, passes: 
         from .statistics import StatisticsJob
 
         return cast("Job", StatisticsJob(source, options, out, passes))
+    made = folder_variant(source, options, out)
+    if isinstance(options, WeightsOptions):
+        return cast("Job", make_job(source, options, out, passes, cast("WeightsVariant", made)))
+    return cast("Job", FolderJob(source, made, out, device=passes.device, limit=options.max_shard_size))
+
+
+def folder_variant(source: Checkpoint, options: Fp8Options | Bf16Options | WeightsOptions, out: Path) -> FolderVariant:
+    """The safetensors artifact that options ask for. InputError for what does not suit the model."""
     if isinstance(options, Fp8Options):
-        made = Fp8Variant(options.scheme)
-        return cast("Job", FolderJob(source, made, out, device=passes.device, limit=options.max_shard_size))
-    return cast("Job", make_job(source, options, out, passes, WEIGHTS[type(options)][1](source, options, out)))
+        return Fp8Variant(options.scheme)
+    if isinstance(options, Bf16Options):
+        return Bf16Variant()
+    return WEIGHTS[type(options)][1](source, options, out)
 
 
 def asked_of(variant: Variant, source: Checkpoint) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import yaml
 from mmquant.errors import InputError, suggest
 
 from ...convert.files.parse import DEEPEST, one_line, short
+from ...convert.files.sizes import parse_size
 from ..options import Checked, EvalOptions, PushOptions, TextOptions
-from ..sizes import parse_size
 from .schema import COMMANDS, recipe_schema
 
 LARGEST = 1 << 20  # bytes of a recipe

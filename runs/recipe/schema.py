@@ -9,6 +9,7 @@ from typing import Any
 
 from ..evaluation.result import GATES
 from ..options import (
+    Bf16Options,
     CalibrateOptions,
     Checked,
     EvalOptions,
@@ -24,6 +25,7 @@ from ..options import (
 # What a variant's `command` may be, and its options.
 COMMANDS: dict[str, type[Checked]] = {
     "fp8": Fp8Options,
+    "bf16": Bf16Options,
     "int4": Int4Options,
     "nvfp4": Nvfp4Options,
     "mxfp4": Mxfp4Options,
