@@ -4,7 +4,8 @@
 
 BEFORE and AFTER are checkouts (their .venv/bin/python is used where there is one) or Python executables that have
 mmquant installed. The manifest is compared without its date, SHA256 sums included. Columns: the artifact, its files,
-`equal` or the first difference. Exit code 1 when anything differs.
+`equal` or, for each file that differs, where it does first. A kind that one side does not know counts as different, as
+the others go on. Exit code 1 when anything differs. docs/quality.md says what differs from older commits, and why.
 """
 
 from __future__ import annotations
@@ -76,17 +77,16 @@ def side(place: str) -> Side:
     return found
 
 
-def compare(before: Path, after: Path) -> tuple[int, str]:
-    """Number of files, and `equal` or the first difference of two folders."""
-    names = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*") if p.is_file()) for f in (before, after)]
-    if names[0] != names[1]:
-        other = sorted(set(names[0]) ^ set(names[1]))[0]
-        return len(names[0]), f"{other} is in the {'first' if other in names[0] else 'second'} alone"
-    for name in names[0]:
-        found = difference(before / name, after / name)
-        if found is not None:
-            return len(names[0]), f"{name}: {found}"
-    return len(names[0]), "equal"
+def compare(before: Path, after: Path) -> tuple[int, list[str]]:
+    """Number of files of two folders, and one line per file that differs."""
+    names = [{p.relative_to(f).as_posix() for p in f.rglob("*") if p.is_file()} for f in (before, after)]
+    lines = []
+    for name in sorted(names[0] | names[1]):
+        if not (name in names[0] and name in names[1]):
+            lines.append(f"{name} is in the {'first' if name in names[0] else 'second'} alone")
+        elif (found := difference(before / name, after / name)) is not None:
+            lines.append(f"{name}: {found}")
+    return len(names[0]), lines
 
 
 def difference(before: Path, after: Path) -> str | None:
@@ -135,15 +135,21 @@ def main() -> int:
         base = (a.keep or Path(temporary)).absolute()
         for name in a.only:
             folders = [base / which / name for which in ("before", "after")]
-            for one, folder in zip(both, folders, strict=True):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                fault = one.write(ARTIFACTS[name], a.model, folder)
-                if fault is not None:
-                    sys.exit(f"{name}, {one.python}: {fault}")
-            count, result = compare(*folders)
-            different += result != "equal"
-            print(f"{name:<18}{count:>6}  {result}", flush=True)
+            count, lines = artifact(name, both, folders, a.model)
+            different += bool(lines)
+            first, *others = lines or ["equal"]
+            print(f"{name:<18}{count:>6}  {first}", *(f"{'':<26}{line}" for line in others), sep="\n", flush=True)
     return int(different > 0)
+
+
+def artifact(name: str, both: list[Side], folders: list[Path], model: str) -> tuple[int, list[str]]:
+    """Write one kind by both sides and compare; a side that cannot write it is a difference of its own."""
+    faults = []
+    for which, one, folder in zip(("first", "second"), both, folders, strict=True):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if (fault := one.write(ARTIFACTS[name], model, folder)) is not None:
+            faults.append(f"the {which} does not write it: {fault}")
+    return (0, faults) if faults else compare(*folders)
 
 
 if __name__ == "__main__":

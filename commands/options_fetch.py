@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import click
 
+from ..convert.hub.options import FetchOptions
 from .options import Decorator, size
 
 FETCHED = ("max_disk", "max_shards", "keep_shards", "transport")
@@ -21,8 +23,6 @@ def fetch_options() -> Decorator:
         def command(
             max_disk: int | None, max_shards: int, keep_shards: bool, transport: str, **others: object
         ) -> object:
-            from ..convert.hub.store import FetchOptions
-
             fetch = FetchOptions(max_disk=max_disk, max_shards=max_shards, keep_shards=keep_shards, transport=transport)
             return function(fetch=fetch, **others)
 
@@ -39,11 +39,18 @@ def _options() -> list[Decorator]:
     shards = "Most shards of the source on disk at once."
     keep = "Keep the fetched shards instead of deleting each after its last use."
     transport = "http: resumable ranges; xet: the hub's accelerated path, watched, with http as the way out."
+    default = {field.name: field.default for field in fields(FetchOptions)}
     return [
-        click.option("--max-disk", default=None, callback=size, metavar="SIZE", help=disk),
-        click.option("--max-shards", default=8, show_default=True, type=click.IntRange(min=1), help=shards),
-        click.option("--keep-shards", is_flag=True, help=keep),
+        click.option("--max-disk", default=default["max_disk"], callback=size, metavar="SIZE", help=disk),
         click.option(
-            "--transport", type=click.Choice(["http", "xet"]), default="http", show_default=True, help=transport
+            "--max-shards", default=default["max_shards"], show_default=True, type=click.IntRange(min=1), help=shards
+        ),
+        click.option("--keep-shards", is_flag=True, default=default["keep_shards"], help=keep),
+        click.option(
+            "--transport",
+            type=click.Choice(["http", "xet"]),
+            default=default["transport"],
+            show_default=True,
+            help=transport,
         ),
     ]

@@ -1,6 +1,6 @@
 """SignRound: learn codes and scales by sign-SGD on the error of a layer's output (AutoRound's method).
 
-Each weight is level * scale - minimum, its level the one nearest to a position that moves; on integer grids the scale
+Each weight is level * scale, its level the one nearest to a position that moves; on integer grids the scale
 moves, too. Gradients pass the rounding as if it were not there. The positions begin where the start rounded: after GPTQ
 at the compensated weights, so that no move is GPTQ's own result. Only signs of gradients are used: no state is kept,
 and the gradients may be bfloat16. On CUDA each of the two passes over the weights is one kernel.
@@ -27,7 +27,6 @@ class Start:
     position       [..., O, n] float32 in units of the scale
     scales         [..., O, G] float32; their signs stay
     low, high      the lowest and highest level
-    minimum        [..., O, G] float32 that is subtracted; None for nothing
     table          [L] float32, the levels in rising order; None: the integers
     learns_scales  whether scales move, exact in bfloat16
     """
@@ -36,7 +35,6 @@ class Start:
     scales: Tensor
     low: float
     high: float
-    minimum: Tensor | None = None
     table: Tensor | None = None
     learns_scales: bool = False
 
@@ -96,11 +94,9 @@ def levels_of(start: Start, position: Tensor) -> Tensor:
     return start.table[torch.bucketize(position, middles)]
 
 
-def values_of(start: Start, levels: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def values_of(levels: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """What levels [..., O, n] under scales stand for."""
     values = torch.unflatten(levels.float(), -1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)
-    if start.minimum is not None:
-        values = values - start.minimum.unsqueeze(-1)
     return values.flatten(-2).to(dtype)
 
 
@@ -108,12 +104,10 @@ def rounded_values(start: Start, state: SignRoundState, dtype: torch.dtype = tor
     """What the state stands for, [..., O, n]."""
     scales = scales_of(start, state)
     if state.position.is_cuda:
-        from . import (
-            signround_triton as learn_triton,  # imported where it is needed: triton is not there on every machine
-        )
+        from . import signround_triton  # imported where it is needed: triton is not there on every machine
 
-        return learn_triton.rounded_values(start, state, scales, dtype)
-    return values_of(start, levels_of(start, state.position), scales, dtype)
+        return signround_triton.rounded_values(start, state, scales, dtype)
+    return values_of(levels_of(start, state.position), scales, dtype)
 
 
 def move(start: Start, state: SignRoundState, grad: Tensor, rate: float, gain_rate: float) -> None:
@@ -122,9 +116,9 @@ def move(start: Start, state: SignRoundState, grad: Tensor, rate: float, gain_ra
     Outside of the levels' range positions stay.
     """
     if grad.is_cuda:
-        from . import signround_triton as learn_triton
+        from . import signround_triton
 
-        learn_triton.move(start, state, grad, rate, gain_rate)
+        signround_triton.move(start, state, grad, rate, gain_rate)
         return
     groups = start.scales.shape[-1]
     signs = (torch.unflatten(grad, -1, (groups, -1)) * start.scales.sign().unsqueeze(-1)).flatten(-2)

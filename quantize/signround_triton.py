@@ -42,14 +42,12 @@ def _level(position, table_ptr, low, high, LEVELS: tl.constexpr):
 
 @triton.jit
 def _values_kernel(
-    position_ptr, scale_ptr, minimum_ptr, table_ptr, out_ptr, groups, size, low, high,
-    LEVELS: tl.constexpr, MINIMUM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    position_ptr, scale_ptr, table_ptr, out_ptr, groups, size, low, high,
+    LEVELS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     group, live, at, mask = _tile(groups, size, ROWS, SIZE)
     position = tl.load(position_ptr + at, mask=mask, other=0.0)
     value = _level(position, table_ptr, low, high, LEVELS) * tl.load(scale_ptr + group, mask=live, other=0.0)[:, None]
-    if MINIMUM:
-        value -= tl.load(minimum_ptr + group, mask=live, other=0.0)[:, None]
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -86,21 +84,20 @@ def _plan(start: Start) -> tuple[int, int, int, int, tuple[int]]:
 
 
 def rounded_values(start: Start, state: SignRoundState, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`learn.values`: [..., O, n] in `dtype`."""
+    """`signround.rounded_values`: [..., O, n] in `dtype`."""
     groups, size, rows, wide, grid = _plan(start)
     out = torch.empty(state.position.shape, dtype=dtype, device=state.position.device)
-    levels, minimum, table = _tables(start)
+    levels, table = _table(start)
     _values_kernel[grid](
-        state.position, scales.contiguous(), minimum, table, out, groups, size, start.low, start.high,
-        levels, start.minimum is not None, rows, wide,
+        state.position, scales.contiguous(), table, out, groups, size, start.low, start.high, levels, rows, wide,
     )  # fmt: skip
     return out
 
 
 def move(start: Start, state: SignRoundState, grad: Tensor, rate: float, gain_rate: float) -> None:
-    """`learn.move`: positions and gains in place."""
+    """`signround.move`: positions and gains in place."""
     groups, size, rows, wide, grid = _plan(start)
-    levels, _, table = _tables(start)
+    levels, table = _table(start)
     gain = state.gain if state.gain is not None else start.scales
     _move_kernel[grid](
         state.position, grad.contiguous(), start.scales.contiguous(), gain, table, groups, size, start.low, start.high,
@@ -108,7 +105,6 @@ def move(start: Start, state: SignRoundState, grad: Tensor, rate: float, gain_ra
     )  # fmt: skip
 
 
-def _tables(start: Start) -> tuple[int, Tensor, Tensor]:
-    """How many levels the table has (0: integers), the minimum and the table, or what stands in for them."""
-    minimum = start.minimum.contiguous() if start.minimum is not None else start.scales
-    return (0, minimum, start.scales) if start.table is None else (len(start.table), minimum, start.table)
+def _table(start: Start) -> tuple[int, Tensor]:
+    """How many levels the table has (0: integers), and the table, or what stands in for it."""
+    return (0, start.scales) if start.table is None else (len(start.table), start.table)

@@ -22,6 +22,7 @@ from ..convert.open import DEMO, open_native
 from .evaluation.run import record, run
 from .folder import write_folder, write_native
 from .gguf import write_gguf
+from .options import EvalOptions
 
 WINDOWS = 16
 GGUF_TYPES = ("BF16", "Q8_0", "Q6_K", "Q4_K_M")
@@ -56,7 +57,7 @@ def run_demo(out: Path, device: str = "cpu", windows: int = WINDOWS) -> list[dic
         artifacts[name] = write(source, out / name)
     current().message(f"checking {len(artifacts)} variants against the reference")
     paths = tuple(str(path) for path in artifacts.values())
-    result = run(paths, reference=DEMO, windows=windows, device=device)
+    result = run(paths, DEMO, EvalOptions(windows=windows), device=device)
     assert result is not None
     record(paths, result)
     write_report(out / "report.html", result)

@@ -10,7 +10,7 @@ from mmquant.errors import InputError
 from mmquant.monitor import Monitor, watching
 from mmquant.tables import table
 
-from .calibrate import make_corpus
+from .corpus import make_corpus
 from .models import choose_device
 from .options import DoctorOptions, TextOptions
 from .results import Result

@@ -115,11 +115,10 @@ class FolderJob:
         with claim(self.out, self.run):
             self._writer = FolderWriter(self.out, self.prepared.steps, self.run, self.limit)
             check_disk(self.out, self.writer.bytes - written_bytes(self.out), self.source)
-            self.source.schedule.behind = max(self.source.schedule.behind, self.behind)
             try:
-                yield
+                with self.source.schedule.kept(self.behind):
+                    yield
             finally:
-                self.source.schedule.behind = 0
                 self.writer.close()
 
     def step(self, step: int) -> None:

@@ -35,7 +35,7 @@ from ..convert.hub.address import parse_address
 from ..convert.manifest import FileEntry
 from ..convert.naming import short_name
 from ..convert.source import CARRIED_FILES
-from .calibrate import context_of, generic_at_most, windows_at_most
+from .corpus import context_of, generic_at_most, windows_at_most
 from .engine import Shared, run_jobs
 from .folder import check_disk, check_place, claim, finish_folder, is_finished, written_bytes
 from .models import Model, choose_device, opened

@@ -35,7 +35,7 @@ class Passes:
 
     def corpus(self, options: TextOptions) -> Corpus:
         """The calibration text of these options, read and packed once."""
-        from .calibrate import make_corpus
+        from .corpus import make_corpus
 
         texts = (options.text, options.evaluation, options.context, options.windows, options.seed, options.text_only)
         if texts not in self._corpora:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 from mmquant.errors import InputError, MmquantError
 
 
-class Result:
+class Result(ABC):
     """Base of all results: `rows` are what a table shows of it."""
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The document that the command prints with --json: plain values only."""
-        raise NotImplementedError
 
     def rows(self) -> list[dict[str, Any]]:
         """The result as a table, one dictionary a row."""

@@ -14,7 +14,8 @@ from ..calibration.statistics.live import moment_plan
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
 from ..convert.formats.table import choices
-from .calibrate import make_provider, pass_of, tokens_at_most
+from .calibrate import make_provider, pass_of
+from .corpus import tokens_at_most
 from .engine import run_jobs
 from .folder import FolderJob, check_place, prepare
 from .models import Model, choose_device, opened

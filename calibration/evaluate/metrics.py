@@ -149,9 +149,3 @@ def jaccard(first: Tensor, second: Tensor) -> Tensor:
     """Overlap of two choices of experts [N, K] (each without repeats): |both| / |either|, [N] float32."""
     both = (first[:, :, None] == second[:, None, :]).any(-1).sum(-1).float()
     return both / (2 * first.shape[1] - both)
-
-
-def relative_error(reference: Tensor, values: Tensor) -> tuple[float, float]:
-    """(sum of squared differences, sum of squares of the reference) in float64; their ratio's root is the error."""
-    difference = (values.double() - reference.double()).pow(2).sum()
-    return float(difference), float(reference.double().pow(2).sum())

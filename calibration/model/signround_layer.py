@@ -198,7 +198,7 @@ def learn_chunks(
             dtype=weights.w1.dtype,
         )
         dtype = weights.w1.dtype
-        values = {n: values_of(starts[n], w.levels, w.scales, dtype) for n, w in learned.weights.items()}
+        values = {n: values_of(w.levels, w.scales, dtype) for n, w in learned.weights.items()}
         left = part.target - _outputs(values, tokens, start, batch)
         parts.append(learned.weights)
         losses.append((learned.before, learned.after))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Iterator
 from functools import cached_property
 from math import ceil
@@ -24,6 +22,7 @@ from ..models.shapes import expert_shape, global_shapes, is_mtp, matrix_shapes, 
 from .batches import batches, read_batch
 from .census import Kind, count_kinds
 from .extras import extra_kind, extra_notes
+from .fingerprint import fingerprint
 from .finite import check_finite, first_bad
 from .quantization_config import SchemeBook, quantization_of
 from .schedule import Schedule
@@ -262,21 +261,7 @@ class Checkpoint:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Digest over the config, every tensor's name, dtype and shape, and a sample of bytes that training changes."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            info = self.tensors[name]
-            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-        last = self.geometry.layers - 1
-        for layer in sorted({0, last // 2, last}):
-            for field in self.names.sampled:
-                digest.update(self._bytes(self.names.prefix(layer) + self.names.plain[field]))
-        digest.update(self._bytes(self.names.final_norm))
-        return digest.hexdigest()
-
-    def _bytes(self, name: str) -> bytes:
-        info = self.tensors[name]
-        return self.store.read(info.shard, info.offset, info.size)
+        return fingerprint(self.config, self.tensors, self.geometry, self.store)
 
     def census(self) -> list[Kind]:
         """Count, dtype, bytes and weights of each kind of tensor."""

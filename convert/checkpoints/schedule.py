@@ -8,7 +8,8 @@ range.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -79,12 +80,12 @@ class Schedule:
 
     In a local folder the next step's bytes are read ahead into the system's cache. The first read of a step plans the
     shards from there on in their order of use; a read of a later step releases those whose last use lies before it; a
-    return to an earlier layer (a second pass, replayed layers) plans anew. `behind`: so many steps before the latest
-    one may still be read again. One reader at a time.
+    return to an earlier layer (a second pass, replayed layers) plans anew, but for the steps that `kept` allows. One
+    reader at a time.
     """
 
     def __init__(self, store: ShardStore, tensors: Mapping[str, TensorInfo], geometry: Geometry) -> None:
-        self.behind = 0
+        self._behind = 0
         self._store, self._tensors, self._geometry = store, tensors, geometry
         self._step: int | None = None
         self._last: dict[str, int] = {}  # shards not released yet: the step of their last use
@@ -95,13 +96,22 @@ class Schedule:
         step = step_of(name, self._geometry)
         if self._store.is_local:
             self.ahead.enter(step, self._ranges)
-        elif self._step is None or 0 < step < self._step - self.behind:  # embeddings alone may serve a tied head
+        elif self._step is None or 0 < step < self._step - self._behind:  # embeddings alone may serve a tied head
             self._plan(step)
         elif step > self._step:
             self._step = step
-            for shard in [s for s, last in self._last.items() if last < step - self.behind]:
+            for shard in [s for s, last in self._last.items() if last < step - self._behind]:
                 del self._last[shard]
                 self._store.release(shard)
+
+    @contextmanager
+    def kept(self, behind: int) -> Generator[None]:
+        """Inside, so many steps before the latest one may still be read again."""
+        before, self._behind = self._behind, max(self._behind, behind)
+        try:
+            yield
+        finally:
+            self._behind = before
 
     def _ranges(self, step: int) -> list[Range]:
         return [(self._store.folder / t.shard, t.offset, t.offset + t.size) for t in self._by_step.get(step, [])]

@@ -46,7 +46,8 @@ class NearestVariant:
 
     def run(self) -> dict[str, Any]:
         """Everything that decides the bytes, apart from the source."""
-        return {"format": self.storage.name, "group_size": self.group, "attention": self.attention}
+        command = {"command": self.storage.command, "method": "rtn"} if self.storage.command else {}
+        return {**command, "format": self.storage.name, "group_size": self.group, "attention": self.attention}
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         """The tensors of one layer, in the order of the file."""

@@ -122,7 +122,7 @@ def check_overflow(source: GgufSource, sums: Tensor | None) -> list[Finding]:
         if over:
             level, effect = ("error", "NaN on CUDA") if kind in AT_RISK else ("warning", f"harmless for {kind}")
             reach = f"sums of {summed(source, layer)} inputs reach {float(sums[layer].amax()):.4g}"
-            text = f"{reach}, float16 ends at 65504: {effect}"
+            text = f"{reach}, float16 ends at {FP16_MAX:.0f}: {effect}"
             found.append(Finding(level, name, text, over, OVERFLOW))
     return found
 

@@ -213,19 +213,26 @@ def _number(value: object) -> str:
 def _made(manifest: dict[str, Any]) -> str:
     generator = manifest.get("generator", {})
     lines = [f"{generator.get('name', 'mmquant')} {generator.get('version', '')}".strip() + "."]
-    model = manifest["model"]
-    source = base_spec(model) or "MODEL"
+    source = base_spec(manifest["model"]) or "MODEL"
     for a in manifest["artifacts"]:
         run = dict(a.get("provenance", {}).get("run", {}))
-        command = [str(run.pop("command", "")) or a["format"], "--model", source, "--out", a["id"]]
-        for key in ("scheme", "method", "type"):
-            if isinstance(run.get(key), str):
-                command += [f"--{key}", run.pop(key)]
-        lines.append(f"{a['id']}:\n\n```\nmmquant {shlex.join(command)}\n```")
+        lines.append(_command(run, source, a["id"]))
         others = {k: v for k, v in a.get("provenance", {}).items() if k != "run"} | ({"run": run} if run else {})
         if others:
             lines.append(f"```json\n{json.dumps(others, indent=1, sort_keys=True, ensure_ascii=False)}\n```")
     return "\n\n".join(lines)
+
+
+def _command(run: dict[str, Any], source: str, name: str) -> str:
+    """The command that made an artifact; what it says is taken out of `run`."""
+    command = str(run.pop("command", ""))
+    if not command:
+        return f"{name}: no command is recorded; it was written by a library."
+    words = [command, "--model", source, "--out", name]
+    for key in ("scheme", "method", "type"):
+        if isinstance(run.get(key), str):
+            words += [f"--{key}", run.pop(key)]
+    return f"{name}:\n\n```\nmmquant {shlex.join(words)}\n```"
 
 
 def base_spec(model: Mapping[str, Any]) -> str | None:

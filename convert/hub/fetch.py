@@ -27,8 +27,8 @@ from ..files.parse import parse_json
 from .body import BrokenBodyError, body
 from .http import NETWORK_ERRORS, TRANSIENT, Client, TransferError, content_length, explain, origin, reason, retry_after
 from .listing import RepoFile
+from .options import BLOCK
 
-BLOCK = 32 << 20
 CORRUPT_TRIES = 2
 _SEEKING = threading.Lock()
 

@@ -21,6 +21,7 @@ import urllib3
 from mmquant.errors import InputError
 
 from .interface import Hub
+from .options import Retry
 
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 NETWORK_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError, TimeoutError)
@@ -36,16 +37,6 @@ class HubError(InputError):
 
 class TransferError(OSError):
     """What the network or the hub did, after all retries."""
-
-
-@dataclass(frozen=True)
-class Retry:
-    """How often and how patiently: `attempts` without progress, pauses of base * 2^n seconds up to `cap`, jittered."""
-
-    attempts: int = 8
-    base: float = 0.5
-    cap: float = 30.0
-    stall: float = 60.0  # seconds without (enough) bytes before a connection is given up
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Fetch options, and the commit a work folder is pinned to."""
+"""Pin a work folder to the commit that it began with."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from mmquant.errors import InputError
@@ -13,30 +13,12 @@ from mmquant.errors import InputError
 from ..files.atomic import write_whole
 from ..files.parse import parse_json, take, take_list
 from .cache import offline_listing
-from .fetch import BLOCK
-from .http import Client, HubError, Retry, TransferError
+from .http import Client, HubError, TransferError
 from .hubs import list_repo
 from .listing import COMMIT, Listing, RepoFile, RepoSpec
+from .options import FetchOptions
 
 log = logging.getLogger("mmquant.hub")
-
-
-@dataclass(frozen=True)
-class FetchOptions:
-    """How shards come: limits on those on disk at once, where they lie, by which transport.
-
-    work       folder for shards and records; None: a folder of the user's cache, asked for the revision's commit anew
-    max_disk   bytes; max_shards: files; both count shards from the first byte fetched to their release
-    """
-
-    work: Path | None = None
-    max_disk: int | None = None
-    max_shards: int | None = 8
-    keep_shards: bool = False
-    transport: str = "http"
-    connections: int = 8
-    block: int = BLOCK
-    retry: Retry = field(default_factory=Retry)
 
 
 def default_work() -> Path:

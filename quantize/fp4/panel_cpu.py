@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..simd.memory import load, store
-from ..simd.tiles import in_threads, inline
+from ..simd.tiles import in_threads, inline, part_of
 from ..simd.vectors import added_bits, e2m1, filled, larger, masked_bits, where
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def round_columns(grid: Fp4Grid, panel: Panel, importance: Tensor, scales: Tenso
     def work(first: int, stop: int) -> None:
         _round(first, stop, part, columns, *given, codes, errors.numpy(), *tried, search, feedback, LANES)
 
-    in_threads(work, experts * tiles, max(1, -(-experts * tiles // torch.get_num_threads())))
+    in_threads(work, experts * tiles, part_of(experts * tiles, 1))
 
 
 @inline

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
+from ..overflow import FP16_MAX
 from .scalar import iq4, kquants, legacy
 from .scalar.bits import Blocks
 from .scalar.effort import EFFORTS
@@ -67,7 +68,6 @@ _UNPACK: dict[GGMLType, Callable[[Tensor], Blocks]] = {
     GGMLType.IQ4_XS: iq4.unpack_iq4_xs,
     GGMLType.MXFP4: iq4.unpack_mxfp4,
 }
-_HALF_MAX = 65504.0
 _PLAIN = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 
@@ -157,13 +157,13 @@ def _check_rows(rows: Tensor, kind: GGMLType) -> None:
 def largest(kind: GGMLType) -> float:
     """The magnitude up to which every weight can be stored; beyond it a float16 scale would overflow."""
     if kind is GGMLType.F16:
-        return _HALF_MAX
+        return FP16_MAX
     form = FORMS.get(kind)
     if form is None or kind is GGMLType.MXFP4:
         return float("inf")
     if form.minimums is not None:
-        return _HALF_MAX * max(form.minimums, 1)
-    return _HALF_MAX * -form.lowest * (1 if form.steps is None else -form.steps[0])
+        return FP16_MAX * max(form.minimums, 1)
+    return FP16_MAX * -form.lowest * (1 if form.steps is None else -form.steps[0])
 
 
 def _check_importance(importance: Tensor | None, rows: Tensor, kind: GGMLType) -> Tensor | None:

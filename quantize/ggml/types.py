@@ -47,11 +47,6 @@ class GGMLType(IntEnum):
         """Bytes of one block."""
         return _BLOCKS[self][1]
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of storage per weight, scales included."""
-        return 8 * self.block_bytes / self.block_columns
-
     def fits(self, columns: int) -> bool:
         """Whether a row of `columns` is a whole number of blocks."""
         return columns % self.block_columns == 0

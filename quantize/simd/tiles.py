@@ -31,6 +31,12 @@ def in_threads(work: Callable[[int, int], None], total: int, count: int) -> None
         list(pool.map(work, starts, stops))
 
 
+def part_of(total: int, least: int = 64) -> int:
+    """How many of `total` one thread takes, so that all have as many, but none fewer than `least`."""
+    threads = min(torch.get_num_threads(), max(1, total // least))
+    return max(1, -(-total // threads))
+
+
 @inline
 def places(
     begin: int,

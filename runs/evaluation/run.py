@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,11 +89,9 @@ def evaluate(
     check_output("--save-reference", chosen.save_reference)
     thresholds = check_gate(dict(gates or {}), "gate")
     paths = (str(artifacts),) if isinstance(artifacts, str | Path) else tuple(str(path) for path in artifacts)
-    named = {"text": "texts", "save_reference": "save", "reference_logits": "logits"}
-    arguments = {named.get(f.name, f.name): getattr(chosen, f.name) for f in fields(chosen)}
     with watching(monitor):
         against = None if reference is None else str(reference)
-        found = run(paths, reference=against, device=choose_device(device), fetch=fetch, **arguments)
+        found = run(paths, against, chosen, device=choose_device(device), fetch=fetch)
     if found is None:
         return None
     apply_gate(found, thresholds)
@@ -103,22 +101,9 @@ def evaluate(
 
 def run(
     artifacts: tuple[str, ...],
-    *,
     reference: str | None,
-    texts: tuple[str, ...] = (),
-    context: int | None = None,
-    stride: int | None = None,
-    windows: int | None = None,
-    convention: str = "all",
-    activations: str | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    floor: bool = False,
-    save: Path | None = None,
-    logits: Path | None = None,
-    engine: str = "mmquant",
-    state: Path | None = None,
-    batch_tokens: int | None = None,
+    options: EvalOptions,
+    *,
     device: str = "cpu",
     fetch: FetchOptions | None = None,
 ) -> dict[str, Any] | None:
@@ -127,14 +112,14 @@ def run(
     from ...calibration.text.vocabulary import check_same_model, check_same_tokenizer
     from .text import make_eval_sample
 
-    if reference is None and logits is None:
+    if reference is None and options.reference_logits is None:
         raise InputError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
-    if not artifacts and save is None:
+    if not artifacts and options.save_reference is None:
         raise InputError("eval: no artifact, expected at least one folder or GGUF file (or --save-reference FILE)")
-    if engine != "mmquant":
+    if options.engine != "mmquant":
         from .engines import check_engine
 
-        check_engine(engine, artifacts)
+        check_engine(options.engine, artifacts)
     with ExitStack() as stack:
         candidates = [_opened(artifact, fetch, stack) for artifact in artifacts]
         truth = _opened(reference, fetch, stack) if reference is not None else None
@@ -142,19 +127,16 @@ def run(
         for candidate in candidates:
             check_same_model(basis.geometry, candidate)
             check_same_tokenizer(basis, candidate)
-        sample = make_eval_sample(
-            basis, artifacts, texts, context=context, stride=stride, windows=windows, convention=convention
-        )
-        activations = activations or ("llama.cpp" if convention == "llama.cpp" else "exact")
-        settings = _settings(str(rank_device(device)), dtype, batch_tokens, state, floor, activations)
+        sample = make_eval_sample(basis, artifacts, options)
+        settings = _settings(str(rank_device(device)), options)
         ranks = current_ranks()
         if ranks.first:
             _check_bytes(artifacts)
-        if engine != "mmquant":
+        if options.engine != "mmquant":
             if ranks.world > 1:
-                raise InputError(f"--engine {engine}: runs in one process, expected no torchrun")
-            return _with_engine(engine, artifacts, reference, truth, candidates, sample, settings, logits, save, seed)
-        result = measure(truth, candidates, sample, settings, logits, save, seed)
+                raise InputError(f"--engine {options.engine}: runs in one process, expected no torchrun")
+            return _with_engine(artifacts, reference, truth, candidates, sample, settings, options)
+        result = measure(truth, candidates, sample, settings, options)
         for source in (*candidates, *filter(None, [truth])):
             close_model(source, finished=True)
         return result if ranks.first and candidates else None
@@ -181,16 +163,13 @@ def _opened(model: str, fetch: FetchOptions | None, stack: ExitStack) -> Source:
 
 
 def _with_engine(
-    engine: str,
     artifacts: tuple[str, ...],
     reference: str | None,
     truth: Source | None,
     candidates: list[Source],
     sample: Sample,
     settings: Settings,
-    logits: Path | None,
-    save: Path | None,
-    seed: int,
+    options: EvalOptions,
 ) -> dict[str, Any]:
     """The streamed result with the engine's beside it."""
     import tempfile
@@ -200,22 +179,18 @@ def _with_engine(
     from .engines import cross_check
 
     with tempfile.TemporaryDirectory(prefix="mmquant-eval-") as folder:
-        stored = logits or save or Path(folder) / "reference"
-        result = measure(truth, candidates, sample, settings, logits, None if logits else stored, seed)
+        saved = options.save_reference or (None if options.reference_logits else Path(folder) / "reference")
+        result = measure(truth, candidates, sample, settings, replace(options, save_reference=saved))
+        stored = options.reference_logits or saved
+        assert stored is not None
         # torch's own number of threads, so that OMP_NUM_THREADS rules both.
         threads = torch.get_num_threads()
-        result["engine_check"] = cross_check(engine, artifacts, reference, stored, sample, result, threads)
+        result["engine_check"] = cross_check(options.engine, artifacts, reference, stored, sample, result, threads)
     return result
 
 
 def measure(
-    truth: Source | None,
-    candidates: list[Source],
-    sample: Sample,
-    settings: Settings,
-    logits: Path | None = None,
-    save: Path | None = None,
-    seed: int = 0,
+    truth: Source | None, candidates: list[Source], sample: Sample, settings: Settings, options: EvalOptions
 ) -> dict[str, Any]:
     """The streamed pass and its result document; every rank gets the same."""
     from ...calibration.evaluate.reference_store import StoredReference
@@ -226,8 +201,8 @@ def measure(
 
     ranks = current_ranks()
     against: Source | StoredReference
-    if logits is not None:
-        stored = StoredReference(logits)
+    if options.reference_logits is not None:
+        stored = StoredReference(options.reference_logits)
         tokenizer = tokenizer_digest(truth if truth is not None else candidates[0])
         stored.check(sample, truth, tokenizer, settings.activations)
         against, made_of = stored, {"label": stored.label, "stored": stored.made_of}
@@ -244,25 +219,26 @@ def measure(
             bar.advance(done - at)
             at = done
 
+        save = options.save_reference
         outcomes = evaluate(against, candidates, sample, settings, ranks=ranks, save=save, progress=progress)
     dtype = str(settings.dtype).removeprefix("torch.")
-    return document(outcomes, sample, candidates, made_of, seed=seed, dtype=dtype, activations=settings.activations)
+    facts = {"seed": options.seed, "dtype": dtype, "activations": settings.activations}
+    return document(outcomes, sample, candidates, made_of, **facts)
 
 
-def _settings(
-    device: str, dtype: str | None, batch_tokens: int | None, state: Path | None, floor: bool, activations: str
-) -> Settings:
+def _settings(device: str, options: EvalOptions) -> Settings:
     import torch
 
     from ...calibration.evaluate.streamed import Settings
 
+    activations = options.activations or ("llama.cpp" if options.convention == "llama.cpp" else "exact")
     cuda, rounded = device.startswith("cuda"), activations != "exact"
-    chosen = dtype or ("bfloat16" if cuda and not rounded else "float32")
-    if rounded and (chosen != "float32" or floor):
-        what = "--floor" if floor else f"--dtype {chosen}"
+    chosen = options.dtype or ("bfloat16" if cuda and not rounded else "float32")
+    if rounded and (chosen != "float32" or options.floor):
+        what = "--floor" if options.floor else f"--dtype {chosen}"
         raise InputError(f"eval: {what} with activations rounded as llama.cpp does, expected --activations exact")
-    tokens = batch_tokens or (16384 if cuda else 8192)
-    return Settings(device, getattr(torch, chosen), tokens, state=state, floor=floor, activations=activations)
+    tokens, dtype = options.batch_tokens or (16384 if cuda else 8192), getattr(torch, chosen)
+    return Settings(device, dtype, tokens, state=options.state, floor=options.floor, activations=activations)
 
 
 def record(artifacts: tuple[str, ...], result: dict[str, Any]) -> None:

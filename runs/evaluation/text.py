@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ...calibration.text.chat import ChatTemplate
     from ...calibration.text.sample import Sample, Text
     from ...convert.source import Source
+    from ..options import EvalOptions
 
 
 def manifest_folder(artifact: str) -> Path:
@@ -22,16 +23,7 @@ def manifest_folder(artifact: str) -> Path:
     return path.parent if path.suffix == ".gguf" else path
 
 
-def make_eval_sample(
-    basis: Source,
-    artifacts: tuple[str, ...],
-    texts: tuple[str, ...],
-    *,
-    context: int | None,
-    stride: int | None,
-    windows: int | None,
-    convention: str,
-) -> Sample:
+def make_eval_sample(basis: Source, artifacts: tuple[str, ...], options: EvalOptions) -> Sample:
     """Windows of the named texts, or of the bundled held-out ones.
 
     InputError for a context beyond the model's, ValueError for text that an artifact was calibrated on.
@@ -42,7 +34,7 @@ def make_eval_sample(
     from ...calibration.text.tokenizer import load_tokenizer
 
     small = basis.geometry.max_context < 8192
-    context = context or (512 if small else 2048)
+    context, texts = options.context or (512 if small else 2048), options.text
     if context > basis.geometry.max_context:
         raise InputError(f"eval: a context of {context}, the model has at most {basis.geometry.max_context}")
     template = load_template(basis)
@@ -53,8 +45,8 @@ def make_eval_sample(
     if texts:
         for artifact in artifacts:
             check_unseen(read, artifact, template)
-    count = windows or (None if texts and convention == "llama.cpp" else 64 if small else 128)
-    return make_sample(read, load_tokenizer(basis), context, count, convention, stride)
+    count = options.windows or (None if texts and options.convention == "llama.cpp" else 64 if small else 128)
+    return make_sample(read, load_tokenizer(basis), context, count, options.convention, options.stride)
 
 
 def check_unseen(texts: list[Text], artifact: str, template: ChatTemplate | None) -> None:

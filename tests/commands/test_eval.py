@@ -34,6 +34,7 @@ from mmquant.runs.evaluation import engines
 from mmquant.runs.evaluation.engines import compare_tops, difference
 from mmquant.runs.evaluation.result import GATES, failures, quality_block, read_gate, validate
 from mmquant.runs.evaluation.run import run
+from mmquant.runs.options import EvalOptions
 
 FEW = ("--windows", "3", "--context", "64")
 
@@ -414,7 +415,7 @@ def test_torchrun_prints_once_and_equals_one_process(folder: Path, tmp_path: Pat
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, check=True)
     result = json.loads(done.stdout)
-    alone = run((str(folder),), reference="demo", windows=3, context=64)
+    alone = run((str(folder),), "demo", EvalOptions(windows=3, context=64))
     assert alone is not None
     assert result["kld"]["mean"] == pytest.approx(alone["kld"]["mean"], rel=1e-5)
     failed = subprocess.run(
@@ -442,7 +443,7 @@ def test_llama_perplexitys_numbers_within_half_a_percent() -> None:
     assert files, f"{folder} holds none of {', '.join(BASELINE)}"
     paths = tuple(map(str, files.values()))
     text = (str(folder / "evaluation.txt"),)
-    result = run(paths, reference="demo", texts=text, convention="llama.cpp", windows=60, context=512)
+    result = run(paths, "demo", EvalOptions(text=text, convention="llama.cpp", windows=60, context=512))
     assert result is not None
     for name, found in zip(files, result["candidates"], strict=True):
         ppl, kld = BASELINE[name]

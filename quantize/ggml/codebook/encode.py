@@ -17,13 +17,14 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
+from ...overflow import FP16_MAX
+from ...simd.tiles import in_threads, part_of
 from ..types import GGMLType
 from .halves import book
 from .layout import DELTA, LAYOUTS, SUPER, Fields, Layout, Signs, field_values, pack_fields, unpack_fields
-from .search import choose, in_threads, numba_rule, scan
+from .search import choose, numba_rule, scan
 from .tables import points
 
-LARGEST = 65504.0  # fp16
 CHUNK = {"cuda": 1 << 17}  # super-blocks at a time; elsewhere:
 SMALL_CHUNK = 1 << 12
 
@@ -107,7 +108,7 @@ def check_rows(rows: Tensor, layout: Layout) -> None:
     low, high = (float(v) for v in torch.aminmax(rows))
     if not (low > -math.inf and high < math.inf):
         raise InputError(f"{layout.name}: the weights hold NaN or infinity, expected finite values")
-    reach = LARGEST * (layout.offset + layout.step * (layout.levels - 1)) * float(points(layout.name).max())
+    reach = FP16_MAX * (layout.offset + layout.step * (layout.levels - 1)) * float(points(layout.name).max())
     if max(-low, high) > reach:
         raise InputError(f"{layout.name}: a weight of {max(-low, high):.3g}, the float16 scale reaches {reach:.3g}")
 
@@ -179,7 +180,7 @@ def _search_cpu(blocks: Scaled, layout: Layout, effort: CodebookEffort) -> Field
             spread, effort.near, rounds, guessing, scale[of], *(t[parts] for t in outs),
         )  # fmt: skip
 
-    in_threads(work, count)
+    in_threads(work, count, part_of(count))
     return Fields(torch.from_numpy(scale).half(), *(torch.from_numpy(t).reshape(count, -1) for t in outs))
 
 
@@ -237,7 +238,7 @@ def _first_guess(blocks: Scaled, layout: Layout, effort: CodebookEffort) -> tupl
 
 def _near(blocks: Scaled, scale: Tensor, level: Tensor, layout: Layout, near: int) -> Fields:
     """The best levels within `near` of `level`, and the nearest points, at exactly what is stored for `scale` [N]."""
-    stored = (scale * blocks.unit).clamp(0, LARGEST).half()
+    stored = (scale * blocks.unit).clamp(0, FP16_MAX).half()
     offsets = torch.arange(-near, near + 1, device=scale.device)
     tried = (level.long().unsqueeze(2) + offsets).clamp(0, layout.levels - 1)
     scales = block_scales(stored.float() / blocks.unit, tried, layout).reshape(-1, offsets.numel())

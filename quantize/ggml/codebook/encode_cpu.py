@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numba
 import numpy as np
 
+from ...overflow import FP16_MAX
 from ...simd.memory import load, store
 from ...simd.vectors import filled, larger, nearest_whole, smaller, where
 from .search_cpu import lay, points_of, scratch, sign_bytes
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
     from ...simd.typed import Bits, Flags, Floats, Integers, Number, Vector
     from .halves import Book
 
-LARGEST, TINY = 65504.0, np.float32(1e-30)
+TINY = np.float32(1e-30)
 _jit = numba.njit(cache=True, fastmath=True, nogil=True)
 
 
 @numba.njit(cache=True, nogil=True)
 def half(value: Number):
     """The nearest fp16 to a value >= 0, ties to even, as float."""
-    if value >= LARGEST:
-        return LARGEST
+    if value >= FP16_MAX:
+        return FP16_MAX
     if value < 2.0**-14:
         return np.rint(value * 2.0**24) * 2.0**-24
     mantissa, exponent = math.frexp(value)

@@ -21,9 +21,10 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...linear_algebra import damped_cholesky, full_float32, inv, permute_both, solve_lower
+from ...overflow import FP16_MAX
 from ..types import GGMLType
 from .columns import descend_columns, new_codebook_block, sweep_columns, unit_of
-from .encode import EFFORTS, LARGEST, CodebookEffort, check_rows, layout_of, scaled, search_fields
+from .encode import EFFORTS, CodebookEffort, check_rows, layout_of, scaled, search_fields
 from .layout import SUPER, Fields, Layout, pack_fields
 
 DAMPING = 0.02
@@ -191,7 +192,7 @@ def rescale(decoded: Tensor, pull: Tensor, moments: Tensor, fields: Fields) -> F
     bent = torch.bmm(moments.mT, decoded)
     curve, slope = (bent * decoded).sum(1), (pull * decoded).sum(1)  # of the objective in the scale, [E, R]
     before = fields.scale.float().reshape(curve.shape)
-    stored = (before * (1 + slope / curve.clamp(min=1e-30))).clamp(0, LARGEST).half()
+    stored = (before * (1 + slope / curve.clamp(min=1e-30))).clamp(0, FP16_MAX).half()
     change = stored.float() / before.clamp(min=1e-30) - 1
     better = change * (change * curve - 2 * slope) < 0
     change = torch.where(better, change, torch.zeros_like(change)).unsqueeze(1)

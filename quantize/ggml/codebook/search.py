@@ -7,8 +7,6 @@ numba, else torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...simd.tiles import in_threads, part_of
 from .halves import book
 from .layout import DELTA, Layout, Signs, pack_bits
 from .tables import points, points_on
@@ -82,16 +81,6 @@ def numba_rule(layout: Layout) -> int:
     return kernels.FREE if layout.signs is Signs.FREE else kernels.PARITY
 
 
-def in_threads(work: Callable[[int, int], None], count: int) -> None:
-    """work(start, stop) over range(count) in as many threads as torch uses; the kernels hold no interpreter lock."""
-    threads = min(torch.get_num_threads(), max(1, count // 64))
-    if threads == 1:
-        return work(0, count)
-    edges = [count * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, edges[:-1], edges[1:]))
-
-
 def _search_numba(
     x: Tensor, weight: Tensor, scales: Tensor, layout: Layout, delta: float, choosing: bool
 ) -> tuple[Tensor, Choice]:
@@ -115,7 +104,7 @@ def _search_numba(
         results = (errors[part], chosen[part], code[part], signs[part], minus[part])
         search(*(t[part] for t in ours), book(layout.name), numba_rule(layout), shift, *results)
 
-    in_threads(work, count)
+    in_threads(work, count, part_of(count))
     found = [torch.from_numpy(t) for t in (chosen, code, signs, minus)]
     return torch.from_numpy(errors)[:, :steps], Choice(*found)
 

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from ...simd.memory import load, store
-from ...simd.tiles import in_threads
+from ...simd.tiles import in_threads, part_of
 from ..types import GGMLType
 from .grid import FORMS
 
@@ -150,4 +149,4 @@ def _in_tiles(kernel: Callable[..., None], shape: Tensor, *arguments: object) ->
     """kernel(first, stop, ...) over all tiles, on as many threads as torch uses."""
     _, experts, rows = shape.shape
     count = experts * -(-rows // TILE)
-    in_threads(lambda first, stop: kernel(first, stop, *arguments), count, -(-count // torch.get_num_threads()))
+    in_threads(lambda first, stop: kernel(first, stop, *arguments), count, part_of(count, 1))

@@ -14,7 +14,7 @@ from mmquant.calibration.text.corpus import DEFAULT, pack_windows, read_sets
 from mmquant.calibration.text.generic import generic_texts, generic_windows, together
 from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.convert.open import open_native
-from mmquant.runs.calibrate import generic_at_most, make_corpus, tokens_at_most, windows_at_most
+from mmquant.runs.corpus import generic_at_most, make_corpus, tokens_at_most, windows_at_most
 from mmquant.runs.gguf import make_calibration
 from mmquant.runs.options import CalibrateOptions, GgufOptions, TextOptions
 

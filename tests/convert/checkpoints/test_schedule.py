@@ -92,11 +92,11 @@ def test_a_tied_head_fetches_nothing_ahead() -> None:
 
 def test_a_reader_that_looks_back_keeps_what_it_needs() -> None:
     schedule, store = make(PLACES)
-    schedule.behind = 1
-    for index in range(1, LAYERS):
-        schedule.reading(layer(index))
-        schedule.reading(layer(index - 1))
-        assert f"s{index - 1}" not in store.released
+    with schedule.kept(1), schedule.kept(0):
+        for index in range(1, LAYERS):
+            schedule.reading(layer(index))
+            schedule.reading(layer(index - 1))
+            assert f"s{index - 1}" not in store.released
     assert len(store.plans) == 1
     assert store.released == ["s1"]
 

@@ -1,0 +1,66 @@
+"""Read the calibration text of a run, and say how much it is at most before it is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmquant.errors import InputError
+from mmquant.monitor import current
+
+from .options import TextOptions
+
+if TYPE_CHECKING:
+    from ..calibration.text.corpus import Corpus
+    from ..convert.source import Source
+
+
+def make_corpus(source: Source, options: TextOptions) -> Corpus:
+    """Read, check and pack the calibration text; bundled text goes with it as far as `generic_at_most` says."""
+    from ..calibration.text.chat import load_template
+    from ..calibration.text.corpus import bundled, pack_windows, read_sets
+    from ..calibration.text.generic import generic_texts, generic_windows, together
+    from ..calibration.text.overlap import check_disjoint
+    from ..calibration.text.tokenizer import load_tokenizer
+
+    context = context_of(source, options)
+    tokenizer, template, notes = load_tokenizer(source), load_template(source), []
+    sets = read_sets(list(options.text), template, notes)
+    for note in notes:
+        current().message(note)
+    corpus = pack_windows(sets, tokenizer, context, options.windows, options.seed)
+    if generic_at_most(options):
+        more = read_sets(generic_texts(chats=template is not None), template)
+        extra = pack_windows(more, tokenizer, context, generic_windows(len(corpus.tokens)), options.seed)
+        corpus = together(corpus, extra)
+    held = read_sets(list(options.evaluation) or [str(bundled("evaluation"))], template)
+    check_disjoint(((d.origin, d.parts()) for part in held for d in part.documents), corpus.seen)
+    return corpus
+
+
+def generic_at_most(options: TextOptions) -> int:
+    """Windows of the bundled text that go with the user's own: none where it is part of that already, or unwanted."""
+    from ..calibration.text.corpus import DEFAULT
+    from ..calibration.text.generic import generic_windows
+
+    texts = [spec.partition("=")[0] for spec in options.text]
+    wanted = texts and DEFAULT not in texts and not options.text_only
+    return generic_windows(options.windows) if wanted else 0
+
+
+def windows_at_most(options: TextOptions) -> int:
+    """Windows of the calibration text, the bundled part included, as far as that is known without reading it."""
+    return options.windows + generic_at_most(options)
+
+
+def context_of(source: Source, options: TextOptions) -> int:
+    """Tokens in a window. InputError for more than the model takes."""
+    longest = source.geometry.max_context
+    context = options.context or (512 if longest < 8192 else 2048)
+    if context > longest:
+        raise InputError(f"--context {context}: the model has at most {longest}")
+    return int(context)
+
+
+def tokens_at_most(source: Source, options: TextOptions) -> int:
+    """Tokens of the calibration text, as far as that is known without reading it."""
+    return context_of(source, options) * windows_at_most(options)
