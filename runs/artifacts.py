@@ -14,7 +14,7 @@ from ..convert.folder.bf16 import Bf16Variant
 from ..convert.folder.fp8 import Fp8Variant
 from ..convert.formats.table import choices
 from . import fp4, gguf, int4
-from .calibrate import context_of, windows_at_most
+from .corpus import context_of, windows_at_most
 from .engine import Job
 from .folder import FolderJob, prepare
 from .options import (
