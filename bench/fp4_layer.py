@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mmquant.quantize.fp4 import panel_triton
 from mmquant.quantize.fp4.grid import MXFP4, NVFP4
-from mmquant.quantize.integer import descent
 from mmquant.quantize.integer.gptq import GptqGrid, Grid, Solved, gptq_factor, gptq_quantize
 from mmquant.quantize.integer.grid import IntWeight, dequantize
 
@@ -90,7 +89,7 @@ def main() -> None:
             panel_triton.TILE, panel_triton.WARPS = 64, 1
         for name, grid in GRIDS.items():
             totals[name] += sum(measure(name, grid, weight, second, a.chunk))
-        print(f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most, {descent.PASSES} passes of the descent")
+        print(f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at most")
         del second, weight
     for name, total in totals.items():
         print(f"{name:10s} {total:.3f} s a layer, {total / totals['int4 g128']:.2f} of int4 g128")

@@ -37,6 +37,7 @@ class Fp4Grid:
 
     below, above: scales tried under and above the one that reaches the largest weight, in steps of the last bit
     shared: whether the scales of a matrix have a common unit (IntWeight.unit)
+    passes: of the descent after error feedback
     """
 
     group_size: int
@@ -46,6 +47,7 @@ class Fp4Grid:
     shared: bool
     bits: int = 4
     symmetric: bool = True
+    passes: int = 1
 
     @property
     def panel(self) -> int:
@@ -107,11 +109,11 @@ class Fp4Grid:
 
     def refit(self, weight: Tensor, solved: Solved, second: Tensor) -> Solved:
         """Codes and scales again, panel by panel: a least-squares step of the scales alone would be finer than they."""
-        return descend(weight, solved, second, self)
+        return descend(weight, solved, second, self, self.passes)
 
 
-NVFP4 = Fp4Grid(16, 3, 7, 7, True)
-MXFP4 = Fp4Grid(32, 0, 1, 1, False)
+NVFP4 = Fp4Grid(16, 3, 3, 7, True, passes=1)
+MXFP4 = Fp4Grid(32, 0, 0, 1, False, passes=2)
 
 
 def round_columns(grid: Fp4Grid, panel: Panel, scales: Tensor, search: bool) -> None:

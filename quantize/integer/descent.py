@@ -17,10 +17,10 @@ from ..linear_algebra import full_float32, inv
 from .gptq import DAMPING, Grid, Solved, gptq_factor, gptq_sweep, restore
 from .grid import IntWeight, dequantize, groups_of
 
-PANEL, PASSES = 64, 2
+PANEL = 64
 
 
-def descend(weight: Tensor, solved: Solved, second: Tensor, grid: Grid, passes: int = PASSES) -> Solved:
+def descend(weight: Tensor, solved: Solved, second: Tensor, grid: Grid, passes: int = 1) -> Solved:
     """The same matrices with a smaller error of their outputs, measured by `second` damped as for GPTQ.
 
     weight [E, O, I] float32; solved: what error feedback found, without zero points; second [E, I, I] mean second
@@ -35,18 +35,19 @@ def descend(weight: Tensor, solved: Solved, second: Tensor, grid: Grid, passes: 
     for start in [*range(0, n, step)] * passes:
         part = slice(start, min(start + step, n))
         groups = slice(part.start // size, part.stop // size)
-        better, moved, target = _round_panel(weight, error, second, damping, part, grid)
+        keep = solved.compensated is not None
+        better, moved, target = _round_panel(weight, error, second, damping, part, grid, keep)
         codes[..., part] = torch.where(better, moved.codes, codes[..., part])
         scales[..., groups] = torch.where(better, moved.scales, scales[..., groups])
         error[..., part] = torch.where(better, weight[..., part] - dequantize(moved), error[..., part])
-        if solved.compensated is not None:
+        if solved.compensated is not None and target is not None:
             solved.compensated[..., part] = torch.where(better, target, solved.compensated[..., part])
     return replace(solved, weight=grid.finish(codes, scales, None))
 
 
 def _round_panel(
-    weight: Tensor, error: Tensor, second: Tensor, damping: Tensor, part: slice, grid: Grid
-) -> tuple[Tensor, IntWeight, Tensor]:
+    weight: Tensor, error: Tensor, second: Tensor, damping: Tensor, part: slice, grid: Grid, keep: bool
+) -> tuple[Tensor, IntWeight, Tensor | None]:
     """The rows [E, O, 1] that gain by new codes and scales of the columns `part`; these, and what was rounded."""
     own = second[:, part, part].clone()
     here = error[..., part]
@@ -59,8 +60,7 @@ def _round_panel(
         known = gptq_factor(own, size, 0.0)
         target = weight[..., part] + across @ inv(own)
         swept = gptq_sweep(target, known, grid, size)
-        codes, rounded = restore(swept, known, True)
-        assert rounded is not None
+        codes, rounded = restore(swept, known, keep)
         moved = IntWeight(codes, swept.scales.mT.contiguous(), None, grid.bits)
         new = weight[..., part] - dequantize(moved)
         rise = ((new @ own + 2 * across) * new - (here @ own + 2 * across) * here).sum(-1, keepdim=True)
