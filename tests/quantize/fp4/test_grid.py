@@ -110,6 +110,23 @@ def test_what_comes_out_can_be_stored(grid: Fp4Grid, experts: int, outputs: int,
         assert bool((block[live] >= LEAST_SCALE).all())
 
 
+def test_blocks_below_the_range_are_rounded_again() -> None:
+    """Their scale is raised to the least that every kernel reads; codes are the nearest under it, most of them zero."""
+    weight = torch.full((1, 1, 48), 2.0**-19)
+    weight[..., :16] = 1.0
+    weight[..., 32] = 2.0**-8
+    weight[..., 33] = -(2.0**-13) * 1.3
+    found = NVFP4.round_nearest(weight, None)
+    assert found.unit is not None
+    least = float(found.unit[0, 0, 0]) * LEAST_SCALE
+    assert float(found.scales[0, 0, 1]) * 2 == least
+    codes = found.codes[0, 0].unflatten(-1, (-1, 16))
+    half = found.scales[0, 0].unsqueeze(-1)
+    wanted = nearest(weight[0, 0].unflatten(-1, (-1, 16)) / half)
+    assert torch.equal(codes.float(), wanted)
+    assert not bool(codes[1].any())
+
+
 def slow_feedback(weight: Tensor, known: Feedback, scales: Tensor, size: int) -> Tensor:
     """Values [O, I] of one matrix: a column takes the errors of those behind it in the order, in double precision."""
     order, lower = known.order[0], known.lower[0].double()
