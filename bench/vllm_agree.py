@@ -56,7 +56,7 @@ def own_logits(source: Source, tokens: Tensor, dtype: torch.dtype = torch.float3
     return final_logits(outside, source.geometry, hidden).float()
 
 
-def vllm_logits(folder: Path, tokens: Tensor) -> Tensor:
+def vllm_logits(folder: Path, tokens: Tensor, backend: str | None) -> Tensor:
     """Logits [W, T, V] by vLLM: those that it computes for the prompt's log-probabilities, caught on the way."""
     import vllm  # pyright: ignore[reportMissingImports]
 
@@ -64,6 +64,7 @@ def vllm_logits(folder: Path, tokens: Tensor) -> Tensor:
         model=str(folder),
         max_model_len=CONTEXT + 1,
         enforce_eager=True,
+        attention_backend=backend,
         gpu_memory_utilization=0.2,
         trust_remote_code=False,
         enable_prefix_caching=False,
@@ -104,9 +105,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(FOLDERS), metavar="NAME")
     parser.add_argument("--work", type=Path, default=Path("vllm-agree"))
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--attention-backend", help="of vLLM, for example TRITON_ATTN")
     given = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where its logits can be seen
-    os.environ.setdefault("VLLM_ATTENTION_BACKEND", "TRITON_ATTN")
     tokenizer = load_tokenizer(open_source("demo"))
     each = given.windows // len(TEXTS)
     texts = [(bundled("evaluation") / f"{name}.txt").read_text() for name in TEXTS]
@@ -123,7 +124,7 @@ def main() -> None:
             source = open_source(str(folder))
             ours = own_logits(source, tokens)[:, :-1]
             half = own_logits(source, tokens, torch.bfloat16)[:, :-1]
-            theirs = vllm_logits(folder, tokens)
+            theirs = vllm_logits(folder, tokens, given.attention_backend)
             numbers = f"{distance(ours, theirs):.4f} | {distance(ours, half):.4f}"
         except Exception as error:  # one folder that does not load must not hide the others
             numbers = f"{type(error).__name__}: {str(error).strip()[-300:]} |"
