@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
+PRUNING = ("experts_kept", "experts", "statistics")
+
+
 @click.command(short_help="FP8 for vLLM and SGLang.")
 @model_option()
 @out_option()
@@ -44,7 +47,7 @@ def command(
     Example: mmquant fp8 --model demo --out ./m27-fp8
     """
     if backend == "llmcompressor":
-        refuse_without_effect("with --backend llmcompressor", "max_shard_size", *FETCHED)
+        refuse_without_effect("with --backend llmcompressor", "max_shard_size", *PRUNING, *FETCHED)
         from ..runs.llmc import fp8_job, quantize_llmcompressor
 
         show(quantize_llmcompressor(model, out, fp8_job(options.scheme), device=device, dry_run=dry_run))
@@ -53,6 +56,6 @@ def command(
     from ..runs.fp8 import quantize_fp8
 
     if choices("fp8")[options.scheme].nearest is None:  # the release as it is
-        refuse_without_effect("with --scheme native, which copies shards as they are", "max_shard_size")
+        refuse_without_effect("with --scheme native, which copies shards as they are", "max_shard_size", *PRUNING)
     begin(out, dry_run)
     show(quantize_fp8(model, out, options, device=device, fetch=fetch, dry_run=dry_run))

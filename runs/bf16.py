@@ -11,6 +11,7 @@ from ..convert.folder.bf16 import Bf16Variant
 from .folder import check_place, prepare, write_folder
 from .models import Model, choose_device, opened
 from .options import Bf16Options
+from .prune import pruned
 from .results import Quantized, planned, written
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def dequantize_bf16(
     Raises InputError when the model or `out` is not what is needed, FitError when the disk is too small.
     """
     chosen, out, variant = options or Bf16Options(), Path(out), Bf16Variant()
-    with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
+    with watching(monitor), opened(model, fetch, None if dry_run else out) as given:
+        source = pruned(given, chosen)
         size = prepare(source, variant).bytes
         if dry_run:
             run = {**variant.run(), "source": source.fingerprint, "shard_limit": chosen.max_shard_size}

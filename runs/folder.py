@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from ..calibration.statistics.provider import CalibratedVariant, Provider
 
 
+EXPERTS_KEPT = "experts_kept.json"  # of a pruned model: the original's numbers of each layer's experts
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What a dry run shows: the steps' tensors and what they need."""
@@ -86,6 +89,8 @@ class FolderJob:
         self.device, self.limit, self.provider, self.behind, self.streams = device, limit, provider, behind, streams
         self.label, self.prepared = variant.label, prepare(source, variant)
         self.run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
+        if source.kept is not None:
+            self.run["experts"] = len(source.kept[0])
         if provider is not None:
             self.run |= provider.run()
         self.finished = is_finished(out, self.run)
@@ -141,6 +146,8 @@ class FolderJob:
         """config.json and what is carried beside it."""
         quantization = self.variant.quantization_config(self.source)
         made = {**further_files(quantization), "config.json": quantized_config(self.source, quantization)}
+        if self.source.kept is not None:
+            made[EXPERTS_KEPT] = {"experts_kept": self.source.kept}
         files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
         return {**carried_files(self.source), **files}
 

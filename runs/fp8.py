@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmquant.errors import InputError
 from mmquant.monitor import Monitor, watching
 
 from ..convert.folder.fp8 import Fp8Variant
@@ -13,6 +14,7 @@ from ..convert.formats.table import choices
 from .folder import check_place, prepare, write_folder, write_native
 from .models import Model, choose_device, opened
 from .options import Fp8Options
+from .prune import pruned
 from .results import Quantized, planned, written
 
 if TYPE_CHECKING:
@@ -39,8 +41,11 @@ def quantize_fp8(
     Raises InputError when the model or `out` is not what is needed, FitError when the disk is too small.
     """
     chosen, out = options or Fp8Options(), Path(out)
-    with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
+    with watching(monitor), opened(model, fetch, None if dry_run else out) as given:
+        source = pruned(given, chosen)
         if choices("fp8")[chosen.scheme].nearest is None:  # the release as it is
+            if source.kept is not None:
+                raise InputError("--scheme native copies shards as they are, expected block or channel to drop experts")
             return _native(source, out, dry_run)
         variant = Fp8Variant(chosen.scheme)
         size = prepare(source, variant).bytes

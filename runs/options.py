@@ -76,14 +76,32 @@ class CalibrateOptions(TextOptions):
 
 
 @dataclass(frozen=True)
-class Bf16Options(Checked):
+class PruneOptions(Checked):
+    """Which experts stay: those of a list, or so many of each layer by what `calibrate` saw of them."""
+
+    experts_kept: Path | None = option(
+        None, "JSON: of every layer the list of the experts that stay; router and bias are cut to match.", kind="path"
+    )
+    experts: int | None = option(None, "Keep so many experts of each layer, by saliency (REAP).", least=1)
+    statistics: Path | None = option(None, "What `calibrate --out` wrote, for --experts.", kind="path")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts_kept is not None and self.experts is not None:
+            raise InputError("--experts contradicts --experts-kept: expected one of them")
+        if (self.experts is None) != (self.statistics is None):
+            raise InputError("--experts needs --statistics, and the other way round")
+
+
+@dataclass(frozen=True)
+class Bf16Options(PruneOptions):
     """Options of `bf16`. max_shard_size: bytes."""
 
     max_shard_size: int = option(5 * 10**9, "Largest output shard, for example 5GB.", kind="size", shown="5GB")
 
 
 @dataclass(frozen=True)
-class Fp8Options(Checked):
+class Fp8Options(PruneOptions):
     """Options of `fp8`. max_shard_size: bytes."""
 
     scheme: str = option("block", choices=("block", "channel", "native"))

@@ -194,7 +194,9 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
                 chosen.append(watch.chosen.to(torch.int16))
             elif has_reference:
                 truth = subjects[0].hidden.all()[start : start + len(after)].to(after.device)
-                _note(loss, truth, after, chosen[index], watch.chosen, mine.domain[start : start + len(after)])
+                same = subject.source.geometry.experts == subjects[0].source.geometry.experts
+                wanted = chosen[index] if same else None
+                _note(loss, truth, after, wanted, watch.chosen, mine.domain[start : start + len(after)])
         if number and has_reference:
             subject.layers.append(loss)
         wanted = has_reference and number == 0 and settings.floor
@@ -208,11 +210,15 @@ def _recast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     return replace(weights, **{name: getattr(weights, name).to(dtype) for name in names})
 
 
-def _note(loss: Tensor, truth: Tensor, after: Tensor, wanted: Tensor, chosen: Tensor, domain: ArrayLike) -> None:
+def _note(loss: Tensor, truth: Tensor, after: Tensor, wanted: Tensor | None, chosen: Tensor, domain: ArrayLike) -> None:
     """Add one batch [B, T, H] to a layer's loss; tokens that are not finite are counted, and weigh nothing."""
     finite = torch.isfinite(after).all(-1)  # [B, T]
     keep = finite.unsqueeze(-1)
-    overlap = jaccard(wanted.to(chosen.device), chosen.to(torch.int16)).view(finite.shape)
+    overlap = (
+        torch.full_like(finite, torch.nan, dtype=torch.float32)  # a pruned model's experts have other numbers
+        if wanted is None
+        else jaccard(wanted.to(chosen.device), chosen.to(torch.int16)).view(finite.shape)
+    )
     parts = {
         ERROR: torch.where(keep, after - truth, 0.0).pow(2).sum(-1),
         ENERGY: torch.where(keep, truth, 0.0).pow(2).sum(-1),

@@ -33,6 +33,7 @@ from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, re
 if TYPE_CHECKING:
     from ..source import SharedLayer
 
+Kept = tuple[tuple[int, ...], ...]  # of every layer the experts that stay, ascending
 LARGEST_SCALE = torch.finfo(torch.float32).max / E4M3_MAX
 
 
@@ -43,6 +44,7 @@ class Checkpoint:
         self.store = store
         self.label, self.origin = store.label, store.origin
         self.notes: list[str] = []
+        self.kept: Kept | None = None  # of a pruned one: the original's numbers of each layer's experts
         self.shared: SharedLayer | None = None  # of a run in which several artifacts are made
         self.config = read_config(store)
         self.geometry = architecture_of(self.config).geometry(self.config)

@@ -53,6 +53,7 @@ class Architecture:
     geometry: Callable[[dict[str, Any]], Geometry]  # config.json -> sizes; InputError for what is malformed
     names: TensorNames
     rules: LayerRules
+    experts_key: str  # of config.json: how many experts a layer has
     gguf: GgufFacts
     gguf_config: Callable[[Metadata], dict[str, Any]]  # config.json of a GGUF file's keys, without its vocabulary
     code_files: tuple[str, ...]  # that the release carries for trust_remote_code

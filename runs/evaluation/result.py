@@ -58,7 +58,7 @@ def _loss(sums: list[float]) -> dict[str, Any]:
     tokens, energy = sums[TOKENS], sums[ENERGY]
     return {
         "relative_error": float(np.sqrt(sums[ERROR] / energy)) if energy > 0 else None,
-        "expert_overlap": sums[OVERLAP] / tokens if tokens > 0 else None,
+        "expert_overlap": sums[OVERLAP] / tokens if tokens > 0 and not np.isnan(sums[OVERLAP]) else None,
         "nonfinite": int(sums[NONFINITE]),
     }
 
@@ -227,9 +227,12 @@ def _worst_layer(candidate: dict[str, Any]) -> list[str]:
     worst = max(range(len(layers)), key=lambda i: errors[i + 1] - errors[i])
     last = layers[-1]
     text = f"{cell(candidate['label'])}: hidden state {last['relative_error']:.3g} off after the last layer, "
-    overlap = min(layers, key=lambda layer: layer["expert_overlap"])
-    text += f"most added by layer {layers[worst]['layer']}; experts agree least in layer {overlap['layer']} "
-    return [text + f"({overlap['expert_overlap']:.4f})"]
+    text += f"most added by layer {layers[worst]['layer']}"
+    known = [layer for layer in layers if layer["expert_overlap"] is not None]  # a pruned model's have other numbers
+    if not known:
+        return [text]
+    overlap = min(known, key=lambda layer: layer["expert_overlap"])
+    return [f"{text}; experts agree least in layer {overlap['layer']} ({overlap['expert_overlap']:.4f})"]
 
 
 def _engine_lines(check: dict[str, Any]) -> list[str]:

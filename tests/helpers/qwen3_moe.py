@@ -67,6 +67,7 @@ ROW = Architecture(
     geometry=Geometry.from_config,
     names=NAMES,
     rules=LayerRules(scoring="softmax", qk_norm="head"),
+    experts_key=EXPERTS,
     gguf=GgufFacts(arch="qwen3moe", pre="qwen2", pattern=r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"),
     gguf_config=gguf_config,
     code_files=(),

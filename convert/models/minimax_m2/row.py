@@ -16,6 +16,7 @@ ARCHITECTURE = Architecture(
     geometry=Geometry.from_config,
     names=NAMES,
     rules=LayerRules(scoring="sigmoid", qk_norm="layer"),
+    experts_key="num_local_experts",
     gguf=GGUF,
     gguf_config=config,
     code_files=CODE_FILES,
