@@ -53,7 +53,7 @@ class SignRoundState:
 
 
 @dataclass(frozen=True)
-class Result:
+class RoundedWeight:
     """levels [..., O, n] int8 and the scales [..., O, G] that they are for."""
 
     levels: Tensor
@@ -71,7 +71,7 @@ def grid_start(rounded: Tensor, weight: IntWeight) -> Start:
     return Start(position, scales, float(weight.levels[0]), float(weight.levels[-1]), table=table)
 
 
-def grid_weight(result: Result, like: IntWeight) -> IntWeight:
+def grid_weight(result: RoundedWeight, like: IntWeight) -> IntWeight:
     """A result of `grid_start`; like: what the learning started from."""
     return replace(like, codes=result.levels, scales=result.scales)
 
@@ -142,22 +142,22 @@ class StepSchedule:
 
 
 @dataclass(frozen=True)
-class Learned:
+class SignRounded:
     """The best results by held-out loss, and the losses at the start and at the best step."""
 
-    weights: dict[str, Result]
+    weights: dict[str, RoundedWeight]
     before: float
     after: float
     step: int
 
 
-def learn(
+def sign_round(
     starts: Mapping[str, Start],
     loss: Callable[[Weights, int], Tensor],
     held_out: Callable[[Weights], float],
     schedule: StepSchedule,
     dtype: torch.dtype = torch.float32,
-) -> Learned:
+) -> SignRounded:
     """Move positions and scales; keep what is best on held-out tokens (the start included).
 
     loss      weights (quantized, in `dtype`, leaves of the graph) and the step -> scalar on that step's tokens
@@ -170,7 +170,7 @@ def learn(
 
     with torch.no_grad():
         before = held_out(weights())
-    best = Learned(_results(starts, states), before, before, 0)
+    best = SignRounded(_results(starts, states), before, before, 0)
     for step in range(schedule.steps):
         found = {name: value.requires_grad_() for name, value in weights().items()}
         loss(found, step).backward()
@@ -187,8 +187,8 @@ def learn(
     return best
 
 
-def _results(starts: Mapping[str, Start], states: Mapping[str, SignRoundState]) -> dict[str, Result]:
+def _results(starts: Mapping[str, Start], states: Mapping[str, SignRoundState]) -> dict[str, RoundedWeight]:
     return {
-        name: Result(levels_of(start, states[name].position).to(torch.int8), scales_of(start, states[name]))
+        name: RoundedWeight(levels_of(start, states[name].position).to(torch.int8), scales_of(start, states[name]))
         for name, start in starts.items()
     }

@@ -91,5 +91,5 @@ def _variant(
         attention=options.attention == shape["command"],
         seed=options.seed,
     )
-    streams = out / STREAMS if chosen.learned else None
+    streams = out / STREAMS if chosen.sign_rounded else None
     return CalibratedWeights(**shape, options=chosen, report=message, streams=streams)

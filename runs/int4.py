@@ -87,7 +87,7 @@ def variant_of(source: Checkpoint, options: Int4Options, out: Path) -> WeightsVa
         attention=options.attention == "int4",
         seed=options.seed,
     )
-    streams = out / STREAMS if chosen.learned else None
+    streams = out / STREAMS if chosen.sign_rounded else None
     return CalibratedWeights(**shape, options=chosen, report=message, streams=streams)
 
 

@@ -72,7 +72,7 @@ def check_weights(
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
     check_place(out, size, {**variant.run(), "source": source.fingerprint})
     if isinstance(variant, CalibratedWeights) and options.statistics is None:
-        chosen = pass_of(options, device, variant.options.learned, variant.options.full)
+        chosen = pass_of(options, device, variant.options.sign_rounded, variant.options.full)
         moment_plan(source, chosen, tokens_at_most(source, options))
 
 
@@ -82,9 +82,9 @@ def make_job(
     """The artifact as a job of `passes`' run; its text is read here. What it would continue from goes at the end."""
     provider = None
     if isinstance(variant, CalibratedWeights):
-        learned, full = variant.options.learned, variant.options.full
-        provider = make_provider(source, options, passes, out / STREAMS, hidden=learned, full=full)
-    learned = isinstance(variant, CalibratedWeights) and variant.options.learned
+        sign_rounded, full = variant.options.sign_rounded, variant.options.full
+        provider = make_provider(source, options, passes, out / STREAMS, hidden=sign_rounded, full=full)
+    sign_rounded = isinstance(variant, CalibratedWeights) and variant.options.sign_rounded
     return FolderJob(
         source,
         variant,
@@ -92,6 +92,6 @@ def make_job(
         device=passes.device,
         limit=options.max_shard_size,
         provider=provider,
-        behind=int(learned),  # the reference stream reads the layer before once more
+        behind=int(sign_rounded),  # the reference stream reads the layer before once more
         streams=out / STREAMS,
     )

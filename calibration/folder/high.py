@@ -21,10 +21,10 @@ from ...convert.models.layer import LayerWeights
 from ...convert.source import Source, read_layer
 from ...quantize.integer.grid import IntWeight, dequantize, map_parts
 from ...quantize.refit import agreement, refit_bias, refit_gain, refit_linear
-from ...quantize.signround import Result, Start, grid_start, grid_weight
+from ...quantize.signround import RoundedWeight, Start, grid_start, grid_weight
 from ..model.forward import Observer, attention, layer_forward, moe, rms_norm, route
 from ..model.hidden import HiddenStates, leaving, place_of
-from ..model.signround_layer import LearnOptions, Routed, learn_attention, learn_chunks
+from ..model.signround_layer import Routed, SignRoundOptions, sign_round_attention, sign_round_chunks
 from .layer import QuantizedLayer
 
 
@@ -36,7 +36,9 @@ class Streams:
     quantized: Tensor
 
 
-def streams(reference: HiddenStates, quantized: HiddenStates, options: LearnOptions, device: torch.device) -> Streams:
+def streams(
+    reference: HiddenStates, quantized: HiddenStates, options: SignRoundOptions, device: torch.device
+) -> Streams:
     """At most `tokens` tokens, in whole windows spread evenly over the set."""
     windows, length, _ = reference.shape
     count = min(windows, max(2, options.tokens // length))
@@ -100,8 +102,8 @@ def advance(
         hidden.put(start, layer_forward(weights, geometry, values), where)
 
 
-def learn_layer(
-    weights: LayerWeights, geometry: Geometry, first: QuantizedLayer, both: Streams, options: LearnOptions
+def sign_round_layer(
+    weights: LayerWeights, geometry: Geometry, first: QuantizedLayer, both: Streams, options: SignRoundOptions
 ) -> tuple[QuantizedLayer, dict[str, float]]:
     """Learn what GPTQ began (`first`, with what it rounded). Also held-out losses, after over before, by part."""
     windows, length, _ = both.reference.shape
@@ -118,7 +120,7 @@ def learn_layer(
             layer = dataclasses.replace(layer, input_norm=plain["input_norm"])
     attended = first.attention
     if first.attention:
-        attended, found["attention"] = _learn_attention(layer, geometry, first, both, middle, train, options)
+        attended, found["attention"] = _sign_round_attention(layer, geometry, first, both, middle, train, options)
         layer = _with_attention(layer, attended)
     with torch.no_grad():
         entering = both.quantized + _attention(layer, geometry, both.quantized)
@@ -135,28 +137,30 @@ def learn_layer(
             for n, w in first.experts.items()
         }
 
-    parts, found["experts"] = learn_chunks(weights, starts, tokens, train * length, options)
+    parts, found["experts"] = sign_round_chunks(weights, starts, tokens, train * length, options)
     experts = {n: grid_weight(_joined(parts, n), w) for n, w in first.experts.items()}
     return dataclasses.replace(first, experts=experts, attention=attended, plain=plain, compensated={}), found
 
 
-def _joined(parts: list[dict[str, Result]], name: str) -> Result:
-    return Result(torch.cat([part[name].levels for part in parts]), torch.cat([part[name].scales for part in parts]))
+def _joined(parts: list[dict[str, RoundedWeight]], name: str) -> RoundedWeight:
+    return RoundedWeight(
+        torch.cat([part[name].levels for part in parts]), torch.cat([part[name].scales for part in parts])
+    )
 
 
-def _learn_attention(
+def _sign_round_attention(
     weights: LayerWeights,
     geometry: Geometry,
     first: QuantizedLayer,
     both: Streams,
     middle: Tensor,
     train: int,
-    options: LearnOptions,
+    options: SignRoundOptions,
 ) -> tuple[dict[str, IntWeight], float]:
     """q, k, v, o so that the quantized stream leaves attention where the reference does."""
     starts = {n: grid_start(first.compensated[n].to(w.scales.device), w) for n, w in first.attention.items()}
     wanted = middle - both.quantized
-    learned = learn_attention(
+    best = sign_round_attention(
         starts,
         weights,
         geometry,
@@ -166,8 +170,8 @@ def _learn_attention(
         batch=max(1, options.tokens_a_step(middle.device) // middle.shape[1]),
         seed=options.seed,
     )
-    attended = {n: grid_weight(learned.weights[n], w) for n, w in first.attention.items()}
-    return attended, learned.after / max(learned.before, 1e-30)
+    attended = {n: grid_weight(best.weights[n], w) for n, w in first.attention.items()}
+    return attended, best.after / max(best.before, 1e-30)
 
 
 def _routed(weights: LayerWeights, geometry: Geometry, middle: Tensor, after: Tensor) -> Routed:
@@ -189,7 +193,12 @@ def repaired_norm(norm: Tensor, eps: float, reference: Tensor, quantized: Tensor
 
 
 def repair(
-    weights: LayerWeights, geometry: Geometry, reference: Tensor, quantized: Tensor, train: int, options: LearnOptions
+    weights: LayerWeights,
+    geometry: Geometry,
+    reference: Tensor,
+    quantized: Tensor,
+    train: int,
+    options: SignRoundOptions,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """post_norm, router and router_bias refitted to the quantized stream, each only when held-out windows gain by it.
 

@@ -73,7 +73,7 @@ class LayerOptions:
         return self.compensated or self.method == "awq"
 
     @property
-    def learned(self) -> bool:
+    def sign_rounded(self) -> bool:
         """Whether rounding is learned on the layer's output after GPTQ."""
         return self.method == "gptq" and self.effort == "high"
 
@@ -122,7 +122,7 @@ def quantize_layer(
         scale, plain = equalize_norm(weights, statistics, options)
     pools = (pooled(statistics.expert_in), pooled(mid))
     found: list[tuple[Solved, Solved]] = []
-    rounded = empty_rounded(weights) if options.learned else {}
+    rounded = empty_rounded(weights) if options.sign_rounded else {}
     memory = options.memory if options.memory is not None else working_memory(device)
     for chosen in expert_chunks(weights, memory):
         part = slice(chosen.start, chosen.stop)
@@ -197,7 +197,7 @@ def solve(
     second = feedback_moments(moments, options, part, pool).to(weight.device)
     if isinstance(scale, Tensor):
         second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    solved = gptq_quantize(weight, second, grid, options.damping, keep=options.learned)
+    solved = gptq_quantize(weight, second, grid, options.damping, keep=options.sign_rounded)
     return grid.refit(weight, solved, second)
 
 

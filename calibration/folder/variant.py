@@ -25,7 +25,7 @@ from ...convert.models.shapes import plain_shapes
 from ...quantize.fp8 import cache_scale
 from ..statistics.layer import LayerStatistics, without_second
 from ..statistics.provider import LayerInputs
-from .high import LearnOptions, ReferenceStream, learn_layer, streams
+from .high import ReferenceStream, SignRoundOptions, sign_round_layer, streams
 from .layer import LayerOptions, QuantizedLayer, as_read_back, quantize_layer
 
 HEADROOM = 2.0  # of inputs over the largest that calibration saw: block scales are floats, it costs them nothing
@@ -39,7 +39,7 @@ class CalibratedWeights(WeightsVariant):
 
     options: LayerOptions = dataclasses.field(default_factory=LayerOptions)
     report: Callable[[str], None] = print
-    learning: LearnOptions = dataclasses.field(default_factory=LearnOptions)
+    learning: SignRoundOptions = dataclasses.field(default_factory=SignRoundOptions)
     streams: Path | None = None  # the folder in which a killed run of learned rounding leaves the reference's stream
 
     @property
@@ -53,14 +53,14 @@ class CalibratedWeights(WeightsVariant):
         o = self.options
         settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
         settings |= {"prior": o.prior, "sampling": o.sampling}
-        if o.learned:
+        if o.sign_rounded:
             settings |= {"steps": self.learning.steps, "tokens": self.learning.tokens}
         return {**super().run(), "method": o.method, **settings}
 
     @property
     def router_changes(self) -> bool:
         """Whether the router is rewritten (AWQ compensates it, high effort repairs it), then in float32."""
-        return self.options.method == "awq" or self.options.learned
+        return self.options.method == "awq" or self.options.sign_rounded
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         """The tensors of one layer, in the order of the file."""
@@ -79,8 +79,8 @@ class CalibratedWeights(WeightsVariant):
         quantized = quantize_layer(layer, weights, inputs.statistics, options, source.geometry)
         # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
         inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
-        if self.options.learned:
-            quantized = self._learned(source, inputs, quantized)
+        if self.options.sign_rounded:
+            quantized = self._sign_rounded(source, inputs, quantized)
         for line in quantized.report.lines():
             self.report(line)
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
@@ -105,7 +105,7 @@ class CalibratedWeights(WeightsVariant):
             tensors |= input_scales(source.names, self.storage, inputs.statistics, quantized.mid_power, self.whole)
         return tensors, as_read_back(weights, quantized) if inputs.continued else None
 
-    def _learned(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
+    def _sign_rounded(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
         """The layer after learned rounding, on the streams that enter it."""
         if inputs.hidden is None:
             raise InputError("effort high works on the calibration tokens; stored statistics hold only sums")
@@ -113,7 +113,7 @@ class CalibratedWeights(WeightsVariant):
         stream: ReferenceStream = inputs.kept.setdefault("reference", ReferenceStream(self.streams))
         reference = stream.enter(source, inputs.layer, inputs.hidden, inputs.weights.w1)
         both = streams(reference, inputs.hidden, self.learning, device)
-        found, losses = learn_layer(inputs.weights, source.geometry, first, both, self.learning)
+        found, losses = sign_round_layer(inputs.weights, source.geometry, first, both, self.learning)
         self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
         return found
 

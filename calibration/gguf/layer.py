@@ -42,7 +42,7 @@ def quantize_layer(
     if method.correct and method.repair:
         new = replace(new, router=repaired_router(streams, weights, g, method))
     new = quantize_experts(streams, weights, new, layer, kinds, g, method, report, out)
-    pass_experts(streams, streams.written, new, g)
+    pass_experts(streams, streams.quantized, new, g)
     out = {prefix + name + ".weight": data for name, data in out.items()}
     kept = {name: getattr(new, field) for name, field in PLAIN_TENSORS.items() if field in g.names.plain}
     return out | {prefix + name: value.float().cpu().numpy() for name, value in kept.items()}
@@ -88,8 +88,8 @@ def quantize_head(
 ) -> np.ndarray:
     """Bytes [V, b] of the output head, calibrated on the final hidden states."""
     pair = Pair.empty(1, g.hidden, streams.device)
-    for _, reference, written in streams.batches():
-        x, z = (rms_norm(hidden, norm, g.norm_eps).flatten(0, 1) for hidden in (reference, written))
+    for _, reference, quantized in streams.batches():
+        x, z = (rms_norm(hidden, norm, g.norm_eps).flatten(0, 1) for hidden in (reference, quantized))
         pair.add(0, x, z)
     method = replace(method, correct=method.correct and method.repair)
     return solve(head.unsqueeze(0), GGMLType[types[OUTPUT]], pair, method)[0][0]

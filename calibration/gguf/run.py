@@ -111,11 +111,11 @@ class CalibratedRun(TensorProvider):
     def begin(self, step: int) -> None:
         """Both streams as they enter `step`. InputError when their files are damaged or gone."""
         memory = self.memory
-        written = HiddenStates(*self.reference.shape, folder=self.folder, device=memory.place)
-        self.streams = Streams(written, written, memory.batch, self.device, memory.moments)
+        quantized = HiddenStates(*self.reference.shape, folder=self.folder, device=memory.place)
+        self.streams = Streams(quantized, quantized, memory.batch, self.device, memory.moments)
         self.reference.begin(self.user, step, len(self.plan.steps) - 1)
         if 0 < step < len(self.plan.steps):
-            load_states(self._path(step), {"written": written})
+            load_states(self._path(step), {"written": quantized})
 
     def tensors(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, bytes) of the tensors of one step, in order."""
@@ -128,7 +128,7 @@ class CalibratedRun(TensorProvider):
         """Both streams as they enter `step`; behind the head nothing is left to keep."""
         if step < len(self.plan.steps):
             self.reference.save(step)
-            save_states(self._path(step), {"written": self.streams.written})
+            save_states(self._path(step), {"written": self.streams.quantized})
 
     def forget(self, step: int) -> None:
         """Delete the streams that entered `step`."""
@@ -154,7 +154,7 @@ class CalibratedRun(TensorProvider):
 
     def _check_streams(self, layer: int) -> None:
         """InputError where the model, or what was made of it, left finite numbers."""
-        for label, hidden in ((self.source.label, self.streams.reference), (self.plan.label, self.streams.written)):
+        for label, hidden in ((self.source.label, self.streams.reference), (self.plan.label, self.streams.quantized)):
             for start, values in hidden.batches(self.streams.batch, self.streams.device):
                 check_activations(values, leaving(label, layer), start)
 
@@ -166,6 +166,6 @@ class CalibratedRun(TensorProvider):
         for start in range(0, self.streams.reference.shape[0], self.streams.batch):
             tokens = self.calibration.tokens[start : start + self.streams.batch]
             rows = torch.from_numpy(stored[tokens.flatten().numpy()])
-            written = decode(rows, GGMLType[info.type], info.shape[-1]).view(*tokens.shape, -1)
-            self.streams.put(start, torch.nn.functional.embedding(tokens, reference), written)
+            quantized = decode(rows, GGMLType[info.type], info.shape[-1]).view(*tokens.shape, -1)
+            self.streams.put(start, torch.nn.functional.embedding(tokens, reference), quantized)
         return stored

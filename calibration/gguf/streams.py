@@ -57,7 +57,7 @@ class Streams:
     """
 
     reference: HiddenStates
-    written: HiddenStates
+    quantized: HiddenStates
     batch: int
     device: torch.device | str
     memory: int | None = None
@@ -69,22 +69,24 @@ class Streams:
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first window, reference, written) [B, T, H] float32."""
         pairs = zip(
-            self.reference.batches(self.batch, self.device), self.written.batches(self.batch, self.device), strict=True
+            self.reference.batches(self.batch, self.device),
+            self.quantized.batches(self.batch, self.device),
+            strict=True,
         )
-        for (start, reference), (_, written) in pairs:
-            yield start, reference, written
+        for (start, reference), (_, quantized) in pairs:
+            yield start, reference, quantized
 
-    def put(self, start: int, reference: Tensor, written: Tensor) -> None:
+    def put(self, start: int, reference: Tensor, quantized: Tensor) -> None:
         """Replace windows of both streams, from `start` on."""
         self.reference.put(start, reference)
-        self.written.put(start, written)
+        self.quantized.put(start, quantized)
 
 
 def input_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
     """Sums of what q, k and v see."""
     pair = Pair.empty(1, g.hidden, streams.device)
-    for _, reference, written in streams.batches():
-        x, z = (rms_norm(hidden, weights.input_norm, g.norm_eps).flatten(0, 1) for hidden in (reference, written))
+    for _, reference, quantized in streams.batches():
+        x, z = (rms_norm(hidden, weights.input_norm, g.norm_eps).flatten(0, 1) for hidden in (reference, quantized))
         pair.add(0, x.to(weights.q.dtype), z.to(weights.q.dtype))
     return pair
 
@@ -92,25 +94,25 @@ def input_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
 def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
     """Sums of what o sees, with q, k, v of `new` on the written side. The reference moves past attention."""
     pair = Pair.empty(1, g.heads * g.head_dim, streams.device, g.hidden)
-    for start, reference, written in streams.batches():
+    for start, reference, quantized in streams.batches():
         x, z = AttentionOutput(), AttentionOutput()
         streams.reference.put(start, reference + attention(weights, g, reference, x))
-        attention(new, g, written, z)
-        pair.add(0, x.output, z.output, d=(reference - written).flatten(0, 1))
+        attention(new, g, quantized, z)
+        pair.add(0, x.output, z.output, d=(reference - quantized).flatten(0, 1))
     return pair
 
 
 def pass_attention(streams: Streams, new: LayerWeights, g: Geometry) -> None:
     """Move the quantized stream past attention."""
-    for start, written in streams.written.batches(streams.batch, streams.device):
-        streams.written.put(start, written + attention(new, g, written, Observer()))
+    for start, quantized in streams.quantized.batches(streams.batch, streams.device):
+        streams.quantized.put(start, quantized + attention(new, g, quantized, Observer()))
 
 
 def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
     """Sums of what the router sees."""
     pair = Pair.empty(1, g.hidden, streams.device)
-    for _, reference, written in streams.batches():
-        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+    for _, reference, quantized in streams.batches():
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, quantized))
         pair.add(0, x, z)
     return pair
 
@@ -125,7 +127,7 @@ def input_pairs(streams: Streams, part: LayerWeights, g: Geometry, kept: range) 
     for rows in routed(streams, part, g, kept):
         gate, up = (grouped_matmul(rows.x, matrix, rows.offsets) for matrix in (part.w1, part.w3))
         sums = (F.silu(gate) * up).float().unflatten(1, (-1, 32)).sum(-1).abs().amax(1)
-        add_rows(pair, rows.x, rows.z, rows.share, rows.offsets)
+        add_rows(pair, rows.x, rows.z, rows.router_weight, rows.offsets)
         for expert, (start, stop) in enumerate(pairwise(rows.offsets)):
             if stop > start:
                 largest[expert] = torch.maximum(largest[expert], sums[start:stop].amax())
@@ -143,23 +145,23 @@ def middle_pairs(
     scale = scales(exponents[kept.start : kept.stop])
     for rows in routed(streams, part, g, kept):
         x, z = (inner_rows(side, one, rows.offsets) for side, one in ((rows.x, part), (rows.z, new)))
-        add_rows(pair, x, z, rows.share, rows.offsets, scale, rows.lacking)
+        add_rows(pair, x, z, rows.router_weight, rows.offsets, scale, rows.lacking)
     return pair
 
 
 def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry, exponents: Tensor) -> Pair:
     """`middle_pairs` of all experts on the way of the reference out of the layer: its rows are computed once."""
     pair, scale = Pair.empty(g.experts, g.expert_width, streams.device, g.hidden), scales(exponents)
-    for start, reference, written in streams.batches():
-        lacking = (reference - written).flatten(0, 1)
-        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
+    for start, reference, quantized in streams.batches():
+        lacking = (reference - quantized).flatten(0, 1)
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, quantized))
         x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
         routing = route(x, weights.router, weights.router_bias, g)
 
         def take(_: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
             inner = inner_rows(z[token], new, offsets)  # noqa: B023 - used within this iteration
-            share, lost = routing.weights[token, slot], Lacking(lacking, token)  # noqa: B023
-            add_rows(pair, h, inner, share, offsets, scale, lost)
+            router_weight, lost = routing.weights[token, slot], Lacking(lacking, token)  # noqa: B023
+            add_rows(pair, h, inner, router_weight, offsets, scale, lost)
 
         moved = run_experts(weights, x, routing, Rows(take))
         streams.reference.put(start, reference + moved.view(reference.shape))
@@ -196,23 +198,23 @@ class RoutedRows:
 
     x: Tensor
     z: Tensor
-    share: Tensor
+    router_weight: Tensor
     offsets: list[int]
     lacking: Lacking
 
 
 def routed(streams: Streams, weights: LayerWeights, g: Geometry, kept: range) -> Iterator[RoutedRows]:
     """The rows of the experts `kept`, in pieces that do not depend on which are kept."""
-    for _, reference, written in streams.batches():
-        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, written))
-        x, z, lost = x.to(weights.w1.dtype), z.to(weights.w1.dtype), (reference - written).flatten(0, 1)
+    for _, reference, quantized in streams.batches():
+        x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, quantized))
+        x, z, lost = x.to(weights.w1.dtype), z.to(weights.w1.dtype), (reference - quantized).flatten(0, 1)
         routing = route(x, weights.router, weights.router_bias, g)
         for token, slot, offsets in dispatch(routing, g.experts):
             first, last = offsets[kept.start], offsets[kept.stop]
             token, slot = token[first:last], slot[first:last]
             ends = [end - first for end in offsets[kept.start : kept.stop + 1]]
-            share = routing.weights[token, slot]
-            yield RoutedRows(x[token], z[token], share, ends, Lacking(lost, token))
+            router_weight = routing.weights[token, slot]
+            yield RoutedRows(x[token], z[token], router_weight, ends, Lacking(lost, token))
 
 
 def dispatch(routing: Routing, experts: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
@@ -230,7 +232,7 @@ def add_rows(
     pair: Pair,
     x: Tensor,
     z: Tensor,
-    share: Tensor,
+    router_weight: Tensor,
     offsets: list[int],
     scale: Tensor | None = None,
     lacking: Lacking | None = None,
@@ -239,7 +241,7 @@ def add_rows(
     for expert, (start, stop) in enumerate(pairwise(offsets)):
         part = slice(start, stop)
         rows = x[part] if scale is None else x[part] * scale[expert].to(x.dtype)
-        pair.add(expert, rows, z[part], share[part], None if lacking is None else lacking.rows(part))
+        pair.add(expert, rows, z[part], router_weight[part], None if lacking is None else lacking.rows(part))
 
 
 def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, g: Geometry) -> None:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def combine_kernel(y, place, share, out, hidden, K: tl.constexpr, WIDTH: tl.constexpr):
+def combine_kernel(y, place, router_weight, out, hidden, K: tl.constexpr, WIDTH: tl.constexpr):
     """One token and WIDTH channels: the weighted sum of its K experts' rows."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -16,5 +16,5 @@ def combine_kernel(y, place, share, out, hidden, K: tl.constexpr, WIDTH: tl.cons
     for k in range(K):
         row = tl.load(place + token * K + k)
         value = tl.load(y + row * hidden + channel, mask=inside, other=0.0).to(tl.float32)
-        total += value * tl.load(share + token * K + k)
+        total += value * tl.load(router_weight + token * K + k)
     tl.store(out + token * hidden + channel, total, mask=inside)

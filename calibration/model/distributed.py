@@ -49,7 +49,7 @@ def rank_device(device: torch.device | str) -> torch.device:
     return chosen
 
 
-def share(count: int, rank: int, size: int) -> range:
+def rank_share(count: int, rank: int, size: int) -> range:
     """This rank's contiguous part of `count` things; parts differ by one at most and cover everything once."""
     return range(count * rank // size, count * (rank + 1) // size)
 
@@ -75,7 +75,7 @@ def read_layer_shared(
 def _read_share(source: Source, layer: int, device: torch.device | str, dtype: torch.dtype) -> LayerWeights:
     rank, size = world()
     g = source.geometry
-    experts, shapes = share(g.experts, rank, size), attention_shapes(g)
+    experts, shapes = rank_share(g.experts, rank, size), attention_shapes(g)
 
     def plain(name: str) -> Tensor:
         return source.read(g.names.prefix(layer) + name).to(device)
@@ -93,7 +93,7 @@ def _read_share(source: Source, layer: int, device: torch.device | str, dtype: t
         if len(experts):
             whole[experts.start : experts.stop] = source.read_experts(layer, projection, experts, device, dtype)
         for owner in range(size):
-            part = share(g.experts, owner, size)
+            part = rank_share(g.experts, owner, size)
             broadcast(whole[part.start : part.stop], owner)
         return whole
 
@@ -162,7 +162,7 @@ class Ranks:
 
     def share(self, count: int) -> range:
         """This rank's part of `count` things, contiguous, sizes differing by one at most."""
-        return share(count, self.rank, self.world)
+        return rank_share(count, self.rank, self.world)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in order, on every rank. All ranks must call it together."""

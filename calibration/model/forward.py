@@ -182,8 +182,8 @@ def run_experts(
         observer.experts(rows, h, y, token + start, slot, offsets)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        share = routing.weights[start : start + step]
-        out[start : start + step] = combine(y, place.view(-1, per_token), share)
+        router_weight = routing.weights[start : start + step]
+        out[start : start + step] = combine(y, place.view(-1, per_token), router_weight)
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
-from ...quantize.signround import Learned, Result, Start, StepSchedule, Weights, learn, values_of
+from ...quantize.signround import RoundedWeight, SignRounded, Start, StepSchedule, Weights, sign_round, values_of
 from .forward import Observer, attention
 
 LARGEST_WORK = 40 << 30
@@ -25,7 +25,7 @@ LEARNING_BYTES = {"cpu": 34, "cuda": 18}
 
 
 @dataclass(frozen=True)
-class LearnOptions:
+class SignRoundOptions:
     """Bounds: steps of sign-SGD, tokens of one step, tokens learned on at all, share of them held out; bytes.
 
     batch   None: by the device, `tokens_a_step`
@@ -102,7 +102,7 @@ def _experts(rows: Tensor, weights: tuple[Tensor, Tensor, Tensor], loads: Tensor
     return torch.cat(parts)
 
 
-def learn_experts(
+def sign_round_experts(
     starts: Mapping[str, Start],
     tokens: Routed,
     held: Routed,
@@ -112,7 +112,7 @@ def learn_experts(
     first: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Learned:
+) -> SignRounded:
     """Learn w1, w3, w2 of experts first.. against the wanted output of `tokens`, stopped early on `held`."""
     generator = torch.Generator().manual_seed(seed)
     scale = held.target.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -129,10 +129,10 @@ def learn_experts(
             total += (routed_output(weights, part, first) - part.target).square().sum()
         return float(total / held.target.numel() / scale)
 
-    return learn(starts, loss, held_out, schedule, dtype)
+    return sign_round(starts, loss, held_out, schedule, dtype)
 
 
-def learn_attention(
+def sign_round_attention(
     starts: Mapping[str, Start],
     weights: LayerWeights,
     geometry: Geometry,
@@ -142,7 +142,7 @@ def learn_attention(
     *,
     batch: int,
     seed: int = 0,
-) -> Learned:
+) -> SignRounded:
     """Learn q, k, v, o. streams and held: (entering stream [W, T, H], what attention should add to it [W, T, H])."""
     generator = torch.Generator().manual_seed(seed)
     scale = held[1].square().mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -159,16 +159,16 @@ def learn_attention(
         parts = zip(held[0].split(batch), held[1].split(batch), strict=True)
         return sum(float(error(found, h, t)) * len(h) for h, t in parts) / len(held[0])
 
-    return learn(starts, loss, held_out, schedule, weights.q.dtype)
+    return sign_round(starts, loss, held_out, schedule, weights.q.dtype)
 
 
-def learn_chunks(
+def sign_round_chunks(
     weights: LayerWeights,
     starts_of: Callable[[slice], dict[str, Start]],
     tokens: Routed,
     train: int,
-    options: LearnOptions,
-) -> tuple[list[dict[str, Result]], float]:
+    options: SignRoundOptions,
+) -> tuple[list[dict[str, RoundedWeight]], float]:
     """The experts, some at a time: each chunk is to give what its reference gives, and what is still unexplained.
 
     tokens.target [N, H] is what all experts together should add; the first `train` rows are learned on.
@@ -187,7 +187,7 @@ def learn_chunks(
         part = dataclasses.replace(tokens, target=left + _outputs(mine, tokens, start, batch))
         starts = starts_of(chosen)
         held, trained = take(part, slice(train, None)), take(part, slice(0, train))
-        learned = learn_experts(
+        rounded = sign_round_experts(
             starts,
             trained,
             held,
@@ -198,10 +198,10 @@ def learn_chunks(
             dtype=weights.w1.dtype,
         )
         dtype = weights.w1.dtype
-        values = {n: values_of(w.levels, w.scales, dtype) for n, w in learned.weights.items()}
+        values = {n: values_of(w.levels, w.scales, dtype) for n, w in rounded.weights.items()}
         left = part.target - _outputs(values, tokens, start, batch)
-        parts.append(learned.weights)
-        losses.append((learned.before, learned.after))
+        parts.append(rounded.weights)
+        losses.append((rounded.before, rounded.after))
     return parts, losses[-1][1] / max(losses[0][0], 1e-30)
 
 

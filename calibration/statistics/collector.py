@@ -158,7 +158,7 @@ class Collector(Observer):
             # The router's weights of a token that is not finite are not finite either.
             routing = replace(routing, weights=torch.where(good[:, None], routing.weights, 0.0))
         self.routing, self.good = routing, good
-        self.share = routing.weights if self.collect.weighting == "router" else torch.ones_like(routing.weights)
+        self.row_weight = routing.weights if self.collect.weighting == "router" else torch.ones_like(routing.weights)
         if self.shared:
             self._all_experts(x, values, good)
         if self.first:
@@ -192,15 +192,15 @@ class Collector(Observer):
     def _token_level(self, x: Tensor, values: tuple[Tensor, Tensor, Tensor], good: Tensor | None) -> None:
         """Everything about the experts' input but second moments, from tokens and the routing matrix."""
         chosen = self.routing.chosen
-        share = self.share if good is None else self.share * good[:, None]
-        ones = torch.ones_like(share) if good is None else good[:, None].expand(share.shape)
-        took, weight = self._spread(ones, chosen), self._spread(share.square(), chosen)
+        row_weight = self.row_weight if good is None else self.row_weight * good[:, None]
+        ones = torch.ones_like(row_weight) if good is None else good[:, None].expand(row_weight.shape)
+        took, weight = self._spread(ones, chosen), self._spread(row_weight.square(), chosen)
         sums = self.expert_in
         sums.count += took.sum(0)
         sums.weight += weight.sum(0)
         self.weight4 += weight.square().sum(0)
         if good is not None:
-            sums.nonfinite += self._spread((~good[:, None]).expand(share.shape), chosen).sum(0)
+            sums.nonfinite += self._spread((~good[:, None]).expand(row_weight.shape), chosen).sum(0)
         squares = x.float().square()
         sums.plain += took.T @ squares
         if sums.second is None:
@@ -212,7 +212,7 @@ class Collector(Observer):
         """Sum what the experts see, and their outputs' norms."""
         counts = torch.tensor(offsets, device=x.device).diff()
         owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), counts, output_size=len(token))
-        share = self.share[token, slot]
+        row_weight = self.row_weight[token, slot]
         if self.first:
             norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0)
             self.saliency += self._by_expert(norm * self.routing.weights[token, slot], token, owner).sum(0)
@@ -220,13 +220,13 @@ class Collector(Observer):
             return
         values = row_extremes(h)
         h, values, good = self._finite(h, values, "input of w2", token, owner)
-        live = torch.ones_like(share) if good is None else good.float()
+        live = torch.ones_like(row_weight) if good is None else good.float()
         if self.good is not None:
             # A bad x makes a bad h, which the mask has left out already; only x itself is still to be cleared.
             x = torch.where(self.good[token][:, None], x, torch.zeros_like(x))
         if self.first:
-            self._mid_extremes(values, live, share, token, owner)
-        self._row_sums(x, h, share * live, offsets)
+            self._mid_extremes(values, live, row_weight, token, owner)
+        self._row_sums(x, h, row_weight * live, offsets)
 
     def _by_expert(self, values: Tensor, token: Tensor, owner: Tensor) -> Tensor:
         """Values [R] of routed rows of consecutive tokens as [tokens, E], zero elsewhere."""
@@ -236,20 +236,20 @@ class Collector(Observer):
         return out
 
     def _mid_extremes(
-        self, values: tuple[Tensor, Tensor, Tensor], live: Tensor, share: Tensor, token: Tensor, owner: Tensor
+        self, values: tuple[Tensor, Tensor, Tensor], live: Tensor, row_weight: Tensor, token: Tensor, owner: Tensor
     ) -> None:
         sums = self.expert_mid
         sums.count += self._by_expert(live, token, owner).sum(0)
         sums.nonfinite += self._by_expert(1.0 - live, token, owner).sum(0)
-        sums.weight += self._by_expert((share * live).square(), token, owner).sum(0)
+        sums.weight += self._by_expert((row_weight * live).square(), token, owner).sum(0)
         first, second, third = (self._by_expert(v, token, owner).amax(0) for v in values)
         sums.extremes((first, second, third))
 
-    def _row_sums(self, x: Tensor, h: Tensor, share: Tensor, offsets: list[int]) -> None:
+    def _row_sums(self, x: Tensor, h: Tensor, row_weight: Tensor, offsets: list[int]) -> None:
         """Second moments (or weighted diagonals) and per-channel extremes, expert by expert."""
         second_in, second_mid = self.expert_in.second, self.expert_mid.second
-        scaled = scaled_rows(h, share)
-        weighted = scaled_rows(x, share) if second_in is not None else x
+        scaled = scaled_rows(h, row_weight)
+        weighted = scaled_rows(x, row_weight) if second_in is not None else x
         for expert, (start, stop) in enumerate(pairwise(offsets)):
             if start == stop:
                 continue

@@ -48,7 +48,7 @@ class FusedCollector(Collector):
             super().moe_input(x, routing)
             return
         self.routing, self.good = routing, None
-        self.share = routing.weights if self.collect.weighting == "router" else torch.ones_like(routing.weights)
+        self.row_weight = routing.weights if self.collect.weighting == "router" else torch.ones_like(routing.weights)
         if self.first:
             self._router(routing, None)
             torch.maximum(self.hidden_amax, abs_max, out=self.hidden_amax)
@@ -61,22 +61,22 @@ class FusedCollector(Collector):
         from .reduce_triton import column_sums, row_norms, segment_sums
 
         ends = torch.tensor(offsets, dtype=torch.int32, device=x.device)
-        share = self.share[token, slot].contiguous()
+        row_weight = self.row_weight[token, slot].contiguous()
         full = self.collect.full
         scaled_x, scaled_h = (torch.empty_like(v) if full else None for v in (x, h))
-        mid = column_sums(h, share, ends, scaled_h)
+        mid = column_sums(h, row_weight, ends, scaled_h)
         if bool(mid.bad > 0):
             if self.first:
-                self._fold(self.expert_in, column_sums(x, share, ends), ends, share)
-                self.weight4 += segment_sums(share.square(), ends)[1]
+                self._fold(self.expert_in, column_sums(x, row_weight, ends), ends, row_weight)
+                self.weight4 += segment_sums(row_weight.square(), ends)[1]
             super().experts(x, h, y, token, slot, offsets)
             return
-        wide = column_sums(x, share, ends, scaled_x)
+        wide = column_sums(x, row_weight, ends, scaled_x)
         if self.first:
             self.saliency += segment_sums(row_norms(y) * self.routing.weights[token, slot], ends)[0]
-            self.weight4 += segment_sums(share.square(), ends)[1]
-            self._fold(self.expert_in, wide, ends, share)
-            self._fold(self.expert_mid, mid, ends, share)
+            self.weight4 += segment_sums(row_weight.square(), ends)[1]
+            self._fold(self.expert_in, wide, ends, row_weight)
+            self._fold(self.expert_mid, mid, ends, row_weight)
             torch.maximum(self.mid_amax, mid.abs_max, out=self.mid_amax)
         if scaled_x is not None and scaled_h is not None:
             self._grams(scaled_x, scaled_h, ends, offsets)
@@ -90,11 +90,11 @@ class FusedCollector(Collector):
                 mirror(second)
         return super().statistics()
 
-    def _fold(self, sums: Sums, found: ColumnSums, ends: Tensor, share: Tensor) -> None:
+    def _fold(self, sums: Sums, found: ColumnSums, ends: Tensor, row_weight: Tensor) -> None:
         from .reduce_triton import segment_sums
 
         sums.count += ends.diff()
-        sums.weight += segment_sums(share.square(), ends)[0]
+        sums.weight += segment_sums(row_weight.square(), ends)[0]
         sums.plain += found.plain
         if sums.second is None:
             sums.diagonal += found.weighted

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...convert.checkpoints.write import Entry
 from ...quantize.moments import Moments
-from ..model.distributed import share, sum_everywhere, world
+from ..model.distributed import rank_share, sum_everywhere, world
 from .layer import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics
 from .triangles import STORED, triangle
 
@@ -48,7 +48,7 @@ def squares_of(moments: Moments) -> Tensor:
     rank, size = world()
     out = torch.zeros(moments.matrices, device=moments.diagonal.device)
     assert moments.second is not None
-    mine = share(moments.matrices, rank, size)
+    mine = rank_share(moments.matrices, rank, size)
     for index, expert in enumerate(mine):
         out[expert] = moments.second[index].square().sum()
     return sum_everywhere(out)
@@ -65,7 +65,7 @@ def _second(set_name: str, moments: Moments, dtype: str) -> Entry:
 
     def values() -> Iterator[Tensor]:
         for owner in range(size):
-            part = share(matrices, owner, size) if matrices > 1 else range(1 if owner == 0 else 0)
+            part = rank_share(matrices, owner, size) if matrices > 1 else range(1 if owner == 0 else 0)
             for index in range(len(part)):
                 if owner == rank:
                     assert second is not None

@@ -25,7 +25,7 @@ from mmquant.errors import FitError
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ...quantize.moments import Moments
-from ..model.distributed import max_everywhere, share, sum_everywhere, sum_to, world
+from ..model.distributed import max_everywhere, rank_share, sum_everywhere, sum_to, world
 from ..model.forward import layer_forward
 from ..model.hidden import leaving
 from ..model.stream import Stream
@@ -239,7 +239,7 @@ MAXIMA = ("amax", "sum32", "sum16")
 def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
     """All ranks' statistics added in rank order: small sums on every rank, second moments with their owners.
 
-    Rank r owns the experts `share(E, r, size)`: its `second` of the expert moments holds only those; attention's
+    Rank r owns the experts `rank_share(E, r, size)`: its `second` of the expert moments holds only those; attention's
     second moments are rank 0's, None elsewhere. Alone: the statistics themselves.
     """
     rank, size = world()
@@ -260,7 +260,7 @@ def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
     def owned(second: Tensor, experts: bool) -> Tensor | None:
         mine = None
         for owner in range(size if experts else 1):
-            part = share(second.shape[0], owner, size) if experts else range(1)
+            part = rank_share(second.shape[0], owner, size) if experts else range(1)
             total = sum_to(second[part.start : part.stop].contiguous(), owner)
             mine = total if owner == rank else mine
         return mine

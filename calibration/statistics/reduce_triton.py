@@ -34,7 +34,7 @@ class ColumnSums:
 @triton.jit
 def _column_kernel(
     x,
-    share,
+    row_weight,
     offsets,
     scaled,
     plain,
@@ -63,7 +63,7 @@ def _column_kernel(
         live = row < stop
         place = row[:, None].to(tl.int64) * n + column[None, :]
         v = tl.load(x + place, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        s = tl.load(share + row, mask=live, other=0.0)
+        s = tl.load(row_weight + row, mask=live, other=0.0)
         if SCALE:
             w = (v * s[:, None]).to(scaled.dtype.element_ty)
             tl.store(scaled + place, w, mask=live[:, None] & inside[None, :])
@@ -86,7 +86,7 @@ def _column_kernel(
     tl.store(bad + expert * tiles + tile, tl.sum(tl.sum(wrong, 1), 0))
 
 
-def column_sums(x: Tensor, share: Tensor, offsets: Tensor, scaled: Tensor | None = None) -> ColumnSums:
+def column_sums(x: Tensor, row_weight: Tensor, offsets: Tensor, scaled: Tensor | None = None) -> ColumnSums:
     """x [R, n] contiguous bfloat16 or float32, share [R] float32, offsets [E + 1] int32: sums of each expert's rows.
 
     scaled [R, n], of x's dtype: filled with s * x, rounded once.
@@ -102,7 +102,7 @@ def column_sums(x: Tensor, share: Tensor, offsets: Tensor, scaled: Tensor | None
     launch: Any = _column_kernel[(tiles, experts)]  # type: ignore[reportIndexIssue]
     launch(
         x,
-        share,
+        row_weight,
         offsets,
         x if scaled is None else scaled,
         plain,

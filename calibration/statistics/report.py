@@ -141,8 +141,8 @@ def domain_balance(layers: list[LayerSummary], domains: tuple[str, ...]) -> list
     out = []
     for index, domain in enumerate(domains):
         loads = torch.tensor([s.load[index] for s in layers], dtype=torch.float64)
-        share = loads / loads.sum(1, keepdim=True).clamp(min=1)
-        entropy = -(share * share.clamp(min=1e-300).log()).sum(1)
+        portion = loads / loads.sum(1, keepdim=True).clamp(min=1)
+        entropy = -(portion * portion.clamp(min=1e-300).log()).sum(1)
         out.append((domain, int(loads[0].sum()), float(entropy.exp().mean())))
     return out
 

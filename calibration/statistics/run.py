@@ -12,7 +12,7 @@ from mmquant.errors import InputError
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.files.lock import hold
 from ...convert.source import Source, read_layer
-from ..model.distributed import barrier, share, world
+from ..model.distributed import barrier, rank_share, world
 from ..model.stream import Stream, forget
 from ..text.corpus import Corpus
 from .layer import LayerStatistics
@@ -94,7 +94,7 @@ def calibrate_into(
     rank, size = world()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, expected a folder or nothing")
-    mine = share(corpus.tokens.shape[0], rank, size)
+    mine = rank_share(corpus.tokens.shape[0], rank, size)
     plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])  # before there is a folder
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder) if rank == 0 else nullcontext():

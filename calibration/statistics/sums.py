@@ -54,9 +54,9 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         total.addmm_(x.T, x)
 
 
-def scaled_rows(x: Tensor, share: Tensor) -> Tensor:
+def scaled_rows(x: Tensor, row_weight: Tensor) -> Tensor:
     """Rows x [R, n] times share [R] float32, rounded once to x's dtype."""
-    return torch.mul(x, share[:, None], out=torch.empty_like(x))
+    return torch.mul(x, row_weight[:, None], out=torch.empty_like(x))
 
 
 def row_extremes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

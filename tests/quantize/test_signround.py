@@ -18,10 +18,10 @@ from mmquant.quantize.signround import (
     begin,
     grid_start,
     grid_weight,
-    learn,
     levels_of,
     move,
     scales_of,
+    sign_round,
     values_of,
 )
 
@@ -44,13 +44,13 @@ def test_learning_lowers_the_loss_and_never_ends_above_its_start() -> None:
     def judge(found: dict[str, torch.Tensor]) -> float:
         return float((F.relu(held @ found["w"].T) - F.relu(held @ weight.T)).square().mean())
 
-    result = learn({"w": start}, loss, judge, StepSchedule(100, 0.01, 0.001))
+    result = sign_round({"w": start}, loss, judge, StepSchedule(100, 0.01, 0.001))
     assert result.before == pytest.approx(judge({"w": dequantize(nearest)}), rel=1e-5)
     assert result.after < 0.8 * result.before
     assert judge({"w": dequantize(grid_weight(result.weights["w"], nearest))}) == pytest.approx(result.after, rel=1e-4)
     scales = result.weights["w"].scales
     assert torch.equal(scales, scales.bfloat16().float())
-    worse = learn({"w": start}, lambda found, step: -loss(found, step), judge, StepSchedule(20, 0.05))
+    worse = sign_round({"w": start}, lambda found, step: -loss(found, step), judge, StepSchedule(20, 0.05))
     assert worse.step == 0
     assert torch.equal(worse.weights["w"].levels, nearest.codes)
 

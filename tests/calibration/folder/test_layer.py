@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers import ct_reader
 from helpers.tiny import write_tiny
-from mmquant.calibration.folder.high import LearnOptions, repair, repaired_norm
+from mmquant.calibration.folder.high import SignRoundOptions, repair, repaired_norm
 from mmquant.calibration.folder.layer import LayerOptions, as_read_back, expert_chunks, quantize_layer
 from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.model.forward import Observer, embed, layer_forward, rms_norm, route
@@ -267,7 +267,7 @@ def test_the_self_check_wants_every_scale_of_the_cache(source: Checkpoint, tmp_p
 
 def test_high_effort_is_at_least_as_good_and_continues(source: Checkpoint, tmp_path: Path) -> None:
     lines: list[str] = []
-    learning = LearnOptions(steps=20, batch=256, repair_norms=True, repair_bias=True)
+    learning = SignRoundOptions(steps=20, batch=256, repair_norms=True, repair_bias=True)
     variant = CalibratedWeights(**SHAPE, options=options(effort="high"), learning=learning, report=lines.append)
     passes = PassOptions(propagate="quantized")
     out = write_folder(source, variant, tmp_path / "high", provider=LivePass(source, corpus(), passes, hidden=True))
@@ -286,7 +286,7 @@ def test_repair_brings_the_quantized_stream_back(source: Checkpoint, inputs: Lay
     off = 1 + 0.3 * torch.rand(source.geometry.hidden, generator=generator)
     noise = 0.02 * reference.std() * torch.randn(reference.shape, generator=generator)
     quantized, w, g = reference * off + noise, inputs.weights, source.geometry
-    everything = LearnOptions(repair_norms=True, repair_router=True, repair_bias=True)
+    everything = SignRoundOptions(repair_norms=True, repair_router=True, repair_bias=True)
     found, shares = repair(w, g, reference, quantized, 20, everything)
     assert torch.equal(found["post_norm"], found["post_norm"].bfloat16().float())
     assert shares["post norm"] < 0.1
@@ -296,7 +296,7 @@ def test_repair_brings_the_quantized_stream_back(source: Checkpoint, inputs: Lay
     assert not torch.equal(norm, w.input_norm)
     assert repaired_norm(w.input_norm, g.norm_eps, reference, reference, 20)[1] <= 1.0
     assert repair(w, g, reference, reference, 20, everything) == ({}, {})
-    nothing = LearnOptions(repair_norms=False, repair_router=False, repair_bias=False)
+    nothing = SignRoundOptions(repair_norms=False, repair_router=False, repair_bias=False)
     assert repair(w, g, reference, quantized, 20, nothing)[0] == {}
 
 

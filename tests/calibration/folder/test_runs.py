@@ -10,7 +10,7 @@ from helpers.paths import ROOT
 from helpers.tiny import write_tiny
 from mmquant.calibration.folder.layer import LayerOptions
 from mmquant.calibration.folder.variant import CalibratedWeights
-from mmquant.calibration.model.signround_layer import LearnOptions
+from mmquant.calibration.model.signround_layer import SignRoundOptions
 from mmquant.calibration.statistics.live import LivePass, PassOptions
 from mmquant.convert.open import open_native
 from mmquant.quantize.integer.gptq import GptqGrid
@@ -29,7 +29,7 @@ def test_a_variant_may_be_used_twice(tmp_path: Path) -> None:
     variant = CalibratedWeights(
         group_size=32,
         options=LayerOptions(effort="high", grid=GptqGrid(4, 32)),
-        learning=LearnOptions(steps=3),
+        learning=SignRoundOptions(steps=3),
         report=lambda line: None,
     )
     for name in ("first", "second"):

@@ -150,7 +150,7 @@ def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str) -> None:
         assert found.keys() == expected.keys()
         assert all(np.array_equal(found[name], data) for name, data in expected.items())
         assert torch.equal(parts.reference.all(), whole.reference.all())
-        assert torch.equal(parts.written.all(), whole.written.all())
+        assert torch.equal(parts.quantized.all(), whole.quantized.all())
         assert (also.unseen, also.rescaled) == (report.unseen, report.rescaled)
 
 

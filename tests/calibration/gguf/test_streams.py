@@ -118,7 +118,7 @@ def test_both_streams_pass_a_layer_as_the_forward_does() -> None:
     pass_attention(both, weights, g)
     first, largest = input_pairs(both, weights, g, range(16))
     pairs += [first, leaving_pairs(both, weights, replace(weights), g, torch.zeros(16))]
-    pass_experts(both, both.written, weights, g)
+    pass_experts(both, both.quantized, weights, g)
     for pair in pairs:
         assert torch.allclose(pair.own, pair.cross, rtol=1e-4, atol=1e-3)
     assert first.held is not None
@@ -126,7 +126,7 @@ def test_both_streams_pass_a_layer_as_the_forward_does() -> None:
     watch = Largest(g.experts)
     expected = layer_forward(weights, g, hidden, watch)
     assert torch.allclose(largest, watch.sums)
-    for side in (both.reference, both.written):
+    for side in (both.reference, both.quantized):
         assert float((side.all() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
@@ -138,7 +138,7 @@ def test_what_the_stream_lacks_is_summed_with_the_rows_that_add_to_it() -> None:
     hidden = embed(read_globals(source), tokens)
     both = streams_at(hidden)
     lacking = 0.1 * hidden * rows(1, g.hidden, 1).abs()
-    both.written.put(0, hidden - lacking)
+    both.quantized.put(0, hidden - lacking)
     seen = Watched()
     attention(weights, g, hidden - lacking, seen)
     pair = output_pair(both, weights, replace(weights), g)
@@ -148,8 +148,8 @@ def test_what_the_stream_lacks_is_summed_with_the_rows_that_add_to_it() -> None:
     expected = lacking.flatten(0, 1).T @ seen.output
     assert torch.allclose(sums, expected, atol=1e-4 * float(expected.abs().max()))
     pass_attention(both, weights, g)
-    lacking = (both.reference.all() - both.written.all()).flatten(0, 1)
-    x, z = (rms_norm(s.all(), weights.post_norm, g.norm_eps).flatten(0, 1) for s in (both.reference, both.written))
+    lacking = (both.reference.all() - both.quantized.all()).flatten(0, 1)
+    x, z = (rms_norm(s.all(), weights.post_norm, g.norm_eps).flatten(0, 1) for s in (both.reference, both.quantized))
     routing = route(x, weights.router, weights.router_bias, g)
     pair = leaving_pairs(both, weights, weights, g, torch.zeros(g.experts))
     assert pair.held is not None

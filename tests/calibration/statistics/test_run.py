@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from helpers.calibration_cases import corpus, files, model, options, ranks, run, tensors
 from helpers.killed import BYTES, killed_at
-from mmquant.calibration.model.distributed import read_layer_shared, share
+from mmquant.calibration.model.distributed import rank_share, read_layer_shared
 from mmquant.calibration.model.stream import Stream
 from mmquant.calibration.statistics.collector import Collect
 from mmquant.calibration.statistics.layer import LayerStatistics
@@ -276,7 +276,7 @@ def test_damaged_statistics_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 5, 16, 17])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_cover_everything_once_and_evenly(count: int, size: int) -> None:
-    parts = [share(count, rank, size) for rank in range(size)]
+    parts = [rank_share(count, rank, size) for rank in range(size)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
