@@ -25,6 +25,7 @@ COMMANDS = {
     "gguf": "GGUF for llama.cpp.",
     "run": "Every variant of a recipe in one pass, resumable anywhere.",
     "status": "How far a run is.",
+    "plan": "The best GGUF types for a size or a machine, measured.",
     "calibrate": "Every expert's statistics in one streamed pass.",
     "eval": "Perplexity, KL divergence and agreement with the reference.",
     "pull": "Fetch a repository, verified and resumable.",

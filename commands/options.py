@@ -122,6 +122,7 @@ def layers(ctx: click.Context, param: click.Parameter, value: str | None) -> ran
 
 
 KINDS: dict[str, dict[str, Any]] = {
+    "bits": {"type": click.FloatRange(1, 16)},
     "size": {"callback": size},
     "layers": {"callback": layers},
     "path": {"type": click.Path(path_type=Path)},

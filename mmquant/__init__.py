@@ -42,9 +42,11 @@ if TYPE_CHECKING:
         Int4Options,
         Mxfp4Options,
         Nvfp4Options,
+        PlanOptions,
         PullOptions,
         PushOptions,
     )
+    from mmquant.runs.plan import Planned, plan
     from mmquant.runs.pull import Pulled, pull
     from mmquant.runs.push import Pushed, push
     from mmquant.runs.results import Quantized
@@ -58,7 +60,7 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "quantize").is_dir(
     __path__.append(str(_CHECKOUT))  # in a checkout the packages lie beside this folder, in a wheel inside it
 
 _OPTIONS = "Bf16Options CalibrateOptions DoctorOptions EvalOptions FitOptions Fp8Options GgufOptions Int4Options "
-_OPTIONS += "Mxfp4Options Nvfp4Options PullOptions PushOptions"
+_OPTIONS += "Mxfp4Options Nvfp4Options PlanOptions PullOptions PushOptions"
 # Public name -> the module that has it, and its name there.
 _PUBLIC = {
     "Calibration": ("runs.calibrate", "Calibration"),
@@ -67,6 +69,7 @@ _PUBLIC = {
     "Evaluation": ("runs.evaluation.run", "Evaluation"),
     "FetchOptions": ("convert.hub.store", "FetchOptions"),
     "Made": ("runs.run", "Made"),
+    "Planned": ("runs.plan", "Planned"),
     "Pulled": ("runs.pull", "Pulled"),
     "Pushed": ("runs.push", "Pushed"),
     "Quantized": ("runs.results", "Quantized"),
@@ -78,6 +81,7 @@ _PUBLIC = {
     "evaluate": ("runs.evaluation.run", "evaluate"),
     "inspect": ("runs.inspect", "inspect"),
     "open_model": ("runs.models", "open_any"),
+    "plan": ("runs.plan", "plan"),
     "pull": ("runs.pull", "pull"),
     "push": ("runs.push", "push"),
     "Status": ("runs.status", "Status"),
@@ -116,6 +120,8 @@ __all__ = [
     "Mxfp4Options",
     "Nvfp4Options",
     "PartialError",
+    "PlanOptions",
+    "Planned",
     "PullOptions",
     "Pulled",
     "PushOptions",
@@ -130,6 +136,7 @@ __all__ = [
     "fit",
     "inspect",
     "open_model",
+    "plan",
     "pull",
     "push",
     "quantize_fp8",

@@ -23,7 +23,7 @@ from ..calibration.gguf.run_stored import Stored, StoredRun, open_stored
 from ..calibration.model.stream import forget
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
-from ..convert.files.parse import parse_json, path_fault, short
+from ..convert.files.parse import path_fault, short
 from ..convert.files.progress import damaged
 from ..convert.gguf.doctor import check_metadata
 from ..convert.gguf.mixes import PLAIN, find_mix, parse_overrides
@@ -38,6 +38,7 @@ from ..convert.source import CARRIED_FILES
 from .corpus import context_of, generic_at_most, windows_at_most
 from .engine import Shared, run_jobs
 from .folder import check_disk, check_place, claim, finish_folder, is_finished, written_bytes
+from .gguf_plan import check_planned, nearest_mix, read_types, with_plan
 from .models import Model, choose_device, opened
 from .options import GgufOptions
 from .passes import Passes
@@ -69,6 +70,7 @@ def quantize_gguf(
     chosen, out, place = options or GgufOptions(), Path(out), choose_device(device)
     check_options(chosen)
     with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
+        chosen = with_plan(source, chosen, out, place, dry_run)
         variant = variant_of(source, chosen, model)
         size = make_plan(source, variant, None).bytes
         if dry_run:
@@ -80,11 +82,15 @@ def quantize_gguf(
 
 def variant_of(source: Checkpoint, options: GgufOptions, model: Model) -> GgufVariant:
     """The artifact to write; `model` names its file unless the options do."""
-    mix, stem = find_mix(options.type), options.name
+    found, mix, stem = read_types(options.plan), find_mix(options.type), options.name
+    if found.plan is not None and options.plan is not None:
+        check_planned(source, found.plan, options.plan)
+        mix = nearest_mix(source, found.plan)
     if stem is None:
-        stem = f"{model_stem(str(model) if isinstance(model, str | Path) else source.label)}-{mix.name}"
-    changed, types = parse_overrides(options.tensor_type), read_plan(options.plan)
-    return GgufVariant(mix, stem, is_calibrated(options), changed, types, part_bytes=options.max_part_size)
+        end = mix.name if found.plan is None else "planned"
+        stem = f"{model_stem(str(model) if isinstance(model, str | Path) else source.label)}-{end}"
+    changed = parse_overrides(options.tensor_type)
+    return GgufVariant(mix, stem, is_calibrated(options), changed, found.types, part_bytes=options.max_part_size)
 
 
 def make_job(source: Checkpoint, options: GgufOptions, out: Path, passes: Passes, variant: GgufVariant) -> GgufJob:
@@ -97,7 +103,7 @@ def check_options(options: GgufOptions) -> None:
     """InputError for a type, an override, a plan or a name that is none."""
     find_mix(options.type)
     parse_overrides(options.tensor_type)
-    read_plan(options.plan)
+    read_types(options.plan)
     if options.name is not None:
         check_stem(options.name)
 
@@ -282,19 +288,6 @@ def make_calibration(source: Checkpoint, options: GgufOptions, passes: Passes | 
     names = ", ".join(Path(spec.split("=")[0]).name for spec in options.text) or "default"
     names += " and bundled text" if generic_at_most(options) else ""
     return Calibration(corpus.tokens, {"corpus": corpus.describe()}, names, options.effort)
-
-
-def read_plan(path: Path | None) -> dict[str, str] | None:
-    """Types by tensor name of a plan file; InputError when it is not one."""
-    if path is None:
-        return None
-    if not path.is_file():
-        raise InputError(f"--plan {path}: no such file, expected types by tensor name")
-    document = parse_json(path.read_bytes(), str(path), unique=True)
-    types = document.get("tensors", document)
-    if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
-        raise InputError(f"{path}: expected an object of tensor names and types")
-    return types
 
 
 def check_stem(name: str) -> str:

@@ -200,13 +200,38 @@ class Mxfp4Options(WeightsOptions):
 
 
 @dataclass(frozen=True)
-class GgufOptions(TextOptions):
-    """Options of `gguf`. type: any mix of llama-quantize; tensor_type: REGEX=TYPE; max_part_size: bytes."""
+class BudgetOptions(TextOptions):
+    """What a planned artifact may take; size: bytes of the file."""
 
     text_only: bool = option(False, TEXT_ONLY)
+    size: int | None = option(None, "Largest file, for example 98GB or 98GiB.", kind="size")
+    target: str | None = option(
+        None, "A machine: a target of `mmquant fit` (24GB+96GB, 128GB-unified ...), or CARD+RAM.", metavar="CARD+RAM"
+    )
+    target_context: int = option(32768, "Tokens that the target holds in its cache (f16).", least=256)
+    sensitivity: Path | None = option(
+        None, "What `plan` measured (sensitivity.json); default: measured now, and kept.", kind="path"
+    )
+    judged_windows: int | None = option(
+        None, "Windows of the text that judge the plan; default 24 for the demo, else 4.", least=1
+    )
+
+
+@dataclass(frozen=True)
+class PlanOptions(BudgetOptions):
+    """Options of `plan`: one of size, bits and target."""
+
+    bits: float | None = option(None, "Bits a weight, of all tensors together.", kind="bits")
+    format: str = option("gguf", choices=("gguf",))
+
+
+@dataclass(frozen=True)
+class GgufOptions(BudgetOptions):
+    """Options of `gguf`. type: any mix of llama-quantize; tensor_type: REGEX=TYPE; max_part_size: bytes."""
+
     type: str = option("Q4_K_M", "Any mix of llama-quantize: Q4_K_M, IQ3_XXS ...")
     tensor_type: tuple[str, ...] = option((), "REGEX=TYPE, as in llama-quantize; the first match wins.")
-    plan: Path | None = option(None, "JSON: tensor name -> type, or that under `tensors`.", kind="path")
+    plan: Path | None = option(None, "What `mmquant plan` made, or JSON: tensor name -> type.", kind="path")
     name: str | None = option(None, "Name of the file without .gguf; default: model and type.")
     max_part_size: int = option(48 * 10**9, "Largest file; more become -00001-of-0000N.", kind="size", shown="48GB")
     statistics: Path | None = option(
@@ -223,6 +248,8 @@ class GgufOptions(TextOptions):
         super().__post_init__()
         if self.statistics is not None and (self.text or self.no_calibration):
             raise InputError("--statistics: stands instead of --text, and contradicts --no-calibration")
+        if sum(value is not None for value in (self.plan, self.size, self.target)) > 1:
+            raise InputError("--plan, --size, --target: expected one of them")
 
 
 @dataclass(frozen=True)

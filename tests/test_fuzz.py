@@ -38,7 +38,7 @@ from mmquant.convert.hub.listing import RepoSpec
 from mmquant.convert.hub.push import LEDGER, Ledger
 from mmquant.convert.open import demo_folder, open_source
 from mmquant.errors import MmquantError
-from mmquant.runs.gguf import read_plan
+from mmquant.runs.gguf_plan import read_types
 
 QUICK, LONG = 300, 100_000  # inputs of each kind
 MEMORY = 256 << 20  # growth of the process over all inputs of a kind; the files are below 1 MiB
@@ -147,7 +147,7 @@ KINDS = {
     "progress": Kind(".mmquant-progress.json", lambda path: read_state(path.parent)),
     "manifest": Kind("mmquant.fit.json", lambda path: manifest.read(path.parent), share=4),
     "GGUF header": Kind("imatrix.gguf", read_header, lambda data: 600),
-    "plan": Kind("plan.json", read_plan),
+    "plan": Kind("plan.json", read_types),
     "push ledger": Kind(f"{LEDGER}.hf.me--m.json", ledger),
     "journal": Kind(JOURNAL, lambda path: interrupted(path.parent)),
     "reference logits": Kind("reference", lambda path: StoredReference(path).rows(0, 4), len),

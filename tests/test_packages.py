@@ -39,6 +39,7 @@ LIBRARIES = {
 MODULES = {
     "quantize/ggml/codebook/tables.py": {"gguf"},  # ggml's codebooks of the IQ types
     "convert/hub/http.py": {"urllib3"},  # requests' own transport, for its errors and retries
+    "calibration/plan/knapsack.py": {"scipy"},  # HiGHS
     "runs/evaluation/llamacpp.py": {"xllamacpp"},  # extra: llamacpp
     "runs/evaluation/engines.py": {"vllm"},  # the user's own installation
     "runs/reports/plots.py": {"matplotlib"},  # extra: report

@@ -230,3 +230,11 @@ def tensor_types(
 def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor; the last dimension must be a multiple of the type's block (ValueError)."""
     return math.prod(shape[:-1]) * GGMLType[kind].row_bytes(shape[-1])
+
+
+def data_bytes(geometry: Geometry, types: dict[str, str]) -> int:
+    """Bytes of all tensors of a file, without headers and padding; types: of those that can be quantized."""
+    shapes = all_shapes(geometry)
+    chosen = {name: kind for name, kind in types.items() if name not in shapes or is_quantizable(name, shapes[name])}
+    known = tensor_types(MIXES["F32"], geometry, plan=chosen)
+    return sum(tensor_bytes(known[name], shape) for name, shape in shapes.items())

@@ -79,6 +79,6 @@ def plan_steps(variant: GgufVariant, geometry: Geometry) -> tuple[Step, ...]:
 
 def plan_metadata(source: Source, variant: GgufVariant, importance: Importance | None) -> Metadata:
     """All keys of the first file."""
-    name = variant.stem.removesuffix(f"-{variant.mix.name}")
+    name = variant.stem.removesuffix(f"-{variant.mix.name}").removesuffix("-planned")
     keys = model_metadata(source, name, variant.mix.file_type, importance)
     return keys | provenance_keys(source, variant.settings)

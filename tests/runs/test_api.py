@@ -29,6 +29,7 @@ from mmquant.runs.options import (
     Fp8Options,
     GgufOptions,
     Int4Options,
+    PlanOptions,
     PullOptions,
     PushOptions,
 )
@@ -41,6 +42,7 @@ OPTIONS = {
     "calibrate": CalibrateOptions,
     "eval": EvalOptions,
     "doctor": DoctorOptions,
+    "plan": PlanOptions,
     "pull": PullOptions,
     "push": PushOptions,
 }

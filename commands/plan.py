@@ -1,0 +1,56 @@
+"""`mmquant plan`: choose types for a size or a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..runs.options import PlanOptions
+from .options import TEXT, json_option, model_option, options_of, out_option, refuse_without_effect
+from .options_fetch import fetch_options
+
+if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
+
+
+@click.command(short_help="The best GGUF types for a size or a machine, measured.")
+@model_option()
+@out_option()
+@options_of(PlanOptions)
+@fetch_options()
+@click.option("--explain", is_flag=True, help="Also what every matrix got, and what the next type would change.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the plan to this file (needs matplotlib).")
+@json_option()
+def command(
+    model: str,
+    out: Path,
+    options: PlanOptions,
+    device: str,
+    fetch: FetchOptions,
+    explain: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Choose a type for every matrix, so that the predicted distance to the original is least within a budget.
+
+    What each type costs is measured on the model, once: sensitivity.json in --out. The plan is plan.json there, for
+    `mmquant gguf --plan`.
+
+    Example: mmquant plan --model demo --size 7MB --out ./m27-plan
+    """
+    import json
+
+    from ..runs.plan import plan
+
+    if options.sensitivity is not None:
+        refuse_without_effect("with --sensitivity, which stands for the text", *TEXT, "seed", "judged_windows")
+    if options.target is None:
+        refuse_without_effect("without --target", "target_context")
+    found = plan(model, out, options, device=device, fetch=fetch)
+    if plot is not None:
+        from ..runs.plan_plot import draw
+
+        draw(found.plan, plot)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines(explain)))
