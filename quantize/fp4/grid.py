@@ -24,7 +24,7 @@ from ..integer.descent import descend
 from ..integer.gptq import Panel, Solved
 from ..integer.grid import IntWeight, groups_of, search_weights
 from ..linear_algebra import full_float32
-from .levels import LARGEST, LEVELS, nearest
+from .levels import LEVELS, nearest
 
 LARGEST_SCALE, LEAST_SCALE = 448.0, 2.0**-6  # of E4M3; the least that no kernel loses
 TINY = 2.0**-100  # scale of a block of zeros, before it gets the matrix's least
@@ -141,6 +141,3 @@ def _fused() -> ModuleType:
     from . import panel_triton
 
     return panel_triton
-
-
-__all__ = ["LARGEST", "MXFP4", "NVFP4", "Fp4Grid", "round_columns"]
