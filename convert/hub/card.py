@@ -232,6 +232,9 @@ def _command(run: dict[str, Any], source: str, name: str) -> str:
     for key in ("scheme", "method", "type"):
         if isinstance(run.get(key), str):
             words += [f"--{key}", run.pop(key)]
+    if isinstance(run.get("experts"), int):  # of each layer so many stay; the file lies in the folder
+        del run["experts"]
+        words += ["--experts-kept", "experts_kept.json"]
     return f"{name}:\n\n```\nmmquant {shlex.join(words)}\n```"
 
 
