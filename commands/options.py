@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +146,7 @@ def begin(out: Path, dry_run: bool) -> Path | None:
     """The folder in which the command may work from now on: cleared for --fresh, None for a dry run."""
     if dry_run:
         return None
-    if click.get_current_context().meta["mmquant.fresh"]:
+    if click.get_current_context().meta["mmquant.fresh"] and os.environ.get("RANK", "0") == "0":
         from ..runs.place import start_over
 
         start_over(out)
@@ -153,8 +154,9 @@ def begin(out: Path, dry_run: bool) -> Path | None:
 
 
 def show(result: Quantized) -> None:
-    """The line of a result on stdout; then, of a dry run, what the real run would stop at."""
-    click.echo(result.line)
+    """The line of a result on stdout, once under torchrun; then, of a dry run, what the real run would stop at."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(result.line)
     if result.refusal is not None:
         raise result.refusal
 

@@ -17,6 +17,8 @@ from mmquant import __version__
 from mmquant.errors import FitError, InputError
 from mmquant.monitor import phase
 
+from ..calibration.model.distributed import world
+from ..calibration.model.divided import from_owner
 from ..calibration.statistics.live import SharedPass
 from ..convert import manifest
 from ..convert.carried import carried_files
@@ -93,10 +95,12 @@ class FolderJob:
             self.run["experts"] = len(source.kept[0])
         if provider is not None:
             self.run |= provider.run()
-        self.finished = is_finished(out, self.run)
+        self.first = world()[0] == 0  # the rank that writes
+        self.finished = from_owner(lambda: is_finished(out, self.run))
         self.uses = [provider] if isinstance(provider, SharedPass) else []
         self.steps = len(self.prepared.steps)
         self._writer: FolderWriter | None = None
+        self._done = 0  # of the first rank, on the others
 
     @property
     def writer(self) -> FolderWriter:
@@ -107,7 +111,7 @@ class FolderJob:
     @property
     def done(self) -> int:
         """Steps that are durable."""
-        return self.writer.done
+        return self.writer.done if self.first else self._done
 
     @property
     def bytes(self) -> int:
@@ -116,10 +120,16 @@ class FolderJob:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the folder; the plan of an unfinished run is compared, and its files are."""
+        """Hold the folder; the plan of an unfinished run is compared, and its files are. Other ranks hear of it."""
+        if not self.first:
+            self._done = from_owner(lambda: 0)  # what the first rank says
+            with self.source.schedule.kept(self.behind):
+                yield
+            return
         with claim(self.out, self.run):
             self._writer = FolderWriter(self.out, self.prepared.steps, self.run, self.limit)
             check_disk(self.out, self.writer.bytes - written_bytes(self.out), self.source)
+            from_owner(lambda: self.writer.done)
             try:
                 with self.source.schedule.kept(self.behind):
                     yield
@@ -127,11 +137,18 @@ class FolderJob:
                 self.writer.close()
 
     def step(self, step: int) -> None:
-        """Make the tensors of one step, and write them durably."""
-        self.writer.write(step, step_tensors(self.source, self.variant, step, self.device, self.provider))
+        """Make the tensors of one step, and write them durably. Other ranks help where there is something to solve."""
+        if self.first:
+            self.writer.write(step, step_tensors(self.source, self.variant, step, self.device, self.provider))
+            return
+        if self.provider is not None and 1 <= step <= self.source.geometry.layers:
+            step_tensors(self.source, self.variant, step, self.device, self.provider)
+        self._done = step + 1
 
     def finish(self) -> Path:
         """Index and small files, the check as an engine reads, the manifest."""
+        if not self.first:
+            return self.out
         source, variant, out = self.source, self.variant, self.out
         names = self.writer.finish(self.small_files())
         check_written(out, source, self.device, variant.quantization_config(source) is not None)

@@ -20,6 +20,8 @@ from ..calibration.gguf.run import CalibratedRun, Calibration, plan_memory
 from ..calibration.gguf.run_fast import FastRun
 from ..calibration.gguf.run_nearest import NearestRun
 from ..calibration.gguf.run_stored import Stored, StoredRun, open_stored
+from ..calibration.model.distributed import barrier, world
+from ..calibration.model.divided import from_owner
 from ..calibration.model.stream import forget
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
@@ -133,7 +135,8 @@ class GgufJob:
         self.plan = make_plan(source, variant, importance)
         self.run = run_of(source, variant) | (calibration.run() if calibration else {})
         self.path, self.steps = out / self.plan.parts[0].name, len(self.plan.steps)
-        self.finished, self.done = is_finished(out, self.run), 0
+        self.first = world()[0] == 0  # the rank that writes
+        self.finished, self.done = from_owner(lambda: is_finished(out, self.run)), 0
         self.uses: list[Shared] = []
         self.provider: TensorProvider | None = None
         self._writer: GgufWriter | None = None
@@ -156,14 +159,21 @@ class GgufJob:
     def open(self) -> Iterator[None]:
         """Hold the folder, and take up what an unfinished run left."""
         assert self.provider is not None
+        if not self.first:
+            self.done = from_owner(lambda: 0)  # what the first rank says
+            self.provider.begin(self.done)
+            barrier()
+            yield
+            return
         with claim(self.out, self.run):
             check_disk(self.out, self.plan.bytes - written_bytes(self.out), self.source)
             self._writer = writer = GgufWriter(self.out, self.plan.parts, self.run)
             first = self.plan.first_step(writer.done)
             if first is None:
                 raise damaged(writer.progress.path, f"{writer.done} tensors are done", "whole steps")
-            self.done = first
+            self.done = from_owner(lambda: first)
             self.provider.begin(first)
+            barrier()  # every rank has read what the first may delete
             try:
                 yield
             finally:
@@ -172,11 +182,17 @@ class GgufJob:
     def step(self, step: int) -> None:
         """Make the tensors of one step, and write them durably."""
         assert self.provider is not None
-        write_step(self.writer, self.provider, step)
+        if self.first:
+            write_step(self.writer, self.provider, step)
+        elif isinstance(self.provider, CalibratedRun):
+            for _ in self.provider.tensors(step):  # the first rank keeps the streams
+                pass
         self.done = step + 1
 
     def finish(self) -> Path:
         """The licence beside the file, the check, the manifest."""
+        if not self.first:
+            return self.path
         source, out, plan = self.source, self.out, self.plan
         paths = self.writer.finish()
         entries = [FileEntry(p.name, p.stat().st_size, self.writer.sha256[p.name]) for p in paths]

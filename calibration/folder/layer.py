@@ -22,6 +22,7 @@ from ...quantize.integer.gptq import DAMPING, GptqGrid, Grid, Solved, gptq_quant
 from ...quantize.integer.grid import IntWeight, dequantize, join_weights, rows_of, select
 from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
 from ...quantize.overflow import rescale_exponents, scale_pair
+from ..model.divided import divided
 from ..statistics.layer import LayerStatistics
 from .awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
 from .report import LayerReport, make_report
@@ -121,10 +122,11 @@ def quantize_layer(
     if options.method == "awq":
         scale, plain = equalize_norm(weights, statistics, options)
     pools = (pooled(statistics.expert_in), pooled(mid))
-    found: list[tuple[Solved, Solved]] = []
     rounded = empty_rounded(weights) if options.sign_rounded else {}
     memory = options.memory if options.memory is not None else working_memory(device)
-    for chosen in expert_chunks(weights, memory):
+
+    def solve_chunk(chosen: range) -> tuple[Solved, Solved]:
+        """w1 and w3 stacked, and w2, of some experts."""
         part = slice(chosen.start, chosen.stop)
         w1, w3, w2 = (matrices[part].float() for matrices in (weights.w1, weights.w3, weights.w2))
         w3, w2 = scale_pair(w3, w2, exponents[part])
@@ -133,9 +135,13 @@ def quantize_layer(
             between = expert_pairs(w2, shrunk(mid, options.shrinkage, part, pools[1]), options.integers)
             w3, w2 = w3 / between.unsqueeze(-1), w2 * between.unsqueeze(-2)
         second = solve(w2, mid, part, options, between, pools[1])
-        first = solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0])
+        return solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0]), second
+
+    chunks = list(expert_chunks(weights, memory))
+    found: list[tuple[Solved, Solved]] = []
+    for chosen, (first, second) in zip(chunks, divided(chunks, solve_chunk), strict=True):
         for names, solved in ((("w1", "w3"), first), (("w2",), second)):
-            keep_rounded(rounded, names, part, solved)
+            keep_rounded(rounded, names, slice(chosen.start, chosen.stop), solved)
         found.append((dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)))
     experts = _joined(found, weights.w1.shape[1])
     report = make_report(layer, statistics, exponents, found)

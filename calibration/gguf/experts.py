@@ -15,6 +15,7 @@ from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ...quantize.ggml.types import GGMLType
 from ...quantize.overflow import rescale_exponents
+from ..model.divided import divided
 from .moments import Pair, each_pooled
 from .solve import Method, Report, solve_part
 from .streams import (
@@ -81,13 +82,21 @@ class Experts:
 
     def _solve(self, names: tuple[str, ...], kept: range, pair: Pair) -> None:
         roles, step = [EXPERT_TENSORS[name] for name in names], self.streams.plan(self.g).step
-        for start in range(kept.start, kept.stop, step):
+        dtype = getattr(self.new, roles[0]).dtype
+
+        def solve(start: int) -> tuple[np.ndarray, Tensor, Tensor]:
+            """Bytes, values, and which of `step` experts' matrices were rounded without feedback."""
             few = slice(start, min(kept.stop, start + step))
             source = rescaled(experts_of(self.weights, range(few.start, few.stop)), self.exponents[few])
             part = slice(few.start - kept.start, few.stop - kept.start)
             weight = torch.cat([getattr(source, role) for role in roles], 1)
             with naming(" and ".join(names)):
                 found = solve_part(weight, self.kinds[names[0]], pair, part, self.method, len(names))
+            return found[0], found[1].to(dtype), found[2]
+
+        starts = range(kept.start, kept.stop, step)
+        for start, found in zip(starts, divided(starts, solve), strict=True):
+            few = slice(start, min(kept.stop, start + step))
             data, values = np.split(found[0], len(names), 1), found[1].chunk(len(names), 1)
             for index, (name, role) in enumerate(zip(names, roles, strict=True)):
                 self.out[name][few], getattr(self.new, role)[few] = data[index], values[index]

@@ -25,6 +25,7 @@ from ...convert.models.geometry import Geometry
 from ...convert.source import read_layer
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
+from ..model.divided import from_owner
 from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving, load_states, save_states
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest
@@ -103,7 +104,8 @@ class CalibratedRun(TensorProvider):
         self.source, self.plan, self.calibration, self.device, self.folder = source, plan, calibration, device, folder
         self.method, self.dtype, self.report = METHODS[calibration.effort], default_dtype(device), Report()
         windows, length = calibration.tokens.shape
-        self.memory = plan_memory(source.geometry, windows, length, device, others)
+        # One plan for all ranks: what is free differs, the pieces that are divided must not.
+        self.memory = from_owner(lambda: plan_memory(source.geometry, windows, length, device, others))
         shape = (windows, length, source.geometry.hidden)
         self.reference = reference or SharedReference(shape, self.memory.place, folder)
         self.user = self.reference.join()

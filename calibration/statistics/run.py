@@ -63,7 +63,6 @@ def writer_of(
         options.collect,
         propagate=through.fingerprint if through is not None else "reference",
         dtype=str(options.dtype).removeprefix("torch."),
-        ranks=world()[1],
     )
     return StatisticsWriter(folder, identity, source.label, dtype)
 
