@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def vllm_logits(folder: Path, tokens: Tensor, backend: str | None) -> Tensor:
         max_model_len=CONTEXT + 1,
         enforce_eager=True,
         attention_backend=backend,
-        gpu_memory_utilization=0.2,
+        gpu_memory_utilization=0.1,  # several of these may share the card
+        kv_cache_memory_bytes=2**30,
         trust_remote_code=False,
         enable_prefix_caching=False,
         max_num_batched_tokens=8 * CONTEXT,
@@ -127,7 +129,8 @@ def main() -> None:
             theirs = vllm_logits(folder, tokens, given.attention_backend)
             numbers = f"{distance(ours, theirs):.4f} | {distance(ours, half):.4f}"
         except Exception as error:  # one folder that does not load must not hide the others
-            numbers = f"{type(error).__name__}: {str(error).strip()[-300:]} |"
+            traceback.print_exc()
+            numbers = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]} |"
         print(f"| {name} | {numbers} | {time.monotonic() - started:.0f} |", flush=True)
 
 
