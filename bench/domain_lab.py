@@ -17,6 +17,8 @@ import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import torch
 from torch import Tensor
 
+from mmquant.calibration.folder.high import LearnOptions, advance, learn_layer
+from mmquant.calibration.folder.high import streams as learning_streams
 from mmquant.calibration.folder.layer import LayerOptions, as_read_back
 from mmquant.calibration.folder.layer import quantize_layer as quantize_int4
 from mmquant.calibration.gguf.layer import quantize_head, quantize_layer
@@ -234,15 +236,26 @@ class Lab:
         return self.outside, layers
 
     def int4(self, options: LayerOptions, tokens: Tensor) -> Whole:
-        """INT4 by us (or rounded to nearest), attention as the options say; the head and embeddings stay."""
+        """INT4 by us, attention as the options say; the head and embeddings stay (high effort repairs routers)."""
         stream = Stream(self.source, tokens, device=self.device, dtype=self.dtype, batch=self.batch, folder=None)
         stream.start(0)
-        collect = Collect(full=options.full)
+        reference, learning = HiddenStates(*stream.hidden.shape, device=self.device), LearnOptions()
+        reference.all().copy_(stream.hidden.all())
+        collect, learned = Collect(full=options.full), options.sign_rounded
         domain, layers = torch.zeros(len(tokens), dtype=torch.int64), []
+        plan = plan_moments(self.g, collect, 1 << 40)
         for number, exact in enumerate(self.layers):
             weights = self.layer(number)
-            statistics = calibrate_layer(stream, weights, domain, 1, collect, plan_moments(self.g, collect, 1 << 40))
-            layers.append(as_read_back(exact, quantize_int4(number, weights, statistics, options, self.g)))
+            statistics = calibrate_layer(
+                stream, weights, domain, 1, collect, plan, advance=not learned, hold=options.full and not learned
+            )
+            made = quantize_int4(number, weights, statistics, options, self.g)
+            if learned:
+                both = learning_streams(reference, stream.hidden, learning, torch.device(self.device))
+                made, _ = learn_layer(weights, self.g, made, both, learning)
+                stream.advance(as_read_back(weights, made))
+                advance(weights, self.g, reference)
+            layers.append(as_read_back(exact, made))
             gc.collect()
         return self.outside, layers
 

@@ -35,7 +35,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 KINDS = ["Q4_K", "Q2_K", "Q6_K", "IQ4_XS", "IQ3_XXS", "IQ2_XXS"]
 LAYERS = 62
-PARTS = {"correct": ("moments", "corrected"), "factor": ("factor",), "columns": ("encode_with_feedback",)}
+PARTS = {
+    "correct": ("moments", "corrected"),
+    "factor": ("factor", "factor_blocks"),
+    "columns": ("encode_with_feedback", "encode_blocks_with_feedback"),
+}
 
 
 @dataclass
@@ -62,7 +66,8 @@ class Clock:
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """The parts of `solve` go through `timed`."""
-        both = [(module, name) for module in (feedback, iquant_feedback) for name in ("factor", "encode_with_feedback")]
+        both = [(feedback, "factor"), (feedback, "encode_with_feedback")]
+        both += [(iquant_feedback, "factor_blocks"), (iquant_feedback, "encode_blocks_with_feedback")]
         places = [(gguf_solve, "corrected"), (Method, "moments"), *both]
         before = [getattr(owner, name) for owner, name in places]
         for (owner, name), function in zip(places, before, strict=True):
@@ -77,14 +82,15 @@ class Clock:
         return sum(self.seconds.get(one, 0.0) for one in PARTS[name])
 
 
-def pair_of(experts: int, n: int, device: str) -> Pair:
+def pair_of(experts: int, n: int, device: str, outputs: int = 0) -> Pair:
     """Sums over 2 n rows for each expert, drawn one expert at a time; the written input is 0.98 of the reference's."""
-    pair = Pair.empty(experts, n, device)
+    pair = Pair.empty(experts, n, device, outputs)
     mixing = torch.randn(n // 4, n, device=device) / (n // 4) ** 0.5  # inputs of a model are correlated
     for expert in range(experts):
         z = torch.randn(2 * n, n // 4, device=device) @ mixing + 0.3 * torch.randn(2 * n, n, device=device)
         z *= torch.rand(n, device=device).add(0.1)
-        pair.add(expert, z / 0.98, z)
+        lacking = 0.02 * torch.randn(2 * n, outputs, device=device) if outputs else None
+        pair.add(expert, z / 0.98, z, d=lacking)
     return pair
 
 
@@ -94,7 +100,8 @@ def loss(data: torch.Tensor, weight: torch.Tensor, pair: Pair, kind: GGMLType, m
     first, exact, pooled = slice(0, 1), weight[:1].float(), pair.pooled()
     own, cross = method.moments(pooled, first)
     share = correction_share(exact, exact.shape[1], pooled, first, method)
-    target = exact + (1.0 if share is None else float(share)) * (corrected(exact, own, cross, method.damping) - exact)
+    better = corrected(exact, own, cross, method.damping, method.drift(pooled, first))
+    target = exact + (1.0 if share is None else float(share)) * (better - exact)
     error = decode(data[0], kind, target.shape[2]) - target[0]
     return float(((error @ own[0]) * error).sum() / ((target[0] @ own[0]) * target[0]).sum())
 
@@ -141,7 +148,7 @@ def main() -> None:
     sums: dict[tuple[str, int], float] = {}
     for role, rows, n in (("w1+w3", 2 * width, hidden), ("w2", hidden, width)):
         weight = (torch.randn(options.experts, rows, n, device=device) * 0.02).bfloat16()
-        pair = pair_of(options.experts, n, device)
+        pair = pair_of(options.experts, n, device, hidden if role == "w2" else 0)
         for kind in options.kind:
             for passes in options.passes:
                 method = replace(METHODS["default"], passes=passes)

@@ -25,6 +25,7 @@ class Moments:
     amax            [E]       largest |x|
     sum32, sum16    [E]       largest |sum over an aligned block of 32 or 16 inputs| (what Q8_1 keeps in float16)
     nonfinite       [E]       rows that held NaN or infinity (left out of every sum)
+    held            [E, R, n] s x of rows that are in no sum, zero where there are too few; None when none were kept
 
     All float32.
     """
@@ -38,6 +39,7 @@ class Moments:
     sum32: Tensor
     sum16: Tensor
     nonfinite: Tensor
+    held: Tensor | None = None
 
     @property
     def inputs(self) -> int:

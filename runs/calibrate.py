@@ -138,7 +138,7 @@ def pass_of(options: WeightsOptions, device: str, hidden: bool, full: bool) -> P
     from ..calibration.statistics.live import PassOptions, default_dtype
 
     propagate = options.propagate or ("quantized" if hidden else "reference")
-    return PassOptions(Collect(full), propagate, device, default_dtype(device))
+    return PassOptions(Collect(full), propagate, device, default_dtype(device), hold=full and not hidden)
 
 
 def pass_options(source: Checkpoint, options: CalibrateOptions, device: str) -> PassOptions:

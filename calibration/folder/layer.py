@@ -25,10 +25,11 @@ from ...quantize.overflow import rescale_exponents, scale_pair
 from ..model.divided import divided
 from ..statistics.layer import LayerStatistics
 from .awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
+from .guard import guarded
 from .report import LayerReport, make_report
 
 METHODS = ("gptq", "awq", "rtn")
-PRIOR, SAMPLING = 4.0, 4.0
+PRIOR, FLOOR, SAMPLING = 16.0, 0.2, 4.0
 EFFORTS = ("fast", "default", "high")
 WORKING_MATRICES = 7  # float32 [O, I] or [I, I] matrices that a solve holds for each expert
 ATTENTION_BITS = 4  # also in layers whose experts keep more
@@ -41,7 +42,7 @@ class LayerOptions:
     """How a layer is quantized.
 
     shrinkage  strength of the pool (quantize/moments.py) in diagonals and what AWQ scales by; prior: in what GPTQ feeds
-               errors back under, sampling: its ridge (`feedback_moments`)
+               errors back under; floor, sampling: its ridge (`feedback_moments`)
     memory  working bytes beside the layer, its moments and its codes; None: by the device (`working_memory`)
     """
 
@@ -52,6 +53,7 @@ class LayerOptions:
     damping: float = DAMPING
     shrinkage: float = 1.0
     prior: float = PRIOR
+    floor: float = FLOOR
     sampling: float = SAMPLING
     memory: int | None = None
     seed: int = 0
@@ -135,7 +137,7 @@ def quantize_layer(
             between = expert_pairs(w2, shrunk(mid, options.shrinkage, part, pools[1]), options.integers)
             w3, w2 = w3 / between.unsqueeze(-1), w2 * between.unsqueeze(-2)
         second = solve(w2, mid, part, options, between, pools[1])
-        return solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0]), second
+        return solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0], 2), second
 
     chunks = list(expert_chunks(weights, memory))
     found: list[tuple[Solved, Solved]] = []
@@ -151,6 +153,8 @@ def quantize_layer(
         four = dataclasses.replace(options, grid=attention_grid(options.grid))
         solved, changed, values = quantize_attention(weights, statistics, four, geometry)
         attention = {name: select(one.weight, 0) for name, one in solved.items()}
+        plainly = [name for name, one in solved.items() if one.plain is not None and bool(one.plain.any())]
+        report = dataclasses.replace(report, plain=(*report.plain, *plainly))
         plain |= changed
         place = compensated_place(device)
         rounded |= {n: one.compensated[0].to(place) for n, one in solved.items() if one.compensated is not None}
@@ -187,10 +191,12 @@ def solve(
     options: LayerOptions,
     scale: Tensor | float = 1.0,
     pool: Tensor | None = None,
+    stacked: int = 1,
 ) -> Solved:
     """One chunk of matrices [E, O, I] float32 by the options' method; inputs are divided by `scale` [I], [E, I].
 
-    pool: that of `moments`, when it is known. What GPTQ rounded is kept for learning.
+    pool: that of `moments`, when it is known; stacked: how many matrices each is, by rows. What GPTQ rounded is kept
+    for learning. Held-out rows of the moments are asked about the rest.
     """
     grid = options.grid
     if not options.compensated:
@@ -204,20 +210,25 @@ def solve(
     if isinstance(scale, Tensor):
         second = second / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     solved = gptq_quantize(weight, second, grid, options.damping, keep=options.sign_rounded)
-    return grid.refit(weight, solved, second)
+    solved = grid.refit(weight, solved, second)
+    if moments.held is None:
+        return solved
+    rows = moments.held[part].to(weight.device)
+    rows = rows / scale.unsqueeze(-2) if isinstance(scale, Tensor) else rows
+    return guarded(weight, solved, grid, (second.diagonal(dim1=-2, dim2=-1), rows), 1 if grid.shared else stacked)
 
 
 def feedback_moments(moments: Moments, options: LayerOptions, part: slice, pool: Tensor | None) -> Tensor:
     """Mean second moments [E, n, n] that errors are fed back under.
 
     What few rows say off the diagonal is noise, so they lean on the layer's pool and get a ridge of
-    sampling * n / rows of the mean diagonal (at most 1).
+    floor + sampling * n / rows of the mean diagonal (at most 1).
     """
     second = shrunk(moments, options.prior, part, pool)
     n, rows = moments.inputs, moments.count[part]
     rows = rows + options.prior * n * (moments.matrices > 1)
     diagonal = second.diagonal(dim1=-2, dim2=-1)
-    ridge = (options.sampling * n / rows.clamp(min=1.0)).clamp(max=1.0) * diagonal.mean(-1)
+    ridge = (options.floor + options.sampling * n / rows.clamp(min=1.0)).clamp(max=1.0) * diagonal.mean(-1)
     diagonal.add_(ridge.unsqueeze(-1))
     return second
 
@@ -317,6 +328,7 @@ def scaled_moments(moments: Moments, power: Tensor) -> Moments:
         moments,
         second=None if moments.second is None else moments.second * square.view(-1, 1, 1),
         diagonal=moments.diagonal * square.unsqueeze(-1),
+        held=None if moments.held is None else moments.held * factor.view(-1, 1, 1),
         plain_diagonal=moments.plain_diagonal * square.unsqueeze(-1),
         amax=moments.amax * factor,
         sum32=moments.sum32 * factor,

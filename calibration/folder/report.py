@@ -16,7 +16,10 @@ LEAST_ROWS = 32  # an expert that saw fewer is reported
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What the user should know of a layer: experts without calibration, hard factorizations, rescaled experts."""
+    """What the user should know of a layer.
+
+    Experts without calibration, hard factorizations, matrices that feedback made worse, rescaled experts.
+    """
 
     layer: int
     unseen: tuple[int, ...] = ()
@@ -24,6 +27,7 @@ class LayerReport:
     damped: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
     rescaled: dict[int, int] = field(default_factory=dict)
+    plain: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """One line per finding."""
@@ -35,6 +39,9 @@ class LayerReport:
             yield f"layer {self.layer}: {_some(self.damped)} needed more damping"
         if self.rounded:
             yield f"layer {self.layer}: {_some(self.rounded)} could not be factored and were rounded to nearest"
+        if self.plain:
+            said = "rounded without error feedback, which held-out rows say is worse"
+            yield f"layer {self.layer}: {_some(self.plain)} {said}"
         for expert, power in self.rescaled.items():
             yield f"layer {self.layer}: expert {expert} overflowed float16; w3 * 2^-{power}, w2 * 2^{power}"
 
@@ -63,4 +70,19 @@ def make_report(
         tuple(damped),
         tuple(rounded),
         {e: int(powers[e]) for e in powers.nonzero().flatten().tolist()},
+        tuple(plainly_rounded(solved)),
     )
+
+
+def plainly_rounded(solved: list[tuple[Solved, Solved]]) -> Iterator[str]:
+    """Names of the matrices that held-out rows turned away from error feedback."""
+    for index, names in enumerate((("w1", "w3"), ("w2",))):
+        parts = [part[index].plain for part in solved]
+        first = 0
+        for plain in parts:
+            if plain is None:
+                return
+            for expert, matrix in plain.nonzero().tolist():
+                which = names[matrix] if plain.shape[1] == len(names) else "+".join(names)
+                yield f"{which} of expert {first + expert}"
+            first += len(plain)

@@ -52,7 +52,7 @@ class CalibratedWeights(WeightsVariant):
         """Everything that decides the bytes, apart from the source."""
         o = self.options
         settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
-        settings |= {"prior": o.prior, "sampling": o.sampling}
+        settings |= {"prior": o.prior, "floor": o.floor, "sampling": o.sampling}
         if o.sign_rounded:
             settings |= {"steps": self.learning.steps, "tokens": self.learning.tokens}
         return {**super().run(), "method": o.method, **settings}

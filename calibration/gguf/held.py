@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ...quantize.ggml.codec import decode, encode
 from ...quantize.ggml.types import GGMLType
+from ..statistics.held import FEWEST, HELD, STRIDE
 
-HELD, STRIDE = 128, 16  # rows at most, every which row of a matrix
-FEWEST = 16  # rows that decide anything
 SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compared
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...quantize.linear_algebra import cholesky, full_float32
 from .held import Held
 
-PRIOR = 4.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
+PRIOR = 16.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
 # Ridge of both moments, as shares of the mean diagonal: for text of another kind, and at one row per input.
 FLOOR, SAMPLING = 0.2, 6.0
 TINY = torch.finfo(torch.float32).tiny

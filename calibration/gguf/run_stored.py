@@ -36,10 +36,11 @@ from ..statistics.live import default_dtype
 from ..statistics.store import StoredStatistics, open_statistics
 from .encode import encode_tensors
 from .layer import ROLES
-from .moments import PRIOR, Pair
+from .moments import Pair
 from .provider import TensorProvider
 from .solve import METHODS, Method, Report, solve
 
+DIAGONAL_PRIOR = 4.0  # strength of the pool in importance, in rows per input
 INPUT_OF = {
     "attn_q": "attention_in",
     "attn_k": "attention_in",
@@ -224,6 +225,6 @@ def encode_matrices(weight: Tensor, kind: GGMLType, moments: Moments, method: Me
         second = moments.second.to(weight.device)
         pair = Pair(second, second, moments.weight.to(weight.device), moments.count.to(weight.device))
         return solve(weight, kind, pair, method)[0]
-    importance = shrunk_diagonal(moments, PRIOR).to(weight.device)
+    importance = shrunk_diagonal(moments, DIAGONAL_PRIOR).to(weight.device)
     parts = [encode(rows.float(), kind, chosen).cpu().numpy() for rows, chosen in zip(weight, importance, strict=True)]
     return np.stack(parts)

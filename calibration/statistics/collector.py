@@ -18,6 +18,7 @@ from mmquant.errors import InputError
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ..model.forward import Observer, Routing, biased
+from .held import HeldRows
 from .layer import MARGIN_BINS, LayerStatistics, RoutingStatistics
 from .sums import Sums, abs_max, add_gram, column_squares, expanded, row_extremes, scaled_rows
 
@@ -48,7 +49,8 @@ class Collector(Observer):
     """Sums the statistics of one layer over the batches of a pass.
 
     `kept` limits the experts whose second moments this pass sums (the others need another pass); `first` is False for
-    such further passes, which sum nothing else.
+    such further passes, which sum nothing else. `hold`: some rows are left out of the sums (held.py), which are routed
+    and full then.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Collector(Observer):
         domains: int,
         kept: range | None = None,
         first: bool = True,
+        hold: bool = False,
     ) -> None:
         g, device = geometry, weights.router.device
         self.layer, self.weights, self.geometry, self.collect = layer, weights, geometry, collect
@@ -72,6 +75,11 @@ class Collector(Observer):
             1 if self.shared else g.experts, g.hidden, full, every if self.shared else self.kept, device
         )
         self.expert_mid = Sums(g.experts, g.expert_width, full, self.kept, device)
+        self.held: dict[str, HeldRows] = {}
+        if hold and full and not self.shared:
+            sizes = {"attention_in": g.hidden, "attention_out": g.heads * g.head_dim}
+            self.held = {name: HeldRows.empty(1, {"x": n}, device) for name, n in sizes.items()}
+            self.held["experts"] = HeldRows.empty(g.experts, {"x": g.hidden, "h": g.expert_width}, device)
         self.load = torch.zeros(domains, g.experts, device=device)
         self.coactivation = torch.zeros(g.experts, g.experts, device=device)
         self.margins = torch.zeros(MARGIN_BINS, device=device)
@@ -91,7 +99,7 @@ class Collector(Observer):
     def attention_input(self, x: Tensor) -> None:
         """Sum what q, k and v see."""
         if self.first:
-            self._single(self.attention_in, x, "input of q, k, v")
+            self._single(self.attention_in, x, "input of q, k, v", self.held.get("attention_in"))
 
     def keys_values(self, k: Tensor, v: Tensor) -> None:
         """Keep the largest magnitudes that a KV cache stores."""
@@ -104,16 +112,22 @@ class Collector(Observer):
     def attention_output(self, x: Tensor) -> None:
         """Sum what o sees."""
         if self.first:
-            self._single(self.attention_out, x, "input of o_proj")
+            self._single(self.attention_out, x, "input of o_proj", self.held.get("attention_out"))
 
-    def _single(self, sums: Sums, x: Tensor, what: str) -> None:
-        """Rows that the one matrix of `sums` sees, unweighted."""
+    def _single(self, sums: Sums, x: Tensor, what: str, held: HeldRows | None = None) -> None:
+        """Rows that the one matrix of `sums` sees, unweighted; some of them go to `held` instead."""
         values = row_extremes(x)
         x, values, good = self._finite(x, values, what, None)
+        bad = 0.0 if good is None else (~good).sum()
+        if held is not None:
+            keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            keep[held.take(0, None, x=x)] = False
+            x = x * keep.unsqueeze(1)
+            good = keep if good is None else good & keep
         rows = float(x.shape[0]) if good is None else good.sum()
         sums.count += rows
         sums.weight += rows
-        sums.nonfinite += x.shape[0] - rows
+        sums.nonfinite += bad
         squares = column_squares(x)
         sums.plain += squares
         sums.diagonal += squares
@@ -212,7 +226,20 @@ class Collector(Observer):
         """Sum what the experts see, and their outputs' norms."""
         counts = torch.tensor(offsets, device=x.device).diff()
         owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), counts, output_size=len(token))
-        row_weight = self.row_weight[token, slot]
+        row_weight = self._hold(x, h, self.row_weight[token, slot], offsets)
+        if self.held and self.first:  # _token_level counted all rows
+            lost = self.row_weight[token, slot].square() - row_weight.square()
+            self.expert_in.weight -= self._by_expert(lost, token, owner).sum(0)
+            self.weight4 -= self._by_expert(lost.square(), token, owner).sum(0)
+        self._experts(x, h, y, (token, slot, offsets), row_weight)
+
+    def _experts(
+        self, x: Tensor, h: Tensor, y: Tensor, place: tuple[Tensor, Tensor, list[int]], row_weight: Tensor
+    ) -> None:
+        """Sums over routed rows; place: token, slot and offsets of `experts`, row_weight [R]: what a row counts."""
+        token, slot, offsets = place
+        counts = torch.tensor(offsets, device=x.device).diff()
+        owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), counts, output_size=len(token))
         if self.first:
             norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0)
             self.saliency += self._by_expert(norm * self.routing.weights[token, slot], token, owner).sum(0)
@@ -227,6 +254,16 @@ class Collector(Observer):
         if self.first:
             self._mid_extremes(values, live, row_weight, token, owner)
         self._row_sums(x, h, row_weight * live, offsets)
+
+    def _hold(self, x: Tensor, h: Tensor, row_weight: Tensor, offsets: list[int]) -> Tensor:
+        """The rows' weights, zero for those that are held out."""
+        if not self.held:
+            return row_weight
+        row_weight = row_weight.clone()
+        for expert, (start, stop) in enumerate(pairwise(offsets)):
+            mine = slice(start, stop)
+            row_weight[mine][self.held["experts"].take(expert, row_weight[mine], x=x[mine], h=h[mine])] = 0.0
+        return row_weight
 
     def _by_expert(self, values: Tensor, token: Tensor, owner: Tensor) -> Tensor:
         """Values [R] of routed rows of consecutive tokens as [tokens, E], zero elsewhere."""
@@ -293,13 +330,17 @@ class Collector(Observer):
         if self.shared:
             expert_in = expanded(expert_in, experts)
             weight4 = expert_in.weight.clone()
+        held = self.held["experts"] if self.held else None
+        single = {name: self.held[name].of("x") if self.held else None for name in ("attention_in", "attention_out")}
+        if held is not None:
+            expert_in = replace(expert_in, held=held.of("x"))
         routing = RoutingStatistics(self.load, self.coactivation, self.margins, self.saliency, weight4)
         return LayerStatistics(
             layer=self.layer,
-            attention_in=self.attention_in.moments(),
-            attention_out=self.attention_out.moments(),
+            attention_in=self.attention_in.moments(single["attention_in"]),
+            attention_out=self.attention_out.moments(single["attention_out"]),
             expert_in=expert_in,
-            expert_mid=self.expert_mid.moments(),
+            expert_mid=self.expert_mid.moments(None if held is None else held.of("h")),
             routing=routing,
             hidden_amax=self.hidden_amax,
             mid_amax=self.mid_amax,

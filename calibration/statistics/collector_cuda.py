@@ -27,10 +27,12 @@ def make_collector(
     domains: int,
     kept: range | None = None,
     first: bool = True,
+    hold: bool = False,
 ) -> Collector:
     """A `Collector` for where the weights are: fused on CUDA with Triton, plain elsewhere."""
     fused = weights.router.is_cuda and collect.experts == "routed" and importlib.util.find_spec("triton") is not None
-    return (FusedCollector if fused else Collector)(layer, weights, geometry, collect, domains, kept, first)
+    made = FusedCollector if fused else Collector
+    return made(layer, weights, geometry, collect, domains, kept, first, hold)
 
 
 class FusedCollector(Collector):
@@ -61,7 +63,7 @@ class FusedCollector(Collector):
         from .reduce_triton import column_sums, row_norms, segment_sums
 
         ends = torch.tensor(offsets, dtype=torch.int32, device=x.device)
-        row_weight = self.row_weight[token, slot].contiguous()
+        row_weight = self._hold(x, h, self.row_weight[token, slot].contiguous(), offsets)
         full = self.collect.full
         scaled_x, scaled_h = (torch.empty_like(v) if full else None for v in (x, h))
         mid = column_sums(h, row_weight, ends, scaled_h)
@@ -69,7 +71,7 @@ class FusedCollector(Collector):
             if self.first:
                 self._fold(self.expert_in, column_sums(x, row_weight, ends), ends, row_weight)
                 self.weight4 += segment_sums(row_weight.square(), ends)[1]
-            super().experts(x, h, y, token, slot, offsets)
+            self._experts(x, h, y, (token, slot, offsets), row_weight)
             return
         wide = column_sums(x, row_weight, ends, scaled_x)
         if self.first:

@@ -141,11 +141,12 @@ def calibrate_layer(
     first_window: int = 0,
     advance: bool = True,
     scratch: Path | None = None,
+    hold: bool = False,
 ) -> LayerStatistics:
     """Statistics of the layer that the stream enters; then the stream has left it (unless `advance` is False).
 
     domain [W]: domain of each of the stream's windows; first_window: their number in the whole corpus; scratch: where a
-    memory-mapped file may lie.
+    memory-mapped file may lie; hold: some rows are left out of the sums and handed over (Moments.held).
     """
     layer, g = stream.layer, stream.source.geometry
     chunks = [range(a, min(a + plan.chunk, g.experts)) for a in range(0, g.experts, plan.chunk)]
@@ -153,7 +154,7 @@ def calibrate_layer(
     found: LayerStatistics | None = None
     left = leaving(stream.source.label, layer)
     for number, kept in enumerate(chunks):
-        collector = make_collector(layer, weights, g, collect, domains, kept, first=number == 0)
+        collector = make_collector(layer, weights, g, collect, domains, kept, first=number == 0, hold=hold)
         for start, values in stream.hidden.batches(stream.batch, stream.device):
             count = values.shape[0]
             collector.begin(first_window + start, values.shape[1], domain[start : start + count])
@@ -250,7 +251,7 @@ def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
         small = {}
         for field in dataclasses.fields(value):
             tensor = getattr(value, field.name)
-            if field.name != "second":
+            if field.name not in ("second", "held"):
                 small[field.name] = everywhere(tensor, field.name in MAXIMA)
         second = value.second
         if second is not None:

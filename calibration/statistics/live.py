@@ -19,6 +19,7 @@ from ..model.hidden import RAM_LIMIT, place_of
 from ..model.stream import DISK_LIMIT, Stream
 from ..text.corpus import Corpus
 from .collector import Collect
+from .held import HELD
 from .layer_pass import MomentPlan, calibrate_layer, free_memory, layer_bytes, plan_moments
 from .provider import LayerInputs
 from .store import StoredStatistics
@@ -28,7 +29,10 @@ PROPAGATE = ("reference", "quantized")
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How a pass is computed. None: chosen from the device (`memory`: bytes for accumulators; `batch`: windows)."""
+    """How a pass is computed. None: chosen from the device (`memory`: bytes for accumulators; `batch`: windows).
+
+    hold: keep some rows of full sums out of them, by which a rounding is judged (Moments.held)
+    """
 
     collect: Collect = field(default_factory=Collect)
     propagate: str = "reference"
@@ -38,6 +42,7 @@ class PassOptions:
     batch: int | None = None
     ram_limit: int = RAM_LIMIT
     disk_limit: int = DISK_LIMIT
+    hold: bool = False
 
     def __post_init__(self) -> None:
         if self.propagate not in PROPAGATE:
@@ -111,7 +116,10 @@ class LivePass:
 
     def run(self) -> dict[str, Any]:
         """What identifies the statistics."""
-        settings = {"propagate": self.options.propagate, "dtype": str(self.options.dtype).removeprefix("torch.")}
+        settings: dict[str, Any] = {"propagate": self.options.propagate}
+        settings["dtype"] = str(self.options.dtype).removeprefix("torch.")
+        if self.options.hold:
+            settings["held_rows"] = HELD
         return {
             "calibration": {"corpus": self.corpus.describe(), **dataclasses.asdict(self.options.collect), **settings}
         }
@@ -130,6 +138,7 @@ class LivePass:
             self.plan,
             advance=not self.late,
             scratch=self.folder,
+            hold=self.options.hold,
         )
         self._pending = weights if self.late else None
         hidden = self.stream.hidden if self.show_hidden else None

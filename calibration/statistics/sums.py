@@ -27,8 +27,8 @@ class Sums:
         for have, new in zip((self.amax, self.sum32, self.sum16), values, strict=True):
             torch.maximum(have, new, out=have)
 
-    def moments(self) -> Moments:
-        """The sums as they stand; the diagonal is read off full second moments of all matrices."""
+    def moments(self, held: Tensor | None = None) -> Moments:
+        """The sums as they stand, with held-out rows; the diagonal is read off full moments of all matrices."""
         diagonal = self.diagonal
         if self.second is not None and len(self.kept) == len(self.count):
             diagonal = self.second.diagonal(dim1=1, dim2=2).clone()
@@ -42,6 +42,7 @@ class Sums:
             sum32=self.sum32,
             sum16=self.sum16,
             nonfinite=self.nonfinite,
+            held=held,
         )
 
 

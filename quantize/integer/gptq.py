@@ -158,13 +158,15 @@ class Solved:
     """Quantized matrices and how they came about.
 
     compensated [E, O, I] float32: what was rounded (None unless asked); damping [E]: share of the mean diagonal that
-    was added; rounded [E] bool: no factorization was possible and the matrix was rounded to nearest.
+    was added; rounded [E] bool: no factorization was possible and the matrix was rounded to nearest; plain
+    [E, matrices] bool: so were these, since held-out rows say that feedback errs more (None: not asked).
     """
 
     weight: IntWeight
     compensated: Tensor | None
     damping: Tensor
     rounded: Tensor
+    plain: Tensor | None = None
 
 
 @dataclass(frozen=True)

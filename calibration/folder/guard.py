@@ -1,0 +1,55 @@
+"""Never worse than a plain search: what error feedback made of a matrix is held against rows that it never saw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...quantize.integer.gptq import Grid, Solved
+from ...quantize.integer.grid import IntWeight, dequantize
+from ...quantize.linear_algebra import full_float32
+
+SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compared
+
+
+def guarded(weight: Tensor, solved: Solved, grid: Grid, seen: tuple[Tensor, Tensor], stacked: int) -> Solved:
+    """The matrices [E, O, I] with those rounded to nearest that err less on held-out rows in that way.
+
+    seen: mean squares of the inputs [E, I], which weigh the search, and the rows [E, R, I], zeros where there are too
+    few. stacked: how many matrices each is, by rows; SAMPLE outputs of each decide.
+    """
+    importance, rows = seen
+    experts, outputs, _ = weight.shape
+    each = outputs // stacked
+    inside = torch.linspace(0, each - 1, min(SAMPLE, each), device=weight.device).round().long()
+    chosen = (torch.arange(stacked, device=weight.device).unsqueeze(1) * each + inside).flatten()
+    some = weight[:, chosen]
+    ways = (of_rows(solved.weight, chosen), grid.round_nearest(some, importance.contiguous()))
+    with full_float32():
+        found, simple = (
+            ((some - dequantize(way)) @ rows.mT).square().sum(-1).view(experts, stacked, -1).sum(-1) for way in ways
+        )
+    worse = found > simple
+    for expert in worse.any(1).nonzero().flatten().tolist():
+        one = slice(expert, expert + 1)
+        plain = grid.round_nearest(weight[one], importance[one].contiguous())
+        for matrix in worse[expert].nonzero().flatten().tolist():
+            put_rows(solved.weight, plain, expert, slice(matrix * each, (matrix + 1) * each))
+    return replace(solved, plain=worse)
+
+
+def of_rows(weight: IntWeight, chosen: Tensor) -> IntWeight:
+    """Some outputs [R] of every matrix."""
+    parts = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "unit")}
+    taken = {name: None if part is None else part[:, chosen] for name, part in parts.items()}
+    return replace(weight, **taken)
+
+
+def put_rows(weight: IntWeight, plain: IntWeight, expert: int, rows: slice) -> None:
+    """Some outputs of one matrix, in place, from those of the only one of `plain`."""
+    for name in ("codes", "scales", "zeros", "unit"):
+        into, part = getattr(weight, name), getattr(plain, name)
+        if into is not None and part is not None:
+            into[expert, rows] = part[0, rows]

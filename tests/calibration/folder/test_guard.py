@@ -1,0 +1,129 @@
+"""Held-out rows turn error feedback away where it errs more than a plain search, and the report says so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmquant.calibration.folder.guard import guarded
+from mmquant.calibration.folder.layer import LayerOptions, solve
+from mmquant.calibration.folder.report import LayerReport, plainly_rounded
+from mmquant.calibration.model.forward import layer_forward
+from mmquant.calibration.statistics.collector import Collect, Collector
+from mmquant.calibration.statistics.held import FEWEST, HELD, STRIDE, HeldRows
+from mmquant.convert.open import open_source
+from mmquant.convert.source import read_layer
+from mmquant.quantize.fp4.grid import NVFP4
+from mmquant.quantize.integer.gptq import GptqGrid, Solved
+from mmquant.quantize.integer.grid import dequantize
+from mmquant.quantize.moments import Moments
+
+N = 64
+GRIDS = [GptqGrid(4, 32), GptqGrid(4, 32, symmetric=False), NVFP4]
+
+
+def rows(count: int, n: int = N, seed: int = 0) -> Tensor:
+    return torch.randn(count, n, generator=torch.Generator().manual_seed(seed))
+
+
+def moments_of(x: Tensor, held: Tensor | None) -> Moments:
+    """Two matrices that saw the same rows [R, N]."""
+    second = (x.T @ x).expand(2, -1, -1).clone()
+    count, one = torch.full((2,), float(len(x))), torch.ones(2)
+    diagonal = second.diagonal(dim1=1, dim2=2).clone()
+    return Moments(count, count.clone(), second, diagonal, diagonal.clone(), one, one, one, torch.zeros(2), held)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_feedback_that_errs_more_on_held_rows_is_turned_away(grid: GptqGrid) -> None:
+    """The sums call three directions loud that the first expert's rows know nothing of; the second's agree with them.
+
+    What is turned away is the plain search, bit for bit; nothing else changes.
+    """
+    lie = rows(3, seed=7)
+    honest = rows(400, seed=1)
+    held = torch.stack((rows(HELD, seed=2), 100 * rows(HELD, 3, 3) @ lie))
+    options = LayerOptions(grid=grid, prior=0.0, floor=0.0, sampling=0.0, damping=1e-3)
+    weight = torch.stack((rows(16, seed=4), rows(16, seed=5)))
+    seen = moments_of(torch.cat((100 * rows(300, 3, 6) @ lie, honest)), held)
+    found = solve(weight, seen, slice(None), options, stacked=2)
+    assert found.plain is not None
+    assert bool(found.plain[0].all())
+    assert not bool(found.plain[1].any())
+    without = solve(weight, dataclasses.replace(seen, held=None), slice(None), options, stacked=2)
+    assert torch.equal(dequantize(found.weight)[1], dequantize(without.weight)[1])
+    second = seen.second
+    assert second is not None
+    importance = (second / seen.weight.view(-1, 1, 1)).diagonal(dim1=1, dim2=2)
+    plain = dequantize(grid.round_nearest(weight[:1], importance[:1]))
+    assert torch.equal(dequantize(found.weight)[:1], plain)
+    errors = [
+        ((weight[0] - v) @ held[0].T).square().sum()
+        for v in (dequantize(found.weight)[0], dequantize(without.weight)[0])
+    ]
+    assert float(errors[0]) < float(errors[1])
+
+
+def test_one_of_stacked_matrices_alone() -> None:
+    """The rows are loud where the second matrix's feedback put its errors; the first's lie elsewhere."""
+    grid, weight = GptqGrid(4, 32), rows(16, seed=4).unsqueeze(0)
+    nearest = grid.round_nearest(weight, torch.ones(1, N))
+    worse = dataclasses.replace(nearest, codes=nearest.codes.clone(), scales=nearest.scales.clone())
+    worse.codes[:, 8:, 0] += 1
+    nothing = torch.zeros(1)
+    solved = Solved(worse, None, nothing, nothing.bool())
+    found = guarded(weight, solved, grid, (torch.ones(1, N), rows(HELD, seed=8).unsqueeze(0)), 2)
+    assert found.plain is not None
+    assert found.plain.tolist() == [[False, True]]
+    assert torch.equal(dequantize(found.weight), dequantize(nearest))
+    assert list(plainly_rounded([(found, dataclasses.replace(found, plain=torch.zeros(1, 1, dtype=torch.bool)))])) == [
+        "w3 of expert 0"
+    ]
+
+
+def test_too_few_rows_decide_nothing() -> None:
+    held = HeldRows.empty(2, {"x": N}, "cpu")
+    held.take(0, torch.full((STRIDE * FEWEST,), 0.5), x=rows(STRIDE * FEWEST))
+    held.take(1, None, x=rows(STRIDE * (FEWEST - 1)))
+    assert held.count == [FEWEST, FEWEST - 1]
+    assert torch.equal(held.of("x")[0, :FEWEST], 0.5 * rows(STRIDE * FEWEST)[STRIDE // 2 :: STRIDE])
+    assert not bool(held.of("x")[1].any())
+    held.take(1, None, x=rows(20 * STRIDE * HELD))
+    assert held.count[1] == HELD
+
+
+def test_held_rows_are_in_no_sum_of_a_pass() -> None:
+    """Sums with and without holding differ by the held rows, in every moment of a layer."""
+    source = open_source("demo")
+    g, weights = source.geometry, read_layer(source, 1)
+    hidden = rows(2 * 160, g.hidden).view(2, 160, g.hidden)
+    found = []
+    for hold in (False, True):
+        collector = Collector(1, weights, g, Collect(), 1, hold=hold)
+        for start in range(2):
+            collector.begin(start, 160, torch.zeros(1, dtype=torch.int64))
+            layer_forward(weights, g, hidden[start : start + 1], collector)
+        counts = collector.held["experts"].rows if hold else {}
+        found.append((collector.statistics(), counts))
+    (whole, _), (rest, kept) = found
+    pairs = [(getattr(whole, name), getattr(rest, name)) for name in ("expert_in", "expert_mid")]
+    for (all_rows, some), held in zip(pairs, (kept["x"], kept["h"]), strict=True):
+        assert float(held.abs().amax((1, 2)).min()) > 0
+        assert torch.allclose(all_rows.second, some.second + held.mT @ held, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(rest.expert_in.weight, rest.expert_mid.weight, rtol=1e-4)
+        assert bool((some.weight < all_rows.weight).all())
+    for name in ("attention_in", "attention_out"):
+        all_rows, some = getattr(whole, name), getattr(rest, name)
+        assert some.held is not None
+        assert float(some.count) == float(some.weight) == 2 * 160 - 2 * 160 // STRIDE
+        assert torch.allclose(all_rows.second, some.second + some.held.mT @ some.held, rtol=1e-4, atol=1e-4)
+        assert whole.attention_in.held is None
+
+
+def test_the_report_names_them() -> None:
+    assert list(LayerReport(3, plain=("w2 of expert 5", "q_proj")).lines()) == [
+        "layer 3: w2 of expert 5, q_proj rounded without error feedback, which held-out rows say is worse"
+    ]
