@@ -14,7 +14,7 @@ from ..convert.folder.bf16 import Bf16Variant
 from ..convert.folder.fp8 import Fp8Variant
 from ..convert.formats.table import choices
 from . import fp4, gguf, int4
-from .corpus import context_of, windows_at_most
+from .corpus import at_effort, context_of, windows_at_most
 from .engine import Job
 from .folder import FolderJob, prepare
 from .options import (
@@ -79,10 +79,9 @@ def streams_of(source: Checkpoint, variant: Variant) -> int:
     if isinstance(options, GgufOptions):
         if not gguf.is_calibrated(options) or options.effort == "fast":
             return 0
-        options = gguf.at_effort(options)
     elif getattr(options, "method", None) == "rtn":
         return 0
-    return 4 * windows_at_most(options) * context_of(source, options) * source.geometry.hidden
+    return 4 * windows_at_most(at_effort(options)) * context_of(source, options) * source.geometry.hidden
 
 
 def job_of(source: Checkpoint, variant: Variant, model: str, out: Path, passes: Passes) -> Job:

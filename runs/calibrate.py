@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mmquant.errors import FitError, InputError, MmquantError
 from mmquant.monitor import Monitor, phase, watching
 
-from .corpus import make_corpus
+from .corpus import at_effort, make_corpus, say_if_short
 from .models import Model, choose_device, close_model, opened
 from .options import CalibrateOptions, WeightsOptions
 from .output import check_output
@@ -253,7 +253,8 @@ def make_provider(
 
     chosen = pass_of(options, passes.device, hidden, full)
     if options.statistics is None:
-        corpus = passes.corpus(options)
+        corpus = passes.corpus(at_effort(options))
+        say_if_short(options, corpus)
         if hidden or chosen.propagate == "quantized":
             return LivePass(source, corpus, chosen, hidden=hidden, folder=folder)
         return passes.reference_pass(corpus, chosen, folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from mmquant.errors import InputError
 from mmquant.monitor import current
@@ -12,6 +13,27 @@ from .options import TextOptions
 if TYPE_CHECKING:
     from ..calibration.text.corpus import Corpus
     from ..convert.source import Source
+
+HIGH = 4  # times as many windows with --effort high
+Text = TypeVar("Text", bound=TextOptions)
+
+
+def at_effort(options: Text) -> Text:
+    """The options as the text is read: high effort of error feedback reads HIGH times as many windows."""
+    return replace(options, windows=options.windows * HIGH) if reads_more(options) else options
+
+
+def reads_more(options: TextOptions) -> bool:
+    """Whether this is high effort of GPTQ or of a GGUF file (AWQ's adds error feedback instead)."""
+    return getattr(options, "effort", None) == "high" and getattr(options, "method", "gptq") == "gptq"
+
+
+def say_if_short(options: TextOptions, corpus: Corpus) -> None:
+    """Say so when high effort found no more text than default effort reads; options as they were given."""
+    found = len(corpus.tokens)
+    if reads_more(options) and found <= windows_at_most(options):
+        said = f"--effort high reads {HIGH} times as many windows, but the text holds only {found}"
+        current().message(f"{said}, which default effort reads too; more --text would gain")
 
 
 def make_corpus(source: Source, options: TextOptions) -> Corpus:

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,7 @@ from ..convert.hub.address import parse_address
 from ..convert.manifest import FileEntry
 from ..convert.naming import short_name
 from ..convert.source import CARRIED_FILES
-from .corpus import context_of, generic_at_most, windows_at_most
+from .corpus import at_effort, context_of, generic_at_most, say_if_short, windows_at_most
 from .engine import Shared, run_jobs
 from .folder import check_disk, check_place, claim, finish_folder, is_finished, written_bytes
 from .gguf_plan import check_planned, nearest_mix, read_types, with_plan
@@ -48,8 +47,6 @@ from .results import Quantized, planned, written
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
-
-HIGH = 4  # times as many windows with --effort high
 
 
 def quantize_gguf(
@@ -290,17 +287,12 @@ def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
     return entries
 
 
-def at_effort(options: GgufOptions) -> GgufOptions:
-    """The options as the text is read: high effort reads HIGH times as many windows."""
-    return replace(options, windows=options.windows * (HIGH if options.effort == "high" else 1))
-
-
 def make_calibration(source: Checkpoint, options: GgufOptions, passes: Passes | None = None) -> Calibration | Stored:
     """Open the statistics, or read, check and pack the calibration text."""
     if options.statistics is not None:
         return open_stored(options.statistics, source, options.effort)
-    options = at_effort(options)
-    corpus = (passes or Passes(source, "cpu")).corpus(options)
+    corpus = (passes or Passes(source, "cpu")).corpus(at_effort(options))
+    say_if_short(options, corpus)
     names = ", ".join(Path(spec.split("=")[0]).name for spec in options.text) or "default"
     names += " and bundled text" if generic_at_most(options) else ""
     return Calibration(corpus.tokens, {"corpus": corpus.describe()}, names, options.effort)

@@ -12,7 +12,7 @@ from ..convert.hub.hubs import DEFAULT_HUB, HUBS
 
 GIB = 1 << 30
 SEEDS = 2**32 - 1  # what numpy and torch take
-TEXT_ONLY = "--text alone; by default half as many windows of bundled text go with it."
+TEXT_ONLY = "--text alone; by default as many windows of bundled text go with it."
 
 
 def option(default: object = None, help: str | None = None, **how: object) -> Any:  # noqa: ANN401 - as dataclasses.field
@@ -123,7 +123,8 @@ class WeightsOptions(TextOptions):
     )
     effort: str = option(
         "default",
-        "fast rounds under diagonal moments, without error feedback; high learns rounding (about ten times as long).",
+        "fast rounds under diagonal moments, without error feedback; high learns rounding, on four times the windows "
+        "(ten times as long).",
         choices=("fast", "default", "high"),
     )
     tp: int = option(2, "Tensor parallelism to be loadable at.", least=1)
@@ -167,8 +168,8 @@ class Int4Options(WeightsOptions):
     eight_bit: str | None = option(None, "Layers kept at 8 bits, for example 0,60-61.", metavar="LAYERS")
     effort: str = option(
         "default",
-        "gptq: fast rounds under diagonal moments, without error feedback; high learns rounding (about ten times as "
-        "long). awq: high adds error feedback.",
+        "gptq: fast rounds under diagonal moments, without error feedback; high learns rounding, on four times the "
+        "windows (ten times as long). awq: high adds error feedback.",
         choices=("fast", "default", "high"),
     )
     asymmetric: bool = option(False, "Zero points (always with --format awq).")

@@ -15,7 +15,7 @@ from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
 from ..convert.formats.table import choices
 from .calibrate import make_provider, pass_of
-from .corpus import tokens_at_most
+from .corpus import at_effort, tokens_at_most
 from .engine import run_jobs
 from .folder import FolderJob, check_place, prepare
 from .models import Model, choose_device, opened
@@ -73,7 +73,7 @@ def check_weights(
     check_place(out, size, {**variant.run(), "source": source.fingerprint})
     if isinstance(variant, CalibratedWeights) and options.statistics is None:
         chosen = pass_of(options, device, variant.options.sign_rounded, variant.options.full)
-        moment_plan(source, chosen, tokens_at_most(source, options))
+        moment_plan(source, chosen, tokens_at_most(source, at_effort(options)))
 
 
 def make_job(

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helpers.calibration_cases import corpus, options
 from helpers.tiny import write_tiny
 from mmquant.calibration.gguf.moments import PRIOR
-from mmquant.calibration.gguf.run_stored import Stored, encode_layer, open_stored
+from mmquant.calibration.gguf.run_stored import DIAGONAL_PRIOR, Stored, encode_layer, open_stored
 from mmquant.calibration.gguf.solve import Report
 from mmquant.calibration.statistics.imatrix_export import imatrix_of
 from mmquant.calibration.statistics.run import calibrate_into
@@ -77,7 +77,7 @@ def test_moments_give_less_loss_than_their_diagonals(source: Checkpoint, folder:
 def test_an_imatrix_weighs_the_search_of_each_expert(source: Checkpoint, imatrix: Path) -> None:
     stored = open_stored(imatrix, source, "fast")
     found = encode_layer(source, stored, 0, {"ffn_down_exps": Q3_K}, "cpu", Report())["ffn_down_exps"]
-    importance = shrunk_diagonal(stored.moments(0, source.geometry)["ffn_down_exps"], PRIOR)
+    importance = shrunk_diagonal(stored.moments(0, source.geometry)["ffn_down_exps"], DIAGONAL_PRIOR)
     for expert, weight in enumerate(read_layer(source, 0).w2):
         assert np.array_equal(found[expert], encode(weight, Q3_K, importance[expert]).numpy())
     plain = torch.stack([encode(weight, Q3_K) for weight in read_layer(source, 0).w2]).numpy()
@@ -148,7 +148,7 @@ def test_an_expert_without_rows_leans_on_the_others(source: Checkpoint, imatrix:
     sums[1], counts[1] = 0, 0
     weights["blk.0.ffn_down_exps.weight"] = Importance(sums, counts)
     dead = replace(stored, known=replace(stored.known, weights=weights))  # type: ignore[type-var]
-    importance = shrunk_diagonal(dead.moments(0, source.geometry)["ffn_down_exps"], PRIOR)
+    importance = shrunk_diagonal(dead.moments(0, source.geometry)["ffn_down_exps"], DIAGONAL_PRIOR)
     pool = importance[1] / importance[1].mean()
     others = torch.from_numpy(sums[[0, 2]] / counts[[0, 2], None])
     assert torch.corrcoef(torch.stack((pool, others.mean(0))))[0, 1] > 0.9
