@@ -17,7 +17,7 @@ import _path  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import torch
 from torch import Tensor
 
-from mmquant.calibration.folder.high import LearnOptions, advance, learn_layer
+from mmquant.calibration.folder.high import SignRoundOptions, advance, sign_round_layer
 from mmquant.calibration.folder.high import streams as learning_streams
 from mmquant.calibration.folder.layer import LayerOptions, as_read_back
 from mmquant.calibration.folder.layer import quantize_layer as quantize_int4
@@ -239,7 +239,7 @@ class Lab:
         """INT4 by us, attention as the options say; the head and embeddings stay (high effort repairs routers)."""
         stream = Stream(self.source, tokens, device=self.device, dtype=self.dtype, batch=self.batch, folder=None)
         stream.start(0)
-        reference, learning = HiddenStates(*stream.hidden.shape, device=self.device), LearnOptions()
+        reference, learning = HiddenStates(*stream.hidden.shape, device=self.device), SignRoundOptions()
         reference.all().copy_(stream.hidden.all())
         collect, learned = Collect(full=options.full), options.sign_rounded
         domain, layers = torch.zeros(len(tokens), dtype=torch.int64), []
@@ -252,7 +252,7 @@ class Lab:
             made = quantize_int4(number, weights, statistics, options, self.g)
             if learned:
                 both = learning_streams(reference, stream.hidden, learning, torch.device(self.device))
-                made, _ = learn_layer(weights, self.g, made, both, learning)
+                made, _ = sign_round_layer(weights, self.g, made, both, learning)
                 stream.advance(as_read_back(weights, made))
                 advance(weights, self.g, reference)
             layers.append(as_read_back(exact, made))
