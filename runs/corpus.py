@@ -65,8 +65,8 @@ def generic_at_most(options: TextOptions) -> int:
     from ..calibration.text.generic import generic_windows
 
     texts = [spec.partition("=")[0] for spec in options.text]
-    wanted = texts and DEFAULT not in texts and not options.text_only
-    return generic_windows(options.windows) if wanted else 0
+    mixed = texts and DEFAULT not in texts and not options.text_only
+    return generic_windows(options.windows) if mixed else 0
 
 
 def windows_at_most(options: TextOptions) -> int:

@@ -269,10 +269,10 @@ def claim(out: Path, run: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def occupied(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], state: str) -> str:
+def occupied(out: Path, found: Mapping[str, Any], expected: Mapping[str, Any], state: str) -> str:
     """What to say of a folder in which another run is (`state`: finished or unfinished)."""
     ways = "choose another folder" + (" or start over with --fresh" if state == "unfinished" else "")
-    return f"{out}: holds {'an' if state[0] == 'u' else 'a'} {state} run: {first_difference(found, wanted)}; {ways}"
+    return f"{out}: holds {'an' if state[0] == 'u' else 'a'} {state} run: {first_difference(found, expected)}; {ways}"
 
 
 def check_place(out: Path, size: int, run: Mapping[str, Any]) -> None:

@@ -51,12 +51,12 @@ def fp8_job(scheme: str) -> dict[str, Any]:
 
 def int4_job(options: Int4Options) -> dict[str, Any]:
     """What the worker is told for `mmquant int4`. InputError for what llm-compressor does only with calibration."""
-    wanted = {
+    expected = {
         "method": (options.method, ("rtn",)),
         "format": (options.format, (NAME,)),
         "attention": (options.attention, ("bf16", "int4")),
     }
-    for name, (value, allowed) in wanted.items():
+    for name, (value, allowed) in expected.items():
         if value not in allowed:
             raise InputError(f"--backend llmcompressor --{name} {value}: expected {' or '.join(allowed)}")
     if options.eight_bit is not None or options.kv_cache != "bf16":

@@ -142,13 +142,13 @@ class WeightsOptions(TextOptions):
         if self.method != "rtn":
             return
         if self.effort == "high":
-            wanted = " or ".join(self.calibrated)
-            raise InputError(f"--effort high --method rtn: rounding to nearest is not refined, expected {wanted}")
+            expected = " or ".join(self.calibrated)
+            raise InputError(f"--effort high --method rtn: rounding to nearest is not refined, expected {expected}")
         if self.statistics is not None:
             raise InputError("--method rtn --statistics: round to nearest uses no statistics")
         if self.kv_cache == "fp8":
-            wanted = " or ".join(self.calibrated)
-            raise InputError(f"--kv-cache fp8 --method rtn: the scales are calibrated, expected {wanted}")
+            expected = " or ".join(self.calibrated)
+            raise InputError(f"--kv-cache fp8 --method rtn: the scales are calibrated, expected {expected}")
 
     @property
     def calibrated(self) -> tuple[str, ...]:

@@ -199,10 +199,10 @@ def _drafted(draft: Draft, remote: Remote) -> tuple[dict[str, Any], str]:
     from ..convert.hub.http import HubError
 
     try:
-        theirs = [_remote_small(remote, name) for name in (MANIFEST, CARD)]
+        remote_texts = [_remote_small(remote, name) for name in (MANIFEST, CARD)]
     except HubError:  # no such repository yet, or no access: making it will tell
-        theirs = [None, None]
-    whole, text = draft.documents(remote, *theirs)
+        remote_texts = [None, None]
+    whole, text = draft.documents(remote, *remote_texts)
     remote.check_card(text)
     return whole, text
 

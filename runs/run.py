@@ -165,12 +165,12 @@ class Run:
 
     def _reconcile(self, source: Checkpoint) -> None:
         """The journal says what the recipe asks for; what was made for something else goes, and is named."""
-        wanted = {variant.name: asked_of(variant, source) for variant in self.recipe.variants}
+        expected = {variant.name: asked_of(variant, source) for variant in self.recipe.variants}
         entries = self.journal.artifacts
-        for name in [name for name in entries if name not in wanted]:
+        for name in [name for name in entries if name not in expected]:
             current().message(f"{name}: no longer in the recipe; {self.out / name} stays as it is")
             del entries[name]
-        for name, asked in wanted.items():
+        for name, asked in expected.items():
             entry = entries.get(name)
             if entry is not None and entry.asked != asked:
                 self._set_aside(name, first_difference(entry.asked, asked))

@@ -89,9 +89,9 @@ def rows_of(journal: Journal, events: list[dict[str, Any]], steps: int) -> list[
     """One row for each artifact: its state, the last step that it has, the seconds that the known ones took."""
     rows = []
     for name, entry in journal.artifacts.items():
-        mine = [e for e in events if e["event"] == "artifact" and e.get("name") == name]
-        last = step_name(mine[-1]["step"], steps - 2) if mine else "-"
-        seconds = sum(e["seconds"] for e in mine)
+        own = [e for e in events if e["event"] == "artifact" and e.get("name") == name]
+        last = step_name(own[-1]["step"], steps - 2) if own else "-"
+        seconds = sum(e["seconds"] for e in own)
         rows.append({"name": name, "state": entry.state, "last": last, "seconds": seconds, **entry.facts})
     return rows
 

@@ -71,10 +71,10 @@ def _compare(reference: Tensor, logits: Tensor, target: Tensor) -> Scores:
         bad = int((~torch.isfinite(base).all(-1)).sum())
         raise InputError(f"reference: logits of {bad} of {len(base)} positions are not finite, nothing to compare with")
     finite = torch.isfinite(logits).all(-1)
-    mine = log_softmax(torch.where(finite[:, None], logits, torch.zeros_like(logits)))
-    kld = (base.exp() * (base - mine)).sum(-1).clamp_(min=0)
+    candidate = log_softmax(torch.where(finite[:, None], logits, torch.zeros_like(logits)))
+    kld = (base.exp() * (base - candidate)).sum(-1).clamp_(min=0)
     at = target.to(base.device)[:, None]
-    nll, nll_reference = -mine.gather(1, at)[:, 0], -base.gather(1, at)[:, 0]
+    nll, nll_reference = -candidate.gather(1, at)[:, 0], -base.gather(1, at)[:, 0]
     shift = torch.exp(-nll) - torch.exp(-nll_reference)
     same = reference.argmax(-1) == logits.argmax(-1)
     return Scores(*(t.cpu().numpy() for t in (nll, nll_reference, kld, shift, same & finite, finite)))

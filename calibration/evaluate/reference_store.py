@@ -93,17 +93,17 @@ def compare_stored(base: Rows, logits: Tensor, target: Tensor) -> Scores:
 
 def _compare_stored(base: Rows, logits: Tensor, target: Tensor) -> Scores:
     finite = torch.isfinite(logits).all(-1)
-    mine = log_softmax(torch.where(finite[:, None], logits, torch.zeros_like(logits)))
+    candidate = log_softmax(torch.where(finite[:, None], logits, torch.zeros_like(logits)))
     row = np.repeat(np.arange(len(base)), base.count)
-    where = torch.from_numpy(row).to(mine.device), torch.from_numpy(base.ids).to(mine.device)
-    kept = mine[where].double().cpu().numpy()
+    where = torch.from_numpy(row).to(candidate.device), torch.from_numpy(base.ids).to(candidate.device)
+    kept = candidate[where].double().cpu().numpy()
     total = np.log(np.bincount(row, np.exp(base.logp), len(base)) + np.exp(base.tail))
     logp, tail = base.logp - total[row], base.tail - total
     mass = np.exp(tail)
     left = np.log(np.maximum(1.0 - np.bincount(row, np.exp(kept), len(base)), 1e-300))
     rest = np.where(mass > 0, mass * (np.where(mass > 0, tail, 0.0) - left), 0.0)
     kld = np.bincount(row, np.exp(logp) * (logp - kept), len(base)) + rest
-    nll = -mine.gather(1, target.to(mine.device)[:, None])[:, 0].double().cpu().numpy()
+    nll = -candidate.gather(1, target.to(candidate.device)[:, None])[:, 0].double().cpu().numpy()
     best = base.ids[np.cumsum(base.count) - base.count]
     same = logits.argmax(-1).cpu().numpy() == best
     good = finite.cpu().numpy()
@@ -181,11 +181,11 @@ def _packed(rows: Rows) -> list[NDArray[Any]]:
 
 def provenance(source: Source, sample: Sample, activations: str) -> dict[str, Any]:
     """What a stored reference was made of; everything here must be equal where it is used again."""
-    made_of = _wanted(sample, tokenizer_digest(source), activations)
+    made_of = _expected(sample, tokenizer_digest(source), activations)
     return {"model": source.fingerprint, "label": source.label} | made_of
 
 
-def _wanted(sample: Sample, tokenizer: str | None, activations: str) -> dict[str, Any]:
+def _expected(sample: Sample, tokenizer: str | None, activations: str) -> dict[str, Any]:
     return {
         "tokenizer": tokenizer,
         "texts": [text["sha256"] for text in sample.texts],
@@ -233,10 +233,10 @@ class StoredReference:
 
     def check(self, sample: Sample, source: Source | None, tokenizer: str | None, activations: str = "exact") -> None:
         """Refuse to stand in for another reference: ValueError naming the first thing that differs."""
-        wanted = _wanted(sample, tokenizer, activations)
+        expected = _expected(sample, tokenizer, activations)
         if source is not None:
-            wanted = {"model": source.fingerprint} | wanted
-        for name, value in wanted.items():
+            expected = {"model": source.fingerprint} | expected
+        for name, value in expected.items():
             if self.made_of.get(name) != value:
                 found = self.made_of.get(name)
                 raise InputError(f"{self.path}: made with another {name} ({_short(found)}), expected {_short(value)}")

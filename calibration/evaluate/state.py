@@ -80,8 +80,8 @@ class State:
         path = self._path(max(common), ranks.rank)
         states = {f"hidden.{i}": found for i, found in enumerate(hidden)}
         sums = load_states(path, states, REMEDY)
-        for i, mine in enumerate(layers):
-            mine.extend(sums.get(f"layers.{i}", ()))
+        for i, sums_of_layer in enumerate(layers):
+            sums_of_layer.extend(sums.get(f"layers.{i}", ()))
         return max(common)
 
     def clear(self, ranks: Ranks) -> None:

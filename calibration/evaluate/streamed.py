@@ -117,32 +117,32 @@ def evaluate(
     if int(sample.tokens.max()) >= geometry.vocab:
         raise InputError(f"tokens: id {int(sample.tokens.max())}, the model's vocabulary has {geometry.vocab}")
     share = ranks.share(sample.windows)
-    mine, origin = sample.part(share), int(sample.scored[: share.start].sum())
-    subjects = _subjects(source, candidates, mine, settings)
+    own, origin = sample.part(share), int(sample.scored[: share.start].sum())
+    subjects = _subjects(source, candidates, own, settings)
     state = State.open(settings.state, f"{settings.activations} {_identity(subjects, sample)}", ranks)
-    layer = _start(subjects, mine, settings, state, ranks)
+    layer = _start(subjects, own, settings, state, ranks)
     while layer < geometry.layers:
-        _advance(subjects, source is not None, layer, mine, settings)
+        _advance(subjects, source is not None, layer, own, settings)
         layer += 1
         if progress is not None:
             progress(layer, geometry.layers)
         state.offer(layer, [s.hidden for s in subjects], [s.layers for s in subjects], ranks)
     writer = StoreWriter(save, ranks) if save is not None and source is not None else None
-    outcomes = _finish(subjects, stored, mine, settings, writer, ranks, origin)
+    outcomes = _finish(subjects, stored, own, settings, writer, ranks, origin)
     if writer is not None and source is not None:
         writer.close(source, sample, settings.activations)
     state.clear(ranks)
     return outcomes
 
 
-def _subjects(source: Source | None, candidates: list[Source], mine: Sample, settings: Settings) -> list[_Subject]:
+def _subjects(source: Source | None, candidates: list[Source], own: Sample, settings: Settings) -> list[_Subject]:
     chosen = [(source.label, source, settings.dtype)] if source is not None else []
     chosen += [(candidate.label, candidate, settings.dtype) for candidate in candidates]
     if settings.floor and source is not None:
         chosen.append(("noise floor", source, settings.other_dtype))
     limit = settings.ram_limit // max(1, len(chosen))
-    shape = (mine.windows, mine.context)
-    place = place_of(settings.device, 4 * mine.tokens.numel() * sum(model.geometry.hidden for _, model, _ in chosen))
+    shape = (own.windows, own.context)
+    place = place_of(settings.device, 4 * own.tokens.numel() * sum(model.geometry.hidden for _, model, _ in chosen))
     return [
         _Subject(label, model, dtype, HiddenStates(*shape, model.geometry.hidden, limit, settings.folder, place))
         for label, model, dtype in chosen
@@ -153,7 +153,7 @@ def _identity(subjects: list[_Subject], sample: Sample) -> str:
     return " ".join([sample.fingerprint(), *(f"{s.source.fingerprint}/{s.dtype}" for s in subjects)])
 
 
-def _start(subjects: list[_Subject], mine: Sample, settings: Settings, state: State, ranks: Ranks) -> int:
+def _start(subjects: list[_Subject], own: Sample, settings: Settings, state: State, ranks: Ranks) -> int:
     """Embed all windows, or take up the hidden states of an interrupted run; returns the first layer to do."""
     layer = state.resume([s.hidden for s in subjects], [s.layers for s in subjects], ranks)
     if layer:
@@ -161,7 +161,7 @@ def _start(subjects: list[_Subject], mine: Sample, settings: Settings, state: St
     for subject in subjects:
         table = subject.source.read(subject.source.geometry.names.embed).to(subject.dtype)
         model = Globals(embed=table, norm=table[:0], head=table[:0])
-        for start, tokens in _batches(mine.tokens, settings.tokens):
+        for start, tokens in _batches(own.tokens, settings.tokens):
             subject.hidden.put(start, embed(model, tokens))
     return 0
 
@@ -172,7 +172,7 @@ def _batches(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         yield start, tokens[start : start + step]
 
 
-def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sample, settings: Settings) -> None:
+def _advance(subjects: list[_Subject], has_reference: bool, layer: int, own: Sample, settings: Settings) -> None:
     """Move every subject through one layer and note what each lost against the first."""
     chosen: list[Tensor] = []  # of the reference, one tensor a batch
     kept: LayerWeights | None = None
@@ -184,8 +184,8 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
         else:
             weights = _recast(weights, subject.dtype)
         rounding = layer_rounding(subject.source, layer) if settings.like_llama else EXACT
-        watch, loss = _Choice(), torch.zeros(5, len(mine.domains), dtype=torch.float64)
-        step = max(1, settings.tokens // mine.context)
+        watch, loss = _Choice(), torch.zeros(5, len(own.domains), dtype=torch.float64)
+        step = max(1, settings.tokens // own.context)
         for index, (start, values) in enumerate(subject.hidden.batches(step, settings.device)):
             after = layer_forward(weights, subject.source.geometry, values, watch, rounding)
             # A candidate's are counted, and fail the gate; against a reference that is not finite nothing is measured.
@@ -195,12 +195,12 @@ def _advance(subjects: list[_Subject], has_reference: bool, layer: int, mine: Sa
             elif has_reference:
                 truth = subjects[0].hidden.all()[start : start + len(after)].to(after.device)
                 same = subject.source.geometry.experts == subjects[0].source.geometry.experts
-                wanted = chosen[index] if same else None
-                _note(loss, truth, after, wanted, watch.chosen, mine.domain[start : start + len(after)])
+                before = chosen[index] if same else None
+                _note(loss, truth, after, before, watch.chosen, own.domain[start : start + len(after)])
         if number and has_reference:
             subject.layers.append(loss)
-        wanted = has_reference and number == 0 and settings.floor
-        kept = weights if wanted else kept
+        for_floor = has_reference and number == 0 and settings.floor
+        kept = weights if for_floor else kept
         del weights
 
 
@@ -210,14 +210,14 @@ def _recast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     return replace(weights, **{name: getattr(weights, name).to(dtype) for name in names})
 
 
-def _note(loss: Tensor, truth: Tensor, after: Tensor, wanted: Tensor | None, chosen: Tensor, domain: ArrayLike) -> None:
+def _note(loss: Tensor, truth: Tensor, after: Tensor, before: Tensor | None, chosen: Tensor, domain: ArrayLike) -> None:
     """Add one batch [B, T, H] to a layer's loss; tokens that are not finite are counted, and weigh nothing."""
     finite = torch.isfinite(after).all(-1)  # [B, T]
     keep = finite.unsqueeze(-1)
     overlap = (
         torch.full_like(finite, torch.nan, dtype=torch.float32)  # a pruned model's experts have other numbers
-        if wanted is None
-        else jaccard(wanted.to(chosen.device), chosen.to(torch.int16)).view(finite.shape)
+        if before is None
+        else jaccard(before.to(chosen.device), chosen.to(torch.int16)).view(finite.shape)
     )
     parts = {
         ERROR: torch.where(keep, after - truth, 0.0).pow(2).sum(-1),
@@ -234,7 +234,7 @@ def _note(loss: Tensor, truth: Tensor, after: Tensor, wanted: Tensor | None, cho
 def _finish(
     subjects: list[_Subject],
     stored: StoredReference | None,
-    mine: Sample,
+    own: Sample,
     settings: Settings,
     writer: StoreWriter | None,
     ranks: Ranks,
@@ -249,10 +249,10 @@ def _finish(
     scores: list[list[Scores]] = [[] for _ in subjects[skip:]]
     rows = max(1, LOGIT_BYTES // (4 * subjects[0].source.geometry.vocab))
     at = origin
-    for window in range(mine.windows):
-        for first in range(int(mine.first[window]), mine.context - 1, rows):
-            stop = min(first + rows, mine.context - 1)
-            target = mine.tokens[window, first + 1 : stop + 1]
+    for window in range(own.windows):
+        for first in range(int(own.first[window]), own.context - 1, rows):
+            stop = min(first + rows, own.context - 1)
+            target = own.tokens[window, first + 1 : stop + 1]
             pairs = zip(subjects, models, strict=True)
             blocks = [_logits(s, m, window, first, stop, settings) for s, m in pairs]
             if stored is not None:

@@ -32,9 +32,9 @@ class NormPair:
 
 def absorb(norm: Tensor, scale: Tensor) -> NormPair:
     """norm / scale rounded to bfloat16, and the scale that this rounding makes exact. Zero weights stay alone."""
-    wanted = (norm / scale).to(torch.bfloat16).float()
-    exact = torch.where(wanted != 0, norm / torch.where(wanted != 0, wanted, torch.ones_like(wanted)), 1.0)
-    return NormPair(torch.where(wanted != 0, wanted, norm), exact)
+    target = (norm / scale).to(torch.bfloat16).float()
+    exact = torch.where(target != 0, norm / torch.where(target != 0, target, torch.ones_like(target)), 1.0)
+    return NormPair(torch.where(target != 0, target, norm), exact)
 
 
 def experts_pair(

@@ -159,13 +159,13 @@ def _sign_round_attention(
 ) -> tuple[dict[str, IntWeight], float]:
     """q, k, v, o so that the quantized stream leaves attention where the reference does."""
     starts = {n: grid_start(first.compensated[n].to(w.scales.device), w) for n, w in first.attention.items()}
-    wanted = middle - both.quantized
+    target = middle - both.quantized
     best = sign_round_attention(
         starts,
         weights,
         geometry,
-        (both.quantized[:train], wanted[:train]),
-        (both.quantized[train:], wanted[train:]),
+        (both.quantized[:train], target[:train]),
+        (both.quantized[train:], target[train:]),
         options.schedule,
         batch=max(1, options.tokens_a_step(middle.device) // middle.shape[1]),
         seed=options.seed,
@@ -213,21 +213,21 @@ def repair(
     norm, router, bias = weights.post_norm, weights.router, weights.router_bias
     x, y = (rms_norm(stream, norm, eps).flatten(0, 1) for stream in (reference, quantized))
     cut = train * reference.shape[1]
-    wanted = route(x, router, bias, geometry).chosen
-    best = found["routing before"] = agreement(route(y[cut:], router, bias, geometry).chosen, wanted[cut:])
+    target = route(x, router, bias, geometry).chosen
+    best = found["routing before"] = agreement(route(y[cut:], router, bias, geometry).chosen, target[cut:])
     if options.repair_norms:
         changed["post_norm"], found["post norm"] = repaired_norm(norm, eps, reference, quantized, train)
         y = rms_norm(quantized, changed["post_norm"], eps).flatten(0, 1)
     if options.repair_router:
         fitted = refit_linear(router, x[:cut], y[:cut])
-        now = agreement(route(y[cut:], fitted, bias, geometry).chosen, wanted[cut:])
+        now = agreement(route(y[cut:], fitted, bias, geometry).chosen, target[cut:])
         if now > best:
             best, router = now, fitted
             changed["router"] = router
     if options.repair_bias and bias is not None:
         scores = route(y, router, bias, geometry).scores
-        fitted = refit_bias(scores[:cut], wanted[:cut], bias.float())
-        now = agreement(torch.topk(scores[cut:] + fitted, per_token, dim=-1).indices, wanted[cut:])
+        fitted = refit_bias(scores[:cut], target[:cut], bias.float())
+        now = agreement(torch.topk(scores[cut:] + fitted, per_token, dim=-1).indices, target[cut:])
         if now > best:
             best = now
             changed["router_bias"] = fitted

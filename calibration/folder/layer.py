@@ -281,10 +281,10 @@ def split_rows(solved: Solved, rows: dict[str, int]) -> dict[str, Solved]:
     """The matrices of one that was solved as a stack, by name with their outputs."""
     found, first = {}, 0
     for name, count in rows.items():
-        mine = slice(first, first + count)
-        kept = None if solved.compensated is None else solved.compensated[..., mine, :]
-        found[name] = dataclasses.replace(solved, weight=rows_of(solved.weight, mine), compensated=kept)
-        first = mine.stop
+        outputs = slice(first, first + count)
+        kept = None if solved.compensated is None else solved.compensated[..., outputs, :]
+        found[name] = dataclasses.replace(solved, weight=rows_of(solved.weight, outputs), compensated=kept)
+        first = outputs.stop
     return found
 
 

@@ -126,12 +126,12 @@ def open_stored(path: Path, source: Checkpoint, effort: str) -> Stored:
 def check_imatrix(path: Path, imatrix: Imatrix, geometry: Geometry) -> None:
     """InputError naming the first weight of the model that an imatrix says nothing of, and how many there are."""
     layers = range(geometry.layers)
-    wanted = [(layer, name) for layer in layers for name in INPUT_OF]
+    expected = [(layer, name) for layer in layers for name in INPUT_OF]
     known = [imatrix.layer(layer) for layer in layers]
-    missing = [f"blk.{layer}.{name}.weight" for layer, name in wanted if name not in known[layer]]
+    missing = [f"blk.{layer}.{name}.weight" for layer, name in expected if name not in known[layer]]
     if missing:
         raise InputError(
-            f"{path}: {missing[0]} is missing ({len(missing)} of {len(wanted)} weights), expected an imatrix of this "
+            f"{path}: {missing[0]} is missing ({len(missing)} of {len(expected)} weights), expected an imatrix of this "
             "whole model (llama-imatrix leaves out what saw too little text: run it over more)"
         )
 

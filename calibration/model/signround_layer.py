@@ -183,8 +183,8 @@ def sign_round_chunks(
     parts, losses = [], []
     for start in range(0, count, step):
         chosen = slice(start, start + step)
-        mine = {name: matrix[chosen] for name, matrix in matrices.items()}
-        part = dataclasses.replace(tokens, target=left + _outputs(mine, tokens, start, batch))
+        chunk = {name: matrix[chosen] for name, matrix in matrices.items()}
+        part = dataclasses.replace(tokens, target=left + _outputs(chunk, tokens, start, batch))
         starts = starts_of(chosen)
         held, trained = take(part, slice(train, None)), take(part, slice(0, train))
         rounded = sign_round_experts(

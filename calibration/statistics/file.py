@@ -48,8 +48,8 @@ def squares_of(moments: Moments) -> Tensor:
     rank, size = world()
     out = torch.zeros(moments.matrices, device=moments.diagonal.device)
     assert moments.second is not None
-    mine = rank_share(moments.matrices, rank, size)
-    for index, expert in enumerate(mine):
+    own = rank_share(moments.matrices, rank, size)
+    for index, expert in enumerate(own):
         out[expert] = moments.second[index].square().sum()
     return sum_everywhere(out)
 

@@ -259,12 +259,12 @@ def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
         return dataclasses.replace(value, **small, second=second)
 
     def owned(second: Tensor, experts: bool) -> Tensor | None:
-        mine = None
+        own = None
         for owner in range(size if experts else 1):
             part = rank_share(second.shape[0], owner, size) if experts else range(1)
             total = sum_to(second[part.start : part.stop].contiguous(), owner)
-            mine = total if owner == rank else mine
-        return mine
+            own = total if owner == rank else own
+        return own
 
     def everywhere(tensor: Tensor, largest: bool) -> Tensor:
         return max_everywhere(tensor) if largest else sum_everywhere(tensor)

@@ -93,8 +93,8 @@ def calibrate_into(
     rank, size = world()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, expected a folder or nothing")
-    mine = rank_share(corpus.tokens.shape[0], rank, size)
-    plan = moment_plan(source, options, len(mine) * corpus.tokens.shape[1])  # before there is a folder
+    own = rank_share(corpus.tokens.shape[0], rank, size)
+    plan = moment_plan(source, options, len(own) * corpus.tokens.shape[1])  # before there is a folder
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder) if rank == 0 else nullcontext():
         writer = writer_of(source, corpus, folder, options, dtype, through)
@@ -107,7 +107,7 @@ def calibrate_into(
         writer.commit()  # the folder is ours from here on, whatever a kill leaves in it
         stream = Stream(
             source,
-            corpus.tokens[mine.start : mine.stop],
+            corpus.tokens[own.start : own.stop],
             device=options.device,
             dtype=options.dtype,
             batch=options.batch,
@@ -121,11 +121,11 @@ def calibrate_into(
                 calibrate_layer(
                     stream,
                     stream.read_layer(layer),
-                    corpus.domain[mine.start : mine.stop],
+                    corpus.domain[own.start : own.stop],
                     len(corpus.domains),
                     options.collect,
                     plan,
-                    first_window=mine.start,
+                    first_window=own.start,
                     advance=through is None,
                     scratch=folder,
                 )

@@ -172,9 +172,9 @@ def pack_windows(
     if context < 2 or (windows is not None and windows < 1):
         raise InputError(f"context {context}, {windows} windows: expected at least 2 tokens and 1 window")
     order = np.random.default_rng(seed)
-    wanted = None if windows is None else windows * context
+    needed = None if windows is None else windows * context
     counted = COUNTED if len(sets) > 1 and all(part.weight is None for part in sets) else 0
-    streams = [_stream(part, order.permutation(len(part.documents)), tokenizer, wanted, counted) for part in sets]
+    streams = [_stream(part, order.permutation(len(part.documents)), tokenizer, needed, counted) for part in sets]
     available = [stream.tokens // context for stream in streams]
     if not sum(available):
         longest = max((stream.tokens for stream in streams), default=0)
@@ -213,15 +213,15 @@ class _Stream:
         return np.concatenate([np.empty(0, np.uint64), *found])
 
 
-def _stream(part: TextSet, order: NDArray[np.int64], tokenizer: Tokenizer, wanted: int | None, counted: int) -> _Stream:
+def _stream(part: TextSet, order: NDArray[np.int64], tokenizer: Tokenizer, needed: int | None, counted: int) -> _Stream:
     """Tokens of a set's documents in `order`.
 
-    `wanted` are kept (None: all), and at most `counted` characters more are read to know how many there are.
+    `needed` are kept (None: all), and at most `counted` characters more are read to know how many there are.
     """
     found, words = _Stream(array("i"), 0, []), Words()
     characters, last = 0, -1
     for number, piece, ids in tokens_of(tokenizer, (part.documents[int(i)].parts() for i in order)):
-        full = wanted is not None and len(found.ids) >= wanted
+        full = needed is not None and len(found.ids) >= needed
         if full and characters >= counted:
             rest = part.characters / characters if counted else 1.0
             found.tokens = int(found.tokens * max(rest, 1.0))
@@ -236,21 +236,21 @@ def _stream(part: TextSet, order: NDArray[np.int64], tokenizer: Tokenizer, wante
 
 def shares(available: list[int], weights: list[float | None], windows: int | None) -> list[int]:
     """How many windows each set gives: in proportion to its weight (None: to what it has), never more than it has."""
-    wanted = [float(a) if w is None else w for a, w in zip(available, weights, strict=True)]
+    needed = [float(a) if w is None else w for a, w in zip(available, weights, strict=True)]
     if any(w is not None for w in weights):
         # Sets without a weight among weighted ones count as 1.
-        wanted = [1.0 if w is None else w for w in weights]
+        needed = [1.0 if w is None else w for w in weights]
     if windows is None:
         # As many as the mix allows without repeating anything, or everything when no weight was given.
         if all(w is None for w in weights):
             return list(available)
-        scale = min(a / w for a, w in zip(available, wanted, strict=True) if a)
-        return [min(a, max(1, int(w * scale))) if a else 0 for a, w in zip(available, wanted, strict=True)]
+        scale = min(a / w for a, w in zip(available, needed, strict=True) if a)
+        return [min(a, max(1, int(w * scale))) if a else 0 for a, w in zip(available, needed, strict=True)]
     counts, left = [0] * len(available), min(windows, sum(available))
     while left:
         open_sets = [i for i, a in enumerate(available) if counts[i] < a]
         # The set that lies furthest behind its share gets the next window.
-        behind = min(open_sets, key=lambda i: ((counts[i] + 1) / wanted[i], i))
+        behind = min(open_sets, key=lambda i: ((counts[i] + 1) / needed[i], i))
         counts[behind] += 1
         left -= 1
     return counts

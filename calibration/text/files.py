@@ -153,12 +153,12 @@ class _Buffer:
 
     def more(self) -> bool:
         """Read as much again as is held; False at the end of the file."""
-        before, wanted = len(self.text), max(1, len(self.text) - self.at)
+        before, expected = len(self.text), max(1, len(self.text) - self.at)
         parts, got = [self.text[self.at :]], 0
         for part in self._parts:
             parts.append(part)
             got += len(part)
-            if got >= wanted:
+            if got >= expected:
                 break
         self.text, before, self.at = "".join(parts), before - self.at, 0
         return len(self.text) > before

@@ -54,46 +54,46 @@ def tokenizer_digest(source: Source) -> str | None:
 
 def check_same_tokenizer(reference: Source, candidate: Source) -> None:
     """ValueError naming what two tokenizers differ in; nothing when the candidate carries none."""
-    mine, theirs = read_vocabulary(candidate), read_vocabulary(reference)
-    if mine is None or theirs is None:
+    own, base = read_vocabulary(candidate), read_vocabulary(reference)
+    if own is None or base is None:
         return
-    if len(mine.tokens) != len(theirs.tokens):
-        counts = f"{len(mine.tokens)} tokens, the reference has {len(theirs.tokens)}"
+    if len(own.tokens) != len(base.tokens):
+        counts = f"{len(own.tokens)} tokens, the reference has {len(base.tokens)}"
         raise InputError(f"{candidate.label}: a tokenizer of {counts}: another tokenizer")
-    for number in sorted(mine.tokens.keys() | theirs.tokens.keys()):
-        found, wanted = mine.tokens.get(number), theirs.tokens.get(number)
-        if found != wanted:
+    for number in sorted(own.tokens.keys() | base.tokens.keys()):
+        found, expected = own.tokens.get(number), base.tokens.get(number)
+        if found != expected:
             raise InputError(
-                f"{candidate.label}: token {number} is {found!r}, the reference's tokenizer has {wanted!r}"
+                f"{candidate.label}: token {number} is {found!r}, the reference's tokenizer has {expected!r}"
             )
-    for number, (found, wanted) in enumerate(zip(mine.merges, theirs.merges, strict=False)):
-        if found != wanted:
+    for number, (found, expected) in enumerate(zip(own.merges, base.merges, strict=False)):
+        if found != expected:
             raise InputError(
-                f"{candidate.label}: merge {number} is {found!r}, the reference's tokenizer has {wanted!r}"
+                f"{candidate.label}: merge {number} is {found!r}, the reference's tokenizer has {expected!r}"
             )
-    if len(mine.merges) != len(theirs.merges) or mine.splitting != theirs.splitting:
+    if len(own.merges) != len(base.merges) or own.splitting != base.splitting:
         raise InputError(f"{candidate.label}: its tokenizer splits text in another way than the reference's")
 
 
-def _same(mine: object, theirs: object) -> bool:
+def _same(own: object, base: object) -> bool:
     """Whether two values of a geometry agree, numbers up to float32."""
-    if isinstance(mine, RopeScaling | None) and isinstance(theirs, RopeScaling | None):
-        return same_scaling(mine, theirs)
-    if isinstance(mine, float) and isinstance(theirs, float):
-        return abs(mine - theirs) <= 1e-6 * abs(theirs)
-    return mine == theirs
+    if isinstance(own, RopeScaling | None) and isinstance(base, RopeScaling | None):
+        return same_scaling(own, base)
+    if isinstance(own, float) and isinstance(base, float):
+        return abs(own - base) <= 1e-6 * abs(base)
+    return own == base
 
 
 def check_same_model(reference: Geometry, candidate: Source) -> None:
     """Refuse a candidate of another model: ValueError naming the first size that differs."""
-    mine, theirs = candidate.geometry.rope_scaling, reference.rope_scaling
-    if not same_scaling(mine, theirs):
-        raise InputError(f"{candidate.label}: rope_scaling is {mine}, the reference has {theirs}: another model")
+    own, base = candidate.geometry.rope_scaling, reference.rope_scaling
+    if not same_scaling(own, base):
+        raise InputError(f"{candidate.label}: rope_scaling is {own}, the reference has {base}: another model")
     for name in Geometry.__dataclass_fields__:
         if name in ("max_context", "rope_scaling"):
             continue
-        mine, theirs = getattr(candidate.geometry, name), getattr(reference, name)
-        if name == "experts" and mine < theirs:  # a pruned one
+        own, base = getattr(candidate.geometry, name), getattr(reference, name)
+        if name == "experts" and own < base:  # a pruned one
             continue
-        if not _same(mine, theirs):
-            raise InputError(f"{candidate.label}: {name} is {mine}, the reference has {theirs}: another model")
+        if not _same(own, base):
+            raise InputError(f"{candidate.label}: {name} is {own}, the reference has {base}: another model")

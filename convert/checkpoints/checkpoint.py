@@ -116,19 +116,19 @@ class Checkpoint:
 
     def expected(self) -> dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]]:
         """name -> (shapes, dtypes) that are right for every tensor that this config calls for."""
-        wanted: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]] = {}
-        wanted |= {name: ((shape,), PLAIN) for name, shape in global_shapes(self.geometry).items()}
+        needed: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]] = {}
+        needed |= {name: ((shape,), PLAIN) for name, shape in global_shapes(self.geometry).items()}
         if self.config.get("tie_word_embeddings") and self.names.head not in self.tensors:
-            del wanted[self.names.head]
+            del needed[self.names.head]
         for layer in range(self.geometry.layers):
             for name, shape in plain_shapes(self.geometry, layer):
-                wanted[name] = ((shape,), PLAIN)
+                needed[name] = ((shape,), PLAIN)
             for name, shape in matrix_shapes(self.geometry, layer):
                 scheme = self.scheme(name)
-                wanted[name + ".weight"] = ((shape,), PLAIN if scheme is None else ("F8_E4M3",))
+                needed[name + ".weight"] = ((shape,), PLAIN if scheme is None else ("F8_E4M3",))
                 if scheme is not None:
-                    wanted[self.scale_name(name)] = (scale_shapes(scheme, shape), PLAIN)
-        return wanted
+                    needed[self.scale_name(name)] = (scale_shapes(scheme, shape), PLAIN)
+        return needed
 
     def validate(self, scales: bool | None = None) -> None:
         """Check names, shapes, dtypes and that every scale is finite and positive.
@@ -139,13 +139,13 @@ class Checkpoint:
         check_count(self.geometry, 4 * len(self.tensors) + 1000, self.label)
         found = {name: (self._modules.get(name, {}), self.scheme(name)) for name in self.matrices()}
         check_storage(self.label, self.book, found)
-        wanted = self.expected()
+        needed = self.expected()
         have = {n: t for n, t in self.tensors.items() if n not in self.skipped}
-        if missing := [n for n in wanted if n not in have]:
+        if missing := [n for n in needed if n not in have]:
             raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
-        if extra := [n for n in have if n not in wanted]:
+        if extra := [n for n in have if n not in needed]:
             raise InputError(f"{self.label}: {len(extra)} tensors are not part of this model, first {extra[0]}")
-        for name, (shapes, dtypes) in wanted.items():
+        for name, (shapes, dtypes) in needed.items():
             info = have[name]
             if info.shape not in shapes:
                 raise InputError(f"{info.shard}: {name} has shape {list(info.shape)}, expected {list(shapes[0])}")
@@ -153,7 +153,7 @@ class Checkpoint:
                 raise InputError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
         self.notes += engine_notes(self.label, self.book, found)
         if self.store.is_local if scales is None else scales:
-            for name in wanted:
+            for name in needed:
                 if name.endswith(SCALES):
                     self.read_scales(name)
 

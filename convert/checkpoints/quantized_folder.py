@@ -42,7 +42,7 @@ class QuantizedFolder:
         self.config = read_config(store)
         self.geometry = architecture_of(self.config).geometry(self.config)
         self.names = self.geometry.names
-        self._aliases = {theirs: self.names.projections[key] for key, theirs in self.names.sglang.items()}
+        self._aliases = {alias: self.names.projections[key] for key, alias in self.names.sglang.items()}
         self.quantization = quantization_of(self.config) or {}
         self.book = SchemeBook(self.quantization, self.names)
         self.warnings: list[str] = []  # what engines would read otherwise
@@ -98,8 +98,8 @@ class QuantizedFolder:
                 continue
             if part.suffix not in parts:
                 found = ", ".join(sorted(parts)) or "nothing"
-                wanted = f"({found} is there, {scheme.format.name} wants it)"
-                raise InputError(f"{self.label}: {name}.{part.suffix} is missing {wanted}")
+                expected = f"({found} is there, {scheme.format.name} wants it)"
+                raise InputError(f"{self.label}: {name}.{part.suffix} is missing {expected}")
             if not (part.single and parts[part.suffix].shape in ONE_VALUE):
                 self._check(f"{name}.{part.suffix}", parts[part.suffix], part.shape, part.dtypes)
         return Stored(name, shape, scheme, parts)
@@ -112,20 +112,20 @@ class QuantizedFolder:
 
     def validate(self) -> None:
         """What is not a quantized matrix: present, with its shape and a plain dtype, else ValueError."""
-        wanted: dict[str, tuple[int, ...]] = dict(global_shapes(self.geometry))
+        expected: dict[str, tuple[int, ...]] = dict(global_shapes(self.geometry))
         if self.config.get("tie_word_embeddings"):
-            wanted.pop(self.names.head)
+            expected.pop(self.names.head)
         for layer in range(self.geometry.layers):
-            wanted |= dict(plain_shapes(self.geometry, layer))
+            expected |= dict(plain_shapes(self.geometry, layer))
         if (head := self.names.head) in self.tensors:
-            wanted[head] = global_shapes(self.geometry)[head]
-        missing = [name for name in wanted if name not in self.tensors]
+            expected[head] = global_shapes(self.geometry)[head]
+        missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
-        for name, shape in wanted.items():
+        for name, shape in expected.items():
             self._check(name, self.tensors[name], shape, PLAIN)
         known = {info.name for stored in self.matrices.values() for info in known_parts(stored)}
-        known |= wanted.keys() | {head}
+        known |= expected.keys() | {head}
         if strange := [n for n in self.tensors if n not in known and extra_kind(n, self.names) is None]:
             raise InputError(f"{self.label}: {len(strange)} tensors are not part of this model, first {strange[0]}")
 

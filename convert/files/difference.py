@@ -31,11 +31,11 @@ FIRST = ("command", "source", "model", "windows", "context", "seed", "sets")  # 
 SHOWN = 32  # characters of a value
 
 
-def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """The first thing in which two runs differ, in words: "--windows 256, now 8". Empty when they are equal."""
-    keys = [*(key for key in FIRST if key in found or key in wanted), *wanted, *found]
+    keys = [*(key for key in FIRST if key in found or key in expected), *expected, *found]
     for key in dict.fromkeys(keys):
-        have, want = found.get(key), wanted.get(key)
+        have, want = found.get(key), expected.get(key)
         if have == want:
             continue
         if is_object(have) and is_object(want):

@@ -71,12 +71,12 @@ def _cache_names(names: TensorNames, layer: int) -> list[str]:
 
 def _check_cache_scales(found: QuantizedFolder) -> None:
     """A kv_cache_scheme comes with a positive scale [1] for every layer's keys and values, and none without it."""
-    wanted = bool(found.quantization.get("kv_cache_scheme"))
+    expected = bool(found.quantization.get("kv_cache_scheme"))
     for name in (name for layer in range(found.geometry.layers) for name in _cache_names(found.names, layer)):
-        if (name in found.tensors) != wanted:
-            state = "is there without" if not wanted else "is missing beside"
+        if (name in found.tensors) != expected:
+            state = "is there without" if not expected else "is missing beside"
             raise InputError(f"{found.label}: {name} {state} a kv_cache_scheme in config.json")
-        if not wanted:
+        if not expected:
             continue
         scale = found.read(name)
         if scale.numel() != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
@@ -85,20 +85,20 @@ def _check_cache_scales(found: QuantizedFolder) -> None:
 
 def check_engines(found: QuantizedFolder, layer: int) -> None:
     """vLLM and SGLang look experts up under names of their own and take one scheme for a layer's experts."""
-    wanted = found.matrices[found.names.expert(layer, 0, "w1")].scheme
+    expected = found.matrices[found.names.expert(layer, 0, "w1")].scheme
     for projection in PROJECTIONS:
         name = found.names.expert(layer, 0, projection)
         for engine in (VLLM, SGLANG):
             scheme = found.book.reading(name, engine)
-            if scheme != wanted:
+            if scheme != expected:
                 said = f"is {words(scheme)} by config.json as {engine} reads it"
-                raise InputError(f"{found.label}: {name} {said}, its tensors are {words(wanted)}")
+                raise InputError(f"{found.label}: {name} {said}, its tensors are {words(expected)}")
     for expert in range(found.geometry.experts):
         for projection in PROJECTIONS:
             scheme = found.matrices[found.names.expert(layer, expert, projection)].scheme
-            if scheme != wanted:
+            if scheme != expected:
                 name = found.names.expert(layer, expert, projection)
-                raise InputError(f"{found.label}: {name} is {words(scheme)}, expert 0 of its layer {words(wanted)}")
+                raise InputError(f"{found.label}: {name} is {words(scheme)}, expert 0 of its layer {words(expected)}")
 
 
 def check_layer(found: QuantizedFolder, layer: int, device: torch.device | str) -> None:

@@ -52,9 +52,9 @@ def stacked_tensors(scheme: Scheme, names: list[list[str]], weights: list[Tensor
     rows, first = sum(w.shape[1] for w in weights), 0
     packed = scheme.format.nearest(names[0], torch.cat(weights, 1), scheme)
     for some, part in zip(names, weights, strict=True):
-        mine = slice(first, first + part.shape[1])
-        found |= _named(some, {n: v[:, mine] if v.shape[1:2] == (rows,) else v for n, v in packed.items()})
-        first = mine.stop
+        outputs = slice(first, first + part.shape[1])
+        found |= _named(some, {n: v[:, outputs] if v.shape[1:2] == (rows,) else v for n, v in packed.items()})
+        first = outputs.stop
     return found
 
 

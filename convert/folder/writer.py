@@ -122,10 +122,10 @@ class FolderWriter:
         """
         assert step == self.done, (step, self.done)
         self._wait_for_hash()  # of the step before: hashing goes on beside the work between two steps
-        wanted = self._step_ends[step] - (self._step_ends[step - 1] if step else 0)
-        assert len(tensors) == wanted, (len(tensors), wanted)
+        expected = self._step_ends[step] - (self._step_ends[step - 1] if step else 0)
+        assert len(tensors) == expected, (len(tensors), expected)
         try:
-            for _ in range(wanted):
+            for _ in range(expected):
                 self._append(tensors)
             self._flush()
         except InputError:

@@ -160,13 +160,13 @@ def check_writable(scheme: Scheme) -> None:
     """InputError for bits, groups or zero points that are not written in a format."""
     row = scheme.format
     if row.group_sizes is not None and scheme.group not in row.group_sizes:
-        wanted = " or ".join(map(str, row.group_sizes))
-        raise InputError(f"format {row.name}: groups of {scheme.group}, expected {wanted}")
+        expected = " or ".join(map(str, row.group_sizes))
+        raise InputError(f"format {row.name}: groups of {scheme.group}, expected {expected}")
     if scheme.bits not in row.bits:
         raise InputError(f"format {row.name}: {scheme.bits} bits, expected {' or '.join(map(str, row.bits))}")
     if scheme.activations not in row.activations:
-        wanted = " or ".join(map(str, row.activations))
-        raise InputError(f"format {row.name}: activations of {scheme.activations} bits, expected {wanted}")
+        expected = " or ".join(map(str, row.activations))
+        raise InputError(f"format {row.name}: activations of {scheme.activations} bits, expected {expected}")
     if scheme.symmetric not in row.symmetric:
-        found, wanted = ("symmetric", "asymmetric") if scheme.symmetric else ("asymmetric", "symmetric")
-        raise InputError(f"format {row.name}: {found}, expected {wanted} (engines read no other)")
+        found, expected = ("symmetric", "asymmetric") if scheme.symmetric else ("asymmetric", "symmetric")
+        raise InputError(f"format {row.name}: {found}, expected {expected} (engines read no other)")

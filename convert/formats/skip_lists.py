@@ -54,8 +54,8 @@ def whole_names(entries: Sequence[str], names: Sequence[str]) -> bool:
 
 def whole_parts(entries: Sequence[str], names: Sequence[str]) -> bool:
     """SGLang, fp8."""
-    wanted = [f".{entry.rstrip('.')}." for entry in entries if entry.rstrip(".")]
-    return any(entry in f".{name}." for name in names for entry in wanted)
+    expected = [f".{entry.rstrip('.')}." for entry in entries if entry.rstrip(".")]
+    return any(entry in f".{name}." for name in names for entry in expected)
 
 
 def inside_the_name(entries: Sequence[str], names: Sequence[str]) -> bool:

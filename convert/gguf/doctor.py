@@ -39,9 +39,9 @@ def check_metadata(source: GgufSource) -> list[Finding]:
     data = source.metadata
     found: list[Finding] = []
 
-    def expect(key: str, wanted: object, level: str = "error") -> None:
-        if data.get(key) != wanted:
-            found.append(Finding(level, key, f"{data.get(key)!r}, expected {wanted!r}"))
+    def expect(key: str, expected: object, level: str = "error") -> None:
+        if data.get(key) != expected:
+            found.append(Finding(level, key, f"{data.get(key)!r}, expected {expected!r}"))
 
     row = source.geometry.architecture
     expect("tokenizer.ggml.pre", row.gguf.pre)
@@ -163,13 +163,13 @@ def scaled_blocks(data: NDArray[np.uint8], kind: GGMLType, exponent: int, where:
 
 
 def _exact(scales: NDArray[np.float16], factor: np.float32, where: str) -> NDArray[np.float16]:
-    wanted = scales.astype(np.float32) * factor
+    expected = scales.astype(np.float32) * factor
     with np.errstate(over="ignore"):
-        stored = wanted.astype(np.float16)
-    leaves = (np.abs(scales.astype(np.float32)) >= NORMAL) & (np.abs(wanted) < NORMAL)
-    bad = leaves | (stored.astype(np.float32) != wanted)
+        stored = expected.astype(np.float16)
+    leaves = (np.abs(scales.astype(np.float32)) >= NORMAL) & (np.abs(expected) < NORMAL)
+    bad = leaves | (stored.astype(np.float32) != expected)
     if bad.any():
-        worst = float(np.abs(wanted[bad]).max())
+        worst = float(np.abs(expected[bad]).max())
         raise InputError(
             f"{where}: {int(bad.sum())} block scales would leave float16's normal range, such as {worst:.3g}"
         )

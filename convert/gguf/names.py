@@ -60,25 +60,25 @@ def release_name(names: TensorNames, name: str, expert: int | None = None) -> st
 
 def gguf_name(names: TensorNames, name: str) -> tuple[str, int | None]:
     """Release name (with its suffix) -> (GGUF name, expert or None). Raises ValueError for an unknown name."""
-    for theirs, ours in global_names(names).items():
+    for stored, ours in global_names(names).items():
         if ours == name:
-            return theirs, None
+            return stored, None
     stem, layer = name.removesuffix(".weight"), names.layer_of(name)
     if stem != name and (found := names.expert_of(stem)) is not None:
         return f"blk.{found.layer}.{expert_tensor(found.projection)}.weight", found.number
     if layer is not None:
-        for theirs, field in PLAIN_TENSORS.items():
+        for stored, field in PLAIN_TENSORS.items():
             if field in names.plain and names.prefix(layer) + names.plain[field] == name:
-                return f"blk.{layer}.{theirs}", None
-        for theirs, projection in ATTENTION_TENSORS.items():
+                return f"blk.{layer}.{stored}", None
+        for stored, projection in ATTENTION_TENSORS.items():
             if f"{names.attention(layer, projection)}.weight" == name:
-                return f"blk.{layer}.{theirs}.weight", None
+                return f"blk.{layer}.{stored}.weight", None
     raise InputError(f"{name}: not a weight of this architecture")
 
 
 def expert_tensor(projection: str) -> str:
     """w1, w2, w3 -> the tensor of a block (without .weight) that stacks it."""
-    return next(theirs for theirs, ours in EXPERT_TENSORS.items() if ours == projection)
+    return next(stored for stored, ours in EXPERT_TENSORS.items() if ours == projection)
 
 
 def layer_shapes(geometry: Geometry, layer: int) -> dict[str, tuple[int, ...]]:

@@ -100,9 +100,9 @@ class GgufSource:
             if place != number:
                 raise InputError(f"{file.path}: split.no is {reprlib.repr(place)}, expected {number}")
         total = sum(len(file.tensors) for file in self.files)
-        wanted = found.number("split.tensors.count", total)
-        if wanted != total:
-            raise InputError(f"{self.label}: {total} tensors in all parts, split.tensors.count is {wanted}")
+        expected = found.number("split.tensors.count", total)
+        if expected != total:
+            raise InputError(f"{self.label}: {total} tensors in all parts, split.tensors.count is {expected}")
 
     def _config(self) -> dict[str, Any]:
         """config.json's keys as the metadata has them."""
@@ -127,17 +127,17 @@ class GgufSource:
 
     def validate(self) -> None:
         """Every tensor of the geometry present with its shape, and no other. ValueError with the first fault."""
-        wanted = all_shapes(self.geometry)
+        expected = all_shapes(self.geometry)
         if OUTPUT not in self._where:
-            wanted.pop(OUTPUT)
-        missing = [name for name in wanted if name not in self._where]
+            expected.pop(OUTPUT)
+        missing = [name for name in expected if name not in self._where]
         if missing:
             raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
-        for name, shape in wanted.items():
+        for name, shape in expected.items():
             file, tensor = self._where[name]
             if tensor.shape != shape:
                 raise InputError(f"{file.path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        others = [name for name in self._where if name not in wanted and not self._beyond(name)]
+        others = [name for name in self._where if name not in expected and not self._beyond(name)]
         scales = [name for name in others if name.endswith(INPUT_SCALE)]
         if scales:
             line = f"{self.label}: {len(scales)} static scales of activations skipped, first {scales[0]}"
@@ -174,17 +174,17 @@ class GgufSource:
         return self.locate(name)
 
     def _ranges(self, block: int) -> list[Range]:
-        mine = [where for name, where in self._where.items() if split_block(name)[0] == block]
-        return [(file.path, t.offset, t.offset + t.size) for file, t in mine]
+        places = [where for name, where in self._where.items() if split_block(name)[0] == block]
+        return [(file.path, t.offset, t.offset + t.size) for file, t in places]
 
     def read(self, name: str) -> Tensor:
         """Dequantized float32 CPU tensor by release name."""
-        theirs, expert = gguf_name(self.geometry.names, name)
-        if theirs == OUTPUT and theirs not in self._where:
-            theirs = TOKEN_EMBD
+        stored, expert = gguf_name(self.geometry.names, name)
+        if stored == OUTPUT and stored not in self._where:
+            stored = TOKEN_EMBD
         if expert is not None:
-            return self._experts(theirs, range(expert, expert + 1), "cpu", torch.float32)[0]
-        rows, tensor = self._rows(theirs)
+            return self._experts(stored, range(expert, expert + 1), "cpu", torch.float32)[0]
+        rows, tensor = self._rows(stored)
         return decode(rows, tensor.kind, tensor.shape[-1]).view(tensor.shape)
 
     def read_experts(

@@ -76,19 +76,19 @@ def _launch(target: dict[str, Any], artifact: dict[str, Any], place: Place, labe
     return {**launch, "argv": argv, "env": environment}
 
 
-def merge(ours: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, Any]:
+def merge(ours: dict[str, Any], remote: dict[str, Any] | None) -> dict[str, Any]:
     """Our artifacts with those that the repository has already. ValueError when they are of another base model."""
-    if theirs is None:
+    if remote is None:
         return ours
     own = {a["id"] for a in ours["artifacts"]}
-    others = [a for a in theirs["artifacts"] if a["id"] not in own]
+    others = [a for a in remote["artifacts"] if a["id"] not in own]
     for key in ("base_model", "base_revision") if others else ():
-        if theirs["model"].get(key) != ours["model"].get(key):
-            found, expected = theirs["model"].get(key), ours["model"].get(key)
+        if remote["model"].get(key) != ours["model"].get(key):
+            found, expected = remote["model"].get(key), ours["model"].get(key)
             raise InputError(f"the repository's {MANIFEST}: {key} {found}, expected {expected}; use another repository")
     if clash := [a["id"] for a in [*others, *ours["artifacts"]] if a["entry"] == "." and others]:
         raise InputError(f"the repository holds {others[0]['id']}: {clash[0]} fills a repository of its own")
-    targets = [t for t in theirs["targets"] if t["artifact"] not in own]
+    targets = [t for t in remote["targets"] if t["artifact"] not in own]
     return {**ours, "artifacts": [*others, *ours["artifacts"]], "targets": [*targets, *ours["targets"]]}
 
 

@@ -37,16 +37,16 @@ def gguf_models(paths: Iterable[str]) -> dict[str, list[str]]:
 def choose_model(files: Mapping[str, int], kind: str | None, label: str) -> tuple[str, list[str]]:
     """(type, its files) of a repository; InputError with the types that there are."""
     models = gguf_models(files)
-    wanted = [name for name in models if kind is None or name.lower() == kind.lower()]
-    if len(wanted) != 1:
+    expected = [name for name in models if kind is None or name.lower() == kind.lower()]
+    if len(expected) != 1:
         there = ", ".join(models) or "no GGUF model"
         asked = f"no type {kind}" if kind else f"{len(models)} GGUF models"
         raise InputError(f"{label}: {asked} ({there} there), expected one as in {label.split('@')[0]}:TYPE")
-    paths = models[wanted[0]]
+    paths = models[expected[0]]
     parts = split_of(paths[0])[2]
     if len(paths) != parts:
-        raise InputError(f"{label}: {wanted[0]} has {len(paths)} of {parts} parts in the repository")
-    return wanted[0], paths
+        raise InputError(f"{label}: {expected[0]} has {len(paths)} of {parts} parts in the repository")
+    return expected[0], paths
 
 
 class HubGguf(GgufSource):

@@ -83,6 +83,6 @@ def _check_model(path: str, files: Mapping[str, int], known: Iterable[str]) -> N
         raise InputError(f"{path}: in folder {folder}, expected a folder {label} named like the file's quantization")
     stem, _, parts = split_of(path)
     if parts > 1:
-        wanted = [f"{folder}/{stem}-{i:05d}-of-{parts:05d}.gguf" for i in range(1, parts + 1)]
-        if missing := [w for w in wanted if w not in files]:
+        expected = [f"{folder}/{stem}-{i:05d}-of-{parts:05d}.gguf" for i in range(1, parts + 1)]
+        if missing := [w for w in expected if w not in files]:
             raise InputError(f"{path}: part {missing[0]} is missing, expected {parts}")

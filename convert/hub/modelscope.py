@@ -265,10 +265,10 @@ class Repository:
 
     def _batch(self, file: Upload) -> str | None:
         """Where to put a blob; None when the hub has it."""
-        wanted = {"operation": "upload", "objects": [{"oid": file.sha256, "size": file.size}]}
+        expected = {"operation": "upload", "objects": [{"oid": file.sha256, "size": file.size}]}
         headers = {"Content-Type": "application/json"}
         url = f"{self._base}/info/lfs/objects/batch"
-        response = self.client.send("POST", url, headers, what=str(self.spec), body=json.dumps(wanted).encode())
+        response = self.client.send("POST", url, headers, what=str(self.spec), body=json.dumps(expected).encode())
         if response.status_code != 200:
             raise explain(response, self.client.endpoint, str(self.spec))
         what = str(self.spec)

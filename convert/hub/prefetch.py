@@ -162,11 +162,11 @@ class Prefetcher:
         for name in [*self._wanted, *self._order]:
             if name in self._ready or name in self._running or name in self._failed:
                 continue
-            wanted = name in self._wanted
-            if len(self._running) >= FETCHERS and not wanted:
+            expected = name in self._wanted
+            if len(self._running) >= FETCHERS and not expected:
                 return
             while not self._fits(name):
-                if not wanted or not self._evict():
+                if not expected or not self._evict():
                     break
             if not self._fits(name):
                 return

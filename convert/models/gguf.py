@@ -81,10 +81,10 @@ def read_keys(metadata: Metadata, arch: str, scoring: str, experts: str, width: 
     Raises InputError for what is missing, malformed, or scored otherwise than by `scoring`.
     """
     number, label = metadata.number, metadata.label
-    wanted = GATING[scoring]
-    gating = number(f"{arch}.expert_gating_func", wanted)
-    if gating != wanted:
-        raise InputError(f"{label}: expert_gating_func is {gating}, expected {wanted} ({scoring})")
+    expected = GATING[scoring]
+    gating = number(f"{arch}.expert_gating_func", expected)
+    if gating != expected:
+        raise InputError(f"{label}: expert_gating_func is {gating}, expected {expected} ({scoring})")
     head_dim = number(f"{arch}.attention.key_length")
     if number(f"{arch}.attention.value_length", head_dim) != head_dim:
         raise InputError(f"{label}: attention.value_length is not key_length {head_dim}")

@@ -72,10 +72,10 @@ def difference(streamed: dict[str, Any], engine: dict[str, Any]) -> dict[str, fl
     """Relative differences engine / streamed - 1 of the numbers that both have; of KLD the absolute one in nats."""
     found: dict[str, float | None] = {}
     for name in COMPARED:
-        mine, theirs = streamed[name], engine[name]
-        found[name] = theirs / mine - 1 if mine and theirs is not None else None
-    mine, theirs = streamed["kld"]["mean"], engine["kld"]["mean"]
-    found["kld_mean_nats"] = theirs - mine if mine is not None and theirs is not None else None
+        ours, its = streamed[name], engine[name]
+        found[name] = its / ours - 1 if ours and its is not None else None
+    ours, its = streamed["kld"]["mean"], engine["kld"]["mean"]
+    found["kld_mean_nats"] = its - ours if ours is not None and its is not None else None
     return found
 
 
@@ -167,12 +167,12 @@ def _positions(
         if target[i] not in top:
             raise InputError(f"engine: no log-probability of token {target[i]}, expected the prompt's own tokens")
         known = np.array([token in top for token in ids.tolist()])
-        theirs = np.array([top[token] for token in ids[known].tolist()])
+        engine_value = np.array([top[token] for token in ids[known].tolist()])
         finite = bool(np.isfinite(list(top.values())).all())
         total = np.log(np.exp(logp).sum() + np.exp(base.tail[i]))
         p, rest = np.exp(logp - total), float(np.exp(base.tail[i] - total))
         rest += float(p[~known].sum())
-        kld = float((p[known] * (logp[known] - total - theirs)).sum()) if finite else 0.0
+        kld = float((p[known] * (logp[known] - total - engine_value)).sum()) if finite else 0.0
         if finite and rest > 0:
-            kld += rest * float(np.log(rest / max(1 - np.exp(theirs).sum(), LEAST)))
+            kld += rest * float(np.log(rest / max(1 - np.exp(engine_value).sum(), LEAST)))
         yield -top[target[i]], kld, max(top, key=lambda token: top[token]) == ids[0], finite

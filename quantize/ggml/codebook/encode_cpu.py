@@ -38,9 +38,9 @@ def half(value: Number):
 
 
 @_jit
-def _levels(wanted: Vector, unit: Vector, offset: Number, step: Number, top: Number):
+def _levels(target: Vector, unit: Vector, offset: Number, step: Number, top: Number):
     """The levels at which `unit` comes nearest to the wanted scales of blocks; lanes."""
-    level = nearest_whole((wanted / larger(unit, TINY) - offset) / step)
+    level = nearest_whole((target / larger(unit, TINY) - offset) / step)
     return smaller(larger(level, ZERO), top)
 
 
@@ -48,7 +48,7 @@ def _levels(wanted: Vector, unit: Vector, offset: Number, step: Number, top: Num
 def _losses(
     errors: Floats,
     reference: Vector,
-    wanted: Vector,
+    target: Vector,
     unit: Vector,
     fan: Floats,
     offset: Number,
@@ -56,7 +56,7 @@ def _losses(
     top: Number,
 ):
     """Errors of blocks at the levels nearest to the wanted scales, linear between those that were tried; lanes."""
-    scale = unit * (offset + step * _levels(wanted, unit, offset, step, top))
+    scale = unit * (offset + step * _levels(target, unit, offset, step, top))
     place = (scale / larger(reference, TINY) - fan[0]) / (fan[1] - fan[0])
     place, total = smaller(larger(place, ZERO), np.float32(fan.size - 1)), ZERO * unit
     for k in range(fan.size):
@@ -82,14 +82,14 @@ def _guess(
     for k in range(fan.size):
         error = load(errors, k * WIDTH, LANES)
         relative, least = where(error < least, fan[k], relative), smaller(least, error)
-    wanted, unit, losses = np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
+    target, unit, losses = np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
     ours = load(reference, 0, LANES)
-    store(wanted, 0, relative * ours)
+    store(target, 0, relative * ours)
     lowest = np.full(scale.size, HUGE)
     for m in range(spread.size):
         for n in range(scale.size):
             of = slice(n * blocks, (n + 1) * blocks)
-            unit[of] = wanted[of].max() / (offset + step * top) * spread[m]
+            unit[of] = target[of].max() / (offset + step * top) * spread[m]
         store(losses, 0, _losses(errors, ours, relative * ours, load(unit, 0, LANES), fan, offset, step, top))
         for n in range(scale.size):
             loss = losses[n * blocks : (n + 1) * blocks].sum()
