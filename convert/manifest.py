@@ -13,16 +13,18 @@ import jsonschema
 
 from mmquant.errors import InputError
 
-from . import fit
 from .files.atomic import sha256_file, write_whole
 from .files.lock import hold
-from .fit import Weights
+from .fitting.manifest import target_blocks
+from .fitting.memory import kv_table
+from .fitting.requires import requires
+from .fitting.text import FIT_TEXT, fit_text
+from .fitting.weights import Weights
 from .hub.hubs import HUBS
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
 from .manifest_check import read_checked, schema
 from .models import architecture_of
 from .models.geometry import Geometry
-from .requires import requires
 from .source import Source
 
 MANIFEST = "mmquant.fit.json"
@@ -91,7 +93,7 @@ def model_block(source: Source, base_model: str, revision: str, origin: str) -> 
         "active_parameters": g.active_parameters,
         "geometry": geometry_block(g),
         "max_context_tokens": g.max_context,
-        "kv_bytes_per_token": fit.kv_table(g),
+        "kv_bytes_per_token": kv_table(g),
     }
 
 
@@ -123,27 +125,24 @@ def build(source: Source, artifact: Artifact, version: str) -> dict[str, Any]:
     origin = source.origin
     base_model = origin.repo or UNKNOWN_BASE
     hub = HUBS[origin.hub].manifest_name if origin.hub in HUBS else origin.hub
-    g = source.geometry
+    g, run = source.geometry, artifact.provenance.get("run", {})
     return {
         "schema": "mmquant-fit",
-        "schema_version": "1.0",
+        "schema_version": "1.1",
         "generated": datetime.now(UTC).replace(microsecond=0).isoformat().replace("+00:00", "Z"),
         "generator": {"name": "mmquant", "version": version},
         "model": model_block(source, base_model, origin.revision or UNKNOWN_REVISION, hub),
         "license": license_block(source),
         "artifacts": [artifact_block(artifact, g)],
-        "targets": fit.targets(artifact.id, artifact.format, artifact.entry, artifact.weights, g, cache_of(artifact)),
+        "targets": target_blocks(artifact.id, artifact.format, artifact.entry, artifact.weights, g, run),
     }
 
 
-def cache_of(artifact: Artifact) -> str:
-    """Type of the KV cache that engines take for it: vLLM follows the folder's kv_cache_scheme by itself."""
-    return "fp8" if artifact.provenance.get("run", {}).get("kv_cache") == "fp8" else "f16"
-
-
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    """Validate and write; an invalid manifest is our bug."""
-    write_whole(folder / MANIFEST, as_bytes(manifest))
+    """Validate and write, what it says for people (FIT.md) first; an invalid manifest is our bug."""
+    data = as_bytes(manifest)
+    write_whole(folder / FIT_TEXT, fit_text(manifest).encode())
+    write_whole(folder / MANIFEST, data)
 
 
 def as_bytes(manifest: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from . import fp4, gguf, int4
 from .corpus import at_effort, context_of, windows_at_most
 from .engine import Job
 from .folder import FolderJob, prepare
+from .made import words_of
 from .options import (
     Bf16Options,
     CalibrateOptions,
@@ -97,7 +98,9 @@ def job_of(source: Checkpoint, variant: Variant, model: str, out: Path, passes: 
     made = folder_variant(source, options, out)
     if isinstance(options, WeightsOptions):
         return cast("Job", make_job(source, options, out, passes, cast("WeightsVariant", made)))
-    return cast("Job", FolderJob(source, made, out, device=passes.device, limit=options.max_shard_size))
+    job = FolderJob(source, made, out, device=passes.device, limit=options.max_shard_size)
+    job.made = words_of("bf16" if isinstance(options, Bf16Options) else "fp8", options)
+    return cast("Job", job)
 
 
 def folder_variant(source: Checkpoint, options: Fp8Options | Bf16Options | WeightsOptions, out: Path) -> FolderVariant:

@@ -9,6 +9,7 @@ from mmquant.monitor import Monitor, watching
 
 from ..convert.folder.bf16 import Bf16Variant
 from .folder import check_place, prepare, write_folder
+from .made import words_of
 from .models import Model, choose_device, opened
 from .options import Bf16Options
 from .prune import pruned
@@ -41,5 +42,12 @@ def dequantize_bf16(
         if dry_run:
             run = {**variant.run(), "source": source.fingerprint, "shard_limit": chosen.max_shard_size}
             return planned(out, variant.label, size, lambda: check_place(out, size, run))
-        path = write_folder(source, variant, out, device=choose_device(device), limit=chosen.max_shard_size)
+        path = write_folder(
+            source,
+            variant,
+            out,
+            device=choose_device(device),
+            limit=chosen.max_shard_size,
+            made=words_of("bf16", chosen),
+        )
         return written(path, variant.label, size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from mmquant.tables import table as aligned
+
 from ..convert.fitting.commands import Command, override_tensor
 from ..convert.fitting.verdict import NO, TIGHT, YES, Fit
 
@@ -14,17 +16,6 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 PARTS = ("usable", "weights", "kv", "compute", "staging", "runtime", "margin")
-
-
-def columns(rows: list[list[str]], right: frozenset[int] = frozenset()) -> list[str]:
-    """Rows of cells as aligned lines, the first as the head; `right`: columns that end where their head ends."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def gib(size: int) -> str:
@@ -66,7 +57,7 @@ def detail(fit: Fit, g: Geometry, commands: list[Command], made_by: list[str]) -
     if fit.placement.devices:
         head = ["GiB", *PARTS]
         rows = [[d.name, *(gib(int(getattr(d, part))) for part in PARTS)] for d in fit.placement.devices]
-        lines += columns([head, *rows], frozenset(range(1, len(head))))
+        lines += aligned(head, rows, text=("GiB",))
     if fit.verdict == NO:
         missing = fit.reason or f"{fit.missing:,} bytes ({fit.missing / 1e9:.1f} GB) are missing"
         return [*lines, f"fits: no; {missing}"]
@@ -93,20 +84,25 @@ def table(model: str, g: Geometry, fits: tuple[Fit, ...]) -> list[str]:
     if len(targets) == 1 or len(types) == 1:
         return [*lines, *_one_axis(g, fits, targets, len(targets) == 1)]
     head = ["type", "GB", "bits", "smallest machines that hold it, with the largest context"]
-    rows = [head]
+    rows: list[list[str]] = []
     for name in types:
         own = [fit for fit in fits if fit.row.id == name]
         size = own[0].weights.total
         where = ", ".join(f"{f.target.id} {context_words(f.context)}" for f in smallest(own)) or "none"
         rows.append([name, f"{size / 1e9:.1f}", f"{8 * size / g.parameters:.2f}", where])
-    return [*lines, *columns(rows, frozenset((1, 2))), "--target ID, or --gpu and --ram, say all of one machine."]
+    return [
+        *lines,
+        *aligned(head, rows, text=("type", head[-1])),
+        "--target ID, or --gpu and --ram, say all of one machine.",
+    ]
 
 
 def _one_axis(g: Geometry, fits: tuple[Fit, ...], targets: dict[str, Target], one: bool) -> list[str]:
     first = next(iter(targets.values()))
     lines = [f"{first.id}: {machine_words(first)}"] if one else [_size_line(fits[0], g)]
     head = ["type", "GB", "bits"] if one else ["machine", "RAM GiB"]
-    rows = [[*head, "fits", "context", "free GiB", "tok/s <=", "placement"]]
+    head += ["fits", "context", "free GiB", "tok/s <=", "placement"]
+    rows: list[list[str]] = []
     order = {YES: 0, TIGHT: 1, NO: 2}
     shown = sorted(fits, key=lambda f: (order[f.verdict], f.missing, -f.weights.total)) if one else fits
     for f in shown:
@@ -119,8 +115,8 @@ def _one_axis(g: Geometry, fits: tuple[Fit, ...], targets: dict[str, Target], on
         speed = f"{f.tokens_per_second:.0f}"
         cells = [f.verdict, context_words(f.context), gib(f.placement.margin), speed, placement_words(f)]
         rows.append([*own, *cells])
-    numbers = frozenset(range(1, len(head))) | {len(head) + i for i in (1, 2, 3)}
-    return [*lines, *columns(rows, numbers), "tok/s: a bound by memory bandwidth alone, estimated."]
+    words = ("type", "machine", "fits", "placement")
+    return [*lines, *aligned(head, rows, text=words), "tok/s: a bound by memory bandwidth alone, estimated."]
 
 
 def _size_line(fit: Fit, g: Geometry) -> str:

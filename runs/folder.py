@@ -37,6 +37,7 @@ from ..convert.formats.spec import TensorSpec
 from ..convert.formats.table import METHODS
 from ..convert.manifest import Artifact, FileEntry
 from .engine import run_jobs
+from .made import command_line
 from .place import free_bytes, refuse_strangers
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class FolderJob:
         self.source, self.variant, self.out, self.path = source, variant, out, out
         self.device, self.limit, self.provider, self.behind, self.streams = device, limit, provider, behind, streams
         self.label, self.prepared = variant.label, prepare(source, variant)
+        self.made: tuple[str, ...] = ()  # what was typed, for the manifest
         self.run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
         if source.kept is not None:
             self.run["experts"] = len(source.kept[0])
@@ -153,7 +155,8 @@ class FolderJob:
         names = self.writer.finish(self.small_files())
         check_written(out, source, self.device, variant.quantization_config(source) is not None)
         entries = tuple(FileEntry(n, (out / n).stat().st_size, self.writer.sha256[n]) for n in names)
-        finish_folder(out, source, variant.format, variant.label, entries, self.prepared.weights, self.run)
+        weights = self.prepared.weights
+        finish_folder(out, source, variant.format, variant.label, entries, weights, self.run, made=self.made)
         self.writer.clear_progress()
         if self.streams is not None:
             shutil.rmtree(self.streams, ignore_errors=True)
@@ -178,16 +181,19 @@ def write_folder(
     limit: int = SHARD_LIMIT,
     provider: Provider | None = None,
     behind: int = 0,
+    made: tuple[str, ...] = (),
 ) -> Path:
     """Write `variant` of `source` into the folder `out` and return it. A finished folder of the same run is left alone.
 
     `provider` hands a calibrated variant its statistics; None for one that needs none. `behind`: how many layers before
     the one at work are read once more. The folder is read again as an engine would before it gets its manifest: one
-    that fails stays unfinished.
+    that fails stays unfinished. `made`: the words of the command that was typed.
 
     Raises InputError when `out` holds something else or fails its check, FitError when disk or memory is too small.
     """
-    run_jobs([FolderJob(source, variant, out, device=device, limit=limit, provider=provider, behind=behind)])
+    job = FolderJob(source, variant, out, device=device, limit=limit, provider=provider, behind=behind)
+    job.made = made
+    run_jobs([job])
     return out
 
 
@@ -236,9 +242,11 @@ def finish_folder(
     weights: Weights,
     run: Mapping[str, Any],
     entry: str = ".",
+    made: tuple[str, ...] = (),
 ) -> None:
-    """Write the manifest, last of all files."""
-    artifact = Artifact(label, format, label, entry, files, weights, {"run": dict(run)})
+    """Write the manifest, last of all files. made: the words of the command that was typed."""
+    line = {"command_line": typed} if (typed := command_line(made, source, label)) else {}
+    artifact = Artifact(label, format, label, entry, files, weights, {"run": dict(run), **line})
     manifest.write(out, manifest.build(source, artifact, __version__))
 
 

@@ -12,6 +12,7 @@ from ..convert.folder.fp8 import Fp8Variant
 from ..convert.folder.native_copy import check_native
 from ..convert.formats.table import choices
 from .folder import check_place, prepare, write_folder, write_native
+from .made import words_of
 from .models import Model, choose_device, opened
 from .options import Fp8Options
 from .prune import pruned
@@ -53,7 +54,9 @@ def quantize_fp8(
             run = {**variant.run(), "source": source.fingerprint, "shard_limit": chosen.max_shard_size}
             return planned(out, variant.label, size, lambda: check_place(out, size, run))
         place = choose_device(device)
-        path = write_folder(source, variant, out, device=place, limit=chosen.max_shard_size)
+        path = write_folder(
+            source, variant, out, device=place, limit=chosen.max_shard_size, made=words_of("fp8", chosen)
+        )
         return written(path, variant.label, size)
 
 

@@ -40,6 +40,7 @@ from .corpus import at_effort, context_of, generic_at_most, say_if_short, window
 from .engine import Shared, run_jobs
 from .folder import check_disk, check_place, claim, finish_folder, is_finished, written_bytes
 from .gguf_plan import check_planned, nearest_mix, read_types, with_plan
+from .made import words_of
 from .models import Model, choose_device, opened
 from .options import GgufOptions
 from .passes import Passes
@@ -95,7 +96,9 @@ def variant_of(source: Checkpoint, options: GgufOptions, model: Model) -> GgufVa
 def make_job(source: Checkpoint, options: GgufOptions, out: Path, passes: Passes, variant: GgufVariant) -> GgufJob:
     """The artifact as a job of `passes`' run; its text is read here."""
     calibration = make_calibration(source, options, passes) if variant.importance else None
-    return GgufJob(source, variant, out, calibration=calibration, device=passes.device, passes=passes)
+    job = GgufJob(source, variant, out, calibration=calibration, device=passes.device, passes=passes)
+    job.made = words_of("gguf", options)
+    return job
 
 
 def check_options(options: GgufOptions) -> None:
@@ -128,6 +131,7 @@ class GgufJob:
         """passes: what is shared with other artifacts of the run."""
         source.validate()
         self.source, self.out, self.label = source, out, variant.label
+        self.made: tuple[str, ...] = ()  # what was typed, for the manifest
         importance = calibration.importance(source.geometry) if calibration else None
         self.plan = make_plan(source, variant, importance)
         self.run = run_of(source, variant) | (calibration.run() if calibration else {})
@@ -195,7 +199,8 @@ class GgufJob:
         entries = [FileEntry(p.name, p.stat().st_size, self.writer.sha256[p.name]) for p in paths]
         entries += carry_licence(source, out)
         check_file(self.path)
-        finish_folder(out, source, "gguf", plan.label, tuple(entries), plan.weights(), self.run, entry=self.path.name)
+        weights, entry = plan.weights(), self.path.name
+        finish_folder(out, source, "gguf", plan.label, tuple(entries), weights, self.run, entry=entry, made=self.made)
         forget(out)
         self.writer.clear_progress()
         return self.path

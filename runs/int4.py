@@ -12,9 +12,9 @@ from mmquant.monitor import Monitor, current, message
 from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.variant import CalibratedWeights
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.fitting.requires import notes
 from ..convert.folder.weights import WeightsVariant, check_groups
 from ..convert.formats.table import choices
-from ..convert.requires import notes
 from ..quantize.integer.gptq import GptqGrid
 from .models import Model
 from .options import Int4Options

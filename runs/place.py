@@ -12,6 +12,7 @@ from ..calibration.statistics.store import MANIFEST as STATISTICS
 from ..convert.files.atomic import is_temporary
 from ..convert.files.lock import HOLDER, LOCK, hold
 from ..convert.files.progress import PROGRESS
+from ..convert.fitting.text import FIT_TEXT
 from ..convert.manifest import MANIFEST
 from ..convert.source import CARRIED_FILES
 
@@ -29,7 +30,7 @@ def start_over(out: Path) -> None:
     if not any((out / name).exists() for name in (PROGRESS, STATISTICS, ".mmquant.source")):
         raise InputError(f"--fresh: {out} holds no unfinished run of mmquant")
     with hold(out):
-        made = {STATISTICS, "report.html", "config.json", "model.safetensors.index.json", *CARRIED_FILES}
+        made = {FIT_TEXT, STATISTICS, "report.html", "config.json", "model.safetensors.index.json", *CARRIED_FILES}
         last = [out / PROGRESS, out / STATISTICS]  # while they are there, the folder is known to be a run's
         for path in sorted(out.iterdir(), key=lambda p: p in last):
             ours = path.name.startswith((".mmquant", ".hidden-")) and path.name not in (LOCK, HOLDER)

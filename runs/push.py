@@ -12,6 +12,7 @@ from mmquant.monitor import Monitor, current, watching
 
 from ..convert.files.atomic import TEMPORARY
 from ..convert.files.parse import path_fault, short
+from ..convert.fitting.text import FIT_TEXT, fit_text
 from ..convert.manifest import MANIFEST
 from .options import PushOptions
 from .results import Result
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 STAGE = ".mmquant-push"
 SUMS, CARD = "SHA256SUMS", "README.md"
+MADE = {SUMS, CARD, MANIFEST, FIT_TEXT}  # for the place that they are published in
 NOTICE = "M2.7's licence forbids commercial use of the model and of derivatives without MiniMax's written authorization"
 
 
@@ -100,12 +102,12 @@ def push_to(folder: Path, remote: Remote, options: PushOptions, *, dry_run: bool
     local = _local_files(folder)
     listed = [f["path"] for a in manifest["artifacts"] for f in a["files"]]
     moved = {p: remote_path(p, labels) for p in (*local, *listed)}
-    here = {moved[p] for p in local} | {SUMS, CARD, MANIFEST}
+    here = {moved[p] for p in local} | MADE
     gone = {p: f for p, f in ledger.committed().items() if p not in here}
     sizes = {moved[p]: (folder / p).stat().st_size for p in local} | {p: f.size for p, f in gone.items()}
     check_layout(sizes, labels)
     _check_complete(folder, manifest, moved, gone)
-    answer = {"files": len(sizes) + 3, "bytes": sum(sizes.values()), "url": _url(remote), "commits": 0}
+    answer = {"files": len(sizes) + len(MADE), "bytes": sum(sizes.values()), "url": _url(remote), "commits": 0}
     draft = Draft(folder, manifest, moved, licence, _base_card(manifest, options.base_card), options)
     if dry_run:
         draft.documents(remote, None, None)
@@ -214,10 +216,9 @@ def _url(remote: Remote) -> str:
 
 def _local_files(folder: Path) -> list[str]:
     """What is published: everything but hidden and unfinished files; card, manifest and sums are made for the place."""
-    made = {SUMS, CARD, MANIFEST}
     names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     shown = [n for n in names if not any(part.startswith(".") for part in n.parts)]
-    found = sorted(n.as_posix() for n in shown if n.suffix not in (TEMPORARY, ".part") and n.as_posix() not in made)
+    found = sorted(n.as_posix() for n in shown if n.suffix not in (TEMPORARY, ".part") and n.as_posix() not in MADE)
     for name in found:
         if fault := path_fault(name):
             raise InputError(f"{folder}: the file name {short(name)}: {fault}")
@@ -288,12 +289,15 @@ def _stage(
     stage.mkdir(exist_ok=True)
     write_whole(stage / MANIFEST, (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
     made = ledger.upload(MANIFEST, stage / MANIFEST)
+    write_whole(stage / FIT_TEXT, fit_text(whole).encode())
+    told = ledger.upload(FIT_TEXT, stage / FIT_TEXT)
     sums = {f["path"]: f["sha256"] for a in whole["artifacts"] for f in a["files"]}
-    sums |= {p: f.sha256 for p, f in files.items() if p not in (CARD, SUMS)} | {MANIFEST: made.sha256}
+    sums |= {p: f.sha256 for p, f in files.items() if p not in (CARD, SUMS)}
+    sums |= {MANIFEST: made.sha256, FIT_TEXT: told.sha256}
     write_whole(stage / SUMS, "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items())).encode())
     write_whole(folder / CARD, text.encode())
     write_whole(folder / SUMS, (stage / SUMS).read_bytes())
-    return [made, ledger.upload(SUMS, stage / SUMS), ledger.upload(CARD, folder / CARD)]
+    return [made, told, ledger.upload(SUMS, stage / SUMS), ledger.upload(CARD, folder / CARD)]
 
 
 def _remote_small(remote: Remote, name: str) -> bytes | None:

@@ -18,6 +18,7 @@ from .calibrate import make_provider, pass_of
 from .corpus import at_effort, tokens_at_most
 from .engine import run_jobs
 from .folder import FolderJob, check_place, prepare
+from .made import words_of
 from .models import Model, choose_device, opened
 from .options import WeightsOptions
 from .passes import Passes
@@ -85,7 +86,7 @@ def make_job(
         sign_rounded, full = variant.options.sign_rounded, variant.options.full
         provider = make_provider(source, options, passes, out / STREAMS, hidden=sign_rounded, full=full)
     sign_rounded = isinstance(variant, CalibratedWeights) and variant.options.sign_rounded
-    return FolderJob(
+    job = FolderJob(
         source,
         variant,
         out,
@@ -95,3 +96,5 @@ def make_job(
         behind=int(sign_rounded),  # the reference stream reads the layer before once more
         streams=out / STREAMS,
     )
+    job.made = words_of(variant.command, options)
+    return job

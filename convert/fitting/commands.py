@@ -27,7 +27,9 @@ class Command:
 
     @property
     def line(self) -> str:
-        """As it is typed."""
+        """As it is typed; a script without the shell that would run it."""
+        if self.argv[:2] == ("sh", "-c"):
+            return self.argv[2]
         return " ".join([*(f"{key}={shlex.quote(value)}" for key, value in self.env.items()), shlex.join(self.argv)])
 
 
@@ -90,7 +92,7 @@ def _others(fit: Fit, model: Architecture, entry: str, parts: int) -> list[Comma
     """Ollama and LM Studio: they place layers themselves, experts in RAM are not for Ollama."""
     found: list[Command] = []
     if fit.placement.cpu_layers == 0:
-        file = f"./{MERGED}" if parts > 1 else entry
+        file = f"./{MERGED}" if parts > 1 else entry if entry[0] in "./" else f"./{entry}"
         merge = [shlex.join(["llama-gguf-split", "--merge", entry, MERGED])] if parts > 1 else []
         settings = ""
         if model.serving is not None:

@@ -180,7 +180,7 @@ def quality_block(result: dict[str, Any], candidate: dict[str, Any] | None = Non
     reference = result["reference"]
     corpus = {k: v for k, v in result["sample"].items() if k != "interval"}
     return {
-        "status": "fail" if failed else "pass",
+        "status": "fail" if failed else "pass" if result.get("gate", {}).get("thresholds") else "measured",
         "reference": reference["label"],
         "corpus": corpus | {"engine": result["engine"], "activations": result["activations"]},
         "metrics": {name: chosen[name] for name in (*names, "nonfinite")},

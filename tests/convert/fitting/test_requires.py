@@ -10,52 +10,57 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from helpers.m27 import M27
 from mmquant.commands.cli import cli
-from mmquant.convert import fit
-from mmquant.convert.fit import Weights
+from mmquant.convert.fitting.manifest import target_blocks
+from mmquant.convert.fitting.requires import notes, parallel_allowed, requires
+from mmquant.convert.fitting.targets import read_targets
+from mmquant.convert.fitting.weights import Weights
 from mmquant.convert.folder.weights import check_groups
 from mmquant.convert.models.geometry import Geometry
-from mmquant.convert.open import open_native
-from mmquant.convert.requires import notes, parallel_allowed, requires
 from mmquant.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def m27() -> Geometry:
-    demo = open_native("demo").geometry
-    sizes = {"layers": 62, "hidden": 3072, "heads": 48, "kv_heads": 8, "head_dim": 128, "experts": 256}
-    return dataclasses.replace(demo, **sizes, expert_width=1536, vocab=200064, rotary_dim=64, max_context=196608)
+    return M27
 
 
-@pytest.mark.parametrize("kind", ["gguf", "compressed-tensors"])
-@pytest.mark.parametrize("size", [10**9, 60 * 10**9, 130 * 10**9, 140 * 10**9, 143 * 10**9, 230 * 10**9])
-def test_what_does_not_fit_has_no_command_and_no_context(m27: Geometry, kind: str, size: int) -> None:
+@pytest.mark.parametrize("format", ["gguf", "compressed-tensors"])
+@pytest.mark.parametrize("size", [10**9, 60 * 10**9, 130 * 10**9, 143 * 10**9, 230 * 10**9])
+def test_what_does_not_fit_has_no_command_and_no_context(format: str, size: int) -> None:
     layer = size * 97 // 100 // 62
-    for target in fit.targets("x", kind, ".", Weights(size - 62 * layer, (layer,) * 62), m27):
+    found = target_blocks("x", format, "x.gguf", Weights(size - 62 * layer, (layer,) * 62), M27, {"command": "int4"})
+    assert [target["id"] for target in found] == list(read_targets())
+    for target in found:
         if target["fits"] == "no":
-            assert (target["context_tokens"], target["launch"]) == (0, {"argv": []})
+            assert (target["context_tokens"], target["launch"], target["alternatives"]) == (0, {"argv": []}, [])
+            assert target["missing"] or target["reason"]
         else:
-            assert 256 <= target["context_tokens"] <= m27.max_context
+            assert 256 <= target["context_tokens"] <= M27.max_context
             assert str(target["context_tokens"]) in target["launch"]["argv"]
             assert all(row["margin"] >= 0 for row in target["budget"])
 
 
-def test_an_fp8_cache_is_budgeted_as_one(m27: Geometry) -> None:
-    def first(cache: str) -> dict[str, Any]:
-        return fit.targets("x", "compressed-tensors", ".", Weights(9 * 10**9, (2 * 10**9,) * 62), m27, cache)[0]
+def test_an_fp8_cache_is_budgeted_as_one() -> None:
+    def first(**run: object) -> dict[str, Any]:
+        weights = Weights(9 * 10**9, (18 * 10**8,) * 62)
+        found = target_blocks("x", "compressed-tensors", ".", weights, M27, {"command": "int4", **run})
+        return next(target for target in found if target["id"] == "2xA100-80GB")
 
-    half, eight = first("f16"), first("fp8")
+    half, eight = first(), first(kv_cache="fp8")
     assert (half["kv_cache_type"], eight["kv_cache_type"]) == ("f16", "fp8")
     per_token = {t["kv_cache_type"]: t["budget"][0]["kv"] / t["context_tokens"] for t in (half, eight)}
     assert per_token["f16"] == 2 * per_token["fp8"]
+    assert "--kv-cache-dtype" not in eight["launch"]["argv"]  # vLLM takes it by itself
 
 
 def test_groups_name_the_parallelism_that_loads(m27: Geometry) -> None:
     assert parallel_allowed(m27, 128) == [1, 2, 4]
     assert parallel_allowed(m27, 64) == [1, 2, 4, 8]
     assert parallel_allowed(m27, -1) == [1, 2, 4, 8]
-    assert requires({"command": "fp8", "scheme": "block"}, m27) == {"tensor_parallel_allowed": [1, 2, 4]}
-    assert not requires({"command": "fp8", "scheme": "channel"}, m27)
+    assert requires({"command": "fp8", "scheme": "block"}, m27)["tensor_parallel_allowed"] == [1, 2, 4]
+    assert "tensor_parallel_allowed" not in requires({"command": "fp8", "scheme": "channel"}, m27)
     assert not notes({"command": "int4", "group_size": 128}, m27)
     assert "vLLM 0.26 does not load" in notes({"command": "int4", "group_size": -1}, m27)[0]
 
@@ -75,3 +80,15 @@ def test_group_size_minus_one_is_noted_and_recorded(tmp_path: Path) -> None:
     assert "vLLM 0.26 does not load INT4 experts" in done.stderr
     artifact = json.loads((tmp_path / "o" / "mmquant.fit.json").read_text())["artifacts"][0]
     assert artifact["requires"]["engines"] == {"vllm": ">=0.33"}
+
+
+def test_types_that_cuda_sums_in_half_precision_are_known_bad_unless_calibrated(m27: Geometry) -> None:
+    def bad(type: str, **more: object) -> bool:
+        return "known_bad" in requires({"command": "gguf", "type": type, **more}, m27)
+
+    assert [t for t in ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q3_K_M", "Q2_K", "IQ4_XS", "Q6_K") if bad(t)] == [
+        "Q4_K_S",
+        "Q5_K_S",
+        "Q3_K_M",
+    ]
+    assert not bad("Q4_K_S", calibration={})
