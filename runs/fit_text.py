@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..convert.models.geometry import Geometry
 
 GIB = 1 << 30
+AFTER = (
+    "machines: the smallest that hold it, with the largest context; --target ID, or --gpu and --ram, show one whole."
+)
 PARTS = ("usable", "weights", "kv", "compute", "staging", "runtime", "margin")
 
 
@@ -83,7 +86,7 @@ def table(model: str, g: Geometry, fits: tuple[Fit, ...]) -> list[str]:
     lines = [f"{model}: {active}, {g.layers} layers x {g.experts} experts"]
     if len(targets) == 1 or len(types) == 1:
         return [*lines, *_one_axis(g, fits, targets, len(targets) == 1)]
-    head = ["type", "GB", "bits", "smallest machines that hold it, with the largest context"]
+    head = ["type", "GB", "bits", "machines"]
     rows: list[list[str]] = []
     for name in types:
         own = [fit for fit in fits if fit.row.id == name]
