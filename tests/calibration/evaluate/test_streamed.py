@@ -105,7 +105,7 @@ def test_a_candidate_with_nan_weights_is_counted(model: Checkpoint) -> None:
 
 
 def test_another_model_is_refused(model: Checkpoint, tmp_path: Path) -> None:
-    for name, change in (("layers", {"num_hidden_layers": 2}), ("experts", {"num_local_experts": 4})):
+    for name, change in (("layers", {"num_hidden_layers": 2}), ("experts", {"num_local_experts": 8})):
         other = open_native(write_model(tmp_path / name, **change))
         with pytest.raises(ValueError, match=f"{name} is ., the reference has .: another model"):
             evaluate(model, [other], make_sample(), small())
