@@ -18,6 +18,8 @@ from helpers.paths import GOLDEN
 from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
 from mmquant.convert.folder.check import check_folder
 from mmquant.convert.folder.nearest import NearestVariant
+from mmquant.convert.folder.packing import stacked_tensors
+from mmquant.convert.folder.weights import stacks
 from mmquant.convert.formats import modelopt, nvfp4
 from mmquant.convert.formats.format import Format, Scheme
 from mmquant.convert.formats.skip_lists import ENGINES, SGLANG, VLLM, names_of
@@ -112,6 +114,19 @@ def test_what_engines_fuse_shares_its_factor(ours: dict[str, Path], word: str) -
         for name in [n for n in tensors if n.endswith(f"{first}.{suffix}")]:
             assert torch.equal(tensors[name], tensors[name.replace(first, second)]), name
     assert check_folder(ours[word], open_native(GOLDEN / "source-bf16")) == 4 + 3 * 4
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_matrices_of_different_size_share_it_too(row: Format) -> None:
+    assert stacks(row, (("w1", "w3"), ("w2",))) == (("w1", "w3"), ("w2",))
+    weights = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(2))
+    tensors = stacked_tensors(Scheme(row, 4, 16), [["w1"], ["w3"]], [weights, 50 * weights[:, :8]])
+    (factor,) = {name.partition(".")[2] for name in tensors if tensors[name].numel() == 1}
+    assert torch.equal(tensors[f"w1.{factor}"], tensors[f"w3.{factor}"])
+    for name, matrix in (("w1", weights[0]), ("w3", 50 * weights[0, :8])):
+        found = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        values = row.unpack(Scheme(row, 4, 16), (len(matrix), 64), found.__getitem__)
+        assert float((values - matrix).norm() / matrix.norm()) < 0.1
 
 
 @pytest.mark.parametrize("word", ROWS)
