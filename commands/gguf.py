@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mmquant.errors import InputError
+
 from ..runs.options import GgufOptions
 from .options import (
     begin,
@@ -16,6 +18,7 @@ from .options import (
     options_of,
     out_option,
     refuse_without_effect,
+    several,
     show,
 )
 from .options_fetch import fetch_options
@@ -27,11 +30,19 @@ if TYPE_CHECKING:
 @click.command(short_help="GGUF for llama.cpp.")
 @model_option()
 @out_option()
-@options_of(GgufOptions)
+@options_of(GgufOptions, repeat="type")
 @fetch_options()
 @fresh_option()
 @dry_run_option()
-def command(model: str, out: Path, options: GgufOptions, device: str, fetch: FetchOptions, dry_run: bool) -> None:
+def command(
+    model: str,
+    out: Path,
+    options: GgufOptions,
+    every: dict[str, GgufOptions],
+    device: str,
+    fetch: FetchOptions,
+    dry_run: bool,
+) -> None:
     """Write a GGUF file that stock llama.cpp loads.
 
     Types below 8 bits are calibrated in the same pass: each matrix is corrected for what the layers before it lost and
@@ -39,8 +50,25 @@ def command(model: str, out: Path, options: GgufOptions, device: str, fetch: Fet
 
     Example: mmquant gguf --model demo --type Q4_K_M --out ./m27-gguf
     """
-    from ..convert.gguf.mixes import find_mix
     from ..runs.gguf import check_options, is_calibrated, quantize_gguf
+
+    for chosen in every.values():
+        check_options(chosen)
+    for chosen in [chosen for chosen in every.values() if is_calibrated(chosen)] or every.values():
+        refuse_idle_options(chosen)
+    if len(every) > 1:
+        if options.name is not None:
+            raise InputError(f"--name {options.name}: names one file, expected one --type")
+        several(model, out, "gguf", every, device=device, fetch=fetch, dry_run=dry_run)
+        return
+    begin(out, dry_run)
+    show(quantize_gguf(model, out, options, device=device, fetch=fetch, dry_run=dry_run))
+
+
+def refuse_idle_options(options: GgufOptions) -> None:
+    """InputError for options that would change nothing of what was asked for."""
+    from ..convert.gguf.mixes import find_mix
+    from ..runs.gguf import is_calibrated
 
     text, mix = ("text", "text_only", "evaluation", "context", "windows", "seed"), find_mix(options.type)
     if not is_calibrated(options):
@@ -49,6 +77,3 @@ def command(model: str, out: Path, options: GgufOptions, device: str, fetch: Fet
         refuse_without_effect(why, *text, "statistics", "effort")
     elif options.statistics is not None:
         refuse_without_effect("with --statistics, which stands for the text", *text)
-    check_options(options)
-    begin(out, dry_run)
-    show(quantize_gguf(model, out, options, device=device, fetch=fetch, dry_run=dry_run))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mmquant.errors import InputError
+
 from ..runs.options import Int4Options
 from .options import (
     CALIBRATED,
@@ -18,6 +20,7 @@ from .options import (
     out_option,
     refuse_idle_text,
     refuse_without_effect,
+    several,
     show,
 )
 from .options_backend import backend_option
@@ -30,13 +33,20 @@ if TYPE_CHECKING:
 @click.command(short_help="INT4 weights (W4A16) for vLLM and SGLang.")
 @model_option()
 @out_option()
-@options_of(Int4Options)
+@options_of(Int4Options, repeat="group_size")
 @backend_option()
 @fetch_options()
 @fresh_option()
 @dry_run_option()
 def command(
-    model: str, out: Path, options: Int4Options, backend: str, device: str, fetch: FetchOptions, dry_run: bool
+    model: str,
+    out: Path,
+    options: Int4Options,
+    every: dict[str, Int4Options],
+    backend: str,
+    device: str,
+    fetch: FetchOptions,
+    dry_run: bool,
 ) -> None:
     """Write W4A16 experts for vLLM and SGLang, calibrated in the same pass over the checkpoint.
 
@@ -44,6 +54,8 @@ def command(
     """
     refuse_idle_options(options, backend)
     if backend == "llmcompressor":
+        if len(every) > 1:
+            raise InputError("--backend llmcompressor: makes one variant, expected one --group-size")
         from ..runs.llmc import int4_job, quantize_llmcompressor
 
         show(quantize_llmcompressor(model, out, int4_job(options), device=device, dry_run=dry_run))
@@ -51,6 +63,10 @@ def command(
     from ..runs.int4 import check_options, quantize_int4
 
     check_options(options)
+    if len(every) > 1:
+        named = {f"g{size}": chosen for size, chosen in every.items()}
+        several(model, out, "int4", named, device=device, fetch=fetch, dry_run=dry_run)
+        return
     begin(out, dry_run)
     show(quantize_int4(model, out, options, device=device, fetch=fetch, dry_run=dry_run))
 

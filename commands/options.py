@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from mmquant.errors import InputError
 from ..convert.files.sizes import parse_size
 
 if TYPE_CHECKING:
+    from ..convert.hub.store import FetchOptions
     from ..runs.options import WeightsOptions
     from ..runs.results import Quantized
 
@@ -30,28 +31,37 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 Options = TypeVar("Options")
 
 
-def options_of(options: type[Options], *, device: bool = True, skip: tuple[str, ...] = ()) -> Decorator:
+def options_of(
+    options: type[Options], *, device: bool = True, skip: tuple[str, ...] = (), repeat: str | None = None
+) -> Decorator:
     """The click options of a class of runs/options.py; the command gets one argument, `options`, made of them.
 
-    device: --device as well. skip: fields that this command does not offer; they keep their defaults.
+    device: --device as well. skip: fields that this command does not offer; they keep their defaults. repeat: a field
+    that may be given several times; the command gets `every`, the options by its value, and `options` of the first.
     """
     declared = [field for field in dataclasses.fields(options) if field.name not in skip]  # type: ignore[arg-type]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def command(**given: object) -> object:
-            values = {field.name: _value(field, given.pop(field.name)) for field in declared}
-            return function(options=options(**values), **given)
+            words = given.pop(repeat) if repeat is not None else ()
+            assert isinstance(words, tuple)
+            values = {f.name: _value(f, given.pop(f.name)) for f in declared if f.name != repeat}
+            if repeat is None:
+                return function(options=options(**values), **given)
+            field = next(field for field in declared if field.name == repeat)
+            every = {str(word): options(**values, **{repeat: _value(field, word)}) for word in words}
+            return function(options=next(iter(every.values())), every=every, **given)
 
         wrapped: Callable[..., Any] = device_option()(command) if device else command
         for field in reversed(declared):
-            wrapped = _option(field)(wrapped)
+            wrapped = _option(field, field.name == repeat)(wrapped)
         return wrapped
 
     return decorate
 
 
-def _option(field: dataclasses.Field[Any]) -> Decorator:
+def _option(field: dataclasses.Field[Any], repeat: bool = False) -> Decorator:
     """One field as a click option: its name, default and help are the field's."""
     how = dict(field.metadata)
     kind, choices, least, most, shown = (how.pop(name, None) for name in ("kind", "choices", "least", "most", "shown"))
@@ -69,6 +79,9 @@ def _option(field: dataclasses.Field[Any]) -> Decorator:
         how["type"] = click.IntRange(least, most)
     elif kind in KINDS:
         how |= KINDS[kind]
+    if repeat:
+        words = f"{how.get('help') or ''} Repeatable: all in one pass, each into a folder of its own in --out."
+        how |= {"multiple": True, "default": (how["default"],), "help": words.strip()}
     return click.option(f"--{field.name.replace('_', '-')}", field.name, **how)
 
 
@@ -151,6 +164,22 @@ def begin(out: Path, dry_run: bool) -> Path | None:
 
         start_over(out)
     return out
+
+
+def several(
+    model: str, out: Path, command: str, every: Mapping[str, Any], *, device: str, fetch: FetchOptions, dry_run: bool
+) -> None:
+    """Make several variants of one command in one pass, each into a folder of `out` that is called by its word."""
+    from ..runs.recipe.read import Recipe, Variant
+    from ..runs.run import run
+
+    if not dry_run and click.get_current_context().meta["mmquant.fresh"]:
+        raise InputError("--fresh: for one variant; expected it without, or the folder deleted")
+    variants = tuple(Variant(word, command, options) for word, options in every.items())
+    made = run(Recipe(model, variants), out, device=device, fetch=fetch, dry_run=dry_run)
+    click.echo("\n".join(made.lines()))
+    if made.refusal is not None:
+        raise made.refusal
 
 
 def show(result: Quantized) -> None:

@@ -105,7 +105,10 @@ class SharedLayer:
         if layer > self.layer:
             self.release()
             self.layer = layer
-        key = (str(device), dtype)
+        place = torch.device(device)
+        if place.type == "cuda" and place.index is None:
+            place = torch.device("cuda", torch.cuda.current_device())
+        key = (str(place), dtype)
         if layer == self.layer and key in self._found:
             return self._found[key]
         self.reads += 1

@@ -85,12 +85,14 @@ def run_jobs(
     jobs: Sequence[Job],
     label: str | None = None,
     always: Iterable[Shared] = (),
+    before: Callable[[int], None] | None = None,
     after: Callable[[int], None] | None = None,
     watch: Watcher | None = None,
 ) -> None:
     """Write every artifact that is not finished.
 
-    label: of the progress bar. always: released at the end of every step. after: called when all have done a step.
+    label: of the progress bar. always: released at the end of every step. before: called with the first
+    step, when all are open; after: when all have done a step.
     watch: is told of every step of every artifact.
     """
     todo = [job for job in jobs if not job.finished]
@@ -102,13 +104,15 @@ def run_jobs(
         steps, first = todo[0].steps, min(job.done for job in todo)
         if watch is not None:
             watch.begin(first, steps)
+        if before is not None:
+            before(first)
         with phase(label or todo[0].label, steps, "step", first) as bar:
             for step in range(first, steps):
                 _take_turns([job for job in todo if job.done == step], step, len(jobs) > 1, watch)
-                for shared in always:
-                    shared.release()
                 if after is not None:
                     after(step)
+                for shared in always:
+                    shared.release()
                 if watch is not None:
                     watch.step_done(step)
                 bar.advance()

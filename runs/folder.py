@@ -23,6 +23,8 @@ from ..calibration.statistics.live import SharedPass
 from ..convert import manifest
 from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.checkpoints.growing import GrowingFolder
+from ..convert.checkpoints.store import INDEX
 from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
@@ -36,12 +38,14 @@ from ..convert.formats import fp8_native
 from ..convert.formats.spec import TensorSpec
 from ..convert.formats.table import METHODS
 from ..convert.manifest import Artifact, FileEntry
+from ..convert.open import open_store
 from .engine import run_jobs
 from .made import command_line
 from .place import free_bytes, refuse_strangers
 
 if TYPE_CHECKING:
     from ..calibration.statistics.provider import CalibratedVariant, Provider
+    from ..convert.source import Source
 
 
 EXPERTS_KEPT = "experts_kept.json"  # of a pruned model: the original's numbers of each layer's experts
@@ -161,6 +165,12 @@ class FolderJob:
         if self.streams is not None:
             shutil.rmtree(self.streams, ignore_errors=True)
         return out
+
+    def growing(self) -> Source:
+        """The artifact as far as it is written, to be read; inside `open`."""
+        headers = {shard.name: (shard.header, shard.bytes) for shard in self.writer.shards}
+        small = {**self.small_files(), INDEX: self.writer.index()}
+        return open_store(GrowingFolder(self.out, headers, small))
 
     def small_files(self) -> dict[str, bytes]:
         """config.json and what is carried beside it."""

@@ -27,6 +27,7 @@ from ..convert.files.atomic import write_whole
 from ..convert.files.parse import path_fault, short
 from ..convert.files.progress import damaged
 from ..convert.gguf.doctor import check_metadata
+from ..convert.gguf.growing import growing_file
 from ..convert.gguf.mixes import PLAIN, find_mix, parse_overrides
 from ..convert.gguf.plan import GgufPlan, make_plan
 from ..convert.gguf.reader import GgufSource
@@ -48,6 +49,7 @@ from .results import Quantized, planned, written
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
+    from ..convert.source import Source
 
 
 def quantize_gguf(
@@ -189,6 +191,10 @@ class GgufJob:
             for _ in self.provider.tensors(step):  # the first rank keeps the streams
                 pass
         self.done = step + 1
+
+    def growing(self) -> Source:
+        """The model as far as it is written, to be read."""
+        return GgufSource(self.path, [growing_file(self.out, part) for part in self.plan.parts])
 
     def finish(self) -> Path:
         """The licence beside the file, the check, the manifest."""

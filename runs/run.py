@@ -24,13 +24,14 @@ from ..convert.source import SharedLayer
 from .artifacts import asked_of, bytes_of, check_variant, job_of, streams_of
 from .engine import Job, run_jobs
 from .folder import check_disk, written_bytes
-from .journal import JOURNAL, LOG, PUSHED, STATES, WAITING, WRITING, WRITTEN, Entry, Journal, read_journal
+from .journal import JOURNAL, LOG, PUSHED, STATES, WRITING, WRITTEN, Entry, Journal, read_journal
 from .models import choose_device, opened
 from .options import PushOptions
 from .passes import Passes
 from .place import free_bytes
 from .recipe.read import Recipe, read_recipe
 from .results import Result
+from .run_check import Alongside, check_artifacts, forget_other_scores, readable
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -142,26 +143,26 @@ class Run:
 
     def go(self) -> Made:
         """Write, check, publish; the summary."""
-        with opened(self.recipe.model, self.fetch, self.out) as source:
-            self._reconcile(source)
-            try:
+        self.journal.state = "running"
+        self.journal.save()
+        try:
+            with opened(self.recipe.model, self.fetch, self.out) as source:
+                self._reconcile(source)
                 self._write(source)
                 failure = self._check()
                 self._push()
-            except BaseException as error:
-                self.journal.state = f"stopped: {type(error).__name__}: {error}"[:300]
-                self.journal.save()
-                self.journal.log({"event": "stopped", "error": self.journal.state, "time": time.time()})
-                raise
-            self.journal.state = "finished" if failure is None else f"gate: {failure}"
+                source.close(finished=True)
+        except BaseException as error:
+            self.journal.state = f"stopped: {type(error).__name__}: {error}"[:300]
             self.journal.save()
-            source.close(finished=True)
+            self.journal.log({"event": "stopped", "error": self.journal.state, "time": time.time()})
+            raise
+        self.journal.state = "finished" if failure is None else f"gate: {failure}"
+        self.journal.save()
         shutil.rmtree(self.out / STREAMS, ignore_errors=True)
-        made = Made(
-            self.out, table_of(self.journal), False, summary(self.journal, time.monotonic() - self.began), failure
-        )
-        self.journal.log({"event": "finished", "seconds": time.monotonic() - self.began, "time": time.time()})
-        return made
+        seconds = time.monotonic() - self.began
+        self.journal.log({"event": "finished", "seconds": seconds, "time": time.time()})
+        return Made(self.out, table_of(self.journal), False, summary(self.journal, seconds), failure)
 
     def _reconcile(self, source: Checkpoint) -> None:
         """The journal says what the recipe asks for; what was made for something else goes, and is named."""
@@ -177,7 +178,6 @@ class Run:
                 entry = None
             entries[name] = entry or Entry(asked)
         self.journal.model, self.journal.layers = source.label, source.geometry.layers
-        self.journal.state = "running"
         self.journal.save()
 
     def _set_aside(self, name: str, difference: str) -> None:
@@ -193,6 +193,7 @@ class Run:
     def _write(self, source: Checkpoint) -> None:
         """Every artifact that is not there, in one pass."""
         recipe, journal = self.recipe, self.journal
+        forget_other_scores(recipe, journal)
         todo = [v for v in recipe.variants if STATES.index(journal.artifacts[v.name].state) < STATES.index(WRITTEN)]
         if not todo:
             return
@@ -205,16 +206,21 @@ class Run:
             jobs[variant.name].label = variant.name
         self._check_room(source, jobs)
         for name in jobs:
-            if journal.artifacts[name].state == WAITING:
-                journal.set(name, WRITING)
+            journal.artifacts[name].state = WRITING
+        journal.save()
+        check, models = None, readable(jobs)
+        if recipe.check is not None and models and not any(job.finished for job in models.values()):
+            check = Alongside(recipe, source, models, self.device, self.out / STREAMS / "check")
         source.shared = SharedLayer()
         try:
-            watch = Watch(journal, len(jobs))
-            run_jobs(list(jobs.values()), "run", [source.shared], watch=watch)
+            watch, hooks = Watch(journal, len(jobs)), (check.before, check.after) if check else (None, None)
+            run_jobs(list(jobs.values()), "run", [source.shared], *hooks, watch=watch)
         finally:
             source.shared = None
         for name, job in jobs.items():
             journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=_bytes(job.path))
+        if check is not None:
+            check.finish(self.out, journal)
 
     def _check_room(self, source: Checkpoint, jobs: dict[str, Job]) -> None:
         """FitError, before anything is written, when the disk or its limit does not hold all artifacts."""
@@ -228,8 +234,6 @@ class Run:
 
     def _check(self) -> str | None:
         """Score what has not been scored; the first gate that fails."""
-        from .run_check import check_artifacts
-
         return check_artifacts(self.recipe, self.out, self.journal, self.device)
 
     def _push(self) -> None:

@@ -108,31 +108,64 @@ def evaluate(
     `save` stores the reference's distributions for later runs. Raises ValueError for candidates of another model, token
     ids outside the vocabulary, and a stored reference that was made of something else.
     """
-    settings, ranks = settings or Settings(), ranks or Ranks()
-    stored = reference if isinstance(reference, StoredReference) else None
-    source = None if isinstance(reference, StoredReference) else reference
-    geometry = (candidates[0] if source is None else source).geometry
-    for candidate in candidates:
-        check_same_model(geometry, candidate)
-    if int(sample.tokens.max()) >= geometry.vocab:
-        raise InputError(f"tokens: id {int(sample.tokens.max())}, the model's vocabulary has {geometry.vocab}")
-    share = ranks.share(sample.windows)
-    own, origin = sample.part(share), int(sample.scored[: share.start].sum())
-    subjects = _subjects(source, candidates, own, settings)
-    state = State.open(settings.state, f"{settings.activations} {_identity(subjects, sample)}", ranks)
-    layer = _start(subjects, own, settings, state, ranks)
-    while layer < geometry.layers:
-        _advance(subjects, source is not None, layer, own, settings)
-        layer += 1
+    scoring = Scoring(reference, candidates, sample, settings, ranks=ranks)
+    layers = scoring.geometry.layers
+    for layer in range(scoring.begin(), layers):
+        scoring.advance(layer)
         if progress is not None:
-            progress(layer, geometry.layers)
-        state.offer(layer, [s.hidden for s in subjects], [s.layers for s in subjects], ranks)
-    writer = StoreWriter(save, ranks) if save is not None and source is not None else None
-    outcomes = _finish(subjects, stored, own, settings, writer, ranks, origin)
-    if writer is not None and source is not None:
-        writer.close(source, sample, settings.activations)
-    state.clear(ranks)
-    return outcomes
+            progress(layer + 1, layers)
+    return scoring.finish(save)
+
+
+class Scoring:
+    """An evaluation on its way, one layer at a time: `begin`, `advance` through every layer, `finish`.
+
+    identity: names the candidates where their fingerprints are not known yet (they are still being written).
+    """
+
+    def __init__(
+        self,
+        reference: Source | StoredReference,
+        candidates: list[Source],
+        sample: Sample,
+        settings: Settings | None = None,
+        *,
+        ranks: Ranks | None = None,
+        identity: str | None = None,
+    ) -> None:
+        self.settings, self.ranks, self.sample = settings or Settings(), ranks or Ranks(), sample
+        self.stored = reference if isinstance(reference, StoredReference) else None
+        self.source = None if isinstance(reference, StoredReference) else reference
+        self.geometry = (candidates[0] if self.source is None else self.source).geometry
+        for candidate in candidates:
+            check_same_model(self.geometry, candidate)
+        if int(sample.tokens.max()) >= self.geometry.vocab:
+            highest = int(sample.tokens.max())
+            raise InputError(f"tokens: id {highest}, the model's vocabulary has {self.geometry.vocab}")
+        share = self.ranks.share(sample.windows)
+        self.own, self.origin = sample.part(share), int(sample.scored[: share.start].sum())
+        self.subjects = _subjects(self.source, candidates, self.own, self.settings)
+        name = identity or _identity(self.subjects, sample)
+        self.state = State.open(self.settings.state, f"{self.settings.activations} {name}", self.ranks)
+
+    def begin(self) -> int:
+        """Embed all windows, or take up what an interrupted run left; the layer to do first."""
+        return _start(self.subjects, self.own, self.settings, self.state, self.ranks)
+
+    def advance(self, layer: int) -> None:
+        """Move every model through one layer."""
+        _advance(self.subjects, self.source is not None, layer, self.own, self.settings)
+        subjects = self.subjects
+        self.state.offer(layer + 1, [s.hidden for s in subjects], [s.layers for s in subjects], self.ranks)
+
+    def finish(self, save: Path | None = None) -> list[Outcome]:
+        """The scores; `save` as of `evaluate`."""
+        writer = StoreWriter(save, self.ranks) if save is not None and self.source is not None else None
+        outcomes = _finish(self.subjects, self.stored, self.own, self.settings, writer, self.ranks, self.origin)
+        if writer is not None and self.source is not None:
+            writer.close(self.source, self.sample, self.settings.activations)
+        self.state.clear(self.ranks)
+        return outcomes
 
 
 def _subjects(source: Source | None, candidates: list[Source], own: Sample, settings: Settings) -> list[_Subject]:

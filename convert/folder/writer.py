@@ -143,15 +143,19 @@ class FolderWriter:
         assert self._file is None
         self._wait_for_hash()
         self.progress.checked()
-        table = {spec.name: shard.name for shard in self.shards for spec in shard.tensors}
-        total = sum(spec.bytes for shard in self.shards for spec in shard.tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
-        everything = {**files, INDEX: (json.dumps(index, indent=1) + "\n").encode()}
+        everything = {**files, INDEX: self.index()}
         for name, data in everything.items():
             (self.folder / name).parent.mkdir(exist_ok=True)
             write_whole(self.folder / name, data)
             self.sha256[name] = hashlib.sha256(data).hexdigest()
         return [shard.name for shard in self.shards] + list(everything)
+
+    def index(self) -> bytes:
+        """The index of the shards."""
+        table = {spec.name: shard.name for shard in self.shards for spec in shard.tensors}
+        total = sum(spec.bytes for shard in self.shards for spec in shard.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+        return (json.dumps(index, indent=1) + "\n").encode()
 
     def clear_progress(self) -> None:
         """Forget how far the run was; called once the manifest is there."""

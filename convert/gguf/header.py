@@ -114,7 +114,11 @@ def read_header(path: Path) -> GgufFile:
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected a GGUF model")
     size = path.stat().st_size
-    data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+    return parse_header(path, np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8))
+
+
+def parse_header(path: Path, data: NDArray[np.uint8]) -> GgufFile:
+    """The file whose bytes are `data`. Raises ValueError with what is wrong and where."""
     cursor = _Cursor(path, data)
     if (found := stranger(data[:LOOK].tobytes())) is not None and not data[:4].tobytes() == MAGIC:
         raise InputError(f"{path}: {found}; expected a GGUF file")

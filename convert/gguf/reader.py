@@ -70,11 +70,12 @@ def find_parts(path: Path) -> list[Path]:
 class GgufSource:
     """Opened from headers alone; `validate` holds them against the geometry."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: list[GgufFile] | None = None) -> None:
+        """files: the parts of a model that is still being written (convert/gguf/growing.py)."""
         found = cached_repository(path)
         self.label, self.origin = str(path), Origin(*found) if found else Origin()
         self.notes: list[str] = []
-        self.files = [read_header(part) for part in find_parts(path)]
+        self.files = files or [read_header(part) for part in find_parts(path)]
         self.metadata = self.files[0].metadata
         self._check_split()
         self.ahead = ReadAhead()

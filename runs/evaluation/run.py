@@ -128,7 +128,7 @@ def run(
             check_same_model(basis.geometry, candidate)
             check_same_tokenizer(basis, candidate)
         sample = make_eval_sample(basis, artifacts, options)
-        settings = _settings(str(rank_device(device)), options)
+        settings = settings_of(str(rank_device(device)), options)
         ranks = current_ranks()
         if ranks.first:
             _check_bytes(artifacts)
@@ -226,7 +226,8 @@ def measure(
     return document(outcomes, sample, candidates, made_of, **facts)
 
 
-def _settings(device: str, options: EvalOptions) -> Settings:
+def settings_of(device: str, options: EvalOptions) -> Settings:
+    """How a pass is computed. InputError for what contradicts itself."""
     import torch
 
     from ...calibration.evaluate.streamed import Settings

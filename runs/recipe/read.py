@@ -110,6 +110,11 @@ def load(data: bytes | str, where: str) -> tuple[dict[str, Any], Marks]:
         raise InputError(f"{where}:{line}: not YAML ({one_line(error.problem)})") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{where}: not YAML ({one_line(error)})") from None
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(
+                f"{where}:{event.start_mark.line + 1}: anchors and aliases are not read, expected plain values"
+            )
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{where}:1: expected keys such as model and variants")
     return _plain(node, (), marks), marks

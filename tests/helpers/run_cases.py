@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from helpers.hub_server import HubServer
+from helpers.paths import ROOT
 from helpers.tiny import write_tiny
 from mmquant.convert.open import demo_folder
 from mmquant.convert.source import CARRIED_FILES
@@ -28,7 +30,9 @@ WRITERS = {
     "gguf": quantize_gguf,
     "calibrate": calibrate,
 }
-TEXT = "corpora: {main: {text: [default], windows: 4, context: 32}}"
+# Short texts of our own: the bundled ones take a second to read, each time that a process is killed.
+CALIBRATION, EVALUATION = demo_folder() / "README.md", ROOT / "CONTRIBUTING.md"
+TEXT = f"corpora: {{main: {{text: {CALIBRATION}, evaluation: {EVALUATION}, text_only: true, windows: 4, context: 32}}}}"
 VARIANTS = """
   fp8: {command: fp8, max_shard_size: 1MB}
   int4-g32: {command: int4, group_size: 32}
@@ -83,3 +87,9 @@ def digests(folder: Path) -> dict[str, str]:
 def artifacts(folder: Path) -> dict[str, str]:
     """The same of a run's artifacts, without what is the run's own."""
     return {name: digest for name, digest in digests(folder).items() if "/" in name}
+
+
+def serve(hub: HubServer, folder: Path, name: str = "org/m") -> str:
+    """The checkpoint as a repository of a hub; what a recipe calls it."""
+    hub.seed(name, {p.name: p.read_bytes() for p in folder.iterdir()})
+    return f"hf:{name}"
