@@ -27,6 +27,7 @@ from .options import (
     Int4Options,
     Mxfp4Options,
     Nvfp4Options,
+    PruneOptions,
     TextOptions,
     WeightsOptions,
 )
@@ -52,6 +53,10 @@ def check_variant(variant: Variant) -> None:
     options = variant.options
     if isinstance(options, Fp8Options) and choices("fp8")[options.scheme].nearest is None:
         raise InputError(f"{variant.name}: scheme native copies the shards as they are, expected block or channel")
+    if isinstance(options, PruneOptions) and (options.experts or options.experts_kept):
+        raise InputError(
+            f"{variant.name}: a recipe's variants keep all experts, expected mmquant {variant.command} alone"
+        )
     if isinstance(options, Int4Options):
         int4.check_options(options)
     elif isinstance(options, WeightsOptions):
@@ -64,6 +69,7 @@ def bytes_of(source: Checkpoint, variant: Variant, model: str, out: Path) -> tup
     """Label and bytes of an artifact, from headers alone. InputError for what does not suit the model."""
     options = variant.options
     if isinstance(options, GgufOptions):
+        options = gguf.with_plan(source, options, out, "cpu", True)
         shape = gguf.variant_of(source, options, model)
         return shape.label, gguf.make_plan(source, shape, None).bytes
     if isinstance(options, CalibrateOptions):
@@ -89,6 +95,7 @@ def job_of(source: Checkpoint, variant: Variant, model: str, out: Path, passes: 
     """The job that writes a variant into the folder `out`."""
     options = variant.options
     if isinstance(options, GgufOptions):
+        options = gguf.with_plan(source, options, out, passes.device, False)
         shape = gguf.variant_of(source, options, model)
         return cast("Job", gguf.make_job(source, options, out, passes, shape))
     if isinstance(options, CalibrateOptions):

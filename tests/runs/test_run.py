@@ -44,7 +44,7 @@ def test_scores_are_those_of_eval_without_its_pass(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = "\n  fp8: {command: fp8, max_shard_size: 700KB}\n  Q4_0: {command: gguf, type: Q4_0, max_part_size: 900KB}\n"
-    wanted = recipe(source, few, "check: {windows: 3, context: 32, gates: {max_kld: 1e-6}}\n")
+    wanted = recipe(source, few, "check: {windows: 3, context: 32, gates: {max_kld: 0.000001}}\n")
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a pass of its own")
