@@ -106,7 +106,7 @@ class SharedLayer:
             self.release()
             self.layer = layer
         place = torch.device(device)
-        if place.type == "cuda" and place.index is None:
+        if str(place) == "cuda":  # the same as the current one by its number
             place = torch.device("cuda", torch.cuda.current_device())
         key = (str(place), dtype)
         if layer == self.layer and key in self._found:
