@@ -11,6 +11,7 @@ from ..convert.folder.bf16 import Bf16Variant
 from .folder import check_place, prepare, write_folder
 from .made import words_of
 from .models import Model, choose_device, opened
+from .needs import needs_of
 from .options import Bf16Options
 from .prune import pruned
 from .results import Quantized, planned, written
@@ -41,7 +42,8 @@ def dequantize_bf16(
         size = prepare(source, variant).bytes
         if dry_run:
             run = {**variant.run(), "source": source.fingerprint, "shard_limit": chosen.max_shard_size}
-            return planned(out, variant.label, size, lambda: check_place(out, size, run))
+            needs = needs_of(source, out, size, choose_device(device))
+            return planned(out, variant.label, needs, lambda: check_place(out, size, run))
         path = write_folder(
             source,
             variant,

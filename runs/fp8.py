@@ -14,6 +14,7 @@ from ..convert.formats.table import choices
 from .folder import check_place, prepare, write_folder, write_native
 from .made import words_of
 from .models import Model, choose_device, opened
+from .needs import needs_of
 from .options import Fp8Options
 from .prune import pruned
 from .results import Quantized, planned, written
@@ -52,7 +53,8 @@ def quantize_fp8(
         size = prepare(source, variant).bytes
         if dry_run:
             run = {**variant.run(), "source": source.fingerprint, "shard_limit": chosen.max_shard_size}
-            return planned(out, variant.label, size, lambda: check_place(out, size, run))
+            needs = needs_of(source, out, size, choose_device(device))
+            return planned(out, variant.label, needs, lambda: check_place(out, size, run))
         place = choose_device(device)
         path = write_folder(
             source, variant, out, device=place, limit=chosen.max_shard_size, made=words_of("fp8", chosen)
@@ -64,5 +66,6 @@ def _native(source: Checkpoint, out: Path, dry_run: bool) -> Quantized:
     check_native(source)
     if dry_run:
         run = {"command": "fp8", "scheme": "native", "source": source.fingerprint}
-        return planned(out, "FP8-native", source.bytes, lambda: check_place(out, source.bytes, run))
+        needs = needs_of(source, out, source.bytes, "cpu")
+        return planned(out, "FP8-native", needs, lambda: check_place(out, source.bytes, run))
     return written(write_native(source, out), "FP8-native", source.bytes)

@@ -43,6 +43,7 @@ from .folder import check_disk, check_place, claim, finish_folder, is_finished, 
 from .gguf_plan import check_planned, nearest_mix, read_types, with_plan
 from .made import words_of
 from .models import Model, choose_device, opened
+from .needs import needs_of
 from .options import GgufOptions
 from .passes import Passes
 from .results import Quantized, planned, written
@@ -76,7 +77,8 @@ def quantize_gguf(
         variant = variant_of(source, chosen, model)
         size = make_plan(source, variant, None).bytes
         if dry_run:
-            return planned(out, variant.label, size, lambda: check_gguf(source, variant, out, size, place, chosen))
+            needs = needs_of(source, out, size, place, find_mix(chosen.type).base)
+            return planned(out, variant.label, needs, lambda: check_gguf(source, variant, out, size, place, chosen))
         job = make_job(source, chosen, out, Passes(source, place), variant)
         run_jobs([job])
         return written(job.path, job.label, size)

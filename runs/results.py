@@ -8,9 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmquant.errors import InputError, MmquantError
+from mmquant.errors import FitError, InputError, MmquantError
+
+if TYPE_CHECKING:
+    from .needs import Needs
 
 
 class Result(ABC):
@@ -61,6 +64,7 @@ class Quantized(Result):
     path      what an engine is given: the folder, or the (first) GGUF file; bytes: of its weights
     line      what the command prints
     refusal   of a dry run: what the real one would stop at, for example a disk that is too small
+    needs     of a dry run: download, disk, memory, passes, time
     """
 
     path: Path
@@ -69,11 +73,13 @@ class Quantized(Result):
     dry_run: bool
     line: str
     refusal: MmquantError | None = None
+    needs: Needs | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The document that the command prints with --json."""
         return {"path": str(self.path), "label": self.label, "bytes": self.bytes, "dry_run": self.dry_run} | {
-            "refusal": str(self.refusal) if self.refusal else None
+            "refusal": str(self.refusal) if self.refusal else None,
+            "needs": self.needs.to_dict() if self.needs else None,
         }
 
     def manifest(self) -> dict[str, Any]:
@@ -92,13 +98,14 @@ def written(path: Path, label: str, size: int) -> Quantized:
     return Quantized(path, label, size, False, str(path))
 
 
-def planned(out: Path, label: str, size: int, check: Callable[[], None]) -> Quantized:
-    """The result of a dry run; check: raises what a real run would."""
+def planned(out: Path, label: str, needs: Needs, check: Callable[[], None]) -> Quantized:
+    """The result of a dry run; check: raises what a real run would. What would stop it does not fit: exit code 5."""
     from .folder import describe
 
     refusal = None
     try:
         check()
     except MmquantError as error:
-        refusal = error
-    return Quantized(out, label, size, True, describe(out, label, size), refusal)
+        refusal = error if isinstance(error, FitError) else FitError(str(error))
+    lines = [describe(out, label, needs.output), *needs.lines("no" if refusal else "yes")]
+    return Quantized(out, label, needs.output, True, "\n".join(lines), refusal, needs)

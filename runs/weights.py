@@ -20,6 +20,7 @@ from .engine import run_jobs
 from .folder import FolderJob, check_place, prepare
 from .made import words_of
 from .models import Model, choose_device, opened
+from .needs import needs_of
 from .options import WeightsOptions
 from .passes import Passes
 from .results import Quantized, planned, written
@@ -48,10 +49,16 @@ def quantize_weights(
         variant = variant_of(source, options, out)
         size = prepare(source, variant).bytes
         if dry_run:
-            return planned(out, variant.label, size, lambda: check_weights(source, variant, options, place, out, size))
+            needs = needs_of(source, out, size, place, rate_of(options))
+            return planned(out, variant.label, needs, lambda: check_weights(source, variant, options, place, out, size))
         job = make_job(source, options, out, Passes(source, place), variant)
         run_jobs([job])
         return written(job.path, variant.label, size)
+
+
+def rate_of(options: WeightsOptions) -> str:
+    """What bench/RESULTS.md calls the run; nothing for what it has no figure of."""
+    return options.method if options.effort == "default" and options.statistics is None else ""
 
 
 def check_mixture(command: str, options: WeightsOptions) -> None:

@@ -161,8 +161,9 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert not out.exists()
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    code, _, errors = run(monkeypatch, capsys, *arguments)
-    assert (code, "holds thesis.txt" in errors) == (2, True)
+    code, shown, errors = run(monkeypatch, capsys, *arguments)
+    assert (code, "holds thesis.txt" in errors) == (5, True)
+    assert shown.endswith("fits: no\n")
 
 
 def test_memory_is_looked_at_before_a_folder_is_made(
