@@ -168,6 +168,8 @@ def fail(message: str, code: int) -> None:
         import traceback
 
         traceback.print_exc()
+    if code > 128 and os.environ.get("RANK", "0") != "0":  # torchrun ends every process: the first one says so
+        sys.exit(code)
     with contextlib.suppress(OSError):  # the terminal may be gone, as after HUP
         print("mmquant: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

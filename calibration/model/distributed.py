@@ -19,8 +19,12 @@ from ...convert.models.layer import LayerWeights, layer_weights
 from ...convert.models.names import ATTENTION
 from ...convert.models.shapes import attention_shapes, expert_shape
 from ...convert.source import SharedLayer, Source, read_layer
+from .watchdog import Watchdog, end_process, rank_timeout
 
 T = TypeVar("T")
+
+
+_WATCHDOGS: list[Watchdog] = []  # this process's, while it is in a group
 
 
 def world() -> tuple[int, int]:
@@ -32,11 +36,14 @@ def world() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        _WATCHDOGS.append(Watchdog(dist.get_rank(), size, rank_timeout(), end_process))
     return dist.get_rank(), dist.get_world_size()
 
 
 def leave() -> None:
     """Leave the process group, if there is one."""
+    while _WATCHDOGS:
+        _WATCHDOGS.pop().leave()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

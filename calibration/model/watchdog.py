@@ -1,0 +1,81 @@
+"""End a run of several ranks when one of them no longer answers: collectives alone would wait for it.
+
+Every rank counts upwards in the store through which the ranks met, and looks at the others' counters. A process that
+is gone or stopped, or whose host is, stops counting; the others then end with one line and exit code 3.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
+
+TIMEOUT = 45.0  # seconds without a sign of life
+LEFT = 1 << 40  # added by a rank that ends in order
+EXIT = 3  # PartialError's: the same command continues
+
+
+def rank_timeout() -> float:
+    """Seconds after which a silent rank is given up: MMQUANT_RANK_TIMEOUT, else 45."""
+    return float(os.environ.get("MMQUANT_RANK_TIMEOUT") or TIMEOUT)
+
+
+class Watchdog:
+    """Counts for this rank and watches the others until `leave`.
+
+    `end` is called with the line that says who is lost, or with None where another rank says it.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float, end: Callable[[str | None], None]) -> None:
+        self.rank, self.size, self.timeout, self.end = rank, size, timeout, end
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        wait = timedelta(seconds=timeout)
+        self._store = TCPStore(host, port, is_master=False, timeout=wait, wait_for_workers=False)
+        self._left = threading.Event()
+        self._count(rank, 1)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def leave(self) -> None:
+        """This rank is done; the others no longer wait for it."""
+        if not self._left.is_set():
+            self._left.set()
+            self._count(self.rank, LEFT)
+
+    def _count(self, rank: int, step: int) -> int:
+        return self._store.add(f"mmquant-alive-{rank}", step)
+
+    def _run(self) -> None:
+        seen: dict[int, tuple[int, float]] = {}
+        while not self._left.wait(self.timeout / 10):
+            try:
+                self._count(self.rank, 1)
+                counts = {other: self._count(other, 0) for other in range(self.size) if other != self.rank}
+            except Exception:  # whatever the store raises: where the ranks met is gone
+                if not self._left.is_set():
+                    self.end("the process through which the ranks met no longer answers")
+                return
+            now = time.monotonic()
+            for other, count in counts.items():
+                if other not in seen or seen[other][0] != count:
+                    seen[other] = count, now
+            self._judge(seen, now)
+
+    def _judge(self, seen: dict[int, tuple[int, float]], now: float) -> None:
+        silent = [r for r, (count, since) in seen.items() if count < LEFT and now - since > self.timeout]
+        if silent:
+            speaker = min(r for r in range(self.size) if r not in silent)
+            text = f"rank {silent[0]} of {self.size} gave no sign of life for {self.timeout:g} seconds"
+            self.end(text if speaker == self.rank else None)
+
+
+def end_process(text: str | None) -> None:
+    """One line on stderr, and the process ends as it stands: its main thread waits for the lost rank."""
+    if text is not None:
+        more = "run the same command again to continue, on any number of ranks"
+        os.write(2, f"\nmmquant: {text}; {more}\n".encode())
+        time.sleep(rank_timeout() / 3)  # the others find out by themselves: rank 0 may keep the store
+    os._exit(EXIT)

@@ -1,0 +1,83 @@
+"""A rank that is stopped or killed ends the others; what was done is continued on another number of ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from helpers.calibration_cases import corpus, model, options, ranks, run, tensors
+from helpers.killed import FORK
+from mmquant.calibration.model.distributed import leave, world
+from mmquant.calibration.model.watchdog import EXIT
+from mmquant.calibration.statistics.run import calibrate_into
+from mmquant.calibration.statistics.store import open_statistics
+from mmquant.convert.open import open_native
+
+
+@pytest.mark.parametrize("kind", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_silent_rank_ends_the_run_with_one_line(kind: signal.Signals, tmp_path: Path) -> None:
+    """Stopped or killed, the others notice though no collective fails; the lowest that lives says it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+
+    def child(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MMQUANT_RANK_TIMEOUT": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.dup2(os.open(tmp_path / str(rank), os.O_CREAT | os.O_WRONLY), 2)
+        world()
+        dist.barrier()
+        if rank == 2:
+            os.kill(os.getpid(), kind)
+        signal.pause()  # a collective that waits for the lost rank, of whichever backend
+
+    processes = [FORK.Process(target=child, args=(rank,)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes[:2]:
+        process.join()
+    processes[2].kill()
+    processes[2].join()
+    assert EXIT in [process.exitcode for process in processes[:2]]
+    said = "".join((tmp_path / str(rank)).read_text() for rank in (0, 1))
+    assert "rank 2 of 3 gave no sign of life for 2 seconds; run the same command again" in said
+    assert said.count("mmquant: rank 2") == 1
+
+
+def test_a_rank_that_ends_in_order_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMQUANT_RANK_TIMEOUT", "0.3")
+
+    def work() -> None:
+        rank, _ = world()
+        dist.barrier()
+        if rank == 0:  # hosts the meeting place
+            _, status = os.waitpid(os.spawnvp(os.P_NOWAIT, "sleep", ["sleep", "1"]), 0)
+            assert status == 0
+        leave()
+
+    ranks(2, work)
+
+
+def test_a_run_continues_on_another_number_of_ranks(tmp_path: Path) -> None:
+    source = model(tmp_path)
+    alone = run(source, tmp_path / "alone")
+
+    def half() -> None:
+        steps = calibrate_into(open_native(source), corpus(), tmp_path / "out", options())
+        next(steps)
+        next(steps)
+
+    ranks(2, half)
+    assert open_statistics(tmp_path / "out").layers == 2
+    ranks(3, lambda: run(source, tmp_path / "out"))
+    stored = open_statistics(tmp_path / "out")
+    for layer, value in enumerate(alone):
+        found = tensors(stored.layer(layer))
+        for name, wanted in tensors(value).items():
+            assert torch.allclose(wanted, found[name], rtol=1e-5, atol=1e-5 * max(1.0, float(wanted.abs().max()))), name
