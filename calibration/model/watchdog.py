@@ -54,7 +54,7 @@ class Watchdog:
             try:
                 self._count(self.rank, 1)
                 counts = {other: self._count(other, 0) for other in range(self.size) if other != self.rank}
-            except Exception:  # whatever the store raises: where the ranks met is gone
+            except (RuntimeError, OSError):  # dist.DistError is a RuntimeError: where the ranks met is gone
                 if not self._left.is_set():
                     self.end("the process through which the ranks met no longer answers")
                 return
