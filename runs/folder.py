@@ -246,7 +246,7 @@ def step_tensors(
 def finish_folder(
     out: Path,
     source: Checkpoint,
-    format: str,
+    storage: str,
     label: str,
     files: tuple[FileEntry, ...],
     weights: Weights,
@@ -256,7 +256,7 @@ def finish_folder(
 ) -> None:
     """Write the manifest, last of all files. made: the words of the command that was typed."""
     line = {"command_line": typed} if (typed := command_line(made, source, label)) else {}
-    artifact = Artifact(label, format, label, entry, files, weights, {"run": dict(run), **line})
+    artifact = Artifact(label, storage, label, entry, files, weights, {"run": dict(run), **line})
     manifest.write(out, manifest.build(source, artifact, __version__))
 
 

@@ -15,12 +15,12 @@ SEEDS = 2**32 - 1  # what numpy and torch take
 TEXT_ONLY = "--text alone; by default as many windows of bundled text go with it."
 
 
-def option(default: object = None, help: str | None = None, **how: object) -> Any:  # noqa: ANN401 - as dataclasses.field
+def option(default: object = None, text: str | None = None, **how: object) -> Any:  # noqa: ANN401 - as dataclasses.field
     """A field that is also an option.
 
     how: `choices`, `least` and `most`, `kind` (size, path, file, layers), `shown` for the default.
     """
-    return field(default=default, metadata={"help": help, **how})
+    return field(default=default, metadata={"help": text, **how})
 
 
 class Checked:

@@ -186,11 +186,11 @@ class Draft:
         return license_fields(self.base_card, self.licence)
 
 
-def option_fields(license: str) -> dict[str, str]:
+def option_fields(typed: str) -> dict[str, str]:
     """--license mit, or a licence's own name (which hubs call other): mit -> license: mit."""
     from ..convert.licence import PERMISSIVE
 
-    said = license.strip()
+    said = typed.strip()
     if said.lower() == "other" or PERMISSIVE.fullmatch(said.lower()):
         return {"license": said.lower()}
     return {"license": "other", "license_name": said, "license_link": "LICENSE"}

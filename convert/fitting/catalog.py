@@ -45,17 +45,17 @@ def rows() -> tuple[Row, ...]:
     return (*_folder_rows(), *(_gguf_row(mix) for mix in MIXES.values() if mix.base not in ("F32", "F16")))
 
 
-def find_rows(type: str | None) -> tuple[Row, ...]:
+def find_rows(name: str | None) -> tuple[Row, ...]:
     """The rows of a --type: one by its name, a family by its first word (int4, fp8), all without. InputError else."""
     everything = rows()
-    if type is None:
+    if name is None:
         return everything
-    wanted = ALIASES.get(type.upper(), type).lower()
+    wanted = ALIASES.get(name.upper(), name).lower()
     found = [row for row in everything if row.id.lower() == wanted]
     found = found or [row for row in everything if wanted in (row.family, row.id.split("-")[0].lower())]
     if not found:
         ids = {row.id.lower(): row.id for row in everything}
-        raise InputError(f"--type {type}: unknown, {suggest(wanted, ids)}")
+        raise InputError(f"--type {name}: unknown, {suggest(wanted, ids)}")
     return tuple(found)
 
 
@@ -109,7 +109,7 @@ def _weights_row(storage: Format, bits: int, group: int, attention: str) -> Row:
 
     several, default = len(storage.group_sizes or GROUP_SIZES) > 1, next(iter(choices(storage.command)), "")
     name = [storage.command if storage.choice in ("", default) else storage.choice]
-    if name[0] in ("modelopt",):
+    if name[0] != storage.command and not several:  # a word that says no number of bits
         name.insert(0, storage.command)
     name += [str(bits)] * (storage.command in EVERY_WIDTH)
     name += [f"g{group}"] * several

@@ -20,11 +20,11 @@ FAMILIES = {"gguf": GGUF, "mlx": MLX}
 
 
 def target_blocks(
-    artifact: str, format: str, entry: str, weights: Weights, g: Geometry, run: Mapping[str, Any]
+    artifact: str, storage: str, entry: str, weights: Weights, g: Geometry, run: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """One block for each machine of the package's table, in the schema's form. What does not fit has no command."""
-    row = Row(artifact, FAMILIES.get(format, FOLDER), format, (), lambda _: weights, group_of(run), _needs_cuda(run))
-    cache, parts = cache_of_run(run), split_of(entry)[2] if format == "gguf" else 1
+    row = Row(artifact, FAMILIES.get(storage, FOLDER), storage, (), lambda _: weights, group_of(run), _needs_cuda(run))
+    cache, parts = cache_of_run(run), split_of(entry)[2] if storage == "gguf" else 1
     found: list[dict[str, Any]] = []
     for target in read_targets().values():
         fits = fit(row, g, target, cache=cache)

@@ -169,9 +169,9 @@ def machine(gpu: str | None, ram: str | None) -> Target:
     return Target("+".join(words) or "16GB-RAM", cards, size, size - reserved, bandwidth)
 
 
-def find_target(id: str, targets: Mapping[str, Target]) -> Target:
-    """A target by its id, upper or lower case. InputError that names the close ones."""
+def find_target(name: str, targets: Mapping[str, Target]) -> Target:
+    """A target by its name, upper or lower case. InputError that names the close ones."""
     folded = {name.lower(): target for name, target in targets.items()}
-    if (found := folded.get(id.strip().lower())) is None:
-        raise InputError(f"--target {id}: unknown, {suggest(id, targets)}")
+    if (found := folded.get(name.strip().lower())) is None:
+        raise InputError(f"--target {name}: unknown, {suggest(name, targets)}")
     return found

@@ -45,11 +45,11 @@ def arguments(bits: int, kind: str, strategy: str, **more: object) -> dict[str, 
 
 
 def group(
-    format: str, targets: list[str], weights: dict[str, Any], activations: dict[str, Any] | None = None
+    storage: str, targets: list[str], weights: dict[str, Any], activations: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """An entry of config_groups."""
     return {
-        "format": format,
+        "format": storage,
         "input_activations": activations,
         "output_activations": None,
         "targets": targets,
@@ -58,13 +58,13 @@ def group(
 
 
 def quantization_config(
-    groups: Mapping[str, dict[str, Any]], format: str, ignore: tuple[str, ...], kv_cache: bool = False
+    groups: Mapping[str, dict[str, Any]], storage: str, ignore: tuple[str, ...], kv_cache: bool = False
 ) -> dict[str, Any]:
-    """The quantization_config of config.json; `format` is the top-level one, each group names its own."""
+    """The quantization_config of config.json; `storage` is the top-level format, each group names its own."""
     scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
     return {
         "config_groups": dict(groups),
-        "format": format,
+        "format": storage,
         "global_compression_ratio": None,
         "ignore": list(ignore),
         "kv_cache_scheme": scheme if kv_cache else None,
