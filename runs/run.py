@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmquant.errors import FitError, GateError, InputError, MmquantError, PartialError
+from mmquant.errors import FitError, InputError, MmquantError, PartialError
 from mmquant.monitor import Monitor, current, watching
 from mmquant.tables import table
 
+from ..calibration.model.distributed import world
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
@@ -24,7 +25,7 @@ from ..convert.source import SharedLayer
 from .artifacts import asked_of, bytes_of, check_variant, job_of, streams_of
 from .engine import Job, run_jobs
 from .folder import check_disk, written_bytes
-from .journal import JOURNAL, LOG, PUSHED, STATES, WRITING, WRITTEN, Entry, Journal, read_journal
+from .journal import CHECKED, JOURNAL, LOG, PUSHED, STATES, WRITING, WRITTEN, Entry, Journal, read_journal
 from .models import choose_device, opened
 from .options import PushOptions
 from .passes import Passes
@@ -95,6 +96,8 @@ def run(
         check_variant(variant)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: a file, expected a folder or nothing")
+    if world()[1] > 1:
+        raise InputError("mmquant run: works in one process, expected no torchrun; int4, gguf and calibrate take it")
     with watching(monitor), _limited(chosen, place):
         if dry_run:
             return _planned(chosen, out, fetch)
@@ -300,8 +303,13 @@ def summary(journal: Journal, seconds: float) -> list[str]:
         scores = row.get("scores", {})
         numbers = [number(scores.get(n)) for n in ("bits", "kld", "top1")]
         rows.append((row["name"], row["state"], f"{row.get('bytes', 0):,}", *numbers, row.get("path", "-")))
+    unpushed = [name for name, entry in journal.artifacts.items() if entry.state in (WRITTEN, CHECKED)]
     head = ("artifact", "state", "bytes", "bits", "KLD", "top-1", "path")
     lines = table(head, rows, text=("artifact", "state", "path"))
+    for entry in journal.artifacts.values():
+        lines += [f"failed: {text}" for text in entry.facts.get("failures", [])]
+    if unpushed:
+        lines.append(f"next: mmquant push {journal.folder / unpushed[0]} --repo ORG/NAME")
     return [*lines, f"{journal.model}: {len(rows)} artifacts in {seconds:.0f} s; log in {journal.folder / LOG}"]
 
 
@@ -309,9 +317,3 @@ def number(value: object) -> str:
     """A score as the summary shows it; of a KL divergence its mean."""
     found = value.get("mean") if isinstance(value, dict) else value
     return f"{found:.4g}" if isinstance(found, int | float) else "-"
-
-
-def gate(made: Made) -> None:
-    """GateError when a gate of the run failed."""
-    if made.failure is not None:
-        raise GateError(made.failure)

@@ -61,7 +61,6 @@ class Recipe:
     device: str | None = None
     check: EvalOptions | None = None
     gates: Mapping[str, float] = field(default_factory=dict)
-    fit: tuple[str, ...] = ()
     push: tuple[Push, ...] = ()
     limits: Limits = Limits()
 
@@ -198,9 +197,7 @@ def build(document: dict[str, Any], marks: Marks) -> Recipe:
         for number, entry in enumerate(document.get("push", []))
     )
     limits = {name: _size(value, ("limits", name), marks) for name, value in document.get("limits", {}).items()}
-    return Recipe(
-        model, variants, document.get("device"), check, gates, tuple(document.get("fit", ())), pushes, Limits(**limits)
-    )
+    return Recipe(model, variants, document.get("device"), check, gates, pushes, Limits(**limits))
 
 
 def _variant(name: str, entry: dict[str, Any], corpora: dict[str, Any], marks: Marks) -> Variant:

@@ -108,7 +108,6 @@ def recipe_schema() -> dict[str, Any]:
             },
         },
         "check": _object(options_schema(EvalOptions, CHECK) | {"gates": {"$ref": "#/$defs/gates"}}),
-        "fit": {"type": "array", "items": {"type": "string"}},
         "push": {"type": "array", "items": _object(push, required=["repo"])},
         "limits": _object(limits),
     }
