@@ -2,6 +2,7 @@
 
     python -m bench.rehearsal serve [--layers 3]          # prints the environment; ends with its stdin
     python -m bench.rehearsal run [--layers 3] -- mmquant fp8 --model MODEL --out OUT ...
+    python -m bench.rehearsal imatrix --layers 3 imatrix.gguf
     python -m bench.rehearsal digests                     # once: SHA-256 of 230 GB, ten minutes of a core
 
 `run` puts the repository's name in place of MODEL, and reports time, peak resident memory and peak disk of OUT.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import imatrix
 from .measure import measured
 from .model import LAYERS, Model
 from .serve import serve
@@ -28,12 +30,19 @@ def compute_digests(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, function in (("serve", serve), ("run", measured), ("digests", compute_digests)):
+    for name, function in (
+        ("serve", serve),
+        ("run", measured),
+        ("digests", compute_digests),
+        ("imatrix", imatrix.write),
+    ):
         one = commands.add_parser(name)
         one.set_defaults(function=function)
         one.add_argument("--layers", type=int, default=LAYERS, help="Serve a model of the first layers alone.")
         one.add_argument("--seed", type=int, default=0)
         one.add_argument("--digests", type=Path, default=KNOWN, help="Where further digests are kept.")
+        if name == "imatrix":
+            one.add_argument("file", type=Path)
         if name == "run":
             one.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
