@@ -21,10 +21,13 @@ from ..convert.gguf.variant import GgufVariant
 from ..convert.open import DEMO, open_native
 from .evaluation.run import record, run
 from .folder import write_folder, write_native
+from .fp4 import quantize_mxfp4, quantize_nvfp4
 from .gguf import write_gguf
-from .options import EvalOptions
+from .int4 import quantize_int4
+from .options import EvalOptions, Int4Options, Mxfp4Options, Nvfp4Options
 
 WINDOWS = 16
+CALIBRATION = 64  # windows of calibrated variants
 GGUF_TYPES = ("BF16", "Q8_0", "Q6_K", "Q4_K_M")
 
 
@@ -36,6 +39,13 @@ def variants(device: str) -> dict[str, Callable[[Checkpoint, Path], Path]]:
         "fp8-channel": lambda source, out: write_folder(source, Fp8Variant("channel"), out, device=device),
         "int4-rtn-g128": lambda source, out: write_folder(source, WeightsVariant(128), out, device=device),
         "int4-rtn-g32": lambda source, out: write_folder(source, WeightsVariant(32), out, device=device),
+    }
+    int4 = Int4Options(windows=CALIBRATION)
+    nvfp4, mxfp4 = Nvfp4Options(windows=CALIBRATION), Mxfp4Options(windows=CALIBRATION)
+    table |= {
+        "int4-gptq-g128": lambda source, out: quantize_int4(source, out, int4, device=device).path,
+        "nvfp4-gptq": lambda source, out: quantize_nvfp4(source, out, nvfp4, device=device).path,
+        "mxfp4-gptq": lambda source, out: quantize_mxfp4(source, out, mxfp4, device=device).path,
     }
     for kind in GGUF_TYPES:
         variant = GgufVariant(find_mix(kind), f"demo-{kind}", False)
