@@ -171,27 +171,25 @@ class Run:
         """The journal says what the recipe asks for; what was made for something else goes, and is named."""
         expected = {variant.name: asked_of(variant, source) for variant in self.recipe.variants}
         entries = self.journal.artifacts
+        changed = {name: entries[name].asked for name in expected if name in entries}
+        changed = {name: first_difference(asked, expected[name]) for name, asked in changed.items()}
+        changed = {name: difference for name, difference in changed.items() if difference}
+        for name, difference in changed.items():  # before anything goes
+            if (self.out / name / MANIFEST).exists() and not self.replace:
+                ways = "give it another name, or --replace makes it again"
+                raise InputError(f"{self.out / name}: finished with {difference}; {ways}")
         for name in [name for name in entries if name not in expected]:
             current().message(f"{name}: no longer in the recipe; {self.out / name} stays as it is")
             del entries[name]
+        for name, difference in changed.items():
+            current().message(f"{name}: {difference}: made again")
+            del entries[name]
+            if (self.out / name).is_dir():
+                shutil.rmtree(self.out / name)
         for name, asked in expected.items():
-            entry = entries.get(name)
-            if entry is not None and entry.asked != asked:
-                self._set_aside(name, first_difference(entry.asked, asked))
-                entry = None
-            entries[name] = entry or Entry(asked)
+            entries.setdefault(name, Entry(asked))
         self.journal.model, self.journal.layers = source.label, source.geometry.layers
         self.journal.save()
-
-    def _set_aside(self, name: str, difference: str) -> None:
-        """Remove what was made of other options."""
-        folder = self.out / name
-        if (folder / MANIFEST).exists() and not self.replace:
-            ways = "give it another name, or --replace makes it again"
-            raise InputError(f"{folder}: finished with {difference}; {ways}")
-        current().message(f"{name}: {difference}: made again")
-        if folder.is_dir():
-            shutil.rmtree(folder)
 
     def _write(self, source: Checkpoint) -> None:
         """Every artifact that is not there, in one pass."""
