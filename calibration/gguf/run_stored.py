@@ -26,7 +26,6 @@ from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, split_block
 from ...convert.gguf.plan import GgufPlan
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
-from ...convert.source import read_layer
 from ...quantize.ggml.codec import encode
 from ...quantize.ggml.types import GGMLType
 from ...quantize.moments import Moments, check_moments, shrunk_diagonal
@@ -136,6 +135,9 @@ def check_imatrix(path: Path, imatrix: Imatrix, geometry: Geometry) -> None:
         )
 
 
+RESCALED = ("w3", "w2")  # by a power of two, and by its inverse
+
+
 class StoredRun(TensorProvider):
     """The tensors of `plan` under stored statistics; nothing is carried from step to step."""
 
@@ -168,10 +170,29 @@ def encode_layer(
     device: torch.device | str,
     report: Report,
 ) -> dict[str, np.ndarray]:
-    """Bytes of a layer's matrices by short name; experts that would overflow float16 are rescaled first."""
-    moments = stored.moments(layer, source.geometry)
-    weights = read_layer(source, layer, device, default_dtype(device))
-    return encode_matrices_of(weights, moments, kinds, stored.method, layer, report)
+    """Bytes of a layer's matrices by short name; experts that would overflow float16 are rescaled first.
+
+    One matrix, or one projection of all experts, is in memory at once: a float32 layer of M2.7 has 14.5 GB.
+    """
+    g, moments, out = source.geometry, stored.moments(layer, source.geometry), {}
+    middle, dtype = moments["ffn_down_exps"], default_dtype(device)
+    exponents = rescale_exponents(middle.sum32.to(device))
+    factors = torch.exp2(exponents).view(-1, 1, 1).to(dtype)
+    report.rescaled |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
+    report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
+    for name, kind in kinds.items():
+        if name in ATTENTION_TENSORS:
+            weight = source.read(g.names.attention(layer, ATTENTION_TENSORS[name]) + ".weight").unsqueeze(0)
+            weight = weight.to(device=device, dtype=dtype)
+        else:
+            role = EXPERT_TENSORS[name]
+            weight = source.read_experts(layer, role, range(g.experts), device, dtype)
+            if role in RESCALED:
+                weight = weight.div_(factors) if role == "w3" else weight.mul_(factors)
+        with naming(f"blk.{layer}.{name}.weight"):
+            out[name] = encode_matrices(weight, kind, moments[name], stored.method)
+        del weight
+    return out
 
 
 def encode_matrices_of(
