@@ -48,6 +48,8 @@ def command(
     Types below 8 bits are calibrated in the same pass: each matrix is corrected for what the layers before it lost and
     rounded with error feedback. F32, F16, BF16 and Q8_0 need no calibration.
 
+    --size and --target choose the type of every matrix by what it costs on this model, measured first (docs/plan.md).
+
     Example: mmquant gguf --model demo --type Q4_K_M --out ./m27-gguf
     """
     from ..runs.gguf import check_options, is_calibrated, quantize_gguf
@@ -77,3 +79,9 @@ def refuse_idle_options(options: GgufOptions) -> None:
         refuse_without_effect(why, *text, "statistics", "effort")
     elif options.statistics is not None:
         refuse_without_effect("with --statistics, which stands for the text", *text)
+    if options.size is None and options.target is None:
+        refuse_without_effect("without --size or --target", "sensitivity", "judged_windows")
+    else:
+        refuse_without_effect("with --size and --target, which choose the types", "type")
+    if options.target is None:
+        refuse_without_effect("without --target", "target_context")

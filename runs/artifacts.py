@@ -63,6 +63,8 @@ def check_variant(variant: Variant) -> None:
         check_mixture(variant.command, options)
     elif isinstance(options, GgufOptions):
         gguf.check_options(options)
+        if options.size is not None or options.target is not None:
+            raise InputError(f"{variant.name}: size and target are planned before a run, expected plan: plan.json")
 
 
 def bytes_of(source: Checkpoint, variant: Variant, model: str, out: Path) -> tuple[str, int]:

@@ -18,9 +18,9 @@ def budgets_of(target: str, g: Geometry, context: int) -> tuple[int | None, int]
 
     InputError for a target that is none and a context that the model does not have, FitError where nothing is left.
     """
+    found = _target(target)
     if context > g.max_context:
         raise InputError(f"--target-context {context}: the model has at most {g.max_context}")
-    found = _target(target)
     left = weight_budgets(g, found, context)
     if left.total <= 0 or (found.cards is not None and not (left.cards and left.ram)):
         raise FitError(f"--target {target}: cache and runtime of {context} tokens leave no room for weights")

@@ -15,14 +15,17 @@ from click.testing import CliRunner
 from helpers.killed import killed_at
 from helpers.tiny import write_tiny
 from mmquant import GgufOptions, InputError, PlanOptions, plan, quantize_gguf
+from mmquant.commands.gguf import command as gguf_command
 from mmquant.commands.plan import command
 from mmquant.convert.gguf.reader import GgufSource
 from mmquant.convert.open import demo_folder
 from mmquant.convert.plan_file import read_plan_file
 from mmquant.errors import FitError
+from mmquant.runs.artifacts import check_variant
 from mmquant.runs.plan import SENSITIVITY
 from mmquant.runs.plan_plot import draw
 from mmquant.runs.plan_target import budgets_of
+from mmquant.runs.recipe.read import Variant
 
 SIZE = 1_400_000
 
@@ -178,3 +181,29 @@ def test_a_plan_is_drawn(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plan.svg").read_text().count("ffn_down_exps") >= 1
     with pytest.raises(InputError, match=r"\.png, \.svg or \.pdf"):
         draw(read_plan_file(made / "plan.json"), tmp_path / "plan.txt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sensitivity", "x"], "--sensitivity has no effect without --size or --target"),
+        (["--size", "5MB", "--type", "Q4_K_M"], "--type has no effect with --size and --target"),
+        (["--target-context", "512"], "--target-context has no effect without --target"),
+        (["--size", "5MB", "--target", "24GB+96GB"], "expected one of them"),
+        (["--size", "5MB", "--dry-run"], "needs --sensitivity"),
+        (["--target", "24GB+lots", "--target-context", "512"], "--target 24GB\\+lots"),
+    ],
+)
+def test_words_that_contradict_each_other_are_refused(
+    model: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        CliRunner().invoke(
+            gguf_command, ["--model", str(model), "--out", str(tmp_path / "out"), *arguments], catch_exceptions=False
+        )
+
+
+def test_a_recipe_takes_plans_that_are_made() -> None:
+    variant = Variant("small", "gguf", GgufOptions(size=5))
+    with pytest.raises(InputError, match=r"small: size and target .* expected plan: plan\.json"):
+        check_variant(variant)
