@@ -71,9 +71,9 @@ def random_layer(g: Geometry, device: str, dtype: torch.dtype, seed: int = 0) ->
         o=matrix(g.hidden, query),
         router=torch.randn(g.experts, g.hidden, generator=generator, device=device) * 0.02,
         router_bias=torch.zeros(g.experts, device=device),
-        w1=experts(g.expert_width, g.hidden),
-        w3=experts(g.expert_width, g.hidden),
-        w2=experts(g.hidden, g.expert_width),
+        gate=experts(g.expert_width, g.hidden),
+        up=experts(g.expert_width, g.hidden),
+        down=experts(g.hidden, g.expert_width),
     )
 
 
@@ -111,7 +111,7 @@ def check(weights: LayerWeights, g: Geometry, hidden: torch.Tensor) -> None:
     forward.moe(weights, g, hidden, collector)
     forward.moe(weights, g, hidden, rows)
     found = collector.statistics()
-    for name, moments, seen in (("w1/w3", found.expert_in, rows.x), ("w2", found.expert_mid, rows.h)):
+    for name, moments, seen in (("gate/up", found.expert_in, rows.x), ("down", found.expert_mid, rows.h)):
         assert moments.second is not None
         for e, values in seen.items():
             true = values.T @ values

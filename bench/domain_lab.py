@@ -231,7 +231,7 @@ class Lab:
         """INT4 rounded to nearest in groups of 128 under ranges that are searched; attention stays."""
         layers = []
         for exact in self.layers:
-            new = {n: dequantize(rtn_int(getattr(exact, n), LayerOptions().grid.bits)) for n in ("w1", "w3", "w2")}
+            new = {n: dequantize(rtn_int(getattr(exact, n), LayerOptions().grid.bits)) for n in ("gate", "up", "down")}
             layers.append(replace(exact, **new))
         return self.outside, layers
 

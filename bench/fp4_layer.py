@@ -1,4 +1,4 @@
-"""GPTQ of one real-size layer on FP4 grids beside INT4: 256 experts, w1+w3 [3072, 3072] and w2 [3072, 1536].
+"""GPTQ of one real-size layer on FP4 grids beside INT4: 256 experts, gate+up [3072, 3072] and down [3072, 1536].
 
     python bench/fp4_layer.py [--experts 256] [--chunk 128] [--tune]
 
@@ -80,7 +80,7 @@ def main() -> None:
     for name, grid in GRIDS.items():
         check(name, grid)
     totals = dict.fromkeys(GRIDS, 0.0)
-    for kind, outputs, n in (("w1+w3", 3072, 3072), ("w2", 3072, 1536)):
+    for kind, outputs, n in (("gate+up", 3072, 3072), ("down", 3072, 1536)):
         second, weight = moments(a.experts, n), torch.randn(a.experts, outputs, n, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         print(f"{kind}: {a.experts} experts [{outputs}, {n}], {a.chunk} at a time")

@@ -3,8 +3,8 @@
     python bench/fp4_quality.py --text calibration.txt --judge evaluation.txt [--only nvfp4] [--rules]
 
 Experts only unless the arguments say otherwise. Rules, written out here: the maximum (block scale max / 6 in E4M3, the
-matrix's scale max / 2688, w1 and w3 sharing it), Four-over-Six (of max / 6 and max / 4 the one with the smaller square
-error), OCP's exponent for MXFP4. Otherwise as int4_quality.py.
+matrix's scale max / 2688, gate and up sharing it), Four-over-Six (of max / 6 and max / 4 the one with the smaller
+square error), OCP's exponent for MXFP4. Otherwise as int4_quality.py.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class RuleJudge(Judge):
         layers = []
         for layer in range(g.layers):
             weights = read_layer(source, layer, self.device)
-            both = self.rule(torch.cat((weights.w1, weights.w3), 1))
-            w1, w3 = both.chunk(2, 1)
-            layers.append(dataclasses.replace(weights, w1=w1, w3=w3, w2=self.rule(weights.w2)))
+            both = self.rule(torch.cat((weights.gate, weights.up), 1))
+            gate, up = both.chunk(2, 1)
+            layers.append(dataclasses.replace(weights, gate=gate, up=up, down=self.rule(weights.down)))
         for part in self.tokens.split(BATCH):
             hidden = embed(outside, part)
             for weights in layers:

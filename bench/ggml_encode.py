@@ -45,8 +45,10 @@ def samples() -> dict[str, Tensor]:
     heavy = 0.02 * four[..., 0] / (four[..., 1:] ** 2).mean(-1).sqrt()
     source = open_source("demo")
     names = source.geometry.names
-    parts = [source.read(names.expert(i, i, projection) + ".weight") for i in (0, 1, 3) for projection in ("w1", "w3")]
-    return {"Gaussian": gaussian, "Student t, 3": heavy, "demo w1, w3": torch.cat(parts).contiguous()}
+    parts = [
+        source.read(names.expert(i, i, projection) + ".weight") for i in (0, 1, 3) for projection in ("gate", "up")
+    ]
+    return {"Gaussian": gaussian, "Student t, 3": heavy, "demo gate, up": torch.cat(parts).contiguous()}
 
 
 def theirs(kind: GGMLType, rows: Tensor, importance: Tensor | None) -> Tensor:
@@ -138,7 +140,7 @@ def cuda_seconds(call: Callable[[], object]) -> float:
 
 
 def cuda(kinds: list[GGMLType], threads: int) -> None:
-    """The table of GPU speeds; columns and rows of w1 of a quarter of a layer's experts, importance per expert."""
+    """The table of GPU speeds; columns and rows of gate of a quarter of a layer's experts, importance per expert."""
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}\n")
     experts, columns = 64, 3072
     rows = torch.randn(experts * 1536, columns, device="cuda") * 0.02

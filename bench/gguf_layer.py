@@ -146,9 +146,9 @@ def main() -> None:
     print(f"{'type':8} {'matrix':6} {'passes':>6} {'at once':>7} " + " ".join(f"{h:>9}" for h in head), end="")
     print("  relative loss  GiB before + peak")
     sums: dict[tuple[str, int], float] = {}
-    for role, rows, n in (("w1+w3", 2 * width, hidden), ("w2", hidden, width)):
+    for role, rows, n in (("gate+up", 2 * width, hidden), ("down", hidden, width)):
         weight = (torch.randn(options.experts, rows, n, device=device) * 0.02).bfloat16()
-        pair = pair_of(options.experts, n, device, hidden if role == "w2" else 0)
+        pair = pair_of(options.experts, n, device, hidden if role == "down" else 0)
         for kind in options.kind:
             for passes in options.passes:
                 method = replace(METHODS["default"], passes=passes)

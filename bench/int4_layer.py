@@ -1,4 +1,4 @@
-"""GPTQ of one real-size layer with given moments: 256 experts, w1+w3 [3072, 3072] and w2 [3072, 1536].
+"""GPTQ of one real-size layer with given moments: 256 experts, gate+up [3072, 3072] and down [3072, 1536].
 
     python bench/int4_layer.py [--experts 256] [--chunk 128] [--group 128] [--tune]
 
@@ -151,7 +151,7 @@ def main() -> None:
         check(group)
     if a.tune:
         tune(32, a.group)
-    for name, outputs, n in (("w1+w3", 3072, 3072), ("w2", 3072, 1536)):
+    for name, outputs, n in (("gate+up", 3072, 3072), ("down", 3072, 1536)):
         measure(name, outputs, n, a)
 
 

@@ -1,8 +1,8 @@
-"""Rescale experts against float16 overflow, exactly: powers of two move from up (w3) to down (w2).
+"""Rescale experts against float16 overflow, exactly: powers of two move from up to down.
 
-An expert computes w2 (silu(w1 x) * (w3 x)). A row of w3 and a column of w2 may be scaled by t and 1 / t, and a power of
-two is exact in every format. Engines that keep w2's input, or a block's sum of it, in float16 overflow where it passes
-65504: in M2.7 layer 61 does.
+An expert computes down (silu(gate x) * (up x)). A row of up and a column of down may be scaled by t and 1 / t, and a
+power of two is exact in every format. Engines that keep down's input, or a block's sum of it, in float16 overflow
+where it passes 65504: in M2.7 layer 61 does.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ TARGET = FP16_MAX / 4  # what the largest value is brought below
 
 
 def rescale_exponents(largest: Tensor) -> Tensor:
-    """int32 powers p, of the shape of `largest`: w3 * 2^-p and w2 * 2^p bring w2's input below TARGET.
+    """int32 powers p, of the shape of `largest`: up * 2^-p and down * 2^p bring down's input below TARGET.
 
-    largest: the largest |value|, or |sum of a block|, of w2's input that was seen. p is 0 where it is not AT_RISK.
+    largest: the largest |value|, or |sum of a block|, of down's input that was seen. p is 0 where it is not AT_RISK.
     """
     power = torch.ceil(torch.log2((largest / TARGET).clamp(min=1.0)))
     return torch.where(largest > AT_RISK, power, torch.zeros_like(power)).to(torch.int32)
 
 
-def scale_pair(w3: Tensor, w2: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
-    """w3 [E, I, H] * 2^-p and w2 [E, H, I] * 2^p, exact; power [E]."""
+def scale_pair(up: Tensor, down: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+    """up [E, I, H] * 2^-p and down [E, H, I] * 2^p, exact; power [E]."""
     p = power.to(torch.int32).view(-1, 1, 1)
-    return torch.ldexp(w3, -p), torch.ldexp(w2, p)
+    return torch.ldexp(up, -p), torch.ldexp(down, p)

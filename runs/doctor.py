@@ -155,7 +155,7 @@ def examine_gguf(file: str | Path, options: DoctorOptions, device: str) -> Diagn
 
 
 def measure(source: GgufSource, options: DoctorOptions, device: str) -> Tensor | None:
-    """[L, E] largest sums of inputs of w2, from statistics (always of 32) or from text; None without either."""
+    """[L, E] largest sums of inputs of down, from statistics (always of 32) or from text; None without either."""
     import torch
 
     statistics = options.statistics

@@ -35,9 +35,9 @@ def test_error_feedback_is_measured_by_the_shipped_solve() -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[2:10]]
     assert [row[:4] for row in rows[:3]] == [
-        ["Q4_K", "w1+w3", "0", "3"],
-        ["Q4_K", "w1+w3", "1", "3"],
-        ["IQ2_XXS", "w1+w3", "0", "3"],
+        ["Q4_K", "gate+up", "0", "3"],
+        ["Q4_K", "gate+up", "1", "3"],
+        ["IQ2_XXS", "gate+up", "0", "3"],
     ]
     for row in rows:
         correct, factor, columns, whole = map(float, row[4:8])

@@ -1,7 +1,7 @@
 """AWQ scales of a MiniMax-M2 layer: equalize inputs exactly, up to rounding of what absorbs the scale.
 
-Four pairs: post_attention_layernorm -> router, w1 and w3 of all experts (one scale per channel for the layer; the
-router is compensated, so that the same experts are chosen); w3 -> w2, per expert; input_layernorm -> q, k, v; v -> o,
+Four pairs: post_attention_layernorm -> router, gate and up of all experts (one scale per channel for the layer; the
+router is compensated, so that the same experts are chosen); up -> down, per expert; input_layernorm -> q, k, v; v -> o,
 per channel of a key-value head, shared by the query heads of its group.
 """
 
@@ -43,13 +43,13 @@ def experts_pair(
     grid: GptqGrid,
     shrinkage: float,
 ) -> NormPair:
-    """The shared scale of w1 and w3 of all experts."""
-    device = weights.w1.device
+    """The shared scale of gate and up of all experts."""
+    device = weights.gate.device
     most = statistics.expert_in.weight.argsort(descending=True)[:SEARCH_EXPERTS].tolist()
     stacks, moments, pool = [], [], pooled(statistics.expert_in)
     for expert in sorted(most):
         one = slice(expert, expert + 1)
-        stacks.append(torch.cat((weights.w1[one], weights.w3[one]), 1).float())
+        stacks.append(torch.cat((weights.gate[one], weights.up[one]), 1).float())
         moments.append(shrunk(statistics.expert_in, shrinkage, one, pool).to(device))
     scale = search_equalization(torch.cat(stacks), torch.cat(moments), grid, shared=True)
     return absorb(weights.post_norm.float(), scale)
@@ -76,6 +76,6 @@ def spread_values(scale: Tensor, geometry: Geometry) -> Tensor:
     return scale.view(geometry.kv_heads, 1, geometry.head_dim).expand(-1, group, -1).flatten()
 
 
-def expert_pairs(w2: Tensor, second: Tensor, grid: GptqGrid) -> Tensor:
-    """[E, I]: what w2's columns are multiplied with and w3's rows divided by, for a chunk; second [E, I, I]."""
-    return search_equalization(w2, second.to(w2.device), grid, shared=False)
+def expert_pairs(down: Tensor, second: Tensor, grid: GptqGrid) -> Tensor:
+    """[E, I]: what down's columns are multiplied with and up's rows divided by, for a chunk; second [E, I, I]."""
+    return search_equalization(down, second.to(down.device), grid, shared=False)

@@ -98,7 +98,7 @@ def advance(
     weights: LayerWeights, geometry: Geometry, hidden: HiddenStates, batch: int = 8, where: str | None = None
 ) -> None:
     """Move a stream through one layer; `where` names it, and has it checked (HiddenStates.put)."""
-    for start, values in hidden.batches(batch, weights.w1.device):
+    for start, values in hidden.batches(batch, weights.gate.device):
         hidden.put(start, layer_forward(weights, geometry, values), where)
 
 
@@ -133,7 +133,7 @@ def sign_round_layer(
     def starts(chosen: slice) -> dict[str, Start]:
         rounded = first.compensated
         return {
-            n: grid_start(rounded[n][chosen].to(weights.w1.device), map_parts(w, lambda part: part[chosen]))
+            n: grid_start(rounded[n][chosen].to(weights.gate.device), map_parts(w, lambda part: part[chosen]))
             for n, w in first.experts.items()
         }
 
@@ -176,8 +176,8 @@ def _sign_round_attention(
 
 def _routed(weights: LayerWeights, geometry: Geometry, middle: Tensor, after: Tensor) -> Routed:
     x = rms_norm(middle, weights.post_norm, geometry.norm_eps).flatten(0, 1)
-    routing = route(x.to(weights.w1.dtype), weights.router, weights.router_bias, geometry)
-    return Routed(x.to(weights.w1.dtype), routing.chosen, routing.weights, (after - middle).flatten(0, 1))
+    routing = route(x.to(weights.gate.dtype), weights.router, weights.router_bias, geometry)
+    return Routed(x.to(weights.gate.dtype), routing.chosen, routing.weights, (after - middle).flatten(0, 1))
 
 
 def repaired_norm(norm: Tensor, eps: float, reference: Tensor, quantized: Tensor, train: int) -> tuple[Tensor, float]:

@@ -85,12 +85,12 @@ class LayerOptions:
 class QuantizedLayer:
     """A layer's result.
 
-    experts    w1, w3, w2: IntWeight with codes [E, O, I]
+    experts    gate, up, down: IntWeight with codes [E, O, I]
     attention  q_proj ...: IntWeight with codes [O, I]; empty unless attention is on the grid
     plain      replaced norms, router or bias by LayerWeights field; empty when nothing changed
     values     [kv_heads * head_dim] what v's rows were divided by (AWQ, with attention on the grid); else None
     compensated  what GPTQ rounded, by matrix name, for learning (`compensated_place`); else empty
-    mid_power  [E] p of the exact rescaling: w2's inputs are 2^-p of what was seen
+    mid_power  [E] p of the exact rescaling: down's inputs are 2^-p of what was seen
     """
 
     experts: dict[str, IntWeight]
@@ -116,7 +116,7 @@ def quantize_layer(
     Raises ValueError when the statistics are not of this layer, or hold NaN or infinity.
     """
     check_statistics(layer, weights, statistics)
-    device = weights.w1.device
+    device = weights.gate.device
     exponents = rescale_exponents(_largest(statistics.expert_mid)).to(device)
     mid = scaled_moments(statistics.expert_mid, exponents.to(statistics.expert_mid.weight.device))
     plain: dict[str, Tensor] = {}
@@ -128,24 +128,24 @@ def quantize_layer(
     memory = options.memory if options.memory is not None else working_memory(device)
 
     def solve_chunk(chosen: range) -> tuple[Solved, Solved]:
-        """w1 and w3 stacked, and w2, of some experts."""
+        """gate and up stacked, and down, of some experts."""
         part = slice(chosen.start, chosen.stop)
-        w1, w3, w2 = (matrices[part].float() for matrices in (weights.w1, weights.w3, weights.w2))
-        w3, w2 = scale_pair(w3, w2, exponents[part])
+        gate, up, down = (matrices[part].float() for matrices in (weights.gate, weights.up, weights.down))
+        up, down = scale_pair(up, down, exponents[part])
         between: Tensor | float = 1.0
         if options.method == "awq":
-            between = expert_pairs(w2, shrunk(mid, options.shrinkage, part, pools[1]), options.integers)
-            w3, w2 = w3 / between.unsqueeze(-1), w2 * between.unsqueeze(-2)
-        second = solve(w2, mid, part, options, between, pools[1])
-        return solve(torch.cat((w1, w3), 1) * scale, statistics.expert_in, part, options, scale, pools[0], 2), second
+            between = expert_pairs(down, shrunk(mid, options.shrinkage, part, pools[1]), options.integers)
+            up, down = up / between.unsqueeze(-1), down * between.unsqueeze(-2)
+        second = solve(down, mid, part, options, between, pools[1])
+        return solve(torch.cat((gate, up), 1) * scale, statistics.expert_in, part, options, scale, pools[0], 2), second
 
     chunks = list(expert_chunks(weights, memory))
     found: list[tuple[Solved, Solved]] = []
     for chosen, (first, second) in zip(chunks, divided(chunks, solve_chunk), strict=True):
-        for names, solved in ((("w1", "w3"), first), (("w2",), second)):
+        for names, solved in ((("gate", "up"), first), (("down",), second)):
             keep_rounded(rounded, names, slice(chosen.start, chosen.stop), solved)
         found.append((dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)))
-    experts = _joined(found, weights.w1.shape[1])
+    experts = _joined(found, weights.gate.shape[1])
     report = make_report(layer, statistics, exponents, found)
     attention: dict[str, IntWeight] = {}
     values = None
@@ -163,8 +163,8 @@ def quantize_layer(
 
 def empty_rounded(weights: LayerWeights) -> dict[str, Tensor]:
     """Room for what GPTQ rounds of all experts [E, O, I] float32, where it waits for learning."""
-    place = compensated_place(weights.w1.device)
-    return {name: torch.empty(getattr(weights, name).shape, device=place) for name in ("w1", "w3", "w2")}
+    place = compensated_place(weights.gate.device)
+    return {name: torch.empty(getattr(weights, name).shape, device=place) for name in ("gate", "up", "down")}
 
 
 def keep_rounded(rounded: dict[str, Tensor], names: tuple[str, ...], part: slice, solved: Solved) -> None:
@@ -175,12 +175,12 @@ def keep_rounded(rounded: dict[str, Tensor], names: tuple[str, ...], part: slice
 
 
 def _joined(found: list[tuple[Solved, Solved]], width: int) -> dict[str, IntWeight]:
-    """w1, w3, w2 of all chunks' solves (w1 and w3 stacked; w2)."""
-    weights: dict[str, list[IntWeight]] = {"w1": [], "w3": [], "w2": []}
+    """gate, up, down of all chunks' solves (gate and up stacked; down)."""
+    weights: dict[str, list[IntWeight]] = {"gate": [], "up": [], "down": []}
     for first, second in found:
-        weights["w1"].append(rows_of(first.weight, slice(0, width)))
-        weights["w3"].append(rows_of(first.weight, slice(width, None)))
-        weights["w2"].append(second.weight)
+        weights["gate"].append(rows_of(first.weight, slice(0, width)))
+        weights["up"].append(rows_of(first.weight, slice(width, None)))
+        weights["down"].append(second.weight)
     return {name: join_weights(parts) for name, parts in weights.items()}
 
 
@@ -242,7 +242,7 @@ def compensated_place(device: torch.device) -> torch.device:
 def equalize_norm(
     weights: LayerWeights, statistics: LayerStatistics, options: LayerOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The scale [H] of w1 and w3's columns, and the norm and router that make up for it."""
+    """The scale [H] of gate and up's columns, and the norm and router that make up for it."""
     pair = experts_pair(weights, statistics, options.integers, options.shrinkage)
     return pair.scale, {"post_norm": pair.norm, "router": weights.router * pair.scale}
 
@@ -292,9 +292,9 @@ def check_statistics(layer: int, weights: LayerWeights, statistics: LayerStatist
     """ValueError unless the statistics fit the layer's matrices."""
     if statistics.layer != layer:
         raise InputError(f"statistics of layer {statistics.layer}, expected layer {layer}")
-    experts, width, hidden = weights.w1.shape
-    check_moments(statistics.expert_in, experts, hidden, f"layer {layer} w1, w3")
-    check_moments(statistics.expert_mid, experts, width, f"layer {layer} w2")
+    experts, width, hidden = weights.gate.shape
+    check_moments(statistics.expert_in, experts, hidden, f"layer {layer} gate, up")
+    check_moments(statistics.expert_mid, experts, width, f"layer {layer} down")
     check_moments(statistics.attention_in, 1, hidden, f"layer {layer} q, k, v")
     check_moments(statistics.attention_out, 1, weights.o.shape[1], f"layer {layer} o")
 
@@ -311,7 +311,7 @@ def working_memory(device: torch.device) -> int:
 
 def expert_chunks(weights: LayerWeights, memory: int) -> Iterator[range]:
     """Ranges of experts whose solves fit into `memory` working bytes."""
-    experts, width, hidden = weights.w1.shape
+    experts, width, hidden = weights.gate.shape
     each = 4 * WORKING_MATRICES * max(hidden, width) * max(hidden, 2 * width)
     step = max(1, memory // each)
     for start in range(0, experts, step):
@@ -342,7 +342,7 @@ def _largest(moments: Moments) -> Tensor:
 
 def as_read_back(weights: LayerWeights, quantized: QuantizedLayer, dtype: torch.dtype | None = None) -> LayerWeights:
     """The layer with its quantized matrices' values, in the dtype of `weights` or another."""
-    to = dtype if dtype is not None else weights.w1.dtype
+    to = dtype if dtype is not None else weights.gate.dtype
     values = {name: dequantize_batch(found, to) for name, found in quantized.experts.items()}
     values |= {name.removesuffix("_proj"): dequantize(found).to(to) for name, found in quantized.attention.items()}
     return dataclasses.replace(weights, **values, **quantized.plain)

@@ -43,7 +43,7 @@ class LayerReport:
             said = "rounded without error feedback, which held-out rows say is worse"
             yield f"layer {self.layer}: {_some(self.plain)} {said}"
         for expert, power in self.rescaled.items():
-            yield f"layer {self.layer}: expert {expert} overflowed float16; w3 * 2^-{power}, w2 * 2^{power}"
+            yield f"layer {self.layer}: expert {expert} overflowed float16; up * 2^-{power}, down * 2^{power}"
 
 
 def _some(items: tuple[object, ...]) -> str:
@@ -57,7 +57,7 @@ def make_report(
     """Findings of a layer from its statistics and the solves of its chunks."""
     count = statistics.expert_in.count
     damped, rounded = [], []
-    for index, name in enumerate(("w1+w3", "w2")):
+    for index, name in enumerate(("gate+up", "down")):
         damping = torch.cat([part[index].damping for part in solved])
         failed = torch.cat([part[index].rounded for part in solved])
         usual = damping.min()
@@ -76,7 +76,7 @@ def make_report(
 
 def plainly_rounded(solved: list[tuple[Solved, Solved]]) -> Iterator[str]:
     """Names of the matrices that held-out rows turned away from error feedback."""
-    for index, names in enumerate((("w1", "w3"), ("w2",))):
+    for index, names in enumerate((("gate", "up"), ("down",))):
         parts = [part[index].plain for part in solved]
         first = 0
         for plain in parts:

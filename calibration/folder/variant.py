@@ -109,9 +109,9 @@ class CalibratedWeights(WeightsVariant):
         """The layer after learned rounding, on the streams that enter it."""
         if inputs.hidden is None:
             raise InputError("effort high works on the calibration tokens; stored statistics hold only sums")
-        device = inputs.weights.w1.device
+        device = inputs.weights.gate.device
         stream: ReferenceStream = inputs.kept.setdefault("reference", ReferenceStream(self.streams))
-        reference = stream.enter(source, inputs.layer, inputs.hidden, inputs.weights.w1)
+        reference = stream.enter(source, inputs.layer, inputs.hidden, inputs.weights.gate)
         both = streams(reference, inputs.hidden, self.learning, device)
         found, losses = sign_round_layer(inputs.weights, source.geometry, first, both, self.learning)
         self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
@@ -131,8 +131,8 @@ def input_scales(
 ) -> dict[str, Tensor]:
     """The scales of FP4 activations, with HEADROOM over the largest input that was seen.
 
-    All experts of a layer have the same input, so w1 and w3 of all have one scale; w2's are each expert's own, an
-    expert that saw nothing has the largest. mid_power [E]: w2's inputs were multiplied by 2^-p. q, k and v share one.
+    All experts of a layer have the same input, so gate and up of all have one scale; down's are each expert's own, an
+    expert that saw nothing has the largest. mid_power [E]: down's inputs were multiplied by 2^-p. q, k and v share one.
     """
     assert row.input_scale is not None
     layer = statistics.layer
@@ -141,8 +141,8 @@ def input_scales(
     between = torch.where(between > 0, between, between.max())
     by_name = {}
     for expert in range(len(entering)):
-        by_name |= {names.expert(layer, expert, p): entering.max() for p in ("w1", "w3")}
-        by_name[names.expert(layer, expert, "w2")] = between[expert]
+        by_name |= {names.expert(layer, expert, p): entering.max() for p in ("gate", "up")}
+        by_name[names.expert(layer, expert, "down")] = between[expert]
     if attention:
         ends = [m.amax.cpu().max() for m in (statistics.attention_in, statistics.attention_out)]
         by_name |= {names.attention(layer, p): ends[p == "o_proj"] for p in ATTENTION}

@@ -1,4 +1,4 @@
-"""Quantize the experts of one GGUF layer: w1 and w3, then w2 on their output."""
+"""Quantize the experts of one GGUF layer: gate and up, then down on their output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .streams import (
 class Experts:
     """The experts of a layer on their way: `new` and `out` (bytes by short name) are filled, chunk by chunk.
 
-    largest  [E] the reference's largest sums of 32 inputs of w2, known when all inputs were collected
+    largest  [E] the reference's largest sums of 32 inputs of down, known when all inputs were collected
     plain    by short name, the experts that were rounded without feedback after all
     """
 
@@ -51,18 +51,18 @@ class Experts:
     def exponents(self) -> Tensor:
         """[E] powers of two by which experts are rescaled.
 
-        For Q4_K, Q5_K and others CUDA keeps sums of 32 inputs of w2 in float16 (llama.cpp ggml-cuda/quantize.cu).
+        For Q4_K, Q5_K and others CUDA keeps sums of 32 inputs of down in float16 (llama.cpp ggml-cuda/quantize.cu).
         """
         return rescale_exponents(self.largest)
 
     def inputs(self, kept: range) -> Pair:
-        """Sums of what w1 and w3 see."""
+        """Sums of what gate and up see."""
         part = experts_of(self.weights, kept)
         pair, self.largest[kept.start : kept.stop] = input_pairs(self.streams, part, self.g, kept)
         return pair
 
     def middle(self, kept: range) -> Pair:
-        """Sums of what w2 sees."""
+        """Sums of what down sees."""
         old, new = experts_of(self.weights, kept), experts_of(self.new, kept)
         return middle_pairs(self.streams, old, new, self.g, kept, self.exponents)
 
@@ -71,13 +71,13 @@ class Experts:
         return leaving_pairs(self.streams, self.weights, self.new, self.g, self.exponents)
 
     def solve_inputs(self, kept: range, pair: Pair) -> None:
-        """w1 and w3: of one type, they share a factorization and a sweep."""
+        """gate and up: of one type, they share a factorization and a sweep."""
         gate, up = "ffn_gate_exps", "ffn_up_exps"
         for names in [(gate, up)] if self.kinds[gate] == self.kinds[up] else [(gate,), (up,)]:
             self._solve(names, kept, pair)
 
     def solve_middle(self, kept: range, pair: Pair) -> None:
-        """w2."""
+        """down."""
         self._solve(("ffn_down_exps",), kept, pair)
 
     def _solve(self, names: tuple[str, ...], kept: range, pair: Pair) -> None:
@@ -115,7 +115,7 @@ def quantize_experts(
     report: Report,
     out: dict[str, np.ndarray],
 ) -> LayerWeights:
-    """w1 and w3, then w2 on what they give; the reference leaves the layer.
+    """gate and up, then down on what they give; the reference leaves the layer.
 
     Experts are taken in chunks where the device cannot hold all their moments; each chunk's are computed twice then.
     """

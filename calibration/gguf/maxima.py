@@ -13,7 +13,7 @@ from ..model.stream import batch_windows
 
 
 class Largest(Observer):
-    """Largest |sum over an aligned block of inputs of w2| by expert [E]; `block` inputs a sum."""
+    """Largest |sum over an aligned block of inputs of down| by expert [E]; `block` inputs a sum."""
 
     def __init__(self, experts: int, block: int = 32) -> None:
         self.sums, self.block = torch.zeros(experts), block

@@ -57,7 +57,7 @@ def pair_bytes(inputs: int, outputs: int = 0) -> int:
 
 
 def expert_bytes(g: Geometry) -> int:
-    """Moments of an expert: of its inputs, or later of what enters w2, which adds to the residual stream."""
+    """Moments of an expert: of its inputs, or later of what enters down, which adds to the residual stream."""
     return max(pair_bytes(g.hidden), pair_bytes(g.expert_width, g.hidden))
 
 

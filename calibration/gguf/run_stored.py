@@ -135,7 +135,7 @@ def check_imatrix(path: Path, imatrix: Imatrix, geometry: Geometry) -> None:
         )
 
 
-RESCALED = ("w3", "w2")  # by a power of two, and by its inverse
+RESCALED = ("up", "down")  # by a power of two, and by its inverse
 
 
 class StoredRun(TensorProvider):
@@ -188,7 +188,7 @@ def encode_layer(
             role = EXPERT_TENSORS[name]
             weight = source.read_experts(layer, role, range(g.experts), device, dtype)
             if role in RESCALED:
-                weight = weight.div_(factors) if role == "w3" else weight.mul_(factors)
+                weight = weight.div_(factors) if role == "up" else weight.mul_(factors)
         with naming(f"blk.{layer}.{name}.weight"):
             out[name] = encode_matrices(weight, kind, moments[name], stored.method)
         del weight
@@ -208,7 +208,7 @@ def encode_matrices_of(
     Experts that would overflow float16 are rescaled and named in the report.
     """
     middle = moments["ffn_down_exps"]
-    exponents = rescale_exponents(middle.sum32.to(weights.w1.device))
+    exponents = rescale_exponents(middle.sum32.to(weights.gate.device))
     report.rescaled |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
     report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
     out = {}
@@ -230,14 +230,14 @@ def rescaled_in_place(weights: LayerWeights, exponents: Tensor) -> Iterator[None
     """
     kept = {}
     for expert in (exponents > 0).nonzero().flatten().tolist():
-        kept[expert] = weights.w3[expert].clone(), weights.w2[expert].clone()
-        weights.w3[expert] /= torch.exp2(exponents[expert])
-        weights.w2[expert] *= torch.exp2(exponents[expert])
+        kept[expert] = weights.up[expert].clone(), weights.down[expert].clone()
+        weights.up[expert] /= torch.exp2(exponents[expert])
+        weights.down[expert] *= torch.exp2(exponents[expert])
     try:
         yield
     finally:
-        for expert, (w3, w2) in kept.items():
-            weights.w3[expert], weights.w2[expert] = w3, w2
+        for expert, (up, down) in kept.items():
+            weights.up[expert], weights.down[expert] = up, down
 
 
 def encode_matrices(weight: Tensor, kind: GGMLType, moments: Moments, method: Method) -> np.ndarray:

@@ -4,8 +4,8 @@ The reference stream runs through the original weights, the other through what w
 input of a matrix W and z the other's, sum |W x - Q z|^2 is least, before rounding, at T = W X (H + l)^-1 with
 H = E z z^T, X = E x z^T (l: damping, also added to X, so that T = W where nothing is known). T is then rounded with
 error feedback under H: what earlier layers lost is made good where a linear map can. Inside the layer the order is
-q, k, v; o; w1, w3; w2; each is calibrated on the quantized matrices before it. o and w2 add to the residual stream:
-with d what that stream lacks there, their T gets + E d z^T (H + l)^-1, for what the layers before it lost. Rows
+q, k, v; o; gate, up; down; each is calibrated on the quantized matrices before it. o and down add to the residual
+stream: with d what that stream lacks there, their T gets + E d z^T (H + l)^-1, for what the layers before it lost. Rows
 are weighted by the reference's router weight and follow the reference's routing. After https://arxiv.org/abs/2504.02692
 (asymmetric calibration), here per expert.
 """
@@ -118,14 +118,14 @@ def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
 
 
 def input_pairs(streams: Streams, part: LayerWeights, g: Geometry, kept: range) -> tuple[Pair, Tensor]:
-    """Sums of what w1 and w3 of the experts `kept` see; the reference's largest |sum of 32 inputs| of their w2 [kept].
+    """Sums of what gate and up of the experts `kept` see; the reference's largest |sum of 32 inputs| of down [kept].
 
     part: the layer with these experts alone (`experts_of`)
     """
     pair = Pair.empty(len(kept), g.hidden, streams.device)
     largest = torch.zeros(len(kept), device=streams.device)
     for rows in routed(streams, part, g, kept):
-        gate, up = (grouped_matmul(rows.x, matrix, rows.offsets) for matrix in (part.w1, part.w3))
+        gate, up = (grouped_matmul(rows.x, matrix, rows.offsets) for matrix in (part.gate, part.up))
         sums = (F.silu(gate) * up).float().unflatten(1, (-1, 32)).sum(-1).abs().amax(1)
         add_rows(pair, rows.x, rows.z, rows.router_weight, rows.offsets)
         for expert, (start, stop) in enumerate(pairwise(rows.offsets)):
@@ -137,7 +137,7 @@ def input_pairs(streams: Streams, part: LayerWeights, g: Geometry, kept: range) 
 def middle_pairs(
     streams: Streams, part: LayerWeights, new: LayerWeights, g: Geometry, kept: range, exponents: Tensor
 ) -> Pair:
-    """Sums of what w2 of the experts `kept` see, with w1 and w3 of `new` on the written side; both with these alone.
+    """Sums of what down of the experts `kept` sees, with gate and up of `new` on the quantized side; both by these.
 
     exponents [E]: powers of two by which the new layer's inner rows are smaller (`rescaled`)
     """
@@ -155,7 +155,7 @@ def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g:
     for start, reference, quantized in streams.batches():
         lacking = (reference - quantized).flatten(0, 1)
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, quantized))
-        x, z = x.to(weights.w1.dtype), z.to(weights.w1.dtype)
+        x, z = x.to(weights.gate.dtype), z.to(weights.gate.dtype)
         routing = route(x, weights.router, weights.router_bias, g)
 
         def take(_: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
@@ -169,15 +169,15 @@ def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g:
 
 
 def inner_rows(x: Tensor, part: LayerWeights, offsets: list[int]) -> Tensor:
-    """What w2 sees of rows sorted by expert [R, H]: [R, I]."""
-    gate, up = (grouped_matmul(x, matrix, offsets) for matrix in (part.w1, part.w3))
+    """What down sees of rows sorted by expert [R, H]: [R, I]."""
+    gate, up = (grouped_matmul(x, matrix, offsets) for matrix in (part.gate, part.up))
     return F.silu(gate) * up
 
 
 def experts_of(weights: LayerWeights, kept: range) -> LayerWeights:
     """The layer with some of its experts; views."""
     chosen = slice(kept.start, kept.stop)
-    return replace(weights, w1=weights.w1[chosen], w3=weights.w3[chosen], w2=weights.w2[chosen])
+    return replace(weights, gate=weights.gate[chosen], up=weights.up[chosen], down=weights.down[chosen])
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def routed(streams: Streams, weights: LayerWeights, g: Geometry, kept: range) ->
     """The rows of the experts `kept`, in pieces that do not depend on which are kept."""
     for _, reference, quantized in streams.batches():
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, quantized))
-        x, z, lost = x.to(weights.w1.dtype), z.to(weights.w1.dtype), (reference - quantized).flatten(0, 1)
+        x, z, lost = x.to(weights.gate.dtype), z.to(weights.gate.dtype), (reference - quantized).flatten(0, 1)
         routing = route(x, weights.router, weights.router_bias, g)
         for token, slot, offsets in dispatch(routing, g.experts):
             first, last = offsets[kept.start], offsets[kept.stop]
@@ -247,7 +247,7 @@ def add_rows(
 def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, g: Geometry) -> None:
     """Move one of the streams past the experts, with its own routing."""
     for start, hidden in states.batches(streams.batch, streams.device):
-        x = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1).to(weights.w1.dtype)
+        x = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1).to(weights.gate.dtype)
         routing = route(x, weights.router, weights.router_bias, g)
         states.put(start, hidden + run_experts(weights, x, routing, Observer()).view(hidden.shape))
 
@@ -261,5 +261,5 @@ def rescaled(weights: LayerWeights, exponents: Tensor) -> LayerWeights:
     """The layer with up and down rescaled by exact powers of two; its output is the same."""
     if not bool((exponents > 0).any()):
         return weights
-    factor = torch.exp2(exponents).view(-1, 1, 1).to(weights.w3.dtype)
-    return replace(weights, w3=weights.w3 / factor, w2=weights.w2 * factor)
+    factor = torch.exp2(exponents).view(-1, 1, 1).to(weights.up.dtype)
+    return replace(weights, up=weights.up / factor, down=weights.down * factor)

@@ -25,7 +25,7 @@ from .combine import combine
 # Routed rows that an expert batch may hold at once; bounds the activations, not the result.
 ROWS = 1 << 17
 
-# What an engine does to the inputs of a matrix before it multiplies, by the matrix (q k v o w1 w3 w2), CACHE for what
+# What an engine does to a matrix's inputs before it multiplies, by the matrix (q k v o gate up down), CACHE for what
 # attention multiplies, HEAD_INPUT for the head (activations.py); by default nothing.
 Change = Callable[[Tensor], Tensor]
 Rounding = Mapping[str, Change]
@@ -64,7 +64,7 @@ class Observer:
         """x [N, H]: what the router and the experts see."""
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
-        """Routed rows sorted by expert: x [R, H], h [R, I] (w2's input), y [R, H] before weighting; token, slot [R].
+        """Routed rows sorted by expert: x [R, H], h [R, I] (down's input), y [R, H] before weighting; token, slot [R].
 
         Expert e owns rows offsets[e]:offsets[e+1]. May be called several times a batch, for ranges of tokens.
         """
@@ -172,13 +172,13 @@ def run_experts(
         chosen = routing.chosen[start : start + step]
         order = torch.argsort(chosen.flatten(), stable=True)
         token, slot = order // per_token, order % per_token
-        counts = torch.bincount(chosen.flatten(), minlength=weights.w1.shape[0])
+        counts = torch.bincount(chosen.flatten(), minlength=weights.gate.shape[0])
         offsets = [0, *torch.cumsum(counts, 0).tolist()]
         rows = x[start : start + step][token]
-        gate = grouped_matmul(rounded(rounding, "w1", rows), weights.w1, offsets)
-        up = grouped_matmul(rounded(rounding, "w3", rows), weights.w3, offsets)
+        gate = grouped_matmul(rounded(rounding, "gate", rows), weights.gate, offsets)
+        up = grouped_matmul(rounded(rounding, "up", rows), weights.up, offsets)
         h = F.silu(gate) * up
-        y = grouped_matmul(rounded(rounding, "w2", h), weights.w2, offsets)
+        y = grouped_matmul(rounded(rounding, "down", h), weights.down, offsets)
         observer.experts(rows, h, y, token + start, slot, offsets)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -190,7 +190,7 @@ def run_experts(
 def moe(weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Observer, rounding: Rounding = EXACT) -> Tensor:
     """The experts' contribution to the residual: hidden [B, T, H] float32 -> [B, T, H] float32."""
     normed = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1)
-    x = normed.to(weights.w1.dtype)
+    x = normed.to(weights.gate.dtype)
     routing = route(x, weights.router, weights.router_bias, g)
     observer.moe_input(x, routing)
     return run_experts(weights, x, routing, observer, rounding).view(hidden.shape)

@@ -78,4 +78,6 @@ def as_converted(source: Source, weights: LayerWeights) -> LayerWeights:
     """The layer as its GGUF would hold it: matrices of what is no GGUF rounded to bfloat16, all else untouched."""
     if source.ggml_type(TOKEN_EMBD) is not None:
         return weights
-    return replace(weights, **{name: brain(getattr(weights, name)) for name in ("q", "k", "v", "o", "w1", "w3", "w2")})
+    return replace(
+        weights, **{name: brain(getattr(weights, name)) for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    )

@@ -73,32 +73,32 @@ class Routed:
 
 def routed_output(weights: Mapping[str, Tensor], tokens: Routed, first: int = 0) -> Tensor:
     """Differentiable sum of the experts first..first+E-1 over the tokens that chose them: [N, H] float32."""
-    w1, w3, w2 = weights["w1"], weights["w3"], weights["w2"]
-    count, per_token = w1.shape[0], tokens.chosen.shape[1]
+    gate, up, down = weights["gate"], weights["up"], weights["down"]
+    count, per_token = gate.shape[0], tokens.chosen.shape[1]
     flat = tokens.chosen.flatten() - first
     order = torch.argsort(flat, stable=True)
     numbers = flat[order]
     order = order[(numbers >= 0) & (numbers < count)]
     loads = torch.bincount(flat[order], minlength=count)
     token = order // per_token
-    rows = tokens.x[token].to(w1.dtype)
-    y = _experts(rows, (w1, w3, w2), loads)
+    rows = tokens.x[token].to(gate.dtype)
+    y = _experts(rows, (gate, up, down), loads)
     out = torch.zeros(tokens.x.shape, dtype=torch.float32, device=rows.device)
     return out.index_add(0, token, y.float() * tokens.shares.flatten()[order].unsqueeze(-1))
 
 
 def _experts(rows: Tensor, weights: tuple[Tensor, Tensor, Tensor], loads: Tensor) -> Tensor:
-    w1, w3, w2 = weights
+    gate, up, down = weights
     if rows.is_cuda and rows.dtype == torch.bfloat16:
         ends = loads.cumsum(0).to(torch.int32)
 
         def product(x: Tensor, w: Tensor) -> Tensor:
             return torch._grouped_mm(x, w.transpose(-2, -1), offs=ends)  # pyright: ignore[reportPrivateImportUsage]
 
-        return product(F.silu(product(rows, w1)) * product(rows, w3), w2)
+        return product(F.silu(product(rows, gate)) * product(rows, up), down)
     parts = []
     for expert, x in enumerate(rows.split(loads.tolist())):
-        parts.append((F.silu(x @ w1[expert].T) * (x @ w3[expert].T)) @ w2[expert].T)
+        parts.append((F.silu(x @ gate[expert].T) * (x @ up[expert].T)) @ down[expert].T)
     return torch.cat(parts)
 
 
@@ -113,7 +113,7 @@ def sign_round_experts(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> SignRounded:
-    """Learn w1, w3, w2 of experts first.. against the wanted output of `tokens`, stopped early on `held`."""
+    """Learn gate, up, down of experts first.. against the wanted output of `tokens`, stopped early on `held`."""
     generator = torch.Generator().manual_seed(seed)
     scale = held.target.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -174,9 +174,9 @@ def sign_round_chunks(
     tokens.target [N, H] is what all experts together should add; the first `train` rows are learned on.
     Results by chunk, and the held-out loss after over before.
     """
-    device, count = weights.w1.device, weights.w1.shape[0]
+    device, count = weights.gate.device, weights.gate.shape[0]
     batch = options.tokens_a_step(device)
-    matrices = {name: getattr(weights, name) for name in ("w1", "w3", "w2")}
+    matrices = {name: getattr(weights, name) for name in ("gate", "up", "down")}
     left = tokens.target - _outputs(matrices, tokens, 0, batch)
     each = LEARNING_BYTES[device.type] * sum(m[0].numel() for m in matrices.values())
     step = max(1, options.working_memory(device) // each)
@@ -195,9 +195,9 @@ def sign_round_chunks(
             batch=batch,
             first=start,
             seed=options.seed,
-            dtype=weights.w1.dtype,
+            dtype=weights.gate.dtype,
         )
-        dtype = weights.w1.dtype
+        dtype = weights.gate.dtype
         values = {n: values_of(w.levels, w.scales, dtype) for n, w in rounded.weights.items()}
         left = part.target - _outputs(values, tokens, start, batch)
         parts.append(rounded.weights)

@@ -1,7 +1,7 @@
 """Sum statistics during a forward pass, in fixed order and without atomics: equal runs give equal bits.
 
 Token-level quantities (the experts' input) are computed once per token, not once per routed row; per-expert sums of
-them are products with the routing matrix [N, E]. Only w2's input is read row by row.
+them are products with the routing matrix [N, E]. Only down's input is read row by row.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ class Collector(Observer):
         if self.shared:
             return
         values = row_extremes(h)
-        h, values, good = self._finite(h, values, "input of w2", token, owner)
+        h, values, good = self._finite(h, values, "input of down", token, owner)
         live = torch.ones_like(row_weight) if good is None else good.float()
         if self.good is not None:
             # A bad x makes a bad h, which the mask has left out already; only x itself is still to be cleared.
@@ -305,10 +305,10 @@ class Collector(Observer):
         if self.first:
             self._single(self.expert_in, x, "input of the experts")
         for expert in self.kept if not self.first else range(self.geometry.experts):
-            h = F.silu(x @ self.weights.w1[expert].T) * (x @ self.weights.w3[expert].T)
+            h = F.silu(x @ self.weights.gate[expert].T) * (x @ self.weights.up[expert].T)
             extremes = row_extremes(h)
             owner = torch.full((x.shape[0],), expert, device=x.device)
-            h, extremes, fine = self._finite(h, extremes, "input of w2", torch.arange(x.shape[0]), owner)
+            h, extremes, fine = self._finite(h, extremes, "input of down", torch.arange(x.shape[0]), owner)
             if expert in self.kept and self.expert_mid.second is not None:
                 add_gram(self.expert_mid.second[expert - self.kept.start], h)
             if self.first:

@@ -41,9 +41,9 @@ class LayerStatistics:
     """All statistics of one layer; the moments are raw sums (quantize/moments.py).
 
     attention_in   E=1, what q, k, v see        attention_out  E=1, what o sees
-    expert_in      what w1 and w3 see           expert_mid     what w2 sees, per expert
+    expert_in      what gate and up see           expert_mid     what down sees, per expert
     hidden_amax    [H] largest |x| per channel of the experts' input (all tokens)
-    mid_amax       [E, I] largest |h| per channel of each expert's w2 input
+    mid_amax       [E, I] largest |h| per channel of each expert's down input
     kv_amax        [2, kv_heads * head_dim] largest |k| (normed, rotated) and |v| per channel
     """
 
@@ -70,7 +70,7 @@ def without_second(found: LayerStatistics) -> LayerStatistics:
 
 
 def overflowing_experts(statistics: LayerStatistics) -> list[int]:
-    """Experts whose w2 input overflows float16: in a value, or in a sum over 32 or 16 aligned channels (Q8_1)."""
+    """Experts whose down input overflows float16: in a value, or in a sum over 32 or 16 aligned channels (Q8_1)."""
     mid = statistics.expert_mid
     largest = torch.stack((mid.amax, mid.sum32, mid.sum16)).amax(0)
     return torch.nonzero(largest > FP16_MAX).flatten().tolist()

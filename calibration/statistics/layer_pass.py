@@ -48,7 +48,7 @@ class MomentPlan:
 
 
 def expert_moment_bytes(geometry: Geometry, collect: Collect) -> int:
-    """Bytes of one expert's float32 second moments (w1 and w3 share one)."""
+    """Bytes of one expert's float32 second moments (gate and up share one)."""
     shared = collect.experts == "all"
     return 4 * (geometry.expert_width**2 + (0 if shared else geometry.hidden**2)) if collect.full else 0
 

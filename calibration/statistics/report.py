@@ -33,7 +33,7 @@ class LayerSummary:
     load: list[list[int]]  # by domain
     dead: list[int]
     few: list[int]  # fewer tokens than input channels: their second moment is singular
-    overflow: list[int]  # w2 input beyond float16, by value or by block sum
+    overflow: list[int]  # down input beyond float16, by value or by block sum
     overflow_channels: int
     amax_in: float
     amax_mid: float
@@ -112,7 +112,7 @@ def findings(layers: list[LayerSummary]) -> list[str]:
     for s in layers:
         if s.overflow:
             out.append(
-                f"layer {s.layer}: the w2 input of {_names(s.overflow)} overflows float16 "
+                f"layer {s.layer}: the down input of {_names(s.overflow)} overflows float16 "
                 f"(largest sum over 32 channels {s.sum32:.0f}, "
                 f"limit {FP16_MAX:.0f}): in GGUF, Q4_K, Q5_K, Q4_1, Q5_1 and Q2_K of ffn_down_exps give NaN on CUDA"
             )

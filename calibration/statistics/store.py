@@ -187,7 +187,7 @@ class StoredStatistics:
             )
 
     def squares(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """|S|_F^2 [E] of the second moments of the experts' inputs, w1/w3 and w2; None when only diagonals are kept."""
+        """|S|_F^2 [E] of the second moments of the inputs of gate/up and of down; None when only diagonals are kept."""
         if not self.full:
             return None
         with safe_open(self._path(layer), framework="pt") as file:

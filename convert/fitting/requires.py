@@ -30,7 +30,7 @@ def group_of(run: Mapping[str, Any]) -> int:
 
 
 def parallel_allowed(g: Geometry, group: int) -> list[int]:
-    """Tensor parallel sizes at which no group of `group` inputs of w2 straddles two devices; -1: any that divides."""
+    """Tensor parallel sizes at which no group of `group` inputs of down straddles two devices; -1: any that divides."""
     split = [p for p in PARALLEL if g.expert_width % p == 0]
     return split if group == -1 else [p for p in split if (g.expert_width // p) % group == 0]
 

@@ -85,7 +85,7 @@ def _check_cache_scales(found: QuantizedFolder) -> None:
 
 def check_engines(found: QuantizedFolder, layer: int) -> None:
     """vLLM and SGLang look experts up under names of their own and take one scheme for a layer's experts."""
-    expected = found.matrices[found.names.expert(layer, 0, "w1")].scheme
+    expected = found.matrices[found.names.expert(layer, 0, "gate")].scheme
     for projection in PROJECTIONS:
         name = found.names.expert(layer, 0, projection)
         for engine in (VLLM, SGLANG):

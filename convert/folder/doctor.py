@@ -2,7 +2,7 @@
 
 Block scales in E4M3: Marlin (vLLM on A100 and H100) multiplies those of all experts of a layer by the power of two that
 brings the largest nearest to 448, and writes as zero what is below 2^-6 then: such blocks are lost there, not on
-Blackwell. It takes no negative ones. What engines fuse (w1 and w3; q, k and v) they give one scale of whole matrices.
+Blackwell. It takes no negative ones. What engines fuse (gate and up; q, k and v) they give one scale of whole matrices.
 Source: vLLM marlin_utils_fp4.py (nvfp4_marlin_process_scales), 0.33.
 """
 

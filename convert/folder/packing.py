@@ -40,7 +40,7 @@ def nearest_tensors(scheme: Scheme, names: list[str], weights: Tensor) -> dict[s
 
 
 def stacked_tensors(scheme: Scheme, names: list[list[str]], weights: list[Tensor]) -> dict[str, Tensor]:
-    """The same of matrices that an engine stacks along the outputs (w1 on w3): they share scales of whole matrices.
+    """The same of matrices that an engine stacks along the outputs (gate on up): they share scales of whole matrices.
 
     names [S][E], weights S of [E, O_s, I].
     """

@@ -32,7 +32,7 @@ def check_groups(
 ) -> None:
     """InputError when a group does not divide the inputs of a matrix, whole or split over `parallel` devices.
 
-    Tensor parallelism splits the inputs of w2 (and of o, where attention is stored as the experts); a group must not
+    Tensor parallelism splits the inputs of down (and of o, where attention is stored as the experts); a group must not
     straddle two devices (vLLM refuses to load). sizes: those that the user can choose.
     """
     width = g.expert_width // parallel

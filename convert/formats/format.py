@@ -122,7 +122,7 @@ class Format:
     whole_words: bool = False  # outputs and inputs must fill 32-bit words
     beside: tuple[str, ...] = ()  # more suffixes that may lie beside its parts
     requantizable: bool = False  # FP8: close enough to the original to be quantized again
-    fuses: bool = False  # w1 and w3, and q, k and v, share scales of the whole matrix
+    fuses: bool = False  # gate and up, and q, k and v, share scales of the whole matrix
     activations: tuple[int, ...] = (16,)  # bits that may be written
     block_scales: Callable[[Fetch], BlockScales] | None = None  # of matrices [n, ...], where they are E4M3
     input_scale: Callable[[Tensor], dict[str, Tensor]] | None = None  # largest inputs [E] -> tensors [E, ...] of them

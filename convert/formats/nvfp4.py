@@ -2,7 +2,7 @@
 
 `weight_packed` U8 [O, I/2], the even input in the low nibble, bit 3 the sign; `weight_scale` F8_E4M3 [O, I/16];
 `weight_global_scale` F32 [1]: a weight is code * scale / global. With FP4 activations `input_global_scale` F32 [1] too:
-448 * 6 over the largest input. Engines fuse w1 with w3 and q with k and v: those share the global scales.
+448 * 6 over the largest input. Engines fuse gate with up and q with k and v: those share the global scales.
 """
 
 from __future__ import annotations

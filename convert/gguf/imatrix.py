@@ -84,7 +84,7 @@ def layer_weights(
     router: Importance,
     experts: tuple[Importance, Importance],
 ) -> dict[str, Importance]:
-    """The eight weights of a layer that llama-imatrix collects; experts: the input of w1 and w3, the input of w2."""
+    """The eight weights of a layer that llama-imatrix collects; experts: the input of gate and up, that of down."""
     out = {name: attention_in for name in ATTENTION_IN}
     out |= {"attn_output": attention_out, "ffn_gate_inp": router, "ffn_down_exps": experts[1]}
     out |= {name: experts[0] for name in EXPERT_IN}

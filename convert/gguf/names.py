@@ -16,7 +16,7 @@ from ..models.shapes import attention_shapes, expert_shape
 
 TOKEN_EMBD, OUTPUT_NORM, OUTPUT = "token_embd.weight", "output_norm.weight", "output.weight"
 ATTENTION_TENSORS = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
-EXPERT_TENSORS = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
+EXPERT_TENSORS = {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
 PLAIN_TENSORS = {  # field of LayerWeights; never quantized
     "attn_norm.weight": "input_norm",
     "attn_q_norm.weight": "q_norm",
@@ -77,7 +77,7 @@ def gguf_name(names: TensorNames, name: str) -> tuple[str, int | None]:
 
 
 def expert_tensor(projection: str) -> str:
-    """w1, w2, w3 -> the tensor of a block (without .weight) that stacks it."""
+    """gate, down, up -> the tensor of a block (without .weight) that stacks it."""
     return next(stored for stored, ours in EXPERT_TENSORS.items() if ours == projection)
 
 

@@ -29,9 +29,9 @@ class LayerWeights:
     o: Tensor
     router: Tensor  # [E, H]
     router_bias: Tensor | None  # [E], selection only
-    w1: Tensor  # [E, I, H] gate
-    w3: Tensor  # [E, I, H] up
-    w2: Tensor  # [E, H, I] down
+    gate: Tensor  # [E, I, H]
+    up: Tensor  # [E, I, H]
+    down: Tensor  # [E, H, I]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-PROJECTIONS = ("w1", "w2", "w3")  # gate, down, up: how LayerWeights and the statistics call them
+PROJECTIONS = ("gate", "down", "up")  # gate, down, up: how LayerWeights and the statistics call them
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-EXPERT_STACKS = (("w1", "w3"), ("w2",))  # what engines stack along the outputs
+EXPERT_STACKS = (("gate", "up"), ("down",))  # what engines stack along the outputs
 ATTENTION_STACKS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 SCALES = ("qzeros", "weight_zero_point", "g_idx", "weight_g_idx", "weight_shape")  # beside whatever has scale in it
 
@@ -30,10 +30,10 @@ class TensorNames:
 
     moe          module of the router and the experts in a layer
     plain        field of LayerWeights -> name in a layer, in the order of the file: what is never quantized
-    projections  w1, w2, w3 -> last part of an expert's name
+    projections  gate, down, up -> last part of an expert's name
     sampled      fields of which a fingerprint reads the bytes, layer by layer
     ignore       compressed-tensors' skip list of a folder whose experts and attention are quantized
-    sglang       w1, w2, w3 -> last part of the name under which SGLang looks an expert up
+    sglang       gate, down, up -> last part of the name under which SGLang looks an expert up
     vllm_moe     the module as vLLM and transformers 5 call it
     """
 

@@ -24,7 +24,7 @@ def attention_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
 def expert_shape(geometry: Geometry, projection: str) -> tuple[int, int]:
     """(out, in) of one projection of an expert."""
     g = geometry
-    return (g.hidden, g.expert_width) if projection == "w2" else (g.expert_width, g.hidden)
+    return (g.hidden, g.expert_width) if projection == "down" else (g.expert_width, g.hidden)
 
 
 def matrix_shapes(geometry: Geometry, layer: int) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -74,7 +74,7 @@ class Grid(Protocol):
 
     @property
     def shared(self) -> bool:
-        """Whether matrices that an engine fuses (w1 and w3; q, k and v) must be solved together."""
+        """Whether matrices that an engine fuses (gate and up; q, k and v) must be solved together."""
         ...
 
     @property

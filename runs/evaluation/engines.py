@@ -141,7 +141,7 @@ def vllm_scores(stored: StoredReference, artifacts: tuple[str, ...], sample: Sam
 
 
 def _parallel(devices: int) -> int:
-    """GPUs that vLLM splits a model over: a power of 2, 4 at most (8 would cut w2's groups of 128)."""
+    """GPUs that vLLM splits a model over: a power of 2, 4 at most (8 would cut down's groups of 128)."""
     return 4 if devices >= 4 else 2 if devices >= 2 else 1
 
 

@@ -16,7 +16,7 @@ from mmquant.convert.models.geometry import LayerRules, read_sizes
 from mmquant.convert.models.gguf import GgufFacts, Metadata, read_keys
 from mmquant.convert.models.names import TensorNames
 
-PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+PROJECTIONS = {"gate": "gate_proj", "down": "down_proj", "up": "up_proj"}
 NAMES = TensorNames(
     moe="mlp",
     plain={

@@ -46,9 +46,9 @@ def random_layer(g: Geometry = SMALL, seed: int = 0) -> LayerWeights:
         o=normal(g.hidden, g.heads * g.head_dim),
         router=normal(g.experts, g.hidden) * 3,
         router_bias=bias,
-        w1=normal(g.experts, g.expert_width, g.hidden),
-        w3=normal(g.experts, g.expert_width, g.hidden),
-        w2=normal(g.experts, g.hidden, g.expert_width),
+        gate=normal(g.experts, g.expert_width, g.hidden),
+        up=normal(g.experts, g.expert_width, g.hidden),
+        down=normal(g.experts, g.hidden, g.expert_width),
     )
 
 

@@ -36,7 +36,7 @@ def cut(weights: LayerWeights, kept: tuple[int, ...]) -> LayerWeights:
     """A layer without the other experts, by definition."""
     rows = list(kept)
     assert weights.router_bias is not None
-    experts = {name: getattr(weights, name)[rows] for name in ("w1", "w2", "w3")}
+    experts = {name: getattr(weights, name)[rows] for name in ("gate", "down", "up")}
     return replace(weights, router=weights.router[rows], router_bias=weights.router_bias[rows], **experts)
 
 
@@ -61,11 +61,11 @@ def test_a_list_leaves_exactly_those(model: str, tmp_path: Path, writer: str) ->
     assert "--experts-kept" in made["command_line"]  # what the card says
     for layer, kept in enumerate(KEPT):
         found, wanted = read_layer(after, layer), cut(read_layer(before, layer), kept)
-        for field in ("router", "router_bias", "input_norm", "w1", "w2", "w3", "q"):
+        for field in ("router", "router_bias", "input_norm", "gate", "down", "up", "q"):
             one, other = getattr(found, field), getattr(wanted, field)
-            if writer == "bf16" and field in ("w1", "w2", "w3", "q"):
+            if writer == "bf16" and field in ("gate", "down", "up", "q"):
                 other = other.bfloat16().float()
-            if writer == "channel" and field in ("w1", "w2", "w3", "q"):
+            if writer == "channel" and field in ("gate", "down", "up", "q"):
                 assert float((one - other).norm() / other.norm()) < 0.04, field
             else:
                 assert torch.equal(one, other), field

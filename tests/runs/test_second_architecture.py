@@ -55,8 +55,8 @@ def by_transformers(source: Checkpoint, tokens: torch.Tensor, family: str) -> to
     state = {name.replace(source.names.moe, "mlp"): source.read(name) for name in names}
     for number in range(source.geometry.layers):
         layer = read_layer(source, number)
-        state[f"model.layers.{number}.mlp.experts.gate_up_proj"] = torch.cat((layer.w1, layer.w3), 1)
-        state[f"model.layers.{number}.mlp.experts.down_proj"] = layer.w2
+        state[f"model.layers.{number}.mlp.experts.gate_up_proj"] = torch.cat((layer.gate, layer.up), 1)
+        state[f"model.layers.{number}.mlp.experts.down_proj"] = layer.down
     model.load_state_dict(state, strict=True)
     with torch.no_grad():
         return model(tokens).logits
@@ -96,7 +96,7 @@ def test_fp8_keeps_its_values(model: Path, tmp_path: Path) -> None:
     for layer in range(2):
         one, other = read_layer(before, layer), read_layer(after, layer)
         assert one.router_bias is None
-        for field in ("q_norm", "router", "q", "w1", "w2", "w3"):
+        for field in ("q_norm", "router", "q", "gate", "down", "up"):
             assert torch.equal(getattr(one, field), getattr(other, field)), field
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..names import TensorNames
 
 MOE = "block_sparse_moe"  # vLLM and transformers 5 call it mlp
-PROJECTIONS = {"w1": "w1", "w2": "w2", "w3": "w3"}
+PROJECTIONS = {"gate": "w1", "down": "w2", "up": "w3"}
 NAMES = TensorNames(
     moe=MOE,
     plain={
@@ -19,6 +19,6 @@ NAMES = TensorNames(
     projections=PROJECTIONS,
     sampled=("input_norm", "q_norm", "router_bias"),
     ignore=("lm_head", rf"re:.*{MOE}.gate$", r"re:.*mlp\.gate$", "re:.*embed_tokens$"),
-    sglang={"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+    sglang={"gate": "gate_proj", "down": "down_proj", "up": "up_proj"},
 )
 CODE_FILES = ("configuration_minimax_m2.py", "modeling_minimax_m2.py")  # that config.json's auto_map may name

@@ -80,7 +80,7 @@ def test_one_of_stacked_matrices_alone() -> None:
     assert found.plain.tolist() == [[False, True]]
     assert torch.equal(dequantize(found.weight), dequantize(nearest))
     assert list(plainly_rounded([(found, dataclasses.replace(found, plain=torch.zeros(1, 1, dtype=torch.bool)))])) == [
-        "w3 of expert 0"
+        "up of expert 0"
     ]
 
 
@@ -124,6 +124,6 @@ def test_held_rows_are_in_no_sum_of_a_pass() -> None:
 
 
 def test_the_report_names_them() -> None:
-    assert list(LayerReport(3, plain=("w2 of expert 5", "q_proj")).lines()) == [
-        "layer 3: w2 of expert 5, q_proj rounded without error feedback, which held-out rows say is worse"
+    assert list(LayerReport(3, plain=("down of expert 5", "q_proj")).lines()) == [
+        "layer 3: down of expert 5, q_proj rounded without error feedback, which held-out rows say is worse"
     ]

@@ -79,7 +79,7 @@ def test_chunks_do_not_change_the_result(source: Checkpoint, inputs: LayerInputs
     whole = quantize_layer(0, inputs.weights, inputs.statistics, options(), source.geometry)
     assert len(list(expert_chunks(inputs.weights, 1))) == 5
     single = quantize_layer(0, inputs.weights, inputs.statistics, options(memory=1), source.geometry)
-    for name in ("w1", "w2", "w3"):
+    for name in ("gate", "down", "up"):
         assert (whole.experts[name].codes != single.experts[name].codes).float().mean() < 0.01
 
 
@@ -117,7 +117,7 @@ def test_an_expert_without_tokens_gets_the_layers_moments_and_is_reported(
     assert found.report.unseen == (2,)
     assert any("experts 2 saw no token" in line for line in found.report.lines())
     back = as_read_back(inputs.weights, found)
-    for name in ("w1", "w2", "w3"):
+    for name in ("gate", "down", "up"):
         error = (getattr(back, name)[2] - getattr(inputs.weights, name)[2]).norm() / getattr(inputs.weights, name)[
             2
         ].norm()
@@ -135,9 +135,9 @@ def test_an_overflow_is_cured_exactly(source: Checkpoint, inputs: LayerInputs) -
     found = quantize_layer(0, inputs.weights, statistics, options(), source.geometry)
     plain = quantize_layer(0, inputs.weights, inputs.statistics, options(), source.geometry)
     assert found.report.rescaled == {1: 5}
-    assert torch.equal(found.experts["w3"].codes, plain.experts["w3"].codes)
-    assert torch.equal(found.experts["w3"].scales[1] * 32, plain.experts["w3"].scales[1])
-    assert torch.equal(found.experts["w2"].scales[1], plain.experts["w2"].scales[1] * 32)
+    assert torch.equal(found.experts["up"].codes, plain.experts["up"].codes)
+    assert torch.equal(found.experts["up"].scales[1] * 32, plain.experts["up"].scales[1])
+    assert torch.equal(found.experts["down"].scales[1], plain.experts["down"].scales[1] * 32)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_widths_by_layer_are_read_alike_by_compressed_tensors(
     check_folder(out, source)
     ours, theirs = open_source(out), ct_reader.dequantized(out)
     for layer, largest in ((0, 0.2), (1, 0.01)):
-        for projection in ("w1", "w2"):
+        for projection in ("gate", "down"):
             name = f"model.layers.{layer}.block_sparse_moe.experts.4.{projection}"
             original, found = source.read(name + ".weight"), theirs[name + ".weight"].float()
             assert (found - original).norm() / original.norm() < largest

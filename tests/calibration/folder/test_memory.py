@@ -26,9 +26,9 @@ def layer(device: str) -> LayerWeights:
         *(draw(HIDDEN, HIDDEN), draw(HIDDEN, HIDDEN), draw(HIDDEN, HIDDEN), draw(HIDDEN, HIDDEN)),
         router=draw(EXPERTS, HIDDEN).float(),
         router_bias=torch.zeros(EXPERTS, device=device),
-        w1=draw(EXPERTS, WIDTH, HIDDEN),
-        w3=draw(EXPERTS, WIDTH, HIDDEN),
-        w2=draw(EXPERTS, HIDDEN, WIDTH),
+        gate=draw(EXPERTS, WIDTH, HIDDEN),
+        up=draw(EXPERTS, WIDTH, HIDDEN),
+        down=draw(EXPERTS, HIDDEN, WIDTH),
     )
 
 

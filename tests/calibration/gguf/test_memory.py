@@ -55,7 +55,7 @@ class Made:
                   "k_norm": (128,)}
         return torch.randn(next((s for part, s in shapes.items() if part in name), (512,)))
     def read_experts(self, layer, projection, experts, device, dtype):
-        return torch.randn(len(experts), *((512, 1024) if projection == "w2" else (1024, 512)))
+        return torch.randn(len(experts), *((512, 1024) if projection == "down" else (1024, 512)))
 
 source = Made()
 variant = GgufVariant(find_mix("Q4_K" if sys.argv[3] == "calibrated" else "BF16"), "m", sys.argv[3] == "calibrated")
@@ -113,9 +113,9 @@ def layer_of(g: Geometry, device: str, dtype: torch.dtype) -> LayerWeights:
         *(draw(heads, g.hidden), draw(keys, g.hidden), draw(keys, g.hidden), draw(g.hidden, heads)),
         router=draw(g.experts, g.hidden).float(),
         router_bias=bias,
-        w1=draw(g.experts, g.expert_width, g.hidden),
-        w3=up,
-        w2=draw(g.experts, g.hidden, g.expert_width),
+        gate=draw(g.experts, g.expert_width, g.hidden),
+        up=up,
+        down=draw(g.experts, g.hidden, g.expert_width),
     )
 
 

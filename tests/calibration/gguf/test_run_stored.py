@@ -63,7 +63,7 @@ def decoded(data: np.ndarray, kind: GGMLType) -> torch.Tensor:
 
 def test_moments_give_less_loss_than_their_diagonals(source: Checkpoint, folder: Path, imatrix: Path) -> None:
     stored = open_stored(folder, source, "default")
-    weights, losses = read_layer(source, 1).w3, []
+    weights, losses = read_layer(source, 1).up, []
     moments = shrunk(stored.moments(1, source.geometry)["ffn_up_exps"], PRIOR)
     for known in (stored, open_stored(imatrix, source, "fast")):
         error = (
@@ -78,9 +78,9 @@ def test_an_imatrix_weighs_the_search_of_each_expert(source: Checkpoint, imatrix
     stored = open_stored(imatrix, source, "fast")
     found = encode_layer(source, stored, 0, {"ffn_down_exps": Q3_K}, "cpu", Report())["ffn_down_exps"]
     importance = shrunk_diagonal(stored.moments(0, source.geometry)["ffn_down_exps"], DIAGONAL_PRIOR)
-    for expert, weight in enumerate(read_layer(source, 0).w2):
+    for expert, weight in enumerate(read_layer(source, 0).down):
         assert np.array_equal(found[expert], encode(weight, Q3_K, importance[expert]).numpy())
-    plain = torch.stack([encode(weight, Q3_K) for weight in read_layer(source, 0).w2]).numpy()
+    plain = torch.stack([encode(weight, Q3_K) for weight in read_layer(source, 0).down]).numpy()
     assert not np.array_equal(found, plain)
 
 
@@ -96,7 +96,7 @@ def test_an_expert_that_overflows_is_rescaled(
     assert report.rescaled == {(1, 1): 4}
     factor = torch.tensor([1.0, 16.0, 1.0]).view(-1, 1, 1)  # 200,000 / 16 < 65504 / 4
     weights = read_layer(source, 1)
-    for name, written, weight in (("ffn_up_exps", factor, weights.w3), ("ffn_down_exps", 1 / factor, weights.w2)):
+    for name, written, weight in (("ffn_up_exps", factor, weights.up), ("ffn_down_exps", 1 / factor, weights.down)):
         assert torch.allclose(decoded(made[name], Q8_0) * written, weight, atol=0.05 * float(weight.std()))
 
 

@@ -90,7 +90,7 @@ def test_the_cure_keeps_the_layers_output_and_bounds_the_sums() -> None:
     exponents = torch.zeros(16)
     exponents[3], exponents[11] = 5, 4
     better = rescaled(weights, exponents)
-    assert torch.equal(better.w1, weights.w1)
+    assert torch.equal(better.gate, weights.gate)
     assert torch.equal(layer_forward(better, source.geometry, hidden), layer_forward(weights, source.geometry, hidden))
     both = streams_at(hidden)
     _, before = input_pairs(both, weights, source.geometry, range(16))
@@ -156,7 +156,7 @@ def test_what_the_stream_lacks_is_summed_with_the_rows_that_add_to_it() -> None:
     assert pair.drift is not None
     for expert in range(g.experts):
         token, slot = (routing.chosen == expert).nonzero(as_tuple=True)
-        inner = F.silu(z[token] @ weights.w1[expert].T) * (z[token] @ weights.w3[expert].T)
+        inner = F.silu(z[token] @ weights.gate[expert].T) * (z[token] @ weights.up[expert].T)
         square = routing.weights[token, slot].square().unsqueeze(1)
         sums = pair.drift[expert] + pair.held.d[expert].T @ pair.held.z[expert]
         assert torch.allclose(sums, (lacking[token] * square).T @ inner, rtol=1e-3, atol=1e-5)

@@ -49,8 +49,8 @@ def reference(source: Checkpoint, tokens: torch.Tensor) -> tuple[torch.Tensor, l
             state[name.replace("block_sparse_moe", "mlp")] = source.read(name)
     for number in range(source.geometry.layers):
         layer = read_layer(source, number)
-        state[f"model.layers.{number}.mlp.experts.gate_up_proj"] = torch.cat((layer.w1, layer.w3), 1)
-        state[f"model.layers.{number}.mlp.experts.down_proj"] = layer.w2
+        state[f"model.layers.{number}.mlp.experts.gate_up_proj"] = torch.cat((layer.gate, layer.up), 1)
+        state[f"model.layers.{number}.mlp.experts.down_proj"] = layer.down
     model.load_state_dict(state, strict=True)
     chosen: list[torch.Tensor] = []
     for block in model.model.layers:
@@ -113,8 +113,8 @@ def test_experts_are_the_weighted_sum_token_by_token(tmp_path: Path, monkeypatch
     for token in range(23):
         for slot in range(g.experts_per_token):
             expert = int(routing.chosen[token, slot])
-            gate, up = weights.w1[expert] @ x[token], weights.w3[expert] @ x[token]
-            out = weights.w2[expert] @ (gate * torch.sigmoid(gate) * up)
+            gate, up = weights.gate[expert] @ x[token], weights.up[expert] @ x[token]
+            out = weights.down[expert] @ (gate * torch.sigmoid(gate) * up)
             expected[token] += routing.weights[token, slot] * out
     assert torch.allclose(run_experts(weights, x, routing, Observer()), expected, atol=1e-5)
     monkeypatch.setattr("mmquant.calibration.model.forward.ROWS", 10)  # several expert batches
@@ -144,7 +144,7 @@ def test_observers_see_rows_sorted_by_expert(tmp_path: Path) -> None:
                 rows = slice(offsets[expert], offsets[expert + 1])
                 assert bool((self.routing.chosen[token[rows], slot[rows]] == expert).all())
                 assert torch.equal(x[rows], self.x[token[rows]])
-                assert torch.allclose(y[rows], h[rows] @ weights.w2[expert].T, atol=1e-5)
+                assert torch.allclose(y[rows], h[rows] @ weights.down[expert].T, atol=1e-5)
 
     moe(weights, g, hidden, Watch())
 

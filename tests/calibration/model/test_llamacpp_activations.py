@@ -96,11 +96,11 @@ def test_every_matrix_sees_rounded_inputs(tmp_path: Path) -> None:
     source = open_native(tmp_path)
     g, outside = source.geometry, read_globals(source)
     weights = as_converted(source, read_layer(source, 0))
-    assert torch.equal(weights.w2, read_layer(source, 0).w2.to(torch.bfloat16).float())
+    assert torch.equal(weights.down, read_layer(source, 0).down.to(torch.bfloat16).float())
     assert torch.equal(weights.router, read_layer(source, 0).router)
     hidden = embed(outside, torch.arange(24).view(2, 12))
     rounding, head = layer_rounding(source, 0), head_rounding(source)
-    assert set(rounding) == {"q", "k", "v", "o", "w1", "w3", "w2", CACHE}
+    assert set(rounding) == {"q", "k", "v", "o", "gate", "up", "down", CACHE}
 
     def outcome(layer: dict, last: dict) -> Tensor:
         return final_logits(outside, g, layer_forward(weights, g, hidden, None, layer), last)

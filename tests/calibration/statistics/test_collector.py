@@ -61,9 +61,9 @@ def rows_by_definition(weights: LayerWeights, x: torch.Tensor, per_token: int) -
         order = sorted(range(len(score)), key=lambda e: -float(score[e] + bias[e]))[:per_token]
         total = sum(float(score[e]) for e in order)
         for e in order:
-            gate, up = weights.w1[e].double() @ token, weights.w3[e].double() @ token
+            gate, up = weights.gate[e].double() @ token, weights.up[e].double() @ token
             h = gate / (1 + torch.exp(-gate)) * up
-            out.append(Row(e, float(score[e]) / total, token, h, weights.w2[e].double() @ h))
+            out.append(Row(e, float(score[e]) / total, token, h, weights.down[e].double() @ h))
     return out
 
 
@@ -182,7 +182,7 @@ def test_every_token_through_every_expert() -> None:
     x = inputs.all("moe")
     natural = collect(weights, HIDDEN, Collect())[0]
     for e in range(SMALL.experts):
-        gate, up = x @ weights.w1[e].double().T, x @ weights.w3[e].double().T
+        gate, up = x @ weights.gate[e].double().T, x @ weights.up[e].double().T
         h = gate * torch.sigmoid(gate) * up
         check_moments(found.expert_in, e, list(x), [1.0] * len(x))
         check_moments(found.expert_mid, e, list(h), [1.0] * len(x))
@@ -225,14 +225,14 @@ def test_bfloat16_rows_are_summed_in_float32() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_row_that_is_not_finite_is_named_or_left_out(value: float) -> None:
     weights = random_layer()
-    bad = replace(weights, w1=weights.w1.clone())
+    bad = replace(weights, gate=weights.gate.clone())
     _, inputs = collect(weights, HIDDEN, Collect())
     rows = rows_by_definition(weights, inputs.all("moe"), 2)
     expert = rows[0].expert
-    bad.w1[expert, 5] = value
+    bad.gate[expert, 5] = value
     seen = [i // 2 for i, row in enumerate(rows) if row.expert == expert]
     with pytest.raises(
-        ValueError, match=rf"layer 7, expert {expert}, token \d+ of window \d+: the input of w2"
+        ValueError, match=rf"layer 7, expert {expert}, token \d+ of window \d+: the input of down"
     ) as caught:
         collect(bad, HIDDEN, Collect())
     window, token = seen[0] // HIDDEN.shape[1], seen[0] % HIDDEN.shape[1]

@@ -41,8 +41,8 @@ def of_transformers(source: Checkpoint, tokens: torch.Tensor) -> dict[str, tuple
             state[name.replace("block_sparse_moe", "mlp")] = source.read(name)
     for number in range(source.geometry.layers):
         layer = read_layer(source, number)
-        state[f"model.layers.{number}.mlp.experts.gate_up_proj"] = torch.cat((layer.w1, layer.w3), 1)
-        state[f"model.layers.{number}.mlp.experts.down_proj"] = layer.w2
+        state[f"model.layers.{number}.mlp.experts.gate_up_proj"] = torch.cat((layer.gate, layer.up), 1)
+        state[f"model.layers.{number}.mlp.experts.down_proj"] = layer.down
     network.load_state_dict(state, strict=True)
     seen: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -69,7 +69,7 @@ def of_transformers(source: Checkpoint, tokens: torch.Tensor) -> dict[str, tuple
             wide = [r.square().sum(0).numpy() for r in rows]
             mid = []
             for e, r in enumerate(rows):
-                gate, up = r @ layer.w1[e].double().T, r @ layer.w3[e].double().T
+                gate, up = r @ layer.gate[e].double().T, r @ layer.up[e].double().T
                 mid.append((gate * torch.sigmoid(gate) * up).square().sum(0).numpy())
             counts = np.array([len(r) for r in rows])
             out |= {f"blk.{number}.{w}.weight": (np.stack(wide), counts) for w in ("ffn_gate_exps", "ffn_up_exps")}

@@ -41,7 +41,7 @@ def test_experts_3_and_11_of_the_last_layer_are_named(demo: tuple[Path, dict]) -
     assert [layer["overflow"] for layer in found["layers"]] == [[], [], [], [3, 11]]
     assert len(found["findings"]) >= 1
     page = (folder / "out" / "report.html").read_text()
-    assert "layer 3: the w2 input of experts 3 and 11 overflows float16" in page
+    assert "layer 3: the down input of experts 3 and 11 overflows float16" in page
     assert found["layers"][3]["sum32"] > 65504
     assert found["layers"][3]["overflow_channels"] > 0
     assert found["corpus"]["windows_by_domain"].keys() == {"chat", "code", "docs", "prose", "zh"}
@@ -159,5 +159,5 @@ def test_activations_that_are_not_finite_stop_the_run_and_are_named(tmp_path: Pa
             save_file(tensors, file)
     live = LivePass(open_native(path), corpus(), options())
     live.layer(0)
-    with pytest.raises(ValueError, match=r"layer 1, expert 2, token \d+ of window \d+: the input of w2 holds NaN"):
+    with pytest.raises(ValueError, match=r"layer 1, expert 2, token \d+ of window \d+: the input of down holds NaN"):
         live.layer(1)

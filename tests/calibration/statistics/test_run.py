@@ -174,7 +174,7 @@ def test_nothing_but_the_statistics_is_left(tmp_path: Path) -> None:
 
 
 def noisy(weights: LayerWeights) -> LayerWeights:
-    return LayerWeights(**{**vars(weights), "w2": weights.w2 * 1.05})
+    return LayerWeights(**{**vars(weights), "down": weights.down * 1.05})
 
 
 def test_the_next_layer_sees_what_is_propagated(tmp_path: Path) -> None:

@@ -56,14 +56,14 @@ def test_every_weight_is_exact(tiny: Path) -> None:
 def test_a_layer_stacks_its_experts(tiny: Path) -> None:
     source = open_checkpoint(tiny)
     layer = read_layer(source, 2)
-    assert layer.w1.shape == (5, 160, 192)
-    assert layer.w2.shape == (5, 192, 160)
+    assert layer.gate.shape == (5, 160, 192)
+    assert layer.down.shape == (5, 192, 160)
     for expert in range(5):
         name = f"model.layers.2.block_sparse_moe.experts.{expert}."
-        assert torch.equal(layer.w3[expert], source.read(name + "w3.weight"))
-        assert torch.equal(layer.w2[expert], source.read(name + "w2.weight"))
+        assert torch.equal(layer.up[expert], source.read(name + "w3.weight"))
+        assert torch.equal(layer.down[expert], source.read(name + "w2.weight"))
     part = read_layer(source, 2, experts=range(1, 3))
-    assert torch.equal(part.w1, layer.w1[1:3])
+    assert torch.equal(part.gate, layer.gate[1:3])
 
 
 @pytest.mark.parametrize("experts", [1, 4, 7])

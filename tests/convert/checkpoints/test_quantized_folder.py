@@ -51,10 +51,10 @@ def test_compressed_tensors_values_are_its_own_decompressors(name: str) -> None:
 
 def test_experts_are_read_together_as_apart() -> None:
     source = opened(GOLDEN / CT[3])
-    for projection in ("w1", "w2", "w3"):
+    for projection, release in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
         together = source.read_experts(0, projection, range(1, 4), "cpu", torch.float32)
         for position, expert in enumerate(range(1, 4)):
-            name = f"model.layers.0.block_sparse_moe.experts.{expert}.{projection}.weight"
+            name = f"model.layers.0.block_sparse_moe.experts.{expert}.{release}.weight"
             assert torch.equal(together[position], source.read(name))
         half = source.read_experts(0, projection, range(4), "cpu", torch.bfloat16)
         assert torch.equal(half[1:], together.to(torch.bfloat16))

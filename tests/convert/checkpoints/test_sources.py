@@ -36,7 +36,7 @@ def test_compressed_tensors_fp8_is_a_source(name: str, scheme: str, tmp_path: Pa
     for weight in (n for n in wanted if n.endswith("_proj.weight") or ".experts." in n):
         assert torch.equal(source.read(weight), wanted[weight]), weight
     assert torch.equal(
-        source.read_experts(0, "w2", range(1, 4), "cpu", torch.float32)[1],
+        source.read_experts(0, "down", range(1, 4), "cpu", torch.float32)[1],
         source.read("model.layers.0.block_sparse_moe.experts.2.w2.weight"),
     )
     written = QuantizedFolder(LocalFolder(write_folder(source, Fp8Variant(scheme), tmp_path / "out")))
@@ -62,7 +62,7 @@ def test_fp8_with_a_scale_a_channel_or_matrix(shape: str, tmp_path: Path) -> Non
     source.validate()
     scale = tensors[Q + ".weight_scale"].reshape(-1, 1)
     assert torch.equal(source.read(Q + ".weight"), tensors[Q + ".weight"].float() * scale)
-    stacked = source.read_experts(0, "w1", range(3, 4), "cpu", torch.float32)[0]
+    stacked = source.read_experts(0, "gate", range(3, 4), "cpu", torch.float32)[0]
     assert torch.equal(stacked, source.read(EXPERT + ".weight"))
 
 

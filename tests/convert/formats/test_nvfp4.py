@@ -64,7 +64,7 @@ def test_read_as_compressed_tensors_reads(ours: dict[str, Path], whose: str) -> 
     for name, tensor in dequantized(folder).items():  # in bfloat16, which holds our values as they are
         values = read.read(name)
         assert torch.equal(values if whose == "ours" else values.bfloat16().float(), tensor), name
-    stack = read.read_experts(0, "w2", range(1, 4), "cpu", torch.float32)
+    stack = read.read_experts(0, "down", range(1, 4), "cpu", torch.float32)
     assert torch.equal(stack[2], read.read("model.layers.0.block_sparse_moe.experts.3.w2.weight"))
 
 

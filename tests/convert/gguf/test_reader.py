@@ -96,7 +96,7 @@ def test_names_go_both_ways(plain: Path) -> None:
         experts = range(3) if len(shape) == 3 else [None]
         for expert in experts:
             assert gguf_name(NAMES, release_name(NAMES, name, expert)) == (name, expert)
-    for name in ("model.layers.0.self_attn.qkv.weight", "lm_head", "model.layers.x.w1"):
+    for name in ("model.layers.0.self_attn.qkv.weight", "lm_head", "model.layers.x.gate"):
         with pytest.raises(ValueError, match="not a weight of this architecture"):
             gguf_name(NAMES, name)
 
@@ -106,7 +106,7 @@ def test_geometry_is_the_sources(plain: Path) -> None:
     for name in type(truth.geometry).__dataclass_fields__:
         assert getattr(source.geometry, name) == pytest.approx(getattr(truth.geometry, name)), name
     assert source.bytes == sum(t.n_bytes for t in gguf.GGUFReader(plain).tensors)
-    assert read_layer(source, 1).w1.shape == (3, 256, 256)
+    assert read_layer(source, 1).gate.shape == (3, 256, 256)
 
 
 def test_split_files_are_one_model(tmp_path: Path, plain: Path) -> None:
