@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,16 +22,18 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
-def divided(pieces: Sequence[Piece], work: Callable[[Piece], Result]) -> list[Result]:
+def divided(pieces: Sequence[Piece], work: Callable[[Piece], Result]) -> Iterator[Result]:
     """`work` of every piece, in order: piece i is done by rank i modulo their number and sent to the others.
 
-    Results are made of what pickle knows, arrays and tensors; those lie on this rank's device where the owner's did.
+    One piece a rank is held at a time. Results are made of what pickle knows, arrays and tensors; those lie on this
+    rank's device where the owner's did. All ranks must take all results.
     """
     rank, size = world()
-    if size == 1:
-        return [work(piece) for piece in pieces]
-    mine = {number: work(piece) for number, piece in enumerate(pieces) if number % size == rank}
-    return [from_owner(partial(mine.__getitem__, number), number % size) for number in range(len(pieces))]
+    for first in range(0, len(pieces), size):
+        mine = work(pieces[first + rank]) if first + rank < len(pieces) else None
+        for owner in range(min(size, len(pieces) - first)):
+            yield from_owner(partial(cast, Result, mine), owner)
+        del mine
 
 
 def from_owner(make: Callable[[], Result], owner: int = 0) -> Result:

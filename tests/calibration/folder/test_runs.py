@@ -59,6 +59,7 @@ def state_of(tree: ast.Module) -> list[str]:
 
 ALLOWED = {"convert/files/atomic.py _warned"}  # one warning a file system
 ALLOWED |= {"calibration/model/forward.py EXACT"}  # a default that nobody fills
+ALLOWED |= {"calibration/model/distributed.py _WATCHDOGS"}  # a process is in one group, as torch.distributed has it
 
 
 def test_frozen_dataclasses_hold_no_state_and_modules_no_globals() -> None:

@@ -44,7 +44,7 @@ def test_pieces_come_back_in_order_on_every_rank(size: int) -> None:
             values = torch.full((number, 2), float(number))
             return {"t": (values.bfloat16(), values > 3), "a": np.arange(number, dtype=np.uint8), "s": str(number)}
 
-        found = divided(pieces, piece)
+        found = list(divided(pieces, piece))
         assert done == [n for n in pieces if n % size == rank]
         for number, value in enumerate(found):
             assert value["s"] == str(number)
