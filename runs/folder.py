@@ -95,6 +95,7 @@ class FolderJob:
         self.source, self.variant, self.out, self.path = source, variant, out, out
         self.device, self.limit, self.provider, self.behind, self.streams = device, limit, provider, behind, streams
         self.label, self.prepared = variant.label, prepare(source, variant)
+        carried_files(source)  # what cannot be carried is refused before anything is written
         self.made: tuple[str, ...] = ()  # what was typed, for the manifest
         self.run = {**variant.run(), "source": source.fingerprint, "shard_limit": limit}
         if source.kept is not None:

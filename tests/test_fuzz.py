@@ -85,7 +85,7 @@ class Small:
     def __init__(self, folder: Path) -> None:
         self.label, self.store, self.config = str(folder), LocalFolder(folder), json.loads(CONFIG.read_bytes())
         self.geometry = GEOMETRY
-        self.small_file = self.store.small
+        self.small_file, self.file_names = self.store.small, self.store.files
 
 
 CONFIG = demo_folder() / "config.json"

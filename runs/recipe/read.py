@@ -16,6 +16,7 @@ from mmquant.errors import InputError, suggest
 
 from ...convert.files.parse import DEEPEST, one_line, short
 from ...convert.files.sizes import parse_size
+from ...convert.hub.hubs import HUBS, expected
 from ..options import Checked, EvalOptions, PushOptions, TextOptions
 from .schema import COMMANDS, recipe_schema
 
@@ -184,8 +185,8 @@ def build(document: dict[str, Any], marks: Marks) -> Recipe:
     variants = tuple(_variant(name, dict(entry), corpora, marks) for name, entry in document["variants"].items())
     model = document["model"]
     if "revision" in document:
-        if "@" in model or not model.startswith(("hf:", "ms:")):
-            raise marks.fault(("revision",), f"model is {short(model)}, expected hf:ORG/NAME or ms:ORG/NAME")
+        if "@" in model or not model.startswith(tuple(f"{key}:" for key in HUBS)):
+            raise marks.fault(("revision",), f"model is {short(model)}, expected {expected('ORG/NAME')}")
         model += "@" + document["revision"]
     check, gates = document.get("check"), {}
     if check is not None:

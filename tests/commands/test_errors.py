@@ -48,7 +48,7 @@ def test_the_bare_command_prints_its_help(monkeypatch: pytest.MonkeyPatch, capsy
     ("arguments", "words"),
     [
         (["ggfu"], "no command 'ggfu'; did you mean gguf?"),
-        (["frobnicate"], "no command 'frobnicate'; expected one of fp8, int4"),
+        (["frobnicate"], "no command 'frobnicate'; expected one of fp8, bf16, int4"),
         (["gguf", "--out", "x", "--type", "Q4KM"], "--type Q4KM: unknown, did you mean Q4_K_M?"),
         (["gguf", "--out", "x", "--type", "iq3xxs"], "--type iq3xxs: unknown, did you mean IQ3_XXS?"),
         (["gguf", "--out", "x", "--type", "Q8_0", "--text", "t"], "--text has no effect with --type Q8_0"),
@@ -127,7 +127,7 @@ def test_another_run_is_named_by_its_first_difference_and_fresh_starts_over(
     command_killed_at(out, "rename .*progress", 3, *rtn, "--attention", "bf16")
     (out / "notes.txt").write_text("mine")
     code, _, errors = run(monkeypatch, capsys, *rtn, "--attention", "fp8", "--dry-run")
-    assert code == 2
+    assert code == 5
     assert "unfinished run: --attention bf16, now fp8; choose another folder or start over with --fresh" in errors
     code, _, again = run(monkeypatch, capsys, *rtn, "--attention", "fp8")
     assert (code, again) == (2, errors)

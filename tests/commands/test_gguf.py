@@ -120,7 +120,7 @@ def test_calibrated_file_is_continued_and_closer(tmp_path: Path, tokens: torch.T
     assert not (tmp_path / "cut" / "mmquant.fit.json").exists()
     convert(tmp_path / "cut", *options, *text)
     assert (tmp_path / "cut" / "m.gguf").read_bytes() == (tmp_path / "whole" / "m.gguf").read_bytes()
-    assert {p.name for p in (tmp_path / "cut").iterdir()} == {"m.gguf", "LICENSE", "mmquant.fit.json"}
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {"m.gguf", "LICENSE", "FIT.md", "mmquant.fit.json"}
     plain, ours = (
         divergence(reference, llamacpp.logits(tmp_path / name / "m.gguf", tokens.tolist(), 192))
         for name in ("plain", "cut")

@@ -61,6 +61,8 @@ def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubS
         for name, value in server.environment().items():
             patch.setenv(name, value)
         patch.setenv("MMQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when imported, by `make test` set
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         serve(server, folder)
         yield server
 

@@ -39,6 +39,7 @@ PAIRS |= {
 # Whose files are not left behind, or grow under a temporary name of convert/files until it renames them.
 ALLOWED = {
     ("calibration/evaluate/reference_store.py", "open wb"),  # a rank's part, joined and removed
+    ("calibration/plan/knapsack.py", "open"),  # the null device
     ("convert/gguf/fix.py", "copyfile"),  # into temporary files that `replace_together` renames
     ("convert/gguf/fix.py", "open rb+"),
     ("convert/hub/fetch.py", "open wb"),  # NAME.part: blocks in any order, with a record

@@ -31,6 +31,9 @@ class Files:
     def small_file(self, name: str) -> bytes | None:
         return self.files.get(name)
 
+    def file_names(self) -> list[str]:
+        return list(self.files)
+
 
 def tiny(added: list[dict[str, Any]], config: dict[str, Any] | None = None, **files: bytes) -> Files:
     tokenizer = {
