@@ -90,12 +90,13 @@ def _row(name: str, folder: Path, score: dict[str, Any]) -> dict[str, Any]:
         "top1": score["top1"],
         "nonfinite": score["nonfinite"],
         "fits": fits,
+        "targets": len(found["targets"]),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people."""
-    head = ("variant", "GB", "bits/w", "PPL", "KLD", "top-1 %", "fits")
+    """The rows for people; `machines`: fit targets whose verdict is not no."""
+    head = ("variant", "GB", "bits/w", "PPL", "KLD", "top-1 %", "machines")
     cells = [
         (
             r["variant"],
@@ -104,8 +105,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{r['ppl']:.4f}",
             f"{r['kld']:.6f}",
             percent(r["top1"]),
-            ", ".join(r["fits"]),
+            f"{len(r['fits'])} of {r['targets']}",
         )
         for r in rows
     ]
-    return "\n".join(aligned(head, cells, text=("variant", "fits")))
+    return "\n".join(aligned(head, cells, text=("variant",)))
