@@ -79,7 +79,7 @@ def test_it_runs_beside_a_users_own_files(installed: Path, tmp_path: Path) -> No
     (tmp_path / "quantize").mkdir()
     (tmp_path / "quantize" / "__init__.py").write_text("raise SystemExit('the wrong quantize')\n")
     where = run(installed, tmp_path, "-c", "import mmquant.convert.files.atomic as f; print(f.__file__)")
-    assert where.stdout.strip() == str(installed / "mmquant" / "convert" / "files.py"), where.stderr
+    assert where.stdout.strip() == str(installed / "mmquant" / "convert" / "files" / "atomic.py"), where.stderr
     shown = run(installed, tmp_path, "-m", "mmquant", "inspect", "demo")
     assert shown.returncode == 0, shown.stderr
     written = run(installed, tmp_path, "-m", "mmquant", "fp8", "--model", "demo", "--out", "m27-fp8")
