@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,7 @@ class LayerRules:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(ABC):
     """Sizes of one checkpoint. Dimensions in elements; everything is read from config.json, nothing assumed.
 
     Each architecture has a class of its own, which says what `architecture` is.
@@ -55,9 +56,9 @@ class Geometry:
     rope_scaling: RopeScaling | None = None
 
     @property
+    @abstractmethod
     def architecture(self) -> Architecture:
         """The row of the table of architectures."""
-        raise NotImplementedError
 
     @property
     def names(self) -> TensorNames:
