@@ -5,7 +5,7 @@
 BEFORE and AFTER are checkouts (their .venv/bin/python is used where there is one) or Python executables that have
 mmquant installed. The manifest is compared without its date, SHA256 sums included. Columns: the artifact, its files,
 `equal` or, for each file that differs, where it does first. A kind that one side does not know counts as different, as
-the others go on. Exit code 1 when anything differs. docs/quality.md says what differs from older commits, and why.
+the others go on. Exit code 1 when anything differs. docs/lab.md says what differs from older commits, and why.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def needs_of(source: Checkpoint, out: Path, size: int, device: str, rate: str = 
     where = (
         "one core, encoding alone: bench/RESULTS.md" if kind == "cpu" else "one H100, encoding alone: bench/RESULTS.md"
     )
-    where = "one H100: docs/quality.md" if rate == METHOD else where
+    where = "one H100: docs/lab.md" if rate == METHOD else where
     return Needs(
         output=size,
         download=download,

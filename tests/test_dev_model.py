@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def test_int4_of_code_is_nearer_than_round_to_nearest_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrated on code and bundled text, judged on code and Chinese of other documents (docs/quality.md: 0.78, 0.90).
+    """Calibrated on code and bundled text, judged on code and Chinese of other documents (docs/lab.md: 0.78, 0.90).
 
     With 8 windows of each instead of 128, Chinese is no nearer: the test is one of quality at the usual amount of text.
     """

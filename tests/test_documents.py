@@ -3,7 +3,7 @@
 Every command line of README.md and docs/*.md is parsed (make test). README.md and docs/gguf.md are executed as well,
 each in one folder: the README's first block in make test, everything in make test-slow. A server of both hubs stands in
 for them; the repositories that the text names hold the demo model there. Only parsed, because they need what a reader
-brings or several GPUs: docs/calibration.md, docs/eval.md, docs/hubs.md, docs/quality.md.
+brings or several GPUs: docs/calibration.md, docs/eval.md, docs/hubs.md, docs/lab.md.
 """
 
 from __future__ import annotations

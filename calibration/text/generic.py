@@ -1,7 +1,7 @@
 """The generic part of a calibration: windows of the bundled text beside a user's own.
 
 Nobody's text covers what a model is used for. Second moments of code alone say that what Chinese needs does not count,
-and errors are fed into it: calibrated on one domain, others gain 7 to 9 % by these windows (docs/quality.md).
+and errors are fed into it: calibrated on one domain, others gain 7 to 9 % by these windows (docs/lab.md).
 """
 
 from __future__ import annotations

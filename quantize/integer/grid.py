@@ -3,7 +3,7 @@
 A value is (code - zero) * scale, codes and zeros stored signed (-8..7 at 4 bits; files add 2^(bits-1)). Scales are
 exact in bfloat16 and codes are taken under the rounded scale. A symmetric grid has one code more below zero than above,
 so the scale is signed: a negative one puts that code at the group's largest positive weight. The kernels multiply by
-the scale and nothing else, so its sign is free (docs/quality.md names the places).
+the scale and nothing else, so its sign is free (docs/lab.md names the places).
 """
 
 from __future__ import annotations
