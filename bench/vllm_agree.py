@@ -2,9 +2,10 @@
 
     python bench/vllm_agree.py [--work DIR] [--windows 16] [NAME ...]
 
-Writes the demo model as each NAME (default: all of FOLDERS), opens it in vLLM (eager) and takes the whole logits of
-windows of the bundled evaluation text. KL(ours || vLLM) is in nats a token; `ours bf16` bounds what can be seen: our
-own forward in bfloat16 against float32. Needs a CUDA device and vLLM.
+Writes the demo model as each NAME (default: all of FOLDERS; a folder of --work that is complete is taken as it is),
+opens it in vLLM (eager) and takes the whole logits of windows of the bundled evaluation text. KL(ours || vLLM) is in
+nats a token; `ours bf16` bounds what can be seen: our own forward in bfloat16 against float32. The last two columns
+are the distance to the original model: by exact weights, and by vLLM. Needs a CUDA device and vLLM.
 """
 
 from __future__ import annotations
@@ -96,6 +97,16 @@ def vllm_logits(folder: Path, tokens: Tensor, backend: str | None) -> Tensor:
     return found
 
 
+def write(name: str, folder: Path) -> None:
+    """The demo model as variant `name` in `folder`, which keeps what a run before this one completed."""
+    if (folder / "mmquant.fit.json").exists():
+        return
+    command = [sys.executable, "-m", "mmquant", *FOLDERS[name].split(), "--model", "demo", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+
+
 def distance(reference: Tensor, logits: Tensor) -> float:
     """Mean KL(reference || logits) in nats over all rows."""
     p, q = log_softmax(reference), log_softmax(logits)
@@ -115,22 +126,22 @@ def main() -> None:
     texts = [(bundled("evaluation") / f"{name}.txt").read_text() for name in TEXTS]
     tokens = torch.cat([windows(text, tokenizer, CONTEXT, each) for text in texts]).cuda()
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, {len(tokens)} windows of {CONTEXT}", flush=True)
-    print("| folder | KL(ours, vLLM) | ours bf16 | seconds |\n| --- | --- | --- | --- |", flush=True)
+    original = own_logits(open_source("demo"), tokens)[:, :-1]
+    print("| folder | KL(ours, vLLM) | ours bf16 | original, ours | original, vLLM | seconds |", flush=True)
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for name in given.names:
         folder, started = given.work / name, time.monotonic()
-        command = [sys.executable, "-m", "mmquant", *FOLDERS[name].split(), "--model", "demo", "--out", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
         try:
-            if done.returncode:
-                raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            write(name, folder)
             source = open_source(str(folder))
             ours = own_logits(source, tokens)[:, :-1]
             half = own_logits(source, tokens, torch.bfloat16)[:, :-1]
             theirs = vllm_logits(folder, tokens, given.attention_backend)
-            numbers = f"{distance(ours, theirs):.4f} | {distance(ours, half):.4f}"
+            pairs = (ours, theirs), (ours, half), (original, ours), (original, theirs)
+            numbers = " | ".join(f"{distance(*pair):.4f}" for pair in pairs)
         except Exception as error:  # one folder that does not load must not hide the others
             traceback.print_exc()
-            numbers = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]} |"
+            numbers = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]} | | | |"
         print(f"| {name} | {numbers} | {time.monotonic() - started:.0f} |", flush=True)
 
 
