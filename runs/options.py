@@ -272,7 +272,9 @@ class EvalOptions(Checked):
     floor: bool = option(False, "Also the reference against itself in the other dtype.")
     save_reference: Path | None = option(None, "Store the reference's distributions in this file.", kind="path")
     reference_logits: Path | None = option(None, "Take them from such a file.", kind="path")
-    engine: str = option("mmquant", choices=("mmquant", "llama.cpp", "vllm"))
+    engine: str = option("mmquant", "Run this engine too, if installed.", choices=("mmquant", "llama.cpp", "vllm"))
+    tensor_parallel: int | None = option(None, "GPUs that vLLM splits a model over; default: 1, 2 or 4.", least=1)
+    cache: str | None = option(None, "KV cache of the engine; default: the engine's.", choices=("fp8", "q8_0", "q4_0"))
     state: Path | None = option(None, "Folder in which an interrupted run leaves what it has.", kind="path")
     batch_tokens: int | None = option(None, "Tokens that go through a layer at once.", least=1)
 

@@ -174,13 +174,20 @@ def version() -> str:
 class LlamaModel:
     """A GGUF file opened by llama.cpp on the CPU, with one context for windows of up to `context` tokens.
 
-    `exact` keeps attention in float32 (by default llama.cpp runs its float16 flash attention).
+    `exact` keeps attention in float32 (by default llama.cpp runs its float16 flash attention); `cache`: ggml's number
+    of the type of keys and values.
 
     Raises ValueError for a file that llama.cpp refuses. Use as a context manager: the memory is the library's.
     """
 
     def __init__(
-        self, path: str | Path, context: int = 512, threads: int = 1, block: int = 512, exact: bool = False
+        self,
+        path: str | Path,
+        context: int = 512,
+        threads: int = 1,
+        block: int = 512,
+        exact: bool = False,
+        cache: int | None = None,
     ) -> None:
         self._lib = load_library()
         self.path, self.context, self.block = Path(path), context, min(block, context)
@@ -196,6 +203,9 @@ class LlamaModel:
         params.n_threads = params.n_threads_batch = threads
         if exact:
             params.type_k = params.type_v = params.flash_attn_type = 0
+        if cache is not None:
+            params.type_k = params.type_v = cache
+            params.flash_attn_type = 1  # quantized values need it
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()

@@ -21,7 +21,7 @@ from ...calibration.evaluate.streamed import ENERGY, ERROR, NONFINITE, OVERLAP, 
 from ...calibration.text.sample import Sample
 from ...convert.source import Source
 
-SCHEMA, SCHEMA_VERSION = "mmquant-eval", "1.1"
+SCHEMA, SCHEMA_VERSION = "mmquant-eval", "1.2"
 NUMBERS = ("candidate", "GB", "bits/w", "PPL", "ratio", "+-", "KLD", "95 %", "99.9 %", "top-1 %", "nonfinite")
 # Threshold -> where its number stands in a candidate, and whether the number must stay below or above.
 GATES = {
@@ -240,8 +240,9 @@ def _engine_lines(check: dict[str, Any]) -> list[str]:
     for c in check["candidates"]:
         off = c["difference"]
         numbers = (c["ppl"], c["kld"]["mean"], c["kld"]["p999"], percent(c["top1"], 3))
-        rows.append((c["label"], *numbers, percent(off["ppl"], 3), off["kld_mean_nats"]))
-    head = ("candidate", "PPL", "KLD", "99.9 %", "top-1 %", "PPL off %", "KLD off")
+        seconds = f"{sum(c['seconds'].values()):.0f}" if "seconds" in c else None
+        rows.append((c["label"], *numbers, percent(off["ppl"], 3), off["kld_mean_nats"], seconds))
+    head = ("candidate", "PPL", "KLD", "99.9 %", "top-1 %", "PPL off %", "KLD off", "s")
     by = f"by {check['engine']} {check['version']}, reference by {check['reference']}:"
     return [by, *aligned(head, rows, text=("candidate",))]
 

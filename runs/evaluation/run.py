@@ -119,7 +119,9 @@ def run(
     if options.engine != "mmquant":
         from .engines import check_engine
 
-        check_engine(options.engine, artifacts)
+        check_engine(options.engine, artifacts, options.tensor_parallel, options.cache)
+    elif options.tensor_parallel is not None:
+        raise InputError("--tensor-parallel: of an engine, expected --engine vllm beside it")
     with ExitStack() as stack:
         candidates = [_opened(artifact, fetch, stack) for artifact in artifacts]
         truth = _opened(reference, fetch, stack) if reference is not None else None
@@ -184,8 +186,8 @@ def _with_engine(
         stored = options.reference_logits or saved
         assert stored is not None
         # torch's own number of threads, so that OMP_NUM_THREADS rules both.
-        threads = torch.get_num_threads()
-        result["engine_check"] = cross_check(options.engine, artifacts, reference, stored, sample, result, threads)
+        more = {"threads": torch.get_num_threads(), "tensor_parallel": options.tensor_parallel, "cache": options.cache}
+        result["engine_check"] = cross_check(options.engine, artifacts, reference, stored, sample, result, **more)
     return result
 
 

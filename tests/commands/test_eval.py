@@ -29,11 +29,12 @@ from mmquant.commands.cli import cli
 from mmquant.convert.manifest import read as read_manifest
 from mmquant.convert.open import demo_folder, open_source
 from mmquant.convert.source import read_globals, read_layer
-from mmquant.errors import GateError, MmquantError
-from mmquant.runs.evaluation import engines
-from mmquant.runs.evaluation.engines import compare_tops, difference
+from mmquant.errors import GateError, InputError, MmquantError
+from mmquant.runs.evaluation import vllm_engine
+from mmquant.runs.evaluation.engines import check_engine, difference
 from mmquant.runs.evaluation.result import GATES, failures, quality_block, read_gate, validate
 from mmquant.runs.evaluation.run import run
+from mmquant.runs.evaluation.vllm_engine import Tops, compare_tops, devices_for, tops_of
 from mmquant.runs.options import EvalOptions
 
 FEW = ("--windows", "3", "--context", "64")
@@ -266,11 +267,10 @@ def test_prompt_log_probabilities_give_the_same_numbers() -> None:
     logp = torch.log_softmax(other.double(), -1)
     exact = compare(base, other, target)
     for kept in (50, 20):
-        tops = []
-        for i in range(6):
-            ids = {*logp[i].topk(kept).indices.tolist(), int(target[i])}
-            tops.append({token: float(logp[i, token]) for token in ids})
-        found = compare_tops(condense(base, target, 0.0), tops, target)
+        ids = [[*{*logp[i].topk(kept).indices.tolist(), int(target[i])}] for i in range(6)]
+        flat = np.concatenate(ids)
+        values = np.concatenate([logp[i, ids[i]].numpy() for i in range(6)])
+        found = compare_tops(condense(base, target, 0.0), Tops(np.array([*map(len, ids)]), flat, values), target)
         np.testing.assert_allclose(found.nll, exact.nll, rtol=1e-9)
         np.testing.assert_array_equal(found.same, exact.same)
         if kept == 50:
@@ -280,36 +280,66 @@ def test_prompt_log_probabilities_give_the_same_numbers() -> None:
             np.testing.assert_allclose(found.kld, exact.kld, atol=0.05)
 
 
+class FlatLogprobs(SimpleNamespace):
+    """vLLM's of one prompt: an empty first position, then each token itself and the most probable ones."""
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+
 class DocumentedLLM:
     """What vLLM documents of LLM.generate, answered by our forward: it stands in for an engine that runs on GPUs only.
 
     It keeps the order and the shape of `prompt_logprobs`, and refuses parameters that vLLM does not have.
     """
 
+    alive = 0
+
     def __init__(
-        self, *, model: str, max_model_len: int, max_logprobs: int, enforce_eager: bool, tensor_parallel_size: int
+        self,
+        *,
+        model: str,
+        max_model_len: int,
+        max_logprobs: int,
+        enforce_eager: bool,
+        tensor_parallel_size: int,
+        enable_prefix_caching: bool,
+        kv_cache_dtype: str,
     ) -> None:
         self.source, self.length, self.most = open_source(model), max_model_len, max_logprobs
         print("INFO: as talkative as vLLM, on stdout")
         assert enforce_eager
+        assert not enable_prefix_caching
+        assert kv_cache_dtype == "auto"
         assert tensor_parallel_size in (1, 2, 4)
+        DocumentedLLM.alive += 1
+        assert DocumentedLLM.alive == 1, "a second model does not fit beside the first"
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
+
+    def shutdown(self) -> None:
+        DocumentedLLM.alive -= 1
 
     def generate(self, prompts: list[dict[str, list[int]]], params: SimpleNamespace, *, use_tqdm: bool) -> list[Any]:
         assert (params.max_tokens, params.temperature, params.detokenize) == (1, 0.0, False)
         assert not use_tqdm
-        (ids,) = (prompt["prompt_token_ids"] for prompt in prompts)
-        assert len(ids) + params.max_tokens <= self.length
         assert params.prompt_logprobs <= self.most
+        return [SimpleNamespace(prompt_logprobs=self.answer(p["prompt_token_ids"], params)) for p in prompts]
+
+    def answer(self, ids: list[int], params: SimpleNamespace) -> Any:
+        assert len(ids) + params.max_tokens <= self.length
         g, outside = self.source.geometry, read_globals(self.source)
         hidden = embed(outside, torch.tensor([ids]))
         for layer in range(g.layers):
             hidden = layer_forward(read_layer(self.source, layer), g, hidden)
         logp = torch.log_softmax(final_logits(outside, g, hidden)[0], -1)
-        found: list[dict[int, SimpleNamespace] | None] = [None]
+        found = FlatLogprobs(start_indices=[0], end_indices=[0], token_ids=[], logprobs=[])
         for row, token in zip(logp[:-1], ids[1:], strict=True):
-            best = row.topk(params.prompt_logprobs).indices.tolist()
-            found.append({i: SimpleNamespace(logprob=float(row[i]), rank=None) for i in dict.fromkeys([token, *best])})
-        return [SimpleNamespace(prompt_logprobs=found)]
+            names = [token, *row.topk(params.prompt_logprobs).indices.tolist()]
+            found.start_indices.append(len(found.token_ids))
+            found.token_ids += names
+            found.logprobs += row[names].tolist()
+            found.end_indices.append(len(found.token_ids))
+        return found if params.flat_logprobs else None
 
 
 def test_vllm_beside_the_streamed_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,20 +347,47 @@ def test_vllm_beside_the_streamed_pass(folder: Path, monkeypatch: pytest.MonkeyP
     module.__dict__.update(LLM=DocumentedLLM, SamplingParams=SimpleNamespace, __version__="documented")
     module.__spec__ = ModuleSpec("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", module)
-    few = (folder, "--reference", "demo", "--windows", "2", "--context", "24", "--engine", "vllm", "--json")
+    few = ("--reference", "demo", "--windows", "2", "--context", "24", "--engine", "vllm", "--json")
     off = []
-    for convention, kept in (("llama.cpp", 2048), ("all", 256)):
-        monkeypatch.setattr(engines, "VLLM_TOP", kept)
-        done = mmquant(*few, "--convention", convention, "--activations", "exact")
+    for convention, kept, artifacts in (("llama.cpp", 2048, [folder, demo_folder()]), ("all", 256, [folder])):
+        monkeypatch.setattr(vllm_engine, "TOP", kept)
+        done = mmquant(*artifacts, *few, "--convention", convention, "--activations", "exact")
         assert done.exit_code == 0, done.exception
         result = json.loads(done.stdout)
-        (row,) = result["engine_check"]["candidates"]
-        assert row["tokens"] == result["tokens"] == 2 * (23 if convention == "all" else 11)
+        row, *others = result["engine_check"]["candidates"]
+        assert len(others) == len(artifacts) - 1
+        assert row["tokens"] == 2 * (23 if convention == "all" else 11)
         assert row["difference"]["ppl"] == pytest.approx(0, abs=1e-5)
         assert row["difference"]["top1"] == 0
+        assert set(row["seconds"]) == {"load", "score"}
         off.append(row["difference"]["kld_mean_nats"])
     assert off[0] == pytest.approx(0, abs=1e-3)
     assert off[1] < -1e-3  # tokens that vLLM was not asked for count as one: less than the exact distance
+    assert "this machine has" in message(mmquant(folder, *few, "--tensor-parallel", "1024"))
+    assert "--cache q8_0: vllm has none, expected fp8" in message(mmquant(folder, *few, "--cache", "q8_0"))
+
+
+def test_what_an_engine_must_answer() -> None:
+    """A prompt without log-probabilities, too few of them, or without the prompt's own tokens is refused by name."""
+    with pytest.raises(InputError, match="engine: nothing, expected the log-probabilities of a prompt of 3 tokens"):
+        tops_of(None, 3)
+    dicts: list[dict[int, SimpleNamespace] | None] = [None, {4: SimpleNamespace(logprob=-1.0)}]
+    with pytest.raises(InputError, match="engine: 2 positions"):
+        tops_of(dicts, 3)
+    nested = tops_of([*dicts, {5: SimpleNamespace(logprob=-2.0), 4: SimpleNamespace(logprob=-0.5)}], 3)
+    assert (nested.count.tolist(), nested.ids.tolist(), nested.logp.tolist()) == ([1, 2], [4, 5, 4], [-1.0, -2.0, -0.5])
+    base = condense(torch.randn(2, 9), torch.tensor([4, 6]), 0.0)
+    with pytest.raises(InputError, match="no log-probability of token 6, expected the prompt's own tokens"):
+        compare_tops(base, nested, torch.tensor([4, 6]))
+    broken = Tops(np.array([1, 1]), np.array([4, 6]), np.array([-1.0, np.nan]))
+    assert compare_tops(base, broken, torch.tensor([4, 6])).finite.tolist() == [True, False]
+
+
+def test_how_many_devices_an_engine_takes() -> None:
+    assert [devices_for(None, found) for found in (0, 1, 2, 3, 4, 8)] == [1, 1, 2, 2, 4, 4]
+    assert devices_for(3, 8) == 3
+    with pytest.raises(InputError, match="--tensor-parallel: llama.cpp runs on the CPU"):
+        check_engine("llama.cpp", (), 2)
 
 
 def test_difference_is_relative_and_of_kld_absolute() -> None:
