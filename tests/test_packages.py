@@ -41,7 +41,7 @@ MODULES = {
     "convert/hub/http.py": {"urllib3"},  # requests' own transport, for its errors and retries
     "calibration/plan/knapsack.py": {"scipy"},  # HiGHS
     "runs/evaluation/llamacpp.py": {"xllamacpp"},  # extra: llamacpp
-    "runs/evaluation/engines.py": {"vllm"},  # the user's own installation
+    "runs/evaluation/vllm_engine.py": {"vllm"},  # the user's own installation
     "runs/reports/plots.py": {"matplotlib"},  # extra: report
 }
 NEVER = {"llmcompressor", "auto_gptq", "compressed_tensors", "transformers", "accelerate"}  # tests and peers only

@@ -103,8 +103,9 @@ def vllm_scores(
 def _close(model: Any) -> None:  # noqa: ANN401 - vLLM's, which has no types here
     """End the engine's processes: a second model does not fit beside the first."""
     core = getattr(getattr(model, "llm_engine", None), "engine_core", None)
-    if hasattr(core, "shutdown"):
-        core.shutdown()
+    shutdown = getattr(core, "shutdown", None)
+    if shutdown is not None:
+        shutdown()
 
 
 def _windows(model: Any, settings: Any, stored: StoredReference, sample: Sample) -> Iterator[Scores]:  # noqa: ANN401
