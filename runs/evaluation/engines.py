@@ -35,6 +35,10 @@ def check_engine(
     engine: str, artifacts: tuple[str, ...], tensor_parallel: int | None = None, cache: str | None = None
 ) -> None:
     """Refuse an engine that is not installed or cannot do what is asked for: InputError, before any work."""
+    if tensor_parallel is not None:
+        if engine != "vllm":
+            raise InputError("--tensor-parallel: llama.cpp runs on the CPU here, expected --engine vllm")
+        devices_for(tensor_parallel, torch.cuda.device_count())
     package, extra = ("xllamacpp", "mmquant[llamacpp]") if engine == "llama.cpp" else ("vllm", "vllm")
     if importlib.util.find_spec(package) is None:
         raise InputError(f"--engine {engine}: {package} is not installed, expected pip install '{extra}'")
@@ -46,10 +50,6 @@ def check_engine(
     caches = GGML_CACHES if engine == "llama.cpp" else VLLM_CACHES
     if cache is not None and cache not in caches:
         raise InputError(f"--cache {cache}: {engine} has none, expected {' or '.join(caches)}")
-    if tensor_parallel is not None:
-        if engine != "vllm":
-            raise InputError("--tensor-parallel: llama.cpp runs on the CPU here, expected --engine vllm")
-        devices_for(tensor_parallel, torch.cuda.device_count())
 
 
 def cross_check(

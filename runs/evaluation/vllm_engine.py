@@ -180,4 +180,3 @@ def _compare(base: Rows, tops: Tops, target: NDArray[np.int64], vocab: int) -> S
     same = (engine.argmax(1) == first) & finite
     shift = np.exp(-nll) - np.exp(-base.nll)
     return Scores(nll, base.nll, np.where(finite, np.maximum(kld, 0.0), 0.0), shift, same, finite)
-

@@ -386,7 +386,7 @@ def test_what_an_engine_must_answer() -> None:
 def test_how_many_devices_an_engine_takes() -> None:
     assert [devices_for(None, found) for found in (0, 1, 2, 3, 4, 8)] == [1, 1, 2, 2, 4, 4]
     assert devices_for(3, 8) == 3
-    with pytest.raises(InputError, match="--tensor-parallel: llama.cpp runs on the CPU"):
+    with pytest.raises(InputError, match="expected --engine vllm"):
         check_engine("llama.cpp", (), 2)
 
 
