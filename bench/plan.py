@@ -1,10 +1,11 @@
 """Plans against stock mixes of the same bytes, and predicted against measured.
 
-    python bench/plan.py --text calibration.txt --judge evaluation.txt --folder out [--sensitivity sensitivity.json]
+    python bench/plan.py --folder out [--text calibration.txt] [--judge evaluation.txt] [--sensitivity sensitivity.json]
 
 For each mix: our own file of it, and our file of a plan at no more bytes; mean KLD by `mmquant eval --convention
-llama.cpp` on each judged text's domains. Then the rank correlation of predicted and measured KLD over all files (mixes,
-plans, and --more plans at sizes between). What lies in --folder finished is not made again.
+llama.cpp` on each judged text's domains; the bundled texts, unless others are named. Then the rank correlation of
+predicted and measured KLD over all files (mixes, plans, and --more plans at sizes between). What lies in --folder
+finished is not made again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MIXES = ("Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_S")
 
 def write(a: argparse.Namespace, label: str, *, type: str = "Q4_K_M", plan: Path | None = None) -> Path:
     """Our file of a mix or a plan."""
-    options = GgufOptions(text=(a.text,), windows=a.windows, context=a.context, name="m", type=type, plan=plan)
+    options = GgufOptions(text=tuple(a.text), windows=a.windows, context=a.context, name="m", type=type, plan=plan)
     return mmquant.quantize_gguf(a.model, a.folder / label, options).path
 
 
@@ -48,8 +49,10 @@ def predicted(known: Sensitivity, types: dict[str, str]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--judge", action="append", required=True, help="[DOMAIN=]PATH, as of eval --text")
+    parser.add_argument("--text", action="append", default=[], help="as of gguf --text; default: the bundled text")
+    parser.add_argument(
+        "--judge", action="append", default=[], help="[DOMAIN=]PATH, as of eval --text; default: bundled"
+    )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--sensitivity", type=Path)
     parser.add_argument("--windows", type=int, default=200)
@@ -59,7 +62,7 @@ def main() -> None:
     parser.add_argument("--more", type=float, nargs="*", default=[0.9, 1.1], help="sizes of more plans, times a mix's")
     a = parser.parse_args()
     if a.sensitivity is None:
-        options = PlanOptions(bits=4.0, text=(a.text,), windows=a.windows, context=a.context)
+        options = PlanOptions(bits=4.0, text=tuple(a.text), windows=a.windows, context=a.context)
         a.sensitivity = mmquant.plan(a.model, a.folder / "sensitivity", options).sensitivity
     known, g = read_sensitivity(a.sensitivity), open_native(a.model).geometry
     files: dict[str, tuple[Path, float | None]] = {}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from ..runs.options import PLAN_FIELDS, PlannedOptions
 from .int4 import command as int4
 
 FIXED = {"method": "awq", "format": "awq", "backend": "mmquant"}
+UNPLANNED = PlannedOptions()  # AWQ's format has one width
 
 
 def _command() -> click.Command:
@@ -14,9 +16,10 @@ def _command() -> click.Command:
 
     def callback(**options: object) -> None:
         assert int4.callback is not None
-        int4.callback(**FIXED, **options)
+        int4.callback(**FIXED, **unplanned, **options)
 
-    parameters = [p for p in int4.params if p.name not in FIXED]
+    unplanned = {name: getattr(UNPLANNED, name) for name in PLAN_FIELDS}
+    parameters = [p for p in int4.params if p.name not in (*FIXED, *PLAN_FIELDS)]
     text = "Write AWQ (GEMM, asymmetric) for vLLM and SGLang.\n\nExample: mmquant awq --model demo --out ./m27-awq"
     return click.Command(
         "awq", params=parameters, callback=callback, help=text, short_help="INT4 by AWQ, in its format."

@@ -17,6 +17,7 @@ from .options import (
     model_option,
     options_of,
     out_option,
+    refuse_idle_plan,
     refuse_without_effect,
     several,
     show,
@@ -79,9 +80,4 @@ def refuse_idle_options(options: GgufOptions) -> None:
         refuse_without_effect(why, *text, "statistics", "effort")
     elif options.statistics is not None:
         refuse_without_effect("with --statistics, which stands for the text", *text)
-    if options.size is None and options.target is None:
-        refuse_without_effect("without --size or --target", "sensitivity", "judged_windows")
-    else:
-        refuse_without_effect("with --size and --target, which choose the types", "type")
-    if options.target is None:
-        refuse_without_effect("without --target", "target_context")
+    refuse_idle_plan(options, *(("type",) if options.plan is None else ()))

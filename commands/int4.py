@@ -9,7 +9,7 @@ import click
 
 from mmquant.errors import InputError
 
-from ..runs.options import Int4Options
+from ..runs.options import PLAN_FIELDS, Int4Options
 from .options import (
     CALIBRATED,
     begin,
@@ -18,6 +18,7 @@ from .options import (
     model_option,
     options_of,
     out_option,
+    refuse_idle_plan,
     refuse_idle_text,
     refuse_without_effect,
     several,
@@ -74,6 +75,9 @@ def command(
 def refuse_idle_options(options: Int4Options, backend: str) -> None:
     """InputError for options that would change nothing of what was asked for."""
     if backend == "llmcompressor":
-        refuse_without_effect("with --backend llmcompressor", *CALIBRATED, "tp", "max_shard_size", *FETCHED)
+        refuse_without_effect(
+            "with --backend llmcompressor", *CALIBRATED, "tp", "max_shard_size", *FETCHED, *PLAN_FIELDS
+        )
     else:
         refuse_idle_text(options)
+        refuse_idle_plan(options, "attention", "group_size", "eight_bit")

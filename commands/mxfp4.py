@@ -15,6 +15,7 @@ from .options import (
     model_option,
     options_of,
     out_option,
+    refuse_idle_plan,
     refuse_idle_text,
     show,
 )
@@ -37,6 +38,7 @@ def command(model: str, out: Path, options: Mxfp4Options, device: str, fetch: Fe
     Example: mmquant mxfp4 --model demo --out ./m27-mxfp4
     """
     refuse_idle_text(options)
+    refuse_idle_plan(options, "attention")
     from ..runs.fp4 import quantize_mxfp4
 
     begin(out, dry_run)

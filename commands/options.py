@@ -19,7 +19,7 @@ from ..convert.files.sizes import parse_size
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
-    from ..runs.options import WeightsOptions
+    from ..runs.options import PlannedOptions, WeightsOptions
     from ..runs.results import Quantized
 
 DEFAULT_MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
@@ -209,6 +209,16 @@ def refuse_idle_text(options: WeightsOptions) -> None:
         refuse_without_effect("with --method rtn, which is not calibrated", *CALIBRATED)
     elif options.statistics is not None:
         refuse_without_effect("with --statistics, which stands for the text", *TEXT)
+
+
+def refuse_idle_plan(options: PlannedOptions, *chosen: str) -> None:
+    """InputError for options of a plan without one, and for those that a plan chooses in their place."""
+    if options.size is None and options.target is None:
+        refuse_without_effect("without --size or --target", "sensitivity", "judged_windows")
+    if options.target is None:
+        refuse_without_effect("without --target", "target_context")
+    if options.planned:
+        refuse_without_effect("with a plan, which chooses it", *chosen)
 
 
 def json_option() -> Decorator:

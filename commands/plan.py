@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="The best GGUF types for a size or a machine, measured.")
+@click.command(short_help="The best types for a size or a machine, measured.")
 @model_option()
 @out_option()
 @options_of(PlanOptions)
@@ -35,8 +35,8 @@ def command(
 ) -> None:
     """Choose a type for every matrix, so that the predicted distance to the original is least within a budget.
 
-    What each type costs is measured on the model, once: sensitivity.json in --out. The plan is plan.json there, for
-    `mmquant gguf --plan`.
+    For int4, nvfp4 and mxfp4: which layers' experts and attention stay wider. What each type costs is measured on the
+    model, once: sensitivity.json in --out. The plan is plan.json there, for `--plan` of the command of --format.
 
     Example: mmquant plan --model demo --size 7MB --out ./m27-plan
     """
@@ -48,6 +48,10 @@ def command(
         refuse_without_effect("with --sensitivity, which stands for the text", *TEXT, "seed", "judged_windows")
     if options.target is None:
         refuse_without_effect("without --target", "target_context")
+    if options.format in ("gguf", "mlx"):
+        refuse_without_effect(f"with --format {options.format}, which no cards share", "tp")
+    elif options.target is not None:
+        refuse_without_effect("with --target, which says how many cards there are", "tp")
     found = plan(model, out, options, device=device, fetch=fetch)
     if plot is not None:
         from ..runs.plan_plot import draw

@@ -13,7 +13,7 @@ from .files.atomic import write_whole
 from .files.parse import parse_json, short, take, take_list, take_map
 
 KEY, VERSION = "mmquant_plan", 1
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "int4", "nvfp4", "mxfp4", "mlx")
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class Point:
 class PlanFile:
     """A plan.
 
+    format   gguf, or the command that writes the folder
     model    fingerprint of the weights that it was measured on; label: their name
     asked    what was asked for: size, bits or target
     bytes    of all tensors' data (headers and padding are not counted); kld: predicted mean KLD in nats
-    tensors  name -> type, of every matrix; reasons: why, by name
+    tensors  name -> type, of every matrix (GGUF), or unit -> kind (layers.3.experts -> int4-g32); reasons: why, by name
     curve    other budgets and what they would give
-    placement of a target: n_cpu_moe and bytes by device
+    placement of a target: n_cpu_moe, or tensor_parallel
     """
 
     format: str

@@ -27,6 +27,7 @@ from .options import (
     Int4Options,
     Mxfp4Options,
     Nvfp4Options,
+    PlannedOptions,
     PruneOptions,
     TextOptions,
     WeightsOptions,
@@ -57,21 +58,20 @@ def check_variant(variant: Variant) -> None:
         raise InputError(
             f"{variant.name}: a recipe's variants keep all experts, expected mmquant {variant.command} alone"
         )
+    if isinstance(options, PlannedOptions) and (options.size is not None or options.target is not None):
+        raise InputError(f"{variant.name}: size and target are planned before a run, expected plan: plan.json")
     if isinstance(options, Int4Options):
         int4.check_options(options)
     elif isinstance(options, WeightsOptions):
         check_mixture(variant.command, options)
     elif isinstance(options, GgufOptions):
         gguf.check_options(options)
-        if options.size is not None or options.target is not None:
-            raise InputError(f"{variant.name}: size and target are planned before a run, expected plan: plan.json")
 
 
 def bytes_of(source: Checkpoint, variant: Variant, model: str, out: Path) -> tuple[str, int]:
     """Label and bytes of an artifact, from headers alone. InputError for what does not suit the model."""
     options = variant.options
     if isinstance(options, GgufOptions):
-        options = gguf.with_plan(source, options, out, "cpu", True)
         shape = gguf.variant_of(source, options, model)
         return shape.label, gguf.make_plan(source, shape, None).bytes
     if isinstance(options, CalibrateOptions):
@@ -97,7 +97,6 @@ def job_of(source: Checkpoint, variant: Variant, model: str, out: Path, passes: 
     """The job that writes a variant into the folder `out`."""
     options = variant.options
     if isinstance(options, GgufOptions):
-        options = gguf.with_plan(source, options, out, passes.device, False)
         shape = gguf.variant_of(source, options, model)
         return cast("Job", gguf.make_job(source, options, out, passes, shape))
     if isinstance(options, CalibrateOptions):

@@ -15,7 +15,8 @@ from ..quantize.fp4.grid import MXFP4, NVFP4, Fp4Grid
 from .models import Model
 from .options import Mxfp4Options, Nvfp4Options, WeightsOptions
 from .results import Quantized
-from .weights import STREAMS, check_mixture, quantize_weights
+from .weights import STREAMS, check_mixture, quantize_weights, say_notes
+from .weights_plan import planned_shape
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -38,7 +39,7 @@ def quantize_nvfp4(
     chosen = options or Nvfp4Options()
     check_mixture("nvfp4", chosen)
     return quantize_weights(
-        model, out, chosen, nvfp4_variant, device=device, fetch=fetch, dry_run=dry_run, monitor=monitor
+        model, out, chosen, "nvfp4", nvfp4_variant, device=device, fetch=fetch, dry_run=dry_run, monitor=monitor
     )
 
 
@@ -58,7 +59,7 @@ def quantize_mxfp4(
     """
     chosen = options or Mxfp4Options()
     return quantize_weights(
-        model, out, chosen, mxfp4_variant, device=device, fetch=fetch, dry_run=dry_run, monitor=monitor
+        model, out, chosen, "mxfp4", mxfp4_variant, device=device, fetch=fetch, dry_run=dry_run, monitor=monitor
     )
 
 
@@ -79,11 +80,15 @@ def _variant(
     source: Checkpoint, options: WeightsOptions, out: Path, grid: Fp4Grid, shape: dict[str, Any]
 ) -> WeightsVariant:
     sizes = (grid.group_size,)
-    check_groups(source.geometry, grid.group_size, options.tp, options.attention, sizes)
+    plan = planned_shape(source, options, shape["command"], shape["title"] + "-planned")
+    if not plan:
+        check_groups(source.geometry, grid.group_size, options.tp, options.attention, sizes)
     shape |= {"group_size": grid.group_size, "attention": options.attention}
-    shape |= {"layout": options.format, "kv_cache": options.kv_cache}
+    shape |= {"layout": options.format, "kv_cache": options.kv_cache, **plan}
+    nearest = WeightsVariant(**shape)
+    say_notes(nearest, source)
     if options.method == "rtn":
-        return WeightsVariant(**shape)
+        return nearest
     chosen = LayerOptions(
         method=options.method,
         effort=options.effort,

@@ -1,8 +1,8 @@
-"""The plan of a GGUF run: a file of types, or one that is made now for --size or --target."""
+"""The plan of a GGUF run: a file of types."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmquant.errors import InputError
@@ -12,10 +12,6 @@ from ..convert.files.parse import parse_json
 from ..convert.gguf.mixes import MIXES, PLAIN, Mix, data_bytes, tensor_types
 from ..convert.gguf.names import all_shapes, is_quantizable
 from ..convert.plan_file import KEY, PlanFile, parse_plan
-from .options import BudgetOptions, GgufOptions, PlanOptions
-from .plan import PLAN, SENSITIVITY, plan
-
-WORK = ".mmquant.plan"  # inside the folder that is written: the plan, and what was measured for it
 
 
 @dataclass(frozen=True)
@@ -42,20 +38,10 @@ def read_types(path: Path | None) -> Types:
     return Types(types)
 
 
-def with_plan(source: Checkpoint, options: GgufOptions, out: Path, device: str, dry_run: bool) -> GgufOptions:
-    """The options with --plan in place of --size and --target: the plan is made now, in a folder inside `out`."""
-    if options.size is None and options.target is None:
-        return options
-    work = out / WORK
-    if dry_run and options.sensitivity is None and not (work / SENSITIVITY).exists():
-        raise InputError("--dry-run with --size or --target: needs --sensitivity, which `mmquant plan` measures")
-    shared = {field.name: getattr(options, field.name) for field in fields(BudgetOptions)}
-    plan(source, work, PlanOptions(**shared), device=device)
-    return replace(options, plan=work / PLAN, size=None, target=None)
-
-
 def check_planned(source: Checkpoint, made: PlanFile, path: Path) -> None:
     """InputError unless a plan is of this model and names every matrix, with the bytes that it says."""
+    if made.format != "gguf":
+        raise InputError(f"{path}: a plan for mmquant {made.format}, expected one for gguf")
     if made.model != source.fingerprint:
         raise InputError(f"{path}: planned for another model ({made.label[:60]}), expected one for {source.label}")
     shapes = all_shapes(source.geometry)

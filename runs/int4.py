@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
-from mmquant.monitor import Monitor, current, message
+from mmquant.monitor import Monitor, message
 
 from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.variant import CalibratedWeights
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.fitting.requires import notes
 from ..convert.folder.weights import WeightsVariant, check_groups
 from ..convert.formats.table import choices
 from ..quantize.integer.gptq import GptqGrid
 from .models import Model
 from .options import Int4Options
 from .results import Quantized
-from .weights import STREAMS, check_mixture, quantize_weights
+from .weights import STREAMS, check_mixture, quantize_weights, say_notes
+from .weights_plan import planned_shape
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -46,13 +46,15 @@ def quantize_int4(
     chosen = options or Int4Options()
     check_options(chosen)
     return quantize_weights(
-        model, out, chosen, variant_of, device=device, fetch=fetch, dry_run=dry_run, monitor=monitor
+        model, out, chosen, "int4", variant_of, device=device, fetch=fetch, dry_run=dry_run, monitor=monitor
     )
 
 
 def check_options(options: Int4Options) -> None:
     """InputError for what the format cannot hold."""
     layers_of(options.eight_bit)
+    if options.planned and options.asymmetric:
+        raise InputError("--asymmetric with a plan: widths vary by layer in symmetric formats alone")
     symmetric = symmetric_of(options)
     check_mixture("int4", options)
     if options.method == "gptq" and options.effort == "high" and not symmetric:
@@ -71,19 +73,21 @@ def symmetric_of(options: Int4Options) -> bool:
 
 def variant_of(source: Checkpoint, options: Int4Options, out: Path) -> WeightsVariant:
     """The artifact to write. InputError when its groups do not fit the model at the tensor parallelism."""
-    check_groups(source.geometry, options.group_size, options.tp, options.attention)
-    for note in notes({"command": "int4", "group_size": options.group_size}, source.geometry):
-        current().message(note)
+    plan = planned_shape(source, options, "int4", "W4A16-planned")
+    if not plan:
+        check_groups(source.geometry, options.group_size, options.tp, options.attention)
     shape: dict[str, Any] = {"group_size": options.group_size, "attention": options.attention}
     shape |= {"layout": options.format, "eight_bit": layers_of(options.eight_bit), "kv_cache": options.kv_cache}
     symmetric = symmetric_of(options)
-    shape["symmetric"] = symmetric
+    shape |= {"symmetric": symmetric, **plan}
+    nearest = WeightsVariant(**shape)
+    say_notes(nearest, source)
     if options.method == "rtn":
-        return WeightsVariant(**shape)
+        return nearest
     chosen = LayerOptions(
         method=options.method,
         effort=options.effort,
-        grid=GptqGrid(4, options.group_size, symmetric),
+        grid=GptqGrid(4, shape["group_size"], symmetric),
         attention=options.attention == "int4",
         seed=options.seed,
     )

@@ -12,6 +12,8 @@ from ..convert.hub.hubs import DEFAULT_HUB, HUBS
 
 GIB = 1 << 30
 SEEDS = 2**32 - 1  # what numpy and torch take
+PLAN_FIELDS = ("plan", "size", "target", "target_context", "sensitivity", "judged_windows")
+PLANNED = ("gguf", "int4", "nvfp4", "mxfp4", "mlx")  # commands that write a plan
 TEXT_ONLY = "--text alone; by default as many windows of bundled text go with it."
 
 
@@ -109,10 +111,53 @@ class Fp8Options(PruneOptions):
 
 
 @dataclass(frozen=True)
-class WeightsOptions(TextOptions):
-    """What `int4`, `nvfp4` and `mxfp4` have in common. InputError for what contradicts itself."""
+class BudgetOptions(TextOptions):
+    """What a planned artifact may take; size: bytes of the file, or of a folder's weights."""
 
     text_only: bool = option(False, TEXT_ONLY)
+    size: int | None = option(None, "Largest file (of a folder: all shards), for example 98GB or 98GiB.", kind="size")
+    target: str | None = option(
+        None, "A machine: a target of `mmquant fit` (24GB+96GB, 2xA100-80GB ...), or CARD+RAM.", metavar="CARD+RAM"
+    )
+    target_context: int = option(32768, "Tokens that --target holds in its cache (f16).", least=256)
+    sensitivity: Path | None = option(
+        None, "What `plan` measured (sensitivity.json); default: measured now, and kept.", kind="path"
+    )
+    judged_windows: int | None = option(
+        None, "Windows of the text that judge the plan; default 24 for the demo, else 4.", least=1
+    )
+
+
+@dataclass(frozen=True)
+class PlannedOptions(BudgetOptions):
+    """Options of a command that writes a plan, or makes one first. InputError for two of them."""
+
+    plan: Path | None = option(None, "What `mmquant plan` made.", kind="path")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum(value is not None for value in (self.plan, self.size, self.target)) > 1:
+            raise InputError("--plan, --size, --target: expected one of them")
+
+    @property
+    def planned(self) -> bool:
+        """Whether a plan chooses the types."""
+        return any(value is not None for value in (self.plan, self.size, self.target))
+
+
+@dataclass(frozen=True)
+class PlanOptions(BudgetOptions):
+    """Options of `plan`: one of size, bits and target."""
+
+    bits: float | None = option(None, "Bits a weight, of all tensors together.", kind="bits")
+    format: str = option("gguf", "The command that the plan is for.", choices=PLANNED)
+    tp: int = option(2, "Tensor parallelism to be loadable at (folders); with --target its cards.", least=1)
+
+
+@dataclass(frozen=True)
+class WeightsOptions(PlannedOptions):
+    """What `int4`, `nvfp4` and `mxfp4` have in common. InputError for what contradicts itself."""
+
     method: str = option("gptq", choices=("gptq", "rtn"))
     format: str = option("compressed-tensors", choices=("compressed-tensors",))
     attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel"))
@@ -139,6 +184,11 @@ class WeightsOptions(TextOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.planned and (self.method == "awq" or self.format != "compressed-tensors"):
+            said = f"--format {self.format}" if self.format != "compressed-tensors" else f"--method {self.method}"
+            raise InputError(
+                f"{said} with a plan: expected compressed-tensors by gptq or rtn, which widths may vary in"
+            )
         if self.method != "rtn":
             return
         if self.effort == "high":
@@ -201,33 +251,7 @@ class Mxfp4Options(WeightsOptions):
 
 
 @dataclass(frozen=True)
-class BudgetOptions(TextOptions):
-    """What a planned artifact may take; size: bytes of the file."""
-
-    text_only: bool = option(False, TEXT_ONLY)
-    size: int | None = option(None, "Largest file, for example 98GB or 98GiB.", kind="size")
-    target: str | None = option(
-        None, "A machine: a target of `mmquant fit` (24GB+96GB, 128GB-unified ...), or CARD+RAM.", metavar="CARD+RAM"
-    )
-    target_context: int = option(32768, "Tokens that the target holds in its cache (f16).", least=256)
-    sensitivity: Path | None = option(
-        None, "What `plan` measured (sensitivity.json); default: measured now, and kept.", kind="path"
-    )
-    judged_windows: int | None = option(
-        None, "Windows of the text that judge the plan; default 24 for the demo, else 4.", least=1
-    )
-
-
-@dataclass(frozen=True)
-class PlanOptions(BudgetOptions):
-    """Options of `plan`: one of size, bits and target."""
-
-    bits: float | None = option(None, "Bits a weight, of all tensors together.", kind="bits")
-    format: str = option("gguf", choices=("gguf",))
-
-
-@dataclass(frozen=True)
-class GgufOptions(BudgetOptions):
+class GgufOptions(PlannedOptions):
     """Options of `gguf`. type: any mix of llama-quantize; tensor_type: REGEX=TYPE; max_part_size: bytes."""
 
     type: str = option("Q4_K_M", "Any mix of llama-quantize: Q4_K_M, IQ3_XXS ...")
@@ -249,8 +273,6 @@ class GgufOptions(BudgetOptions):
         super().__post_init__()
         if self.statistics is not None and (self.text or self.no_calibration):
             raise InputError("--statistics: stands instead of --text, and contradicts --no-calibration")
-        if sum(value is not None for value in (self.plan, self.size, self.target)) > 1:
-            raise InputError("--plan, --size, --target: expected one of them")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Plan a GGUF file for a size or a machine: measure once, choose exactly, write plan.json."""
+"""Plan an artifact for a size or a machine: measure once, choose exactly, write plan.json."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,12 @@ from mmquant.tables import table
 from .corpus import context_of, make_corpus
 from .models import Model, choose_device, opened
 from .options import PlanOptions
-from .plan_target import budgets_of
+from .planner import Planner, planner_of, split_name
 from .results import Result
 
 if TYPE_CHECKING:
     from ..calibration.plan.allocate import Allocation
+    from ..calibration.plan.knapsack import Option
     from ..calibration.plan.sensitivity import Sensitivity
     from ..calibration.text.corpus import Corpus
     from ..convert.checkpoints.checkpoint import Checkpoint
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from ..convert.plan_file import PlanFile
 
 PLAN, SENSITIVITY = "plan.json", "sensitivity.json"
-KEYS = 1024  # bytes of a header that say which text a file was calibrated on, at most
 CURVE = (0.8, 0.9, 0.95, 1.05, 1.1, 1.25)  # budgets of the alternatives, as shares of the asked one
 
 
@@ -58,7 +58,7 @@ class Planned(Result):
             f"{self.path}: {plan.bytes:,} bytes, {plan.bits_per_weight:.3f} bits a weight, predicted KLD {plan.kld:.4f}"
         )
         found = [head, "", *table(("matrix", "types"), _by_role(plan.tensors))]
-        curve = sorted([*((p.bytes, p.kld) for p in plan.curve), (plan.bytes, plan.kld)])
+        curve = sorted({*((p.bytes, p.kld) for p in plan.curve), (plan.bytes, plan.kld)})
         found += ["", *table(("bytes", "predicted KLD"), [(f"{size:,}", f"{kld:.4f}") for size, kld in curve])]
         if plan.placement is not None:
             found += ["", *(f"{name}: {value:,}" for name, value in plan.placement.items())]
@@ -83,6 +83,8 @@ def plan(
 ) -> Planned:
     """Choose the type of every matrix for a size, bits a weight or a machine; plan.json goes into the folder `out`.
 
+    With another format than gguf: which layers' experts and attention stay wider.
+
     What was measured is kept beside it (sensitivity.json) and used again; an interrupted measurement is continued.
 
     Raises InputError for options or files that will not do, FitError for a budget that nothing fits (it names the
@@ -93,13 +95,14 @@ def plan(
     chosen, out = options or PlanOptions(), Path(out)
     asked(chosen)
     with watching(monitor), opened(model, fetch, out) as source:
-        check_size(source, chosen)
+        planner = planner_of(source, chosen)
+        check_size(planner, chosen)
         path = chosen.sensitivity or out / SENSITIVITY
         if chosen.sensitivity is None:
-            measure_into(source, out, chosen, choose_device(device))
+            measure_into(source, planner, out, chosen, choose_device(device))
         found = read_sensitivity(path)
-        found.check(path, source.fingerprint, source.geometry)
-        made = make(source, found, chosen)
+        found.check(path, source.fingerprint, planner.format, planner.measured)
+        made = make(source, planner, found, chosen)
         out.mkdir(parents=True, exist_ok=True)
         made.write(out / PLAN)
         return Planned(out / PLAN, made, path)
@@ -115,36 +118,37 @@ def asked(options: PlanOptions) -> dict[str, Any]:
     return given
 
 
-def check_size(source: Checkpoint, options: PlanOptions) -> None:
+def check_size(planner: Planner, options: PlanOptions) -> None:
     """FitError before anything is measured, where not even the smallest types fit."""
-    from ..calibration.plan.groups import group_shapes, kinds_of
     from ..calibration.plan.sensitivity import Measured
 
-    g = source.geometry
-    nothing = {name: Measured(dict.fromkeys(kinds_of(name, s[-1]), 1.0), {}) for name, s in group_shapes(g).items()}
-    solve(source, nothing, options)
+    nothing = {name: Measured(dict.fromkeys(kinds, 1.0), {}) for name, kinds in planner.measured.items()}
+    planner.solve(nothing, options)
 
 
-def measure_into(source: Checkpoint, out: Path, options: PlanOptions, device: str) -> None:
+def measure_into(source: Checkpoint, planner: Planner, out: Path, options: PlanOptions, device: str) -> None:
     """Measure the model's sensitivity into sensitivity.json of `out`, unless that is there for this model and text."""
-    from ..calibration.plan.measure import PROBES, Measurement
     from ..calibration.plan.resume import forget, keep, take_up
     from ..calibration.plan.sensitivity import Sensitivity, read_sensitivity
     from ..convert.files.lock import hold
 
     path, corpus = out / SENSITIVITY, make_corpus(source, options)
-    chosen = judged_windows(corpus, source, options)
-    text = {"fingerprint": corpus.fingerprint, "judged": chosen, "corpus": corpus.describe(), "probes": list(PROBES)}
+    chosen, form = judged_windows(corpus, source, options), planner.format
+    text = {"fingerprint": corpus.fingerprint, "judged": chosen, "corpus": corpus.describe()}
+    text |= {"probes": list(planner.probes)}
     if path.exists():
         known = read_sensitivity(path)
-        if known.model == source.fingerprint and known.text == text:
+        if (known.model, known.format, known.text) == (source.fingerprint, form, text):
             return
-        raise InputError(f"{path}: measured on another model or text; name it by --sensitivity, or take another --out")
+        raise InputError(
+            f"{path}: measured on another model, text or format; name it by --sensitivity, or take another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         rest = [i for i in range(len(corpus.tokens)) if i not in set(chosen)]
-        pass_ = Measurement(source, corpus.tokens[rest], corpus.tokens[chosen], device, out)
-        identity = hashlib.sha256(json.dumps([source.fingerprint, text, device]).encode()).hexdigest()
+        calibration = replace(corpus, tokens=corpus.tokens[rest], domain=corpus.domain[rest])
+        pass_ = planner.measurement(calibration, corpus.tokens[chosen], device, out)
+        identity = hashlib.sha256(json.dumps([source.fingerprint, form, text, device]).encode()).hexdigest()
         layers, done = source.geometry.layers, take_up(out, identity, pass_)
         if done is None:
             pass_.begin()
@@ -156,7 +160,7 @@ def measure_into(source: Checkpoint, out: Path, options: PlanOptions, device: st
             groups = pass_.finish()
             bar.advance()
         domains = [corpus.domains[int(corpus.domain[i])] for i in chosen]
-        Sensitivity(source.fingerprint, text, domains, groups).write(path)
+        Sensitivity(source.fingerprint, text, domains, groups, form).write(path)
         forget(out)
 
 
@@ -169,99 +173,42 @@ def judged_windows(corpus: Corpus, source: Checkpoint, options: PlanOptions) -> 
     return [int((i + 0.5) * windows / count) for i in range(count)]
 
 
-def solve(source: Checkpoint, groups: Any, options: PlanOptions) -> Allocation:  # noqa: ANN401
-    """The best choice. FitError that names the smallest that works."""
-    from ..calibration.plan.allocate import allocate, allocate_placed
-
-    g, (fixed, headers) = source.geometry, fixed_bytes(source)
-    if options.target is not None:
-        card, host = budgets_of(options.target, g, options.target_context)
-        if card is None:
-            return allocate(g, groups, host - fixed)
-        return allocate_placed(g, groups, card - fixed, host)
-    budget = size_of(source, options)
-    try:
-        return allocate(g, groups, budget - fixed - headers)
-    except FitError:
-        from ..calibration.plan.allocate import options_of
-        from ..calibration.plan.knapsack import smallest
-
-        least = smallest(options_of(g, groups)) + fixed + headers
-        word = "--bits" if options.bits is not None else "--size"
-        raise FitError(f"{word}: {budget:,} bytes, the smallest file takes {least:,} ({least / 1e9:.3f} GB)") from None
-
-
-def size_of(source: Checkpoint, options: PlanOptions) -> int:
-    """Bytes of the file that --size or --bits allow."""
-    if options.size is not None:
-        return options.size
-    assert options.bits is not None
-    return int(options.bits * weights_of(source) / 8)
-
-
-def weights_of(source: Checkpoint) -> int:
-    """Weights of the model, all tensors of a GGUF file."""
-    import math
-
-    from ..convert.gguf.names import all_shapes
-
-    return sum(math.prod(shape) for shape in all_shapes(source.geometry).values())
-
-
-def fixed_bytes(source: Checkpoint) -> tuple[int, int]:
-    """(bytes of tensors that have no choice: norms, routers; bytes of headers, with room for more keys)."""
-    from ..calibration.plan.groups import group_shapes
-    from ..convert.gguf.mixes import find_mix
-    from ..convert.gguf.plan import make_plan
-    from ..convert.gguf.variant import GgufVariant
-    from ..convert.gguf.writer import padded
-
-    whole = make_plan(source, GgufVariant(find_mix("Q4_K_M"), "planned", True), None)
-    tensors = [tensor for step in whole.steps for tensor in step]
-    data, chosen = sum(padded(tensor.bytes) for tensor in tensors), group_shapes(source.geometry)
-    fixed = sum(padded(tensor.bytes) for tensor in tensors if tensor.name not in chosen)
-    return fixed, whole.bytes - data + KEYS
-
-
-def make(source: Checkpoint, found: Sensitivity, options: PlanOptions) -> PlanFile:
+def make(source: Checkpoint, planner: Planner, found: Sensitivity, options: PlanOptions) -> PlanFile:
     """The plan, with its reasons and the curve of alternatives."""
-    from ..calibration.plan.allocate import allocate
-    from ..convert.gguf.mixes import data_bytes
     from ..convert.plan_file import PlanFile, Point
 
-    best = solve(source, found.groups, options)
-    curve = []
+    best = planner.solve(found.groups, options)
+    curve: list[Point] = []
     for share in CURVE:
         try:
-            other = allocate(source.geometry, found.groups, int(share * best.bytes))
+            other = planner.within(found.groups, int(share * best.bytes))
         except FitError:
             continue
-        curve.append(Point(data_bytes(source.geometry, other.types), other.kld))
-    size = data_bytes(source.geometry, best.types)
-    placement = None if best.host_layers is None else {"n_cpu_moe": best.host_layers}
+        if (point := Point(planner.bytes_of(other.types), other.kld)) not in curve and other.types != best.types:
+            curve.append(point)
+    size = planner.bytes_of(best.types)
     return PlanFile(
-        "gguf",
+        planner.format,
         source.fingerprint,
         source.label,
         asked(options),
         size,
-        8 * size / weights_of(source),
+        8 * size / planner.weights,
         best.kld,
         best.types,
-        reasons_of(source, found, best),
+        reasons_of(planner.options(found.groups), found, best),
         tuple(curve),
-        placement,
+        planner.placement(best, options),
         str(found.text.get("fingerprint", "")),
     )
 
 
-def reasons_of(source: Checkpoint, found: Sensitivity, best: Allocation) -> dict[str, Any]:
-    """By tensor, what its type costs and what its neighbours would."""
-    from ..calibration.plan.allocate import options_of
+def reasons_of(choices: dict[str, list[Option]], found: Sensitivity, best: Allocation) -> dict[str, Any]:
+    """By group, what its type costs and what its neighbours would."""
     from ..convert.plan_file import Reason
 
     out = {}
-    for name, options in options_of(source.geometry, found.groups).items():
+    for name, options in choices.items():
         kind = best.types[name]
         size = next((o.bytes for o in options if o.kind == kind), 0)
         near = [{"type": o.kind, "bytes": o.bytes, "kld": found.groups[name].cost(o.kind)} for o in options]
@@ -277,12 +224,10 @@ def _by_role(tensors: dict[str, str]) -> list[tuple[str, str]]:
     """Each kind of matrix with its types by layer, equal neighbours together: 0-6 Q4_K, 7 Q5_K."""
     from itertools import groupby
 
-    from ..convert.gguf.names import split_block
-
     roles: dict[str, list[tuple[int | None, str]]] = {}
     for name, kind in tensors.items():
-        layer, stem = split_block(name)
-        roles.setdefault(stem.removesuffix(".weight"), []).append((layer, kind))
+        layer, role = split_name(name)
+        roles.setdefault(role, []).append((layer, kind))
     rows = []
     for role, found in roles.items():
         runs = [list(run) for _, run in groupby(found, key=lambda item: item[1])]

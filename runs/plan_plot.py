@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from mmquant.errors import InputError
 
 from ..calibration.plan.groups import bits_of
-from ..convert.gguf.names import split_block
+from ..convert.folder.kinds import plan_row, stored_bits
 from .output import check_output
+from .planner import split_name
 
 if TYPE_CHECKING:
     from ..convert.plan_file import PlanFile
@@ -28,10 +29,11 @@ def draw(plan: PlanFile, path: Path) -> None:
     figure = figures.Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     roles: dict[str, list[tuple[int, float]]] = {}
+    bits = bits_of if plan.format == "gguf" else lambda word: stored_bits(plan_row(plan.format), word)
     for name, kind in plan.tensors.items():
-        layer, stem = split_block(name)
+        layer, role = split_name(name)
         if layer is not None:
-            roles.setdefault(stem.removesuffix(".weight"), []).append((layer, bits_of(kind)))
+            roles.setdefault(role, []).append((layer, bits(kind)))
     for role, points in roles.items():
         left.step(*zip(*points, strict=True), where="mid", label=role)
     left.set(xlabel="layer", ylabel="bits a weight", title=f"{plan.label}: {plan.bits_per_weight:.2f} bits a weight")

@@ -18,7 +18,7 @@ def budgets_of(target: str, g: Geometry, context: int) -> tuple[int | None, int]
 
     InputError for a target that is none and a context that the model does not have, FitError where nothing is left.
     """
-    found = _target(target)
+    found = target_of(target)
     if context > g.max_context:
         raise InputError(f"--target-context {context}: the model has at most {g.max_context}")
     left = weight_budgets(g, found, context)
@@ -27,7 +27,8 @@ def budgets_of(target: str, g: Geometry, context: int) -> tuple[int | None, int]
     return (None if found.cards is None else left.cards), left.ram
 
 
-def _target(text: str) -> Target:
+def target_of(text: str) -> Target:
+    """A target of the table, or CARD+RAM. InputError that names the close ones."""
     known = read_targets()
     folded = {name.lower(): found for name, found in known.items()}
     if (found := folded.get(text.strip().lower())) is not None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mmquant.errors import InputError
-from mmquant.monitor import Monitor, watching
+from mmquant.monitor import Monitor, message, watching
 
 from ..calibration.folder.variant import CalibratedWeights
 from ..calibration.statistics.live import moment_plan
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.fitting.requires import notes
 from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
 from ..convert.formats.table import choices
 from .calibrate import make_provider, pass_of
@@ -23,6 +24,7 @@ from .models import Model, choose_device, opened
 from .needs import needs_of
 from .options import WeightsOptions
 from .passes import Passes
+from .plan_first import with_plan
 from .results import Quantized, planned, written
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def quantize_weights(
     model: Model,
     out: str | Path,
     options: Options,
+    command: str,
     variant_of: Callable[[Checkpoint, Options, Path], WeightsVariant],
     *,
     device: str | None,
@@ -43,9 +46,10 @@ def quantize_weights(
     dry_run: bool,
     monitor: Monitor | None,
 ) -> Quantized:
-    """Write what `variant_of` makes of the options, for a source and a folder; the rest as of `quantize_int4`."""
+    """Write what `variant_of` of a command makes of the options, for a source and a folder; see `quantize_int4`."""
     out, place = Path(out), choose_device(device)
     with watching(monitor), opened(model, fetch, None if dry_run else out) as source:
+        options = with_plan(source, options, out, place, dry_run, command)
         variant = variant_of(source, options, out)
         size = prepare(source, variant).bytes
         if dry_run:
@@ -72,6 +76,12 @@ def check_mixture(command: str, options: WeightsOptions) -> None:
         raise InputError(f"{said}: only {mixing} holds FP8 beside {command.upper()}")
     if options.kv_cache == "fp8":
         raise InputError(f"--kv-cache fp8 --format {options.format}: expected {mixing}")
+
+
+def say_notes(variant: WeightsVariant, source: Checkpoint) -> None:
+    """What is known to go wrong with such an artifact, before it is written."""
+    for note in notes(variant.run(), source.geometry):
+        message(note)
 
 
 def check_weights(

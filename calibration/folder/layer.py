@@ -50,6 +50,7 @@ class LayerOptions:
     effort: str = "default"
     grid: Grid = field(default_factory=GptqGrid)
     attention: bool = False  # on the grid, too
+    attention_grid: Grid | None = None  # where it is another one
     damping: float = DAMPING
     shrinkage: float = 1.0
     prior: float = PRIOR
@@ -147,18 +148,37 @@ def quantize_layer(
         found.append((dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)))
     experts = _joined(found, weights.gate.shape[1])
     report = make_report(layer, statistics, exponents, found)
-    attention: dict[str, IntWeight] = {}
-    values = None
-    if options.attention:
-        four = dataclasses.replace(options, grid=attention_grid(options.grid))
-        solved, changed, values = quantize_attention(weights, statistics, four, geometry)
-        attention = {name: select(one.weight, 0) for name, one in solved.items()}
-        plainly = [name for name, one in solved.items() if one.plain is not None and bool(one.plain.any())]
-        report = dataclasses.replace(report, plain=(*report.plain, *plainly))
-        plain |= changed
-        place = compensated_place(device)
-        rounded |= {n: one.compensated[0].to(place) for n, one in solved.items() if one.compensated is not None}
-    return QuantizedLayer(experts, attention, plain, report, exponents, values, rounded)
+    done = QuantizedLayer(experts, {}, plain, report, exponents, None, rounded)
+    return with_attention(done, weights, statistics, options, geometry) if options.attention else done
+
+
+def carried_layer(layer: int, weights: LayerWeights) -> QuantizedLayer:
+    """A layer of which nothing is on a grid yet."""
+    exponents = torch.zeros(len(weights.gate), dtype=torch.int32, device=weights.gate.device)
+    return QuantizedLayer({}, {}, {}, LayerReport(layer), exponents)
+
+
+def with_attention(
+    done: QuantizedLayer,
+    weights: LayerWeights,
+    statistics: LayerStatistics,
+    options: LayerOptions,
+    geometry: Geometry,
+) -> QuantizedLayer:
+    """The layer with its attention on the grid of the options, or on the one that they name for attention."""
+    grid = options.attention_grid or attention_grid(options.grid)
+    solved, changed, values = quantize_attention(weights, statistics, dataclasses.replace(options, grid=grid), geometry)
+    plainly = [name for name, one in solved.items() if one.plain is not None and bool(one.plain.any())]
+    place = compensated_place(weights.gate.device)
+    kept = {n: one.compensated[0].to(place) for n, one in solved.items() if one.compensated is not None}
+    return dataclasses.replace(
+        done,
+        attention={name: select(one.weight, 0) for name, one in solved.items()},
+        plain=done.plain | changed,
+        report=dataclasses.replace(done.report, plain=(*done.report.plain, *plainly)),
+        values=values,
+        compensated=done.compensated | kept,
+    )
 
 
 def empty_rounded(weights: LayerWeights) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.checkpoints.checkpoint import Checkpoint
+from ...convert.folder.kinds import Kind
 from ...convert.folder.packing import batch_tensors, matrix_tensors
 from ...convert.folder.variant import plain_tensors
 from ...convert.folder.weights import WeightsVariant
@@ -23,10 +24,11 @@ from ...convert.models.layer import LayerWeights
 from ...convert.models.names import ATTENTION, TensorNames
 from ...convert.models.shapes import plain_shapes
 from ...quantize.fp8 import cache_scale
+from ...quantize.integer.gptq import GptqGrid
 from ..statistics.layer import LayerStatistics, without_second
 from ..statistics.provider import LayerInputs
 from .high import ReferenceStream, SignRoundOptions, sign_round_layer, streams
-from .layer import LayerOptions, QuantizedLayer, as_read_back, quantize_layer
+from .layer import LayerOptions, QuantizedLayer, as_read_back, carried_layer, quantize_layer, with_attention
 
 HEADROOM = 2.0  # of inputs over the largest that calibration saw: block scales are floats, it costs them nothing
 TINY = torch.finfo(torch.float32).tiny
@@ -75,8 +77,7 @@ class CalibratedWeights(WeightsVariant):
     ) -> tuple[dict[str, Tensor], LayerWeights | None]:
         """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it."""
         layer, weights = inputs.layer, inputs.weights
-        options = self.options if layer not in self.eight_bit else with_bits(self.options, self.bits_of(layer))
-        quantized = quantize_layer(layer, weights, inputs.statistics, options, source.geometry)
+        quantized = self.solved(inputs, source)
         # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
         inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
         if self.options.sign_rounded:
@@ -89,21 +90,53 @@ class CalibratedWeights(WeightsVariant):
         for field, value in quantized.plain.items():
             name = source.names.prefix(layer) + source.names.plain[field]
             tensors[name] = value.cpu() if field in EXACT else value.cpu().to(tensors[name].dtype)
+        tensors |= self._attention(source, layer, weights, quantized, device)
+        if quantized.experts:
+            tensors |= self.packed_experts(quantized, source.names, layer)
+        else:
+            tensors |= self.carried_experts(source, layer, device)
+        if self.kv_cache == "fp8":
+            tensors |= cache_scales(source.names, inputs.statistics, quantized.values)
+        if self.activations != 16:
+            tensors |= input_scales(source.names, self.storage, inputs.statistics, quantized)
+        return tensors, as_read_back(weights, quantized) if inputs.continued else None
+
+    def solved(self, inputs: LayerInputs, source: Checkpoint) -> QuantizedLayer:
+        """Codes of what is on a grid in this layer."""
+        layer, weights, statistics, g = inputs.layer, inputs.weights, inputs.statistics, source.geometry
+        if not self.kinds:
+            options = self.options if layer not in self.eight_bit else with_bits(self.options, self.bits_of(layer))
+            return quantize_layer(layer, weights, statistics, options, g)
+        experts, attention = self.kinds[layer]
+        done, options = carried_layer(layer, weights), dataclasses.replace(self.options, attention=False)
+        if experts.calibrated:
+            done = quantize_layer(layer, weights, statistics, on_kind(options, experts), g)
+        if attention.calibrated:
+            grid = on_kind(options, attention).grid
+            chosen = dataclasses.replace(options, attention=True, attention_grid=grid)
+            done = with_attention(done, weights, statistics, chosen, g)
+        return done
+
+    def _attention(
+        self,
+        source: Checkpoint,
+        layer: int,
+        weights: LayerWeights,
+        quantized: QuantizedLayer,
+        device: torch.device | str,
+    ) -> dict[str, Tensor]:
+        """The attention tensors of one layer."""
+        if not quantized.attention and self.attention_scheme(source, layer) is not None:
+            return self.carried_attention(source, layer, device)
+        tensors: dict[str, Tensor] = {}
         for projection in ATTENTION:
             name = source.names.attention(layer, projection)
             if projection in quantized.attention:
                 tensors |= matrix_tensors(self.storage, name, quantized.attention[projection])
-            elif self.attention == "bf16":  # the layer's own matrices, read already
+            else:  # the layer's own matrices, read already
                 matrix = getattr(weights, projection.removesuffix("_proj"))
                 tensors[name + ".weight"] = matrix.to(torch.bfloat16).cpu()
-            else:
-                tensors |= self.attention_tensors(source, name, device)
-        tensors |= self.packed_experts(quantized, source.names, layer)
-        if self.kv_cache == "fp8":
-            tensors |= cache_scales(source.names, inputs.statistics, quantized.values)
-        if self.activations != 16:
-            tensors |= input_scales(source.names, self.storage, inputs.statistics, quantized.mid_power, self.whole)
-        return tensors, as_read_back(weights, quantized) if inputs.continued else None
+        return tensors
 
     def _sign_rounded(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
         """The layer after learned rounding, on the streams that enter it."""
@@ -112,6 +145,8 @@ class CalibratedWeights(WeightsVariant):
         device = inputs.weights.gate.device
         stream: ReferenceStream = inputs.kept.setdefault("reference", ReferenceStream(self.streams))
         reference = stream.enter(source, inputs.layer, inputs.hidden, inputs.weights.gate)
+        if not first.experts:  # a plan leaves them wide
+            return first
         both = streams(reference, inputs.hidden, self.learning, device)
         found, losses = sign_round_layer(inputs.weights, source.geometry, first, both, self.learning)
         self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
@@ -127,25 +162,27 @@ class CalibratedWeights(WeightsVariant):
 
 
 def input_scales(
-    names: TensorNames, row: Format, statistics: LayerStatistics, mid_power: Tensor, attention: bool
+    names: TensorNames, row: Format, statistics: LayerStatistics, quantized: QuantizedLayer
 ) -> dict[str, Tensor]:
-    """The scales of FP4 activations, with HEADROOM over the largest input that was seen.
+    """The scales of FP4 activations, with HEADROOM over the largest input that was seen, of what is on the grid.
 
     All experts of a layer have the same input, so gate and up of all have one scale; down's are each expert's own, an
-    expert that saw nothing has the largest. mid_power [E]: down's inputs were multiplied by 2^-p. q, k and v share one.
+    expert that saw nothing has the largest. q, k and v share one.
     """
     assert row.input_scale is not None
     layer = statistics.layer
     entering, between = (m.amax.cpu() for m in (statistics.expert_in, statistics.expert_mid))
-    between = torch.ldexp(between, -mid_power.cpu())
+    between = torch.ldexp(between, -quantized.mid_power.cpu())
     between = torch.where(between > 0, between, between.max())
     by_name = {}
-    for expert in range(len(entering)):
+    for expert in range(len(entering) if quantized.experts else 0):
         by_name |= {names.expert(layer, expert, p): entering.max() for p in ("gate", "up")}
         by_name[names.expert(layer, expert, "down")] = between[expert]
-    if attention:
+    if quantized.attention:
         ends = [m.amax.cpu().max() for m in (statistics.attention_in, statistics.attention_out)]
         by_name |= {names.attention(layer, p): ends[p == "o_proj"] for p in ATTENTION}
+    if not by_name:
+        return {}
     tensors: dict[str, Tensor] = {}
     scales = row.input_scale(HEADROOM * torch.stack(list(by_name.values())).clamp(min=TINY))
     for suffix, values in scales.items():
@@ -156,6 +193,13 @@ def input_scales(
 def with_bits(options: LayerOptions, bits: int) -> LayerOptions:
     """The same on an integer grid of other bits."""
     return dataclasses.replace(options, grid=dataclasses.replace(options.integers, bits=bits))
+
+
+def on_kind(options: LayerOptions, kind: Kind) -> LayerOptions:
+    """The same on the grid of a plan's kind: integers of its bits and group; FP4 has one grid."""
+    if not isinstance(options.grid, GptqGrid):
+        return options
+    return dataclasses.replace(options, grid=dataclasses.replace(options.grid, bits=kind.bits, group_size=kind.group))
 
 
 def exact_names(names: TensorNames, layer: int) -> list[str]:

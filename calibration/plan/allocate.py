@@ -46,7 +46,11 @@ def options_of(g: Geometry, groups: Mapping[str, Measured], host: bool = False) 
 
 def allocate(g: Geometry, groups: Mapping[str, Measured], budget: int) -> Allocation:
     """The least predicted KLD within `budget` bytes of tensor data. FitError that names the smallest that works."""
-    options = options_of(g, groups)
+    return cheapest(options_of(g, groups), groups, budget)
+
+
+def cheapest(options: Mapping[str, Sequence[Option]], groups: Mapping[str, Measured], budget: int) -> Allocation:
+    """The same for any choices of any groups."""
     least = smallest(options)
     chosen = choose(options, [budget]) if budget >= least else None
     if chosen is None:

@@ -8,7 +8,6 @@ is taken at the head. Between probes the distance is interpolated by the output 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,6 +65,11 @@ class Measurement:
         self.tokens, self.rows = tokens, tokens.numel()
         self.judged = Probes(judged, self.g, device, memory.batch, folder)
         self.found: dict[str, Measured] = {}
+
+    def states(self) -> dict[str, HiddenStates]:
+        """What a killed measurement needs back, by name."""
+        blocks = {f"probes-{i:03d}": block.hidden for i, block in enumerate(self.judged.blocks)}
+        return {"calibration": self.streams.reference, "judged": self.judged.exact, **blocks}
 
     def begin(self) -> None:
         """The embeddings: both texts begin, and a probe for each type of theirs."""
@@ -178,18 +182,6 @@ class Measurement:
                     if kind in chosen:
                         whole = values.setdefault((name, kind), torch.empty_like(getattr(weights, FIELDS[name])))
                         whole[few] = piece.to(whole.dtype)
-
-
-def measure(pass_: Measurement, layers: int, advance: Callable[[], None]) -> dict[str, Measured]:
-    """The whole pass; `advance` is called after each step of layers + 2."""
-    pass_.begin()
-    advance()
-    for number in range(layers):
-        pass_.layer(number)
-        advance()
-    found = pass_.finish()
-    advance()
-    return found
 
 
 def _nearest(rows: Tensor, kind: str) -> Tensor:

@@ -5,27 +5,48 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ...convert.files.atomic import write_whole
 from ...convert.files.parse import parse_json, take, take_list
 from ...convert.files.progress import damaged
 from ..model.hidden import RAM_LIMIT, HiddenStates, load_states, save_states
-from .measure import Measurement
-from .sensitivity import read_measured
+from .probes import Probes
+from .sensitivity import Measured, read_measured
 
 NOTES = ".mmquant-sensitivity.json"
 SPARSE = 8  # layers between two states where one takes more than RAM_LIMIT bytes
 
 
-def _states(m: Measurement) -> dict[str, HiddenStates]:
-    blocks = {f"probes-{i:03d}": block.hidden for i, block in enumerate(m.judged.blocks)}
-    return {"calibration": m.streams.reference, "judged": m.judged.exact, **blocks}
+class Measurement(Protocol):
+    """A pass that measures, layer by layer: `begin`, every layer, `finish`.
+
+    judged: its probes; found: what is known of each group; states: the streams that it needs to continue
+    """
+
+    judged: Probes
+    found: dict[str, Measured]
+
+    def states(self) -> dict[str, HiddenStates]:
+        """By name."""
+        ...
+
+    def begin(self) -> None:
+        """Enter the first layer."""
+        ...
+
+    def layer(self, number: int) -> None:
+        """Measure a layer, and leave it."""
+        ...
+
+    def finish(self) -> dict[str, Measured]:
+        """Everything, by group."""
+        ...
 
 
 def keep(folder: Path, identity: str, m: Measurement, layers: int) -> None:
     """Make durable what enters layer `layers`; what was kept before it goes."""
-    states = _states(m)
+    states = m.states()
     if layers % SPARSE and sum(found.bytes for found in states.values()) > RAM_LIMIT:
         return
     save_states(_path(folder, layers), states)
@@ -58,13 +79,13 @@ def take_up(folder: Path, identity: str, m: Measurement) -> int | None:
     for block in take_list(notes, "blocks", list, where):
         names = [(str(probe[0]), str(probe[1])) for probe in block if isinstance(probe, list) and len(probe) == 2]
         m.judged.open(names)
-    load_states(_path(folder, layers), _states(m))
+    load_states(_path(folder, layers), m.states())
     return layers
 
 
 def forget(folder: Path) -> None:
     """The measurement is over: remove what was kept."""
-    for path in (folder / NOTES, *folder.glob(".hidden-plan-*")):
+    for path in (folder / NOTES, *folder.glob(".hidden-*")):
         path.unlink(missing_ok=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,6 @@ from mmquant.errors import InputError
 
 from ...convert.files.atomic import write_whole
 from ...convert.files.parse import parse_json, short, take, take_list, take_map
-from ...convert.models.geometry import Geometry
-from .groups import group_shapes, kinds_of
 
 VERSION = 1
 KEY = "mmquant_sensitivity"
@@ -37,31 +35,33 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """All matrices of a model by GGUF name; which model (fingerprint) and which text they were measured on."""
+    """All matrices of a model by GGUF name, or a folder's units; on which model (fingerprint) and text, for what."""
 
     model: str
     text: dict[str, Any]
     judged: list[str]  # domain of every judged window
     groups: dict[str, Measured]
+    format: str = "gguf"
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `write` stores."""
         groups = {name: asdict(found) for name, found in self.groups.items()}
-        return {KEY: VERSION, "model": self.model, "text": self.text, "judged": self.judged, "groups": groups}
+        head = {KEY: VERSION, "format": self.format, "model": self.model, "text": self.text}
+        return {**head, "judged": self.judged, "groups": groups}
 
     def write(self, path: Path) -> None:
         """Store it as JSON; the file appears whole."""
         write_whole(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
-    def check(self, path: Path, model: str, g: Geometry) -> None:
-        """InputError unless it is of this model and has everything that a plan asks for."""
+    def check(self, path: Path, model: str, form: str, kinds: Mapping[str, Sequence[str]]) -> None:
+        """InputError unless it is of this model and format and has everything that a plan asks for, by group."""
         if self.model != model:
             raise InputError(f"{path}: measured on another model ({short(self.model)}), expected {model}")
-        for name, shape in group_shapes(g).items():
+        if self.format != form:
+            raise InputError(f"{path}: measured for --format {short(self.format)}, expected {form}")
+        for name, wanted in kinds.items():
             found = self.groups.get(name)
-            missing = (
-                None if found is None else next((k for k in kinds_of(name, shape[-1]) if k not in found.error), None)
-            )
+            missing = None if found is None else next((kind for kind in wanted if kind not in found.error), None)
             if found is None or not found.kld or missing:
                 raise InputError(f"{path}: {name} has no {missing or 'measurement'}, expected one of every matrix")
 
@@ -78,7 +78,8 @@ def read_sensitivity(path: Path) -> Sensitivity:
     groups: dict[str, Measured] = {}
     for name, entry in take_map(document, "groups", dict, where).items():
         groups[name] = read_measured(entry, len(judged), f"{where}: {short(name)}")
-    return Sensitivity(take(document, "model", str, where), take(document, "text", dict, where), judged, groups)
+    model, text = take(document, "model", str, where), take(document, "text", dict, where)
+    return Sensitivity(model, text, judged, groups, take(document, "format", str, where, "gguf"))
 
 
 def read_measured(entry: Mapping[str, Any], windows: int, where: str) -> Measured:

@@ -14,6 +14,7 @@ FP8_TILE = 128
 SEEN = {"vllm": ">=0.26"}  # the oldest version in which each folder format was run
 CAPABILITY = {"fp8": "7.5", "int4": "7.5", "nvfp4": "7.5", "mxfp4": "8.0"}  # of CUDA, through Marlin's kernels
 NO_CHANNELS = "vLLM 0.26 does not load INT4 experts with one scale a row (group size -1); 0.33 does"
+ONE_SCHEME = "transformers 5.17 takes one scheme for the experts of all layers and reads others wrongly; vLLM does not"
 HALF_SUMS = ("Q2_K", "Q4_1", "Q4_K", "Q5_1", "Q5_K")  # CUDA sums activations in float16 for them
 NOT_SUMMED = (
     "CUDA builds of llama.cpp without GGML_CUDA_FORCE_CUBLAS may give NaN: the last layer's ffn_down_exps is {kind} "
@@ -46,9 +47,17 @@ def requires(run: Mapping[str, Any], g: Geometry) -> dict[str, Any]:
     group = group_of(run)
     if group:
         found["tensor_parallel_allowed"] = parallel_allowed(g, group)
+    bad = [ONE_SCHEME] if _several_schemes(run) else []
     if group == -1:
-        found |= {"engines": {"vllm": ">=0.33"}, "known_bad": [NO_CHANNELS]}
-    return found
+        found |= {"engines": {"vllm": ">=0.33"}}
+        bad.append(NO_CHANNELS)
+    return found | ({"known_bad": bad} if bad else {})
+
+
+def _several_schemes(run: Mapping[str, Any]) -> bool:
+    """Whether layers' experts lie in different schemes."""
+    plan: object = run.get("plan")
+    return bool(run.get("eight_bit")) or (is_object(plan) and "," in str(plan.get("experts")))
 
 
 def _known_bad_gguf(run: Mapping[str, Any], g: Geometry) -> list[str]:

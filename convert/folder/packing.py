@@ -58,6 +58,11 @@ def stacked_tensors(scheme: Scheme, names: list[list[str]], weights: list[Tensor
     return found
 
 
+def as_values(scheme: Scheme, name: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> Tensor:
+    """[O, I] float32 that the tensors of a matrix stand for."""
+    return scheme.format.unpack(scheme, shape, lambda suffix: tensors[f"{name}.{suffix}"])
+
+
 def folder_config(scheme: Scheme, attention: bool, names: TensorNames) -> dict[str, Any]:
     """quantization_config of a folder whose experts (and attention) are stored by one scheme."""
     assert scheme.format.config is not None, scheme.format

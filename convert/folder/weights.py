@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,13 +18,15 @@ from ..formats.plain import plain_spec, plain_tensor
 from ..formats.spec import TensorSpec
 from ..formats.table import choices
 from ..models.geometry import Geometry
-from ..models.names import ATTENTION, ATTENTION_STACKS, EXPERT_STACKS
+from ..models.names import ATTENTION, ATTENTION_STACKS, EXPERT_STACKS, PROJECTIONS
 from ..models.shapes import matrix_shapes, plain_shapes
 from .fp8 import fp8_scheme, fp8_specs, fp8_tensors
+from .kinds import Kind
 from .packing import folder_config, stacked_tensors
 from .variant import plain_specs, plain_tensors
 
 GROUP_SIZES = (32, 64, 128)
+EXPERTS_PART, ATTENTION_PART = r"experts\..*", r"self_attn\..*"  # in the names that engines match
 ATTENTION_FP8 = {"fp8": "block", "fp8-channel": "channel"}  # of attention -> the format that `mmquant fp8` calls so
 
 
@@ -68,6 +71,7 @@ class WeightsVariant:
     eight_bit    layers whose experts keep 8 bits (compressed-tensors)
     kv_cache     or fp8: calibrated scales of an FP8 cache (compressed-tensors)
     activations  4: calibrated scales of FP4 activations
+    kinds        of a plan: how each layer's experts and attention lie; empty: as the other fields say
     """
 
     group_size: int = 128
@@ -80,6 +84,7 @@ class WeightsVariant:
     command: str = "int4"
     title: str = "W{bits}A16-g{group_size}"
     activations: int = 16
+    kinds: tuple[tuple[Kind, Kind], ...] = ()
 
     def bits_of(self, layer: int) -> int:
         """Bits of a layer's experts; attention has `bits` everywhere."""
@@ -114,8 +119,20 @@ class WeightsVariant:
         """How its experts of some width lie in the folder."""
         return Scheme(self.storage, bits, self.group_size, self.symmetric, activations=self.activations)
 
-    def attention_scheme(self, source: Checkpoint) -> Scheme | None:
-        """How attention lies in the folder, None for bfloat16."""
+    def experts_scheme(self, source: Checkpoint, layer: int) -> Scheme | None:
+        """How a layer's experts lie in the folder, None for bfloat16."""
+        return self._planned(source, self.kinds[layer][0]) if self.kinds else self.scheme(self.bits_of(layer))
+
+    def _planned(self, source: Checkpoint, kind: Kind) -> Scheme | None:
+        scheme = kind.scheme(source)
+        if scheme is None or not kind.calibrated:
+            return scheme
+        return replace(scheme, activations=self.activations)
+
+    def attention_scheme(self, source: Checkpoint, layer: int) -> Scheme | None:
+        """How its attention lies there."""
+        if self.kinds:
+            return self._planned(source, self.kinds[layer][1])
         if self.attention in ATTENTION_FP8:
             return fp8_scheme(source, choices("fp8")[ATTENTION_FP8[self.attention]])
         return self.scheme(self.bits) if self.whole else None
@@ -133,21 +150,18 @@ class WeightsVariant:
             "eight_bit": list(self.eight_bit),
             "kv_cache": self.kv_cache,
         }
+        if self.kinds:
+            found |= {"group_size": max(kind.span for pair in self.kinds for kind in pair), "plan": planned_words(self)}
         return found if self.activations == 16 else {**found, "activations": self.activations}
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         """The tensors of one layer, in the order of the file."""
         check_groups(source.geometry, self.group_size, attention=self.attention, sizes=self.group_choices)
         check_mixture(self, source.geometry)
-        found, experts = plain_specs(source, plain_shapes(source.geometry, layer)), self.scheme(self.bits_of(layer))
+        found = plain_specs(source, plain_shapes(source.geometry, layer))
+        experts, attention = self.experts_scheme(source, layer), self.attention_scheme(source, layer)
         for name, shape in matrix_shapes(source.geometry, layer):
-            scheme = experts if ".experts." in name else self.attention_scheme(source)
-            if scheme is None:
-                found.append(plain_spec(name, shape))
-            elif scheme.format.requantizable:
-                found.extend(fp8_specs(source, name, shape, scheme))
-            else:
-                found.extend(specs(scheme, name, shape))
+            found.extend(scheme_specs(source, name, shape, experts if ".experts." in name else attention))
         if self.kv_cache == "fp8":
             found.extend(ct.cache_specs(*(source.names.attention(layer, name) for name in ("k_proj", "v_proj"))))
         return found
@@ -160,26 +174,38 @@ class WeightsVariant:
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
         """The same tensors' values."""
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
-        if not self.whole:
-            for projection in ATTENTION:
-                tensors |= self.attention_tensors(source, source.names.attention(layer, projection), device)
-        for stack in stacks(self.storage, ATTENTION_STACKS) if self.whole else ():
-            names = [source.names.attention(layer, projection) for projection in stack]
-            weights = [source.read(name + ".weight").to(device).unsqueeze(0) for name in names]
-            tensors |= stacked_tensors(self.scheme(self.bits), [[name] for name in names], weights)
-        for stack in stacks(self.storage, EXPERT_STACKS):
-            tensors |= self._experts(source, layer, stack, device)
+        attention = self.attention_scheme(source, layer)
+        if on_grid(attention):
+            for stack in stacks(attention.format, ATTENTION_STACKS):
+                names = [source.names.attention(layer, projection) for projection in stack]
+                weights = [source.read(name + ".weight").to(device).unsqueeze(0) for name in names]
+                tensors |= stacked_tensors(attention, [[name] for name in names], weights)
+        else:
+            tensors |= self.carried_attention(source, layer, device)
+        experts = self.experts_scheme(source, layer)
+        if not on_grid(experts):
+            return tensors | self.carried_experts(source, layer, device)
+        for stack in stacks(experts.format, EXPERT_STACKS):
+            tensors |= self._experts(source, layer, stack, device, experts)
         return tensors
 
-    def attention_tensors(self, source: Checkpoint, name: str, device: torch.device | str) -> dict[str, Tensor]:
-        """One attention matrix that is stored otherwise than the experts."""
-        scheme = self.attention_scheme(source)
-        if scheme is None:
-            return plain_tensor(name, source.read(name + ".weight"))
-        return fp8_tensors(source, name, device, scheme)
+    def carried_attention(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
+        """Attention in bfloat16 or FP8."""
+        scheme, tensors = self.attention_scheme(source, layer), dict[str, Tensor]()
+        for projection in ATTENTION:
+            tensors |= carried_tensors(source, source.names.attention(layer, projection), device, scheme)
+        return tensors
+
+    def carried_experts(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
+        """A layer's experts in bfloat16 or FP8."""
+        scheme, tensors = self.experts_scheme(source, layer), dict[str, Tensor]()
+        for expert in range(source.geometry.experts):
+            for projection in PROJECTIONS:
+                tensors |= carried_tensors(source, source.names.expert(layer, expert, projection), device, scheme)
+        return tensors
 
     def _experts(
-        self, source: Checkpoint, layer: int, stack: tuple[str, ...], device: torch.device | str
+        self, source: Checkpoint, layer: int, stack: tuple[str, ...], device: torch.device | str, scheme: Scheme
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         g = source.geometry
@@ -188,14 +214,35 @@ class WeightsVariant:
             chosen = range(start, min(start + step, g.experts))
             weights = [source.read_experts(layer, p, chosen, device, torch.float32) for p in stack]
             names = [[source.names.expert(layer, e, p) for e in chosen] for p in stack]
-            tensors |= stacked_tensors(self.scheme(self.bits_of(layer)), names, weights)
+            tensors |= stacked_tensors(scheme, names, weights)
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
         """config.json's quantization_config."""
         if not self.storage.mixes:
             return folder_config(self.scheme(self.bits), self.whole, source.names)
-        return mixed_config(self, source)
+        return planned_config(self, source) if self.kinds else mixed_config(self, source)
+
+
+def on_grid(scheme: Scheme | None) -> TypeGuard[Scheme]:
+    """Whether codes of a few bits are searched; bfloat16 and FP8 are carried, or rounded to nearest."""
+    return scheme is not None and not scheme.format.requantizable
+
+
+def scheme_specs(source: Checkpoint, name: str, shape: tuple[int, int], scheme: Scheme | None) -> list[TensorSpec]:
+    """The tensors of a matrix `name` [O, I] in a scheme, None: bfloat16."""
+    if scheme is None:
+        return [plain_spec(name, shape)]
+    return specs(scheme, name, shape) if on_grid(scheme) else fp8_specs(source, name, shape, scheme)
+
+
+def carried_tensors(
+    source: Checkpoint, name: str, device: torch.device | str, scheme: Scheme | None
+) -> dict[str, Tensor]:
+    """A matrix in bfloat16 (None) or FP8."""
+    if scheme is None:
+        return plain_tensor(name, source.read(name + ".weight"))
+    return fp8_tensors(source, name, device, scheme)
 
 
 def stacks(row: Format, stacked: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
@@ -224,7 +271,7 @@ def mixed_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
 
     Top level pack-quantized: SGLang refuses "mixed-precision" for INT4 experts, so every group names its own format.
     """
-    v, cache, attention = variant, variant.kv_cache == "fp8", variant.attention_scheme(source)
+    v, cache, attention = variant, variant.kv_cache == "fp8", variant.attention_scheme(source, 0)
     scheme, row = v.scheme(v.bits), v.storage
     whole = attention == scheme
     if whole and not v.eight_bit:
@@ -244,6 +291,45 @@ def mixed_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
     return ct.quantization_config(groups, row.name, ignore, cache)
 
 
-def layers_target(layers: tuple[int, ...]) -> str:
-    """A pattern for the experts of some layers that matches in vLLM (mlp.experts) and SGLang (the release's name)."""
-    return rf"re:.*\.layers\.({'|'.join(str(layer) for layer in layers)})\..*experts\..*"
+def planned_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
+    """quantization_config of a plan: one group for each scheme, its targets name the layers; bfloat16 is ignored."""
+    layers = range(source.geometry.layers)
+    by_scheme: dict[Scheme | None, dict[str, list[int]]] = {}
+    for layer in layers:
+        found = (variant.experts_scheme(source, layer), variant.attention_scheme(source, layer))
+        for part, scheme in zip((EXPERTS_PART, ATTENTION_PART), found, strict=True):
+            by_scheme.setdefault(scheme, {}).setdefault(part, []).append(layer)
+    groups: dict[str, dict[str, Any]] = {}
+    ignore = list(source.names.ignore)
+    for scheme, parts in by_scheme.items():
+        targets = [layers_target(tuple(some), part) for part, some in parts.items()]
+        if scheme is None:
+            ignore += targets
+        else:
+            label = scheme.label if on_grid(scheme) and scheme.group < 0 else f"{scheme.label}-{_size(scheme)}"
+            groups[label] = ct.entry(scheme, targets)
+    return ct.quantization_config(groups, variant.storage.name, tuple(ignore), variant.kv_cache == "fp8")
+
+
+def _size(scheme: Scheme) -> str:
+    return f"g{scheme.group}" if scheme.block is None else "x".join(map(str, scheme.block))
+
+
+def planned_words(variant: WeightsVariant) -> dict[str, str]:
+    """A plan in short: of experts and attention the kinds with their layers, equal neighbours together."""
+    found: dict[str, str] = {}
+    for place, part in enumerate(("experts", "attention")):
+        words = [(layer, pair[place].word) for layer, pair in enumerate(variant.kinds)]
+        runs = [list(run) for _, run in groupby(words, key=lambda item: item[1])]
+        found[part] = ", ".join(f"{span(run[0][0], run[-1][0])} {run[0][1]}" for run in runs)
+    return found
+
+
+def span(first: int, last: int) -> str:
+    """Layers from first to last, in words."""
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def layers_target(layers: tuple[int, ...], part: str = EXPERTS_PART) -> str:
+    """A pattern for a part of some layers that matches in vLLM (mlp.experts) and SGLang (the release's name)."""
+    return rf"re:.*\.layers\.({'|'.join(str(layer) for layer in layers)})\..*{part}"

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from helpers.killed import killed_at
 from helpers.tiny import write_tiny
-from mmquant import GgufOptions, InputError, PlanOptions, plan, quantize_gguf
+from mmquant import GgufOptions, InputError, Int4Options, Nvfp4Options, PlanOptions, plan, quantize_gguf
 from mmquant.commands.gguf import command as gguf_command
 from mmquant.commands.plan import command
 from mmquant.convert.gguf.reader import GgufSource
@@ -104,19 +104,19 @@ def test_one_command_plans_and_writes(model: Path, made: Path, tmp_path: Path) -
 
 
 def test_impossible_budgets_name_the_smallest_that_works(model: Path, made: Path, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="the smallest file takes") as error:
+    with pytest.raises(FitError, match="the smallest takes") as error:
         plan(model, tmp_path, PlanOptions(size=1000, sensitivity=made / SENSITIVITY))
     least = int(str(error.value).split("takes ")[1].split(" ")[0].replace(",", ""))
     plan(model, tmp_path, PlanOptions(size=least, sensitivity=made / SENSITIVITY))
-    with pytest.raises(FitError, match="the smallest file"):
+    with pytest.raises(FitError, match="the smallest takes"):
         plan(model, tmp_path, PlanOptions(size=least - 1, sensitivity=made / SENSITIVITY))
 
 
 def test_a_target_has_two_budgets(model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmquant.runs.plan.budgets_of", lambda *_: (900_000, 1_000_000))
+    monkeypatch.setattr("mmquant.runs.planner_gguf.budgets_of", lambda *_: (900_000, 1_000_000))
     found = plan(model, tmp_path, PlanOptions(target="24GB+96GB", target_context=512, sensitivity=made / SENSITIVITY))
     assert found.plan.placement == {"n_cpu_moe": 1}
-    monkeypatch.setattr("mmquant.runs.plan.budgets_of", lambda *_: (1_000_000, 100_000))
+    monkeypatch.setattr("mmquant.runs.planner_gguf.budgets_of", lambda *_: (1_000_000, 100_000))
     with pytest.raises(FitError, match="GB beside the card"):
         plan(model, tmp_path, PlanOptions(target="24GB+96GB", target_context=512, sensitivity=made / SENSITIVITY))
 
@@ -144,6 +144,7 @@ def test_bad_words(model: Path, made: Path, tmp_path: Path) -> None:
     [
         ("mmquant_plan", 2, "expected 1"),
         ("format", "exl3", "expected gguf"),
+        ("format", "int4", "a plan for mmquant int4"),
         ("tensors", {"output.weight": 3}, "expected a string"),
         ("tensors", {"output.weight": "Q8_0"}, "expected every matrix"),
         ("model", "0" * 64, "planned for another model"),
@@ -167,6 +168,7 @@ def test_damaged_sensitivities_are_one_line(model: Path, made: Path, tmp_path: P
     for change in (
         {"mmquant_sensitivity": 0},
         {"model": "x"},
+        {"format": "int4"},
         {"groups": {}},
         {"groups": {**whole["groups"], "output.weight": {"error": {"Q8_0": -1.0}, "kld": {}}}},
         {"judged": ["one"]},
@@ -187,7 +189,7 @@ def test_a_plan_is_drawn(made: Path, tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["--sensitivity", "x"], "--sensitivity has no effect without --size or --target"),
-        (["--size", "5MB", "--type", "Q4_K_M"], "--type has no effect with --size and --target"),
+        (["--size", "5MB", "--type", "Q4_K_M"], "--type has no effect with a plan"),
         (["--target-context", "512"], "--target-context has no effect without --target"),
         (["--size", "5MB", "--target", "24GB+96GB"], "expected one of them"),
         (["--size", "5MB", "--dry-run"], "needs --sensitivity"),
@@ -203,7 +205,8 @@ def test_words_that_contradict_each_other_are_refused(
         )
 
 
-def test_a_recipe_takes_plans_that_are_made() -> None:
-    variant = Variant("small", "gguf", GgufOptions(size=5))
+@pytest.mark.parametrize(("command", "kind"), [("gguf", GgufOptions), ("int4", Int4Options), ("nvfp4", Nvfp4Options)])
+def test_a_recipe_takes_plans_that_are_made(command: str, kind: Any) -> None:
+    variant = Variant("small", command, kind(size=5))
     with pytest.raises(InputError, match=r"small: size and target .* expected plan: plan\.json"):
         check_variant(variant)

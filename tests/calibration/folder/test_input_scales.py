@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 import torch
 
+from mmquant.calibration.folder.layer import QuantizedLayer
 from mmquant.calibration.folder.variant import HEADROOM, input_scales
 from mmquant.calibration.statistics.layer import LayerStatistics
 from mmquant.convert.formats import nvfp4
@@ -17,7 +18,8 @@ from mmquant.convert.models.minimax_m2.names import NAMES
 def test_a_rescaled_experts_down_sees_smaller_inputs() -> None:
     entering, between = (SimpleNamespace(amax=torch.tensor(v)) for v in ([3.0, 5.0, 1.0], [8.0, 64.0, 0.0]))
     seen = cast("LayerStatistics", SimpleNamespace(layer=7, expert_in=entering, expert_mid=between))
-    found = input_scales(NAMES, nvfp4.FORMAT, seen, torch.tensor([0, 3, 0]), attention=False)
+    solved = SimpleNamespace(mid_power=torch.tensor([0, 3, 0]), experts={"gate": None}, attention={})
+    found = input_scales(NAMES, nvfp4.FORMAT, seen, cast("QuantizedLayer", solved))
     # Expert 1 was rescaled by 2^-3: 64 is 8 now. Expert 2 saw nothing and has the largest of the others.
     largest = {"w1": [5.0] * 3, "w3": [5.0] * 3, "w2": [8.0, 8.0, 8.0]}
     for projection, inputs in largest.items():
