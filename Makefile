@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 READY := $(VENV)/.installed
 
-.PHONY: help install demo test lint types unit test-slow test-gpu test-peers bench dev-model notebooks constraints clean
+.PHONY: help install demo test lint types unit test-slow test-gpu test-peers test-wheel dist bench dev-model notebooks constraints clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -72,6 +72,23 @@ $(AUTOAWQ): $(READY)
 
 test-peers: $(READY) $(PEERS) $(NODE_LLAMA) $(AUTOAWQ) ## conformance with auto-gptq, AutoAWQ and llm-compressor themselves
 	$(PYTEST) -m peers
+
+dist: $(READY) ## the sdist and the wheel, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# The dependencies come from .venv by a path file, under which .venv's own link to the checkout is not read.
+WHEEL := build/wheel
+AWAY := tests bench docs notebooks README.md CONTRIBUTING.md Makefile constraints.txt pyproject.toml LICENSE
+NEED_GIT := --ignore=tests/test_packages.py --ignore=tests/test_packaging.py
+
+test-wheel: dist ## the quick tests against the installed wheel, away from the checkout
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/away
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install -qq --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > $$(echo $(WHEEL)/venv/lib/python3*/site-packages)/dev.pth
+	tar c --exclude=__pycache__ $(AWAY) | tar x -C $(WHEEL)/away
+	cd $(WHEEL)/away && $(TEST_ENV) ../venv/bin/python -m pytest -n 2 $(NEED_GIT)
 
 bench: $(READY) ## what can be measured; make bench NAME=prefetch ARGS="--runs 1" measures it
 ifdef NAME

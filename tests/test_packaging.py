@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,11 +12,18 @@ from pathlib import Path
 
 import pytest
 
+import mmquant
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")
 INSTALLED = {"mmquant": "mmquant", **{name: f"mmquant/{name}" for name in PACKAGES}}
 
-pytestmark = pytest.mark.slow
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    """`mmquant/__init__.py` says it to the build; what people cite and read repeats it."""
+    assert f"\nversion: {mmquant.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## .*{re.escape(mmquant.__version__)}", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
 def expected_members() -> set[str]:
@@ -61,18 +69,21 @@ def run(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_checkout_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected_members()
 
 
+@pytest.mark.slow
 def test_the_licence_travels(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (licence,) = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
         assert "Apache License" in archive.read(licence).decode()
 
 
+@pytest.mark.slow
 def test_it_runs_beside_a_users_own_files(installed: Path, tmp_path: Path) -> None:
     """People keep a convert.py and a quantize/ of their own where they work; ours must not be taken for theirs."""
     (tmp_path / "convert.py").write_text("raise SystemExit('the wrong convert')\n")

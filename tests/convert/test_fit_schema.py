@@ -9,9 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from helpers.paths import DATA, ROOT
+from helpers.paths import DATA, PACKAGE
 
-SCHEMA = json.loads((ROOT / "mmquant" / "data" / "schema" / "mmquant-fit-1.schema.json").read_text())
+SCHEMA = json.loads((PACKAGE / "data" / "schema" / "mmquant-fit-1.schema.json").read_text())
 EXAMPLE = json.loads((DATA / "fit-example.json").read_text())
 
 

@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from helpers.paths import ROOT
+from helpers.paths import PACKAGE, ROOT
 
-DEMO = ROOT / "mmquant" / "data" / "demo"
+DEMO = PACKAGE / "data" / "demo"
 RECORD = ROOT / "docs" / "demo-model"
 SHARDS = {
     "model-00001-of-00002.safetensors": "cc87e6028c15bf5b0308d2b5a37ac3a4f756b061f74f19d931cc4b15f5cd5e0d",

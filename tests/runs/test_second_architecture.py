@@ -12,7 +12,7 @@ import torch
 
 import mmquant
 from helpers import mixtral, qwen3_moe
-from helpers.paths import ROOT
+from helpers.paths import PACKAGE, ROOT
 from helpers.tiny import write_tiny
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.convert.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -23,7 +23,7 @@ from mmquant.convert.models import ARCHITECTURES, architecture_of
 from mmquant.convert.source import Source, read_globals, read_layer
 from mmquant.errors import InputError
 
-DEMO = ROOT / "mmquant" / "data" / "demo"
+DEMO = PACKAGE / "data" / "demo"
 TOKENS = torch.randint(0, 2048, (2, 40), generator=torch.Generator().manual_seed(5))
 
 

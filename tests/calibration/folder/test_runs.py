@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 from helpers.calibration_cases import corpus
-from helpers.paths import ROOT
+from helpers.paths import SOURCE
 from helpers.tiny import write_tiny
 from mmquant.calibration.folder.layer import LayerOptions
 from mmquant.calibration.folder.variant import CalibratedWeights
@@ -65,9 +65,9 @@ ALLOWED |= {"calibration/model/distributed.py _WATCHDOGS"}  # a process is in on
 def test_frozen_dataclasses_hold_no_state_and_modules_no_globals() -> None:
     classes: dict[str, bool] = {}
     found: list[str] = []
-    for path in (p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))):
+    for path in (p for package in PACKAGES for p in sorted((SOURCE / package).rglob("*.py"))):
         tree = ast.parse(path.read_text("utf-8"))
         classes |= {n.name: frozen(n) for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
-        found += [f"{path.relative_to(ROOT).as_posix()} {line}" for line in state_of(tree)]
+        found += [f"{path.relative_to(SOURCE).as_posix()} {line}" for line in state_of(tree)]
     made = {line: line.partition(": ")[2] for line in set(found) - ALLOWED}
     assert not [line for line, what in made.items() if not what or classes.get(what) is False]

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from helpers.calibration_cases import corpus, model, options
-from helpers.paths import ROOT
+from helpers.paths import PACKAGE
 from mmquant.calibration.statistics.live import LivePass
 from mmquant.calibration.statistics.report import domain_balance, findings, summarise, table
 from mmquant.commands.cli import cli
@@ -96,7 +96,7 @@ def test_a_dry_run_states_bytes_and_writes_nothing(tmp_path: Path) -> None:
 def test_bad_input_is_one_line_with_its_exit_code(tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    copied = ROOT / "mmquant" / "data" / "text" / "evaluation" / "prose.txt"
+    copied = PACKAGE / "data" / "text" / "evaluation" / "prose.txt"
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"messages": [{"role": "robot", "content": "x"}]}\n')
     other = tmp_path / "other.txt"

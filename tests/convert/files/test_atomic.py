@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.killed import killed_at
-from helpers.paths import ROOT
+from helpers.paths import SOURCE
 from mmquant.convert.files.atomic import copy_whole, replace_folder, sha256_file, whole_file, write_whole
 from mmquant.convert.files.lock import HOLDER, LOCK, hold
 from mmquant.errors import InputError
@@ -70,8 +70,8 @@ def writes(tree: ast.Module) -> Iterator[str]:
 
 def test_product_code_writes_files_by_the_helpers_alone() -> None:
     found = set()
-    for path in (p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))):
-        name = path.relative_to(ROOT).as_posix()
+    for path in (p for package in PACKAGES for p in sorted((SOURCE / package).rglob("*.py"))):
+        name = path.relative_to(SOURCE).as_posix()
         if not name.startswith("convert/files/"):
             found |= {(name, call) for call in writes(ast.parse(path.read_text("utf-8")))}
     assert found == ALLOWED

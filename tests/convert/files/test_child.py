@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from helpers.hub_server import HubServer
+from helpers.paths import SOURCE
 from mmquant.convert.files.child import SAFE_PATH, environment
 from mmquant.convert.hub.http import Retry
 from mmquant.convert.hub.store import FetchOptions, hub_source
 from mmquant.runs.llmc import find_python
 
-ROOT = Path(__file__).parents[3]
 TRAP = """import json, os, sys
 open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "caught"), "w").write(json.dumps(dict(os.environ)))
 """
@@ -71,7 +71,7 @@ def test_llmcompressor_is_not_looked_for_in_the_current_folder(trap: Path) -> No
 @pytest.mark.parametrize("package", ["commands", "runs", "calibration", "convert", "quantize", "mmquant"])
 def test_every_child_process_is_started_this_way(package: str) -> None:
     """Every call of subprocess in the product names its environment, and Python gets -P."""
-    for path in (ROOT / package).rglob("*.py"):
+    for path in (SOURCE / package).rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("subprocess."):

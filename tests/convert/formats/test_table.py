@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import torch
 
+from helpers.paths import SOURCE
 from mmquant.commands import fp8, int4, mxfp4, nvfp4
 from mmquant.convert.folder.writer import DTYPE_NAMES
 from mmquant.convert.formats.format import FLOATS, Format, Scheme, check_writable, specs
@@ -18,7 +18,6 @@ from mmquant.convert.formats.table import FORMATS, METHODS, choices, formats_of
 from mmquant.convert.models.minimax_m2.names import NAMES as TENSORS
 from mmquant.errors import InputError
 
-ROOT = Path(__file__).parents[3]
 PACKAGES = ("mmquant", "commands", "runs", "calibration", "convert")
 GENERAL = {"safetensors", "block", "channel", "fp8"}  # words of other things too: tiles, an FP8 KV cache
 NAMES = {word for row in FORMATS for word in (row.name, *row.method.names, row.manifest, row.choice) if word} - GENERAL
@@ -44,8 +43,8 @@ def comparisons(tree: ast.AST) -> Iterator[ast.Compare]:
 
 def test_no_format_is_told_apart_by_its_name_elsewhere() -> None:
     found = []
-    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-        where = path.relative_to(ROOT).as_posix()
+    for path in (path for package in PACKAGES for path in (SOURCE / package).rglob("*.py")):
+        where = path.relative_to(SOURCE).as_posix()
         if not where.startswith(("convert/formats/", "mmquant/data/")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             found += [f"{where}:{node.lineno}: {ast.unparse(node)}" for node in comparisons(tree)]

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from helpers.paths import ROOT
+from helpers.paths import SOURCE
 from mmquant.convert.hub.address import parse_address
 from mmquant.convert.hub.http import HubError
 from mmquant.convert.hub.hubs import DEFAULT_HUB, HUBS, endpoint_of, parse_spec
 from mmquant.convert.manifest_check import schema
 
 ROOMS = ("mmquant", "commands", "runs", "calibration", "convert", "quantize")
-OWN = {ROOT / "convert" / "hub" / name for name in ("huggingface.py", "modelscope.py")}
+OWN = {SOURCE / "convert" / "hub" / name for name in ("huggingface.py", "modelscope.py")}
 KEYS = "|".join(re.escape(word) for hub in HUBS.values() for word in (hub.key, hub.manifest_name))
 TELLS = re.compile(rf"(?:{KEYS}):?|.*\((?:\?:)?(?:{'|'.join(HUBS)})[|)].*")
-PRODUCT = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")) if path not in OWN]
+PRODUCT = [path for room in ROOMS for path in sorted((SOURCE / room).rglob("*.py")) if path not in OWN]
 
 
 def words(text: str) -> list[tuple[int, str]]:
@@ -27,7 +27,7 @@ def words(text: str) -> list[tuple[int, str]]:
     return [(n.lineno, n.value) for n in nodes if isinstance(n.value, str) and TELLS.fullmatch(n.value)]
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_no_other_module_tells_hubs_apart(path: Path) -> None:
     assert not words(path.read_text(encoding="utf-8"))
 

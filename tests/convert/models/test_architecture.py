@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.paths import ROOT
+from helpers.paths import SOURCE
 from helpers.tiny import CONFIG
 from mmquant.convert.models import ARCHITECTURES, architecture_of
 from mmquant.errors import InputError
@@ -16,8 +16,8 @@ from mmquant.errors import InputError
 ROOMS = ("commands", "runs", "calibration", "convert", "quantize")
 TELLS = re.compile(r"block_sparse_moe|minimax[-_:]", re.IGNORECASE)
 REPOSITORY = re.compile(r"\S*MiniMaxAI/MiniMax-M2\.7\S*")  # a name that users type, not a fact of the architecture
-MODELS = ROOT / "convert" / "models"
-PRODUCT = [p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py")) if not p.is_relative_to(MODELS)]
+MODELS = SOURCE / "convert" / "models"
+PRODUCT = [p for room in ROOMS for p in sorted((SOURCE / room).rglob("*.py")) if not p.is_relative_to(MODELS)]
 
 
 def words(text: str) -> list[tuple[int, str]]:
@@ -29,7 +29,7 @@ def words(text: str) -> list[tuple[int, str]]:
     return [(line, value) for line, value in code if TELLS.search(value.replace("MiniMax-M2", ""))]
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_no_other_module_names_its_tensors(path: Path) -> None:
     assert not words(path.read_text(encoding="utf-8"))
 
