@@ -19,7 +19,6 @@ PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")
 INSTALLED = {"mmquant": "mmquant", **{name: f"mmquant/{name}" for name in PACKAGES}}
 
 
-
 def test_the_version_is_the_same_everywhere() -> None:
     """`mmquant/__init__.py` says it to the build; what people cite and read repeats it."""
     assert f"\nversion: {mmquant.__version__}\n" in (ROOT / "CITATION.cff").read_text()
