@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,19 +25,21 @@ from ..convert import manifest
 from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.growing import GrowingFolder
+from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import INDEX
 from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
 from ..convert.fitting.weights import Weights
-from ..convert.folder.bf16 import check_bf16
-from ..convert.folder.check import check_folder
+from ..convert.folder.bf16 import check_bf16, check_bf16_layer
+from ..convert.folder.check import check_folder, check_headers, check_written_layer
 from ..convert.folder.native_copy import check_native, copy_native
 from ..convert.folder.variant import FolderVariant, global_specs, global_tensors, quantized_config
-from ..convert.folder.writer import SHARD_LIMIT, FolderWriter
+from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, Shard, plan_shards
 from ..convert.formats import fp8_native
 from ..convert.formats.spec import TensorSpec
 from ..convert.formats.table import METHODS
+from ..convert.hub.ledger import sent
 from ..convert.manifest import Artifact, FileEntry
 from ..convert.open import open_store
 from .engine import run_jobs
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from ..convert.source import Source
 
 
+SAMPLES = 4  # experts of each layer that are compared with the original
 EXPERTS_KEPT = "experts_kept.json"  # of a pruned model: the original's numbers of each layer's experts
 
 
@@ -108,6 +112,7 @@ class FolderJob:
         self.steps = len(self.prepared.steps)
         self._writer: FolderWriter | None = None
         self._done = 0  # of the first rank, on the others
+        self.room: int | None = None  # bytes that the disk holds at once, where whole shards leave it early
 
     @property
     def writer(self) -> FolderWriter:
@@ -134,8 +139,9 @@ class FolderJob:
                 yield
             return
         with claim(self.out, self.run):
-            self._writer = FolderWriter(self.out, self.prepared.steps, self.run, self.limit)
-            check_disk(self.out, self.writer.bytes - written_bytes(self.out), self.source)
+            self._writer = FolderWriter(self.out, self.prepared.steps, self.run, self.limit, sent(self.out))
+            needed = self.writer.bytes if self.room is None else self.room
+            check_disk(self.out, max(0, needed - written_bytes(self.out)), self.source)
             from_owner(lambda: self.writer.done)
             try:
                 with self.source.schedule.kept(self.behind):
@@ -157,9 +163,13 @@ class FolderJob:
         if not self.first:
             return self.out
         source, variant, out = self.source, self.variant, self.out
-        names = self.writer.finish(self.small_files())
-        check_written(out, source, self.device, variant.quantization_config(source) is not None)
-        entries = tuple(FileEntry(n, (out / n).stat().st_size, self.writer.sha256[n]) for n in names)
+        names, sizes = self.writer.finish(self.small_files()), self.sizes
+        if self.away:
+            self.check(range(source.geometry.layers), headers=True)
+        else:
+            check_written(out, source, self.device, variant.quantization_config(source) is not None)
+        sizes |= {name: (out / name).stat().st_size for name in names if name not in sizes}
+        entries = tuple(FileEntry(n, sizes[n], self.writer.sha256[n]) for n in names)
         weights = self.prepared.weights
         finish_folder(out, source, variant.format, variant.label, entries, weights, self.run, made=self.made)
         self.writer.clear_progress()
@@ -169,9 +179,61 @@ class FolderJob:
 
     def growing(self) -> Source:
         """The artifact as far as it is written, to be read; inside `open`."""
-        headers = {shard.name: (shard.header, shard.bytes) for shard in self.writer.shards}
-        small = {**self.small_files(), INDEX: self.writer.index()}
-        return open_store(GrowingFolder(self.out, headers, small))
+        return open_store(self._growing())
+
+    def _growing(self) -> GrowingFolder:
+        headers = {shard.name: (shard.header, shard.bytes) for shard in self._shards}
+        return GrowingFolder(self.out, headers, {**self.small_files(), INDEX: self.writer.index()})
+
+    @cached_property
+    def _shards(self) -> list[Shard]:
+        return plan_shards(self.prepared.steps, self.limit)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every shard when it is whole."""
+        return {shard.name: shard.bytes for shard in self._shards}
+
+    @property
+    def quant_label(self) -> str:
+        """What it is called, whatever a run calls it."""
+        return self.variant.label
+
+    @property
+    def away(self) -> set[str]:
+        """Shards that are on a hub and no longer here."""
+        return sent(self.out) & self.sizes.keys()
+
+    def whole(self) -> dict[str, int]:
+        """Shards that may leave, and the step that filled each; inside `open`."""
+        return self.writer.whole()
+
+    def sha256(self, name: str) -> str:
+        """Of a whole shard."""
+        return self.writer.sha256[name]
+
+    def check(self, layers: Sequence[int], headers: bool = False) -> None:
+        """Read layers of the growing artifact back as an engine does; what lies in shards that are gone was checked."""
+        away = self.away
+        gone = {tensor.name for shard in self._shards if shard.name in away for tensor in shard.tensors}
+        here = [n for n in layers if gone.isdisjoint(spec.name for spec in self.prepared.steps[n + 1])]
+        original, found = self.source if self.source.store.is_local else None, self._read_back
+        if isinstance(found, Checkpoint):
+            if headers:
+                found.validate(scales=False)
+            for layer in here:
+                check_bf16_layer(found, layer, original, SAMPLES)
+            return
+        if headers:
+            check_headers(found)
+        for layer in here:
+            check_written_layer(found, layer, original, SAMPLES, self.device)
+
+    @cached_property
+    def _read_back(self) -> Checkpoint | QuantizedFolder:
+        """As `check_written` reads it."""
+        quantized = self.variant.quantization_config(self.source) is not None
+        return QuantizedFolder(self._growing()) if quantized else Checkpoint(self._growing())
 
     def small_files(self) -> dict[str, bytes]:
         """config.json and what is carried beside it."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -34,6 +36,7 @@ from ..convert.gguf.reader import GgufSource
 from ..convert.gguf.variant import GgufVariant
 from ..convert.gguf.writer import GgufWriter
 from ..convert.hub.address import parse_address
+from ..convert.hub.ledger import sent
 from ..convert.manifest import FileEntry
 from ..convert.naming import short_name
 from ..convert.source import CARRIED_FILES
@@ -146,6 +149,7 @@ class GgufJob:
         self.uses: list[Shared] = []
         self.provider: TensorProvider | None = None
         self._writer: GgufWriter | None = None
+        self.room: int | None = None  # bytes that the disk holds at once, where whole parts leave it early
         if not self.finished:
             self.provider = provider_of(source, self.plan, calibration, device, out, passes)
             self.uses = [self.provider.passes] if isinstance(self.provider, FastRun) else []
@@ -172,8 +176,9 @@ class GgufJob:
             yield
             return
         with claim(self.out, self.run):
-            check_disk(self.out, self.plan.bytes - written_bytes(self.out), self.source)
-            self._writer = writer = GgufWriter(self.out, self.plan.parts, self.run)
+            needed = self.plan.bytes if self.room is None else self.room
+            check_disk(self.out, max(0, needed - written_bytes(self.out)), self.source)
+            self._writer = writer = GgufWriter(self.out, self.plan.parts, self.run, sent(self.out))
             first = self.plan.first_step(writer.done)
             if first is None:
                 raise damaged(writer.progress.path, f"{writer.done} tensors are done", "whole steps")
@@ -199,15 +204,43 @@ class GgufJob:
         """The model as far as it is written, to be read."""
         return GgufSource(self.path, [growing_file(self.out, part) for part in self.plan.parts])
 
+    @property
+    def quant_label(self) -> str:
+        """What its files' names end with."""
+        return self.plan.label
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every part when it is whole."""
+        return {part.name: part.bytes for part in self.plan.parts}
+
+    def whole(self) -> dict[str, int]:
+        """Parts that may leave, and the step that filled each; inside `open`."""
+        ends = list(accumulate(map(len, self.plan.steps)))
+        return {name: bisect_left(ends, tensors) for name, tensors in self.writer.whole().items()}
+
+    def sha256(self, name: str) -> str:
+        """Of a whole part."""
+        return self.writer.sha256[name]
+
+    def check(self, layers: Sequence[int]) -> None:
+        """Nothing: the writer has seen every scale."""
+        del layers
+
+    def small_files(self) -> dict[str, bytes]:
+        """What lies beside the parts."""
+        return licences(self.source)
+
     def finish(self) -> Path:
         """The licence beside the file, the check, the manifest."""
         if not self.first:
             return self.path
         source, out, plan = self.source, self.out, self.plan
-        paths = self.writer.finish()
-        entries = [FileEntry(p.name, p.stat().st_size, self.writer.sha256[p.name]) for p in paths]
+        paths, sizes = self.writer.finish(), self.sizes
+        entries = [FileEntry(p.name, sizes[p.name], self.writer.sha256[p.name]) for p in paths]
         entries += carry_licence(source, out)
-        check_file(self.path)
+        away = sent(out) & sizes.keys()
+        check_file(cast("GgufSource", self.growing()) if away else GgufSource(self.path))
         weights, entry = plan.weights(), self.path.name
         finish_folder(out, source, "gguf", plan.label, tuple(entries), weights, self.run, entry=entry, made=self.made)
         forget(out)
@@ -271,13 +304,12 @@ def write_step(writer: GgufWriter, provider: TensorProvider, step: int) -> None:
         current().message(line)
 
 
-def check_file(first: Path) -> None:
+def check_file(found: GgufSource) -> None:
     """InputError unless the set is whole and its metadata makes runtimes work; the writer has seen every scale."""
-    found = GgufSource(first)
     found.validate()
     for finding in check_metadata(found):
         if finding.level == "error":
-            raise InputError(f"{first}: {finding.where} is {finding.text}")
+            raise InputError(f"{found.label}: {finding.where} is {finding.text}")
 
 
 def check_gguf(
@@ -290,14 +322,19 @@ def check_gguf(
         plan_memory(source.geometry, windows_at_most(text), context_of(source, text), device)
 
 
+def licences(source: Checkpoint) -> dict[str, bytes]:
+    """Licence and notice files, byte for byte (everything else that engines need is in the GGUF)."""
+    names = [name for name in CARRIED_FILES if name.startswith(("LICENSE", "NOTICE"))]
+    found = {name: source.small_file(name) for name in names}
+    return {name: data for name, data in found.items() if data is not None}
+
+
 def carry_licence(source: Checkpoint, out: Path) -> list[FileEntry]:
-    """Licence and notice files beside the model, byte for byte (everything else that engines need is in the GGUF)."""
+    """The same, written beside the model."""
     entries = []
-    for name in (name for name in CARRIED_FILES if name.startswith(("LICENSE", "NOTICE"))):
-        data = source.small_file(name)
-        if data is not None:
-            write_whole(out / name, data)
-            entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
+    for name, data in licences(source).items():
+        write_whole(out / name, data)
+        entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
     return entries
 
 

@@ -7,6 +7,8 @@ judged alone; the journal says what a folder is for, and that what a recipe asks
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from ..convert.files.parse import parse_json, take, take_map
 from ..convert.files.progress import damaged
 
 JOURNAL, LOG = "mmquant-run.json", "mmquant-run.log.jsonl"
+STREAMS = ".mmquant-streams"  # hidden states and scores on their way, in the run's folder
 FORMAT = 1
 # States of an artifact, in order.
 STATES = ("waiting", "writing", "written", "checked", "pushed")
@@ -56,6 +59,10 @@ class Journal:
         entry.state = state
         entry.facts |= facts
         self.save()
+
+    def event(self, name: str, /, **facts: object) -> None:
+        """An event of this process in the run's log."""
+        self.log({"event": name, "time": round(time.time(), 3), "process": os.getpid(), **facts})
 
     def log(self, event: Mapping[str, Any]) -> None:
         """One line more in the run's log; it may be lost in a power failure."""

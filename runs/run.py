@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from mmquant.errors import FitError, InputError, MmquantError, PartialError
+from mmquant.errors import FitError, InputError, MmquantError, PartialError, naming
 from mmquant.monitor import Monitor, current, watching
 from mmquant.tables import table
 
@@ -25,20 +25,19 @@ from ..convert.source import SharedLayer
 from .artifacts import asked_of, bytes_of, check_variant, job_of, streams_of
 from .engine import Job, run_jobs
 from .folder import check_disk, written_bytes
-from .journal import CHECKED, JOURNAL, LOG, PUSHED, STATES, WRITING, WRITTEN, Entry, Journal, read_journal
+from .journal import CHECKED, JOURNAL, LOG, PUSHED, STATES, STREAMS, WRITING, WRITTEN, Entry, Journal, read_journal
 from .models import choose_device, opened
-from .options import PushOptions
 from .passes import Passes
 from .place import free_bytes
-from .recipe.read import Recipe, read_recipe
+from .recipe.read import Push, Recipe, Variant, read_recipe
 from .results import Result
-from .run_check import Alongside, check_artifacts, forget_other_scores, readable
+from .run_check import Alongside, check_artifacts, forget_other_scores, is_away, note_kept_scores, readable
+from .uploads import LostError, Piecewise, Uploads
 from .watch import Watch
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
-STREAMS = ".mmquant-streams"  # the reference's streams, in the run's folder
 OURS = (JOURNAL, LOG, STREAMS)
 
 
@@ -151,7 +150,11 @@ class Run:
         try:
             with opened(self.recipe.model, self.fetch, self.out) as source:
                 self._reconcile(source)
-                self._write(source)
+                try:
+                    self._write(source)
+                except LostError as error:
+                    self._begin_again(error.names)
+                    self._write(source)
                 failure = self._check()
                 self._push()
                 source.close(finished=True)
@@ -191,42 +194,80 @@ class Run:
         self.journal.model, self.journal.layers = source.label, source.geometry.layers
         self.journal.save()
 
+    def _begin_again(self, names: Sequence[str]) -> None:
+        """Make artifacts anew of which a check needs files that are gone."""
+        for name in names:
+            current().message(f"{name}: the check begins anew and reads files that were deleted: made again")
+            shutil.rmtree(self.out / name)
+            self.journal.artifacts[name] = Entry(self.journal.artifacts[name].asked)
+        self.journal.save()
+
     def _write(self, source: Checkpoint) -> None:
         """Every artifact that is not there, in one pass."""
         recipe, journal = self.recipe, self.journal
         forget_other_scores(recipe, journal)
+        if names := self._unreadable():
+            self._begin_again(names)
         todo = [v for v in recipe.variants if STATES.index(journal.artifacts[v.name].state) < STATES.index(WRITTEN)]
         if not todo:
             return
+        jobs = self._jobs(source, todo)
+        uploads = self._uploads(jobs)
+        self._check_room(source, jobs)
+        for name in jobs:
+            journal.artifacts[name].state = WRITING
+        for name, orders in uploads.orders.items():
+            if orders:
+                journal.artifacts[name].facts["early"] = [where_of(order) for order in orders]
+        journal.save()
+        check, models = None, readable(jobs)
+        if recipe.check is not None and models and not any(job.finished for job in models.values()):
+            check = Alongside(recipe, source, models, self.device, self.out / STREAMS / "check", uploads.guard)
+        hooks = Hooks(check, uploads)
+        source.shared = SharedLayer()
+        try:
+            with uploads:
+                shared = [source.shared]
+                run_jobs(list(jobs.values()), "run", shared, hooks.before, hooks.after, Watch(journal, len(jobs)))
+        finally:
+            source.shared = None
+        for name, job in jobs.items():
+            size = max(_bytes(job.path), getattr(job, "bytes", 0))
+            journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=size)
+        if check is not None:
+            check.finish(self.out, journal)
+
+    def _unreadable(self) -> list[str]:
+        """Artifacts that were to be scored, and of which files have left before they were."""
+        if self.recipe.check is None:
+            return []
+        note_kept_scores(self.recipe, self.journal, self.out, self.out / STREAMS / "check")
+        written = {n: e for n, e in self.journal.artifacts.items() if e.state == WRITTEN and "scores" not in e.facts}
+        return [name for name in written if is_away(self.out / name)]
+
+    def _jobs(self, source: Checkpoint, todo: Sequence[Variant]) -> dict[str, Job]:
+        """Variants as jobs, by name."""
         passes = Passes(source, self.device, self.out / STREAMS)
         streams = {variant.name: streams_of(source, variant) for variant in todo}
         jobs: dict[str, Job] = {}
         for variant in todo:
             passes.others = sum(streams.values()) - streams[variant.name]
-            jobs[variant.name] = job_of(source, variant, recipe.model, self.out / variant.name, passes)
+            jobs[variant.name] = job_of(source, variant, self.recipe.model, self.out / variant.name, passes)
             jobs[variant.name].label = variant.name
-        self._check_room(source, jobs)
-        for name in jobs:
-            journal.artifacts[name].state = WRITING
-        journal.save()
-        check, models = None, readable(jobs)
-        if recipe.check is not None and models and not any(job.finished for job in models.values()):
-            check = Alongside(recipe, source, models, self.device, self.out / STREAMS / "check")
-        source.shared = SharedLayer()
-        try:
-            watch, hooks = Watch(journal, len(jobs)), (check.before, check.after) if check else (None, None)
-            run_jobs(list(jobs.values()), "run", [source.shared], *hooks, watch=watch)
-        finally:
-            source.shared = None
-        for name, job in jobs.items():
-            journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=_bytes(job.path))
-        if check is not None:
-            check.finish(self.out, journal)
+        return jobs
+
+    def _uploads(self, jobs: Mapping[str, Job]) -> Uploads:
+        """What leaves while it is made."""
+        orders = {name: [o for o in self.recipe.push if name in o.variants] for name in jobs}
+        early = {name: [o for o in found if o.as_completed] for name, found in orders.items()}
+        chosen = {name: cast("Piecewise", job) for name, job in jobs.items() if early[name] and not job.finished}
+        deleted = frozenset(name for name in chosen if early[name] == orders[name] and deletes(orders[name]))
+        return Uploads(chosen, early, deleted, self.journal.event)
 
     def _check_room(self, source: Checkpoint, jobs: dict[str, Job]) -> None:
         """FitError, before anything is written, when the disk or its limit does not hold all artifacts."""
         have = sum(written_bytes(self.out / name) for name in jobs if (self.out / name).is_dir())
-        whole = sum(getattr(job, "bytes", 0) for job in jobs.values())
+        whole = sum(getattr(job, "room", None) or getattr(job, "bytes", 0) for job in jobs.values())
         check_disk(self.out, max(0, whole - have), source)
         limit = self.recipe.limits.disk
         if limit is not None and whole + source.store.in_flight() > limit:
@@ -241,16 +282,48 @@ class Run:
         """Publish what is written and passed; what is on a hub already is found whole."""
         from .push import push
 
-        for order in self.recipe.push:
-            for name in order.variants:
-                entry = self.journal.artifacts[name]
-                where = f"{order.options.hub}:{order.repo}"
-                if where in entry.facts.get("pushed", []) or entry.facts.get("failures"):
-                    continue
-                options: PushOptions = order.options
+        left = [(order, name) for order in self.recipe.push for name in order.variants]
+        for at, (order, name) in enumerate(left):
+            entry, where = self.journal.artifacts[name], where_of(order)
+            if where in entry.facts.get("pushed", []) or entry.facts.get("failures"):
+                continue
+            last = all(other != name for _, other in left[at + 1 :])
+            delete = last and deletes([order for order, other in left if other == name])
+            options = dataclasses.replace(order.options, delete_after_upload=delete)
+            with naming(name):
                 found = push(self.out / name, order.repo, options)
-                pushed = [*entry.facts.get("pushed", []), where]
-                self.journal.set(name, PUSHED, pushed=pushed, url=found.url)
+            pushed = [*entry.facts.get("pushed", []), where]
+            self.journal.set(name, PUSHED if last else entry.state, pushed=pushed, url=found.url)
+
+
+class Hooks:
+    """What happens around the steps of all artifacts: the check reads them, then what is whole may leave."""
+
+    def __init__(self, check: Alongside | None, uploads: Uploads) -> None:
+        self.check, self.uploads = check, uploads
+
+    def before(self, first: int) -> None:
+        """Artifacts are open; `first` is their first step that is missing."""
+        if self.check is not None:
+            self.check.before(first)
+        if self.uploads.jobs:
+            self.uploads.begin()
+
+    def after(self, step: int) -> None:
+        """Every artifact has the step."""
+        if self.check is not None:
+            self.check.after(step)
+        self.uploads.after(step)
+
+
+def deletes(orders: Sequence[Push]) -> bool:
+    """Whether an artifact goes once it is in all of its repositories."""
+    return any(order.options.delete_after_upload for order in orders)
+
+
+def where_of(order: Push) -> str:
+    """A repository, in the journal."""
+    return f"{order.options.hub}:{order.repo}"
 
 
 def _bytes(path: Path) -> int:
@@ -306,9 +379,19 @@ def summary(journal: Journal, seconds: float) -> list[str]:
     lines = table(head, rows, text=("artifact", "state", "path"))
     for entry in journal.artifacts.values():
         lines += [f"failed: {text}" for text in entry.facts.get("failures", [])]
+    lines += [f"{name}: weights are in {where} without card and manifest" for name, where in half_published(journal)]
     if unpushed:
         lines.append(f"next: mmquant push {journal.folder / unpushed[0]} --repo ORG/NAME")
     return [*lines, f"{journal.model}: {len(rows)} artifacts in {seconds:.0f} s; log in {journal.folder / LOG}"]
+
+
+def half_published(journal: Journal) -> list[tuple[str, str]]:
+    """Artifacts that failed a gate after weights of theirs had left, and the repositories that hold them."""
+    failed = {name: entry for name, entry in journal.artifacts.items() if entry.facts.get("failures")}
+    there = {
+        name: set(entry.facts.get("early", [])) - set(entry.facts.get("pushed", [])) for name, entry in failed.items()
+    }
+    return [(name, where) for name, places in there.items() for where in sorted(places)]
 
 
 def number(value: object) -> str:

@@ -7,23 +7,32 @@ moves the text's hidden states on beside the reference's. What was written befor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mmquant.monitor import current
+
 from ..calibration.evaluate.streamed import Scoring
+from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.files.atomic import write_whole
+from ..convert.files.parse import parse_json
+from ..convert.hub.ledger import sent
 from .artifacts import plain
 from .evaluation.result import document, failures
 from .evaluation.run import evaluate, record, settings_of
 from .evaluation.text import make_eval_sample, sets_of
-from .journal import CHECKED, STATES, Journal
-from .models import open_any
+from .journal import CHECKED, STATES, STREAMS, Journal
 from .recipe.read import Recipe
 
 if TYPE_CHECKING:
     from ..convert.source import Source
+
+
+SCORES = "scores.json"  # of artifacts that are not finished yet, in the check's folder
 
 
 class Readable(Protocol):
@@ -41,9 +50,17 @@ class Alongside:
     """The check of artifacts that are being written, by name; hidden states are kept in `folder` after every layer."""
 
     def __init__(
-        self, recipe: Recipe, source: Checkpoint, jobs: Mapping[str, Readable], device: str, folder: Path
+        self,
+        recipe: Recipe,
+        source: Checkpoint,
+        jobs: Mapping[str, Readable],
+        device: str,
+        folder: Path,
+        guard: Callable[[int], None] = lambda layer: None,
     ) -> None:
+        """guard: hears, before any artifact is read, from which layer on they will be."""
         assert recipe.check is not None
+        self.guard = guard
         self.recipe, self.source, self.jobs, self.device, self.folder = recipe, source, jobs, device, folder
         self.layer, self.seed = 0, recipe.check.seed
         self.scoring: Scoring | None = None
@@ -59,10 +76,12 @@ class Alongside:
             self._advance(first - 1)
 
     def after(self, step: int) -> None:
-        """Every artifact has the step."""
+        """Every artifact has the step; with the last one the scores are known, and durable before anything is gone."""
         if self.scoring is None:
             self._begin()
         self._advance(step)
+        if step == self.source.geometry.layers + 1:
+            self._conclude()
 
     def _begin(self) -> None:
         names = " ".join(f"{name} {sorted(job.run.items())}" for name, job in self.jobs.items())
@@ -70,6 +89,7 @@ class Alongside:
         identity = f"{self.sample.fingerprint()} {self.source.fingerprint} {self.settings.dtype} {names}"
         self.scoring = Scoring(self.source, candidates, self.sample, self.settings, identity=identity)
         self.scoring.state.every = 0.0
+        self.guard(self.scoring.state.newest(self.scoring.ranks))
         self.layer = self.scoring.begin()
 
     def _advance(self, step: int) -> None:
@@ -79,20 +99,43 @@ class Alongside:
             self.scoring.advance(self.layer)
             self.layer += 1
 
+    def _conclude(self) -> None:
+        assert self.scoring is not None
+        outcomes, check = self.scoring.finish(keep=True), self.recipe.check
+        made_of = {"label": self.source.label, "fingerprint": self.source.fingerprint, "stored": None}
+        dtype, seed = str(self.settings.dtype).removeprefix("torch."), check.seed if check else 0
+        settings = {"seed": seed, "dtype": dtype, "activations": self.settings.activations}
+        candidates = [job.growing() for job in self.jobs.values()]
+        found = document(outcomes, self.sample, candidates, made_of, **settings)
+        kept = {"check": asked_check(self.recipe), "runs": {name: job.run for name, job in self.jobs.items()}}
+        write_whole(self.folder / SCORES, json.dumps(kept | {"document": found}).encode())
+        self.scoring.forget()
+
     def finish(self, out: Path, journal: Journal) -> None:
         """Scores into journal and manifests, of finished artifacts."""
         if self.scoring is None or self.layer != self.source.geometry.layers:
             return
-        outcomes = self.scoring.finish()
-        made_of = {"label": self.source.label, "fingerprint": self.source.fingerprint, "stored": None}
-        candidates = [open_any(str(job.path)) for job in self.jobs.values()]
-        dtype, seed = (
-            str(self.settings.dtype).removeprefix("torch."),
-            self.recipe.check.seed if self.recipe.check else 0,
-        )
-        settings = {"seed": seed, "dtype": dtype, "activations": self.settings.activations}
-        found = document(outcomes, self.sample, candidates, made_of, **settings)
-        note_scores(self.recipe, journal, out, dict(zip(self.jobs, found["candidates"], strict=True)), found)
+        if not (self.folder / SCORES).is_file():  # killed between the last step and its scores
+            self._conclude()
+        note_kept_scores(self.recipe, journal, out, self.folder)
+
+
+def note_kept_scores(recipe: Recipe, journal: Journal, out: Path, folder: Path) -> None:
+    """Scores that a run left in `folder`, into the journal and manifests of the artifacts that they are of."""
+    path = folder / SCORES
+    if not path.is_file():
+        return
+    kept = parse_json(path.read_bytes(), str(path))
+    if kept.get("check") != asked_check(recipe):
+        return
+    names = {}
+    for (name, run), candidate in zip(kept["runs"].items(), kept["document"]["candidates"], strict=True):
+        entry = journal.artifacts.get(name)
+        made = manifest.read(out / name) if entry is not None and "path" in entry.facts else None
+        if entry is not None and made is not None and "scores" not in entry.facts:
+            if made["artifacts"][0]["provenance"]["run"] == run:
+                names[name] = candidate
+    note_scores(recipe, journal, out, names, kept["document"])
 
 
 def asked_check(recipe: Recipe) -> dict[str, Any]:
@@ -105,7 +148,12 @@ def check_artifacts(recipe: Recipe, out: Path, journal: Journal, device: str) ->
     if recipe.check is None:
         return None
     scored = {v.name: v for v in recipe.variants if v.command != "calibrate"}
+    note_kept_scores(recipe, journal, out, out / STREAMS / "check")
     missing = [name for name in scored if "scores" not in journal.artifacts[name].facts]
+    for name in [name for name in missing if is_away(out / name)]:
+        current().message(f"{name}: is on its hub and no longer here: not scored")
+        missing.remove(name)
+        del scored[name]
     if missing:
         paths = [str(out / journal.artifacts[name].facts["path"]) for name in missing]
         found = evaluate(paths, recipe.model, recipe.check, device=device)
@@ -133,17 +181,34 @@ def forget_other_scores(recipe: Recipe, journal: Journal) -> None:
     """Scores that were made in another way go."""
     asked = asked_check(recipe)
     if recipe.check is not None and journal.check != asked:
-        for entry in journal.artifacts.values():
+        for name, entry in journal.artifacts.items():
+            if "scores" in entry.facts and is_away(journal.folder / name):
+                current().message(f"{name}: is on its hub and no longer here: its scores stay those of the last check")
+                continue
             entry.facts.pop("scores", None)
         journal.check = asked
         journal.save()
 
 
+def is_away(folder: Path) -> bool:
+    """Whether weights of an artifact were published and deleted, so that it cannot be read any more."""
+    return any(name.endswith((".safetensors", ".gguf")) for name in sent(folder))
+
+
 def scores_of(candidate: Mapping[str, Any]) -> dict[str, Any]:
-    """A candidate's numbers as the journal keeps them: what gates ask for, and the size."""
+    """A candidate's numbers as the journal keeps them: what gates ask for, the size, and where it loses most."""
     names = ("ppl", "ppl_ratio", "top1", "nonfinite", "tokens")
     kld = {name: candidate["kld"][name] for name in ("mean", "p99", "p999")}
-    return {name: candidate[name] for name in names} | {"kld": kld, "bits": candidate.get("bits_per_weight")}
+    errors = {found["layer"]: found["relative_error"] for found in candidate["layers"]}
+    known = sorted((n for n, error in errors.items() if error is not None), key=lambda n: -gained(errors, n))
+    more = {"kld": kld, "bits": candidate.get("bits_per_weight"), "worst_layers": known[:3]}
+    return {name: candidate[name] for name in names} | more
+
+
+def gained(errors: Mapping[int, float | None], layer: int) -> float:
+    """What a layer adds to the relative error of the hidden states, squared."""
+    before, own = errors.get(layer - 1) or 0.0, errors[layer] or 0.0
+    return own**2 - before**2
 
 
 def gates(recipe: Recipe, journal: Journal, scored: Mapping[str, Any]) -> str | None:

@@ -45,7 +45,7 @@ class Watch:
         self._log("step", step=step, memory=resident(), **facts)
 
     def _log(self, event: str, **facts: object) -> None:
-        self.journal.log({"event": event, "time": round(time.time(), 3), "process": os.getpid(), **facts})
+        self.journal.event(event, **facts)
 
 
 def resident() -> int:

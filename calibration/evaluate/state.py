@@ -72,17 +72,22 @@ class State:
 
         InputError, naming the file, when it is damaged.
         """
-        if self.folder is None:
+        newest = self.newest(ranks)
+        if not newest:
             return 0
-        common = set.intersection(*(set(found) for found in ranks.gather(self._layers(ranks.rank))))
-        if not common:
-            return 0
-        path = self._path(max(common), ranks.rank)
+        path = self._path(newest, ranks.rank)
         states = {f"hidden.{i}": found for i, found in enumerate(hidden)}
         sums = load_states(path, states, REMEDY)
         for i, sums_of_layer in enumerate(layers):
             sums_of_layer.extend(sums.get(f"layers.{i}", ()))
-        return max(common)
+        return newest
+
+    def newest(self, ranks: Ranks) -> int:
+        """How many layers are done in what every rank has kept; 0 for none."""
+        if self.folder is None:
+            return 0
+        common = set.intersection(*(set(found) for found in ranks.gather(self._layers(ranks.rank))))
+        return max(common, default=0)
 
     def clear(self, ranks: Ranks) -> None:
         """The run is over: remove its files."""

@@ -158,14 +158,19 @@ class Scoring:
         subjects = self.subjects
         self.state.offer(layer + 1, [s.hidden for s in subjects], [s.layers for s in subjects], self.ranks)
 
-    def finish(self, save: Path | None = None) -> list[Outcome]:
-        """The scores; `save` as of `evaluate`."""
+    def finish(self, save: Path | None = None, keep: bool = False) -> list[Outcome]:
+        """The scores; `save` as of `evaluate`. keep: what an interrupted run goes on from stays until `forget`."""
         writer = StoreWriter(save, self.ranks) if save is not None and self.source is not None else None
         outcomes = _finish(self.subjects, self.stored, self.own, self.settings, writer, self.ranks, self.origin)
         if writer is not None and self.source is not None:
             writer.close(self.source, self.sample, self.settings.activations)
-        self.state.clear(self.ranks)
+        if not keep:
+            self.forget()
         return outcomes
+
+    def forget(self) -> None:
+        """Delete what an interrupted run would go on from."""
+        self.state.clear(self.ranks)
 
 
 def _subjects(source: Source | None, candidates: list[Source], own: Sample, settings: Settings) -> list[_Subject]:

@@ -85,14 +85,19 @@ def check_bf16(folder: Path, source: Checkpoint | None, samples: int = 4) -> Non
     """
     found = Checkpoint(LocalFolder(folder))
     found.validate()
-    for name in found.matrices():
-        check_finite(found.raw(name + ".weight"), f"{folder}: {name}")
+    for layer in range(found.geometry.layers):
+        check_bf16_layer(found, layer, source, samples)
+
+
+def check_bf16_layer(found: Checkpoint, layer: int, source: Checkpoint | None, samples: int) -> None:
+    """What one layer's values are; see `check_bf16`."""
+    for name, _ in matrix_shapes(found.geometry, layer):
+        check_finite(found.raw(name + ".weight"), f"{found.label}: {name}")
     if source is None:
         return
     experts = found.geometry.experts
     chosen = sorted({round(i * (experts - 1) / max(1, samples - 1)) for i in range(samples)})
-    for layer in range(found.geometry.layers):
-        for name in (found.names.expert(layer, e, projection) for e in chosen for projection in PROJECTIONS):
-            written = found.raw(name + ".weight")
-            if not torch.equal(written, source.read(name + ".weight").to(written.dtype)):
-                raise InputError(f"{folder}: {name} is not what the source says")
+    for name in (found.names.expert(layer, e, projection) for e in chosen for projection in PROJECTIONS):
+        written = found.raw(name + ".weight")
+        if not torch.equal(written, source.read(name + ".weight").to(written.dtype)):
+            raise InputError(f"{found.label}: {name} is not what the source says")

@@ -36,20 +36,37 @@ def check_folder(
     With `source`, `samples` experts of every layer are also compared with the originals. `device` decodes them.
     """
     found = QuantizedFolder(LocalFolder(folder))
+    check_headers(found)
+    for layer in range(found.geometry.layers):
+        check_written_layer(found, layer, source, samples, device)
+    for name in global_shapes(found.geometry):
+        if name in found.tensors:
+            check_finite(found.read(name), f"{folder}: {name}")
+    return len(found.matrices)
+
+
+def check_headers(found: QuantizedFolder) -> None:
+    """What names, shapes and config.json say: every tensor has its place, both engines find the same schemes."""
     found.validate()
     if found.warnings:
         raise InputError(found.warnings[0])
     check_places(found)
     for layer in range(found.geometry.layers):
         check_engines(found, layer)
-    _check_cache_scales(found)
-    for layer in range(found.geometry.layers):
-        check_layer(found, layer, device)
-    for name in _plain(found):
-        check_finite(found.read(name), f"{folder}: {name}")
+        _check_cache_names(found, layer)
+
+
+def check_written_layer(
+    found: QuantizedFolder, layer: int, source: Source | None, samples: int, device: torch.device | str
+) -> None:
+    """What one layer's values are; see `check_folder`. Nothing outside the layer is read."""
+    check_layer(found, layer, device)
+    _check_cache_scales(found, layer)
+    for name, _ in plain_shapes(found.geometry, layer):
+        if name in found.tensors:
+            check_finite(found.read(name), f"{found.label}: {name}")
     if source is not None:
-        _compare(found, source, samples)
-    return len(found.matrices)
+        _compare(found, source, samples, layer)
 
 
 def check_places(found: QuantizedFolder) -> None:
@@ -69,15 +86,18 @@ def _cache_names(names: TensorNames, layer: int) -> list[str]:
     return [f"{names.attention(layer, p)}.{s}" for p, s in (("k_proj", "k_scale"), ("v_proj", "v_scale"))]
 
 
-def _check_cache_scales(found: QuantizedFolder) -> None:
-    """A kv_cache_scheme comes with a positive scale [1] for every layer's keys and values, and none without it."""
+def _check_cache_names(found: QuantizedFolder, layer: int) -> None:
+    """A kv_cache_scheme comes with scales for every layer's keys and values, and none are there without it."""
     expected = bool(found.quantization.get("kv_cache_scheme"))
-    for name in (name for layer in range(found.geometry.layers) for name in _cache_names(found.names, layer)):
+    for name in _cache_names(found.names, layer):
         if (name in found.tensors) != expected:
             state = "is there without" if not expected else "is missing beside"
             raise InputError(f"{found.label}: {name} {state} a kv_cache_scheme in config.json")
-        if not expected:
-            continue
+
+
+def _check_cache_scales(found: QuantizedFolder, layer: int) -> None:
+    """They are positive, and one number each."""
+    for name in (name for name in _cache_names(found.names, layer) if name in found.tensors):
         scale = found.read(name)
         if scale.numel() != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise InputError(f"{found.label}: {name} is {scale.flatten()[:4].tolist()}, expected one positive number")
@@ -122,24 +142,16 @@ def _check_values(found: QuantizedFolder, names: list[str], values: Tensor) -> N
             raise InputError(f"{found.label}: {name} is zero throughout")
 
 
-def _plain(found: QuantizedFolder) -> list[str]:
-    names = list(global_shapes(found.geometry))
-    for layer in range(found.geometry.layers):
-        names += [name for name, _ in plain_shapes(found.geometry, layer)]
-    return [name for name in names if name in found.tensors]
-
-
-def _compare(found: QuantizedFolder, source: Source, samples: int) -> None:
-    """Some experts of every layer against the originals, up to a scale per row or column (equalization moves those)."""
+def _compare(found: QuantizedFolder, source: Source, samples: int, layer: int) -> None:
+    """Some experts of a layer against the originals, up to a scale per row or column (equalization moves those)."""
     experts = found.geometry.experts
     chosen = sorted({round(i * (experts - 1) / max(1, samples - 1)) for i in range(samples)})
-    for layer in range(found.geometry.layers):
-        for expert in chosen:
-            for projection in PROJECTIONS:
-                name = found.names.expert(layer, expert, projection)
-                error = difference(found.dequantize(name), source.read(name + ".weight"))
-                if error > LARGEST_ERROR:
-                    raise InputError(f"{found.label}: {name} is {error:.2f} away from the original, expected below 0.5")
+    for expert in chosen:
+        for projection in PROJECTIONS:
+            name = found.names.expert(layer, expert, projection)
+            error = difference(found.dequantize(name), source.read(name + ".weight"))
+            if error > LARGEST_ERROR:
+                raise InputError(f"{found.label}: {name} is {error:.2f} away from the original, expected below 0.5")
 
 
 def difference(values: Tensor, original: Tensor) -> float:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +90,15 @@ class FolderWriter:
     """Writes the planned tensors step by step; `done` steps are on disk already when a run continues."""
 
     def __init__(
-        self, folder: Path, steps: list[list[TensorSpec]], run: Mapping[str, Any], limit: int = SHARD_LIMIT
+        self,
+        folder: Path,
+        steps: list[list[TensorSpec]],
+        run: Mapping[str, Any],
+        limit: int = SHARD_LIMIT,
+        away: Collection[str] = (),
     ) -> None:
-        self.folder = folder
+        """away: shards that were published and deleted; a run that continues does not look for them."""
+        self.folder, self.away = folder, away
         self.shards = plan_shards(steps, limit)
         self._step_ends = _cumulative(steps)
         self._shard, self._tensor, self._file = 0, 0, None
@@ -114,6 +122,15 @@ class FolderWriter:
     def bytes(self) -> int:
         """Bytes of all shards when finished."""
         return sum(shard.bytes for shard in self.shards)
+
+    def whole(self) -> dict[str, int]:
+        """Shards that are whole, with durable digests, and the step that filled each; after `write`."""
+        self._wait_for_hash()
+        self.progress.checked()
+        self.progress.save()
+        shards = self.shards[: self._shard]
+        ends = accumulate(len(shard.tensors) for shard in shards)
+        return {shard.name: bisect_left(self._step_ends, end) for shard, end in zip(shards, ends, strict=True)}
 
     def write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Append one step's tensors and make them durable. Every planned tensor must be there as planned.
@@ -212,7 +229,7 @@ class FolderWriter:
                 break
             tensors -= len(shard.tensors)
             self._shard += 1
-        self.progress.check({shard.name: shard.bytes for shard in self.shards[: self._shard]})
+        self.progress.check({s.name: s.bytes for s in self.shards[: self._shard] if s.name not in self.away})
         self._tensor = tensors
         if tensors:
             shard = self.shards[self._shard]

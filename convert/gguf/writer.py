@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -115,12 +116,20 @@ class GgufWriter:
     as an uninterrupted one.
     """
 
-    def __init__(self, folder: Path, parts: Sequence[Part], run: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        run: Mapping[str, Any] | None = None,
+        away: Collection[str] = (),
+    ) -> None:
         """`run` names whatever else decides the bytes (settings, statistics).
+
+        away: parts that were published and deleted; a run that continues does not look for them.
 
         InputError when the folder holds an unfinished run of another one, or a damaged one.
         """
-        self.folder, self.parts = folder, parts
+        self.folder, self.parts, self.away = folder, parts, away
         digest = hashlib.sha256(json.dumps(run or {}, sort_keys=True).encode())
         for part in parts:
             digest.update(part.name.encode() + part.header)
@@ -142,6 +151,14 @@ class GgufWriter:
     def names(self) -> list[str]:
         """Names of the tensors still to be written, in order."""
         return [tensor.name for _, tensor in self.tensors[self.done :]]
+
+    def whole(self) -> dict[str, int]:
+        """Parts that are whole, with how many tensors of the set end with them; after `checkpoint`."""
+        self.progress.checked()
+        self.progress.save()
+        part = self.tensors[self.done][0] if self.done < len(self.tensors) else len(self.parts)
+        ends = accumulate(len(item.tensors) for item in self.parts[:part])
+        return {item.name: end for item, end in zip(self.parts[:part], ends, strict=True)}
 
     def write(self, name: str, data: bytes | np.ndarray) -> None:
         """Append the next tensor. Name and size must be the planned ones (a slip of ours: AssertionError).
@@ -208,7 +225,7 @@ class GgufWriter:
     def _resume(self) -> None:
         """Take up an unfinished run behind its last checkpoint; what lies behind that is cut off."""
         part = self.tensors[self.done][0] if self.done < len(self.tensors) else len(self.parts)
-        self.progress.check({item.name: item.bytes for item in self.parts[:part]})
+        self.progress.check({item.name: item.bytes for item in self.parts[:part] if item.name not in self.away})
         inside = [tensor for index, tensor in self.tensors[: self.done] if index == part]
         if inside:
             size = len(self.parts[part].header) + sum(padded(tensor.bytes) for tensor in inside)

@@ -15,13 +15,13 @@ from ..files.atomic import sha256_file, write_whole
 from ..files.parse import parse_json, take, take_map
 from .http import TransferError
 from .hubs import HUBS
+from .ledger import COMMITTED, LEDGER
 from .listing import Listing, RepoFile, digest_matches
 from .remote import Conflict, Remote, Upload, is_inline
 
 BATCH_FILES = 50  # Hugging Face recommends fewer than 100 files a commit; 128 commits an hour are its limit
 BATCH_BYTES = 20 * 10**9  # with --delete-after-upload: what waits on disk for its commit
 ENTRY = {"size": int, "mtime_ns": int, "sha256": str, "state": str}
-LEDGER = ".mmquant-push"
 log = logging.getLogger("mmquant.hub")
 
 
@@ -52,12 +52,15 @@ class Ledger:
         data = {"request": self.request, "files": self.files}
         write_whole(self.path, (json.dumps(data, indent=1) + "\n").encode())
 
-    def upload(self, path: str, local: Path) -> Upload:
-        """The file with its digest, hashed anew only when size or time differ from what was hashed."""
+    def upload(self, path: str, local: Path, sha256: str | None = None) -> Upload:
+        """The file with its digest, hashed anew only when size or time differ from what was hashed.
+
+        sha256: what its writer hashed; the hub refuses bytes that have another.
+        """
         stat = local.stat()
         known = self.files.get(path, {})
         if (known.get("size"), known.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns):
-            digest = sha256_file(local)
+            digest = sha256 or sha256_file(local)
             known = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest, "state": "hashed"}
             self.files[path] = known
             self.save()
@@ -71,7 +74,7 @@ class Ledger:
 
     def committed(self) -> dict[str, Upload]:
         """Files that are on the hub according to an earlier run."""
-        found = {p: f for p, f in self.files.items() if f["state"] == "committed"}
+        found = {p: f for p, f in self.files.items() if f["state"] == COMMITTED}
         return {p: Upload(p, Path(), f["size"], f["sha256"]) for p, f in found.items()}
 
 
@@ -98,6 +101,10 @@ class Publisher:
         if self._listing is None:
             self._listing = self.remote.listing()
         return self._listing
+
+    def look_again(self) -> None:
+        """Somebody else commits to the branch as well: list it anew before the next commit."""
+        self._listing = None
 
     @property
     def waiting(self) -> int:
@@ -147,7 +154,7 @@ class Publisher:
     def _done(self, files: Sequence[Upload]) -> None:
         if not files:
             return
-        self.ledger.mark(files, "committed")
+        self.ledger.mark(files, COMMITTED)
         for file in files:
             if self.delete and not is_inline(file) and file.path.endswith((".safetensors", ".gguf")):
                 file.local.unlink(missing_ok=True)

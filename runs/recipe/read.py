@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Push:
-    """A repository, and the variants that go there."""
+    """A repository, and the variants that go there. as_completed: weight files leave as soon as they are whole."""
 
     repo: str
     variants: tuple[str, ...]
     options: PushOptions
+    as_completed: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def build(document: dict[str, Any], marks: Marks) -> Recipe:
         rest = {name: value for name, value in check.items() if name != "gates"}
         check = options_from(EvalOptions, rest, ("check",), marks)
     pushes = tuple(
-        _push(number, dict(entry), [variant.name for variant in variants], marks)
+        _push(number, dict(entry), variants, check is not None, marks)
         for number, entry in enumerate(document.get("push", []))
     )
     limits = {name: _size(value, ("limits", name), marks) for name, value in document.get("limits", {}).items()}
@@ -214,12 +215,18 @@ def _variant(name: str, entry: dict[str, Any], corpora: dict[str, Any], marks: M
     return Variant(name, command, options_from(options, {**text, **entry}, key, marks), gates)
 
 
-def _push(number: int, entry: dict[str, Any], names: list[str], marks: Marks) -> Push:
-    key, repo, chosen = ("push", number), entry.pop("repo"), entry.pop("variants", names)
+def _push(number: int, entry: dict[str, Any], variants: Sequence[Variant], checked: bool, marks: Marks) -> Push:
+    key, repo, early = ("push", number), entry.pop("repo"), entry.pop("as_completed", False)
+    models = [variant.name for variant in variants if variant.command != "calibrate"]
+    chosen = entry.pop("variants", models)
     for at, name in enumerate(chosen):
-        if name not in names:
-            raise marks.fault((*key, "variants", at), f"{short(name)}; {suggest(name, names)}")
-    return Push(repo, tuple(chosen), options_from(PushOptions, entry, key, marks))
+        if name not in models:
+            raise marks.fault((*key, "variants", at), f"{short(name)}; {suggest(name, models)}")
+    options = options_from(PushOptions, entry, key, marks)
+    if early and checked and not (options.private or options.pr or options.revision):
+        text = "what the check refuses would be public already; expected private, pr or a revision beside it"
+        raise marks.fault((*key, "as_completed"), text)
+    return Push(repo, tuple(chosen), options, early)
 
 
 def options_from(options: type[Checked], given: dict[str, Any], key: Key, marks: Marks) -> Any:  # noqa: ANN401

@@ -89,6 +89,7 @@ def recipe_schema() -> dict[str, Any]:
     corpus = options_schema(TextOptions)
     names = {"type": "array", "items": {"type": "string"}, "minItems": 1}
     push = options_schema(PushOptions) | {"repo": {"type": "string"}, "variants": names}
+    push |= {"as_completed": {"type": "boolean"}}
     limits = {"disk": size, "shards": {"type": "integer", "minimum": 1}, "ram": size, "gpu": size}
     gates = {name: {"type": "number"} for name in GATES}
     properties = {
