@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model(tmp_path_factory.mktemp("model") / "m", num_hidden_layers=4)
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub(folder: Path, tmp_path: Path) -> Iterator[HubServer]:
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
