@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 READY := $(VENV)/.installed
 
-.PHONY: help install demo test lint types unit test-slow test-gpu test-peers test-wheel dist bench dev-model notebooks constraints clean
+.PHONY: help install demo test lint types unit test-slow test-gpu test-peers test-wheel dist bench dev-model notebooks docs constraints clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -109,6 +109,11 @@ dev-model: $(READY) ## train the development model that bench/domains.py judges 
 notebooks: $(READY) ## run the notebooks and keep their outputs
 	rm -rf notebooks/m27-demo
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+docs: $(READY) ## the documentation site, into build/site; no network is needed
+	$(BIN)/python docs/figures/draw.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo build/site/index.html
 
 constraints: ## rewrite constraints.txt from .venv
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip \

@@ -26,7 +26,7 @@ from helpers.paths import ROOT
 from mmquant.commands.cli import COMMANDS, cli
 from mmquant.convert.open import demo_folder
 
-DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+DOCUMENTS = ["README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md")))]
 PLACEHOLDER = re.compile(r"\b(?:MODEL|DIR|FILE|OUT|ARTIFACT|ARGUMENTS|ORG/NAME)\b|\.\.\.|\[")
 REPOSITORIES = ("MiniMaxAI/MiniMax-M2.7", "ORG/MiniMax-M2.7")
 
