@@ -21,7 +21,7 @@ from mmquant.calibration.folder.high import SignRoundOptions, advance, sign_roun
 from mmquant.calibration.folder.high import streams as learning_streams
 from mmquant.calibration.folder.layer import LayerOptions, as_read_back
 from mmquant.calibration.folder.layer import quantize_layer as quantize_int4
-from mmquant.calibration.gguf.layer import quantize_head, quantize_layer
+from mmquant.calibration.gguf.layer import head_pair, quantize_head, quantize_layer
 from mmquant.calibration.gguf.solve import Method, Report
 from mmquant.calibration.gguf.streams import Streams
 from mmquant.calibration.model.forward import Observer, embed, final_logits, layer_forward
@@ -175,7 +175,7 @@ class Lab:
             }
             layers.append(replace(exact, **new))
         kind = GGMLType[types["output.weight"]]
-        head = quantize_head(streams, self.outside.head, self.outside.norm, types, self.g, method)
+        head = quantize_head(head_pair(streams, self.outside.norm, self.g), self.outside.head, types, method)
         head = decode(torch.from_numpy(head).to(self.device), kind, self.g.hidden)
         return Globals(written, self.outside.norm, head), layers
 

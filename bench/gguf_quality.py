@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmquant.calibration.gguf.layer import quantize_head, quantize_layer
+from mmquant.calibration.gguf.layer import head_pair, quantize_head, quantize_layer
 from mmquant.calibration.gguf.solve import METHODS, Method, Report
 from mmquant.calibration.gguf.streams import Streams
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward
@@ -113,7 +113,7 @@ class Lab:
                 new[ROLES.get(role, role)] = decode(rows, kind, old.shape[-1]).view(old.shape)
             layers.append(replace(weights, **new))
         kind = GGMLType[types["output.weight"]]
-        head = quantize_head(streams, self.outside.head, self.outside.norm, types, self.g, method)
+        head = quantize_head(head_pair(streams, self.outside.norm, self.g), self.outside.head, types, method)
         head = decode(torch.from_numpy(head).to(self.device), kind, n)
         return Globals(written, self.outside.norm, head), layers
 

@@ -79,9 +79,15 @@ def shrinkage(moments: Moments, strength: float) -> Tensor:
     return torch.where(moments.weight > 0, share, torch.ones_like(share))
 
 
-def pooled(moments: Moments) -> Tensor | None:
-    """The pool of `shrunk` [n, n], for callers that take experts chunk by chunk; None when only diagonals were kept."""
-    return None if moments.second is None else _pool(moments, moments.second)
+def pooled(moments: Moments, experts: slice | None = None) -> Tensor | None:
+    """The pool of `shrunk` [n, n], for callers that take experts chunk by chunk; None when only diagonals were kept.
+
+    experts: what these add to it alone.
+    """
+    if moments.second is None:
+        return None
+    chosen = experts if experts is not None else slice(None)
+    return _pool(moments, moments.second[chosen], chosen)
 
 
 def shrunk(moments: Moments, strength: float, experts: slice | None = None, pool: Tensor | None = None) -> Tensor:
@@ -108,10 +114,10 @@ def _energy(moments: Moments) -> Tensor:
     return moments.diagonal.mean(-1) / moments.weight.clamp(min=TINY)
 
 
-def _pool(moments: Moments, sums: Tensor) -> Tensor:
+def _pool(moments: Moments, sums: Tensor, experts: slice | None = None) -> Tensor:
     weight, energy = moments.weight, _energy(moments)
     unit = torch.where(energy > 0, 1 / energy.clamp(min=TINY), torch.zeros_like(energy)) / weight.sum().clamp(min=TINY)
-    return cast("Tensor", torch.tensordot(unit, sums, dims=1))
+    return cast("Tensor", torch.tensordot(unit if experts is None else unit[experts], sums, dims=1))
 
 
 def _blend(sums: Tensor, pool: Tensor, moments: Moments, strength: float, experts: slice) -> Tensor:

@@ -195,9 +195,8 @@ class GgufJob:
         assert self.provider is not None
         if self.first:
             write_step(self.writer, self.provider, step)
-        elif isinstance(self.provider, CalibratedRun):
-            for _ in self.provider.tensors(step):  # the first rank keeps the streams
-                pass
+        elif not isinstance(self.provider, NearestRun):
+            help_step(self.provider, step)
         self.done = step + 1
 
     def growing(self) -> Source:
@@ -234,6 +233,7 @@ class GgufJob:
     def finish(self) -> Path:
         """The licence beside the file, the check, the manifest."""
         if not self.first:
+            forget(self.out)
             return self.path
         source, out, plan = self.source, self.out, self.plan
         paths, sizes = self.writer.finish(), self.sizes
@@ -298,10 +298,25 @@ def write_step(writer: GgufWriter, provider: TensorProvider, step: int) -> None:
     for name, data in provider.tensors(step):
         writer.write(name, data)
     provider.save(step + 1)
+    helped = not isinstance(provider, NearestRun)
+    if helped:
+        barrier()  # all ranks have kept what the next step needs
     writer.checkpoint()
+    if helped:
+        barrier()
     provider.forget(step)
     for line in provider.report.of_layer(step - 1):
         current().message(line)
+
+
+def help_step(provider: TensorProvider, step: int) -> None:
+    """What ranks do that do not write, in the order of `write_step`."""
+    for _ in provider.tensors(step):
+        pass
+    provider.save(step + 1)
+    barrier()
+    barrier()  # the first rank has what it wrote on disk
+    provider.forget(step)
 
 
 def check_file(found: GgufSource) -> None:

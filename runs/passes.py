@@ -65,11 +65,14 @@ class Passes:
         """The reference's stream on a text, for GGUF files that are corrected against it."""
         from ..calibration.gguf.reference import SharedReference
         from ..calibration.gguf.run import plan_memory
+        from ..calibration.model.distributed import rank_shares
+        from ..calibration.model.divided import from_owner
 
         key = _digest(tokens)
         if key not in self._references:
             windows, length = tokens.shape
-            plan = plan_memory(self.source.geometry, windows, length, self.device, self.others)
+            most = max(map(len, rank_shares(windows)))
+            plan = from_owner(lambda: plan_memory(self.source.geometry, most, length, self.device, self.others))
             shape = (windows, length, self.source.geometry.hidden)
             self._references[key] = SharedReference(shape, plan.place, self._place("reference", key, folder))
         return self._references[key]

@@ -132,3 +132,24 @@ def test_the_rehearsal_has_the_releases_size() -> None:
     known = json.loads((BENCH / "rehearsal" / "digests.json").read_text())
     shards = importlib.import_module("bench.rehearsal.shard")
     assert all(shards.Shard(layout).identity in known for layout in layouts)
+
+
+@pytest.mark.slow
+def test_ranks_are_measured_stage_by_stage_and_compared(tmp_path: Path) -> None:
+    """Two gloo ranks beside one: every stage has its seconds, and what both find is near."""
+    command = [sys.executable, BENCH / "multi_gpu.py", "--device", "cpu", "--json", tmp_path / "found.json"]
+    command += [*SMALL.split(), "--width", "256", "--context", "64", "--windows", "4", "--judged", "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "found.json").read_text())
+    assert [run["ranks"] for run in runs] == [1, 2]
+    names = [set(run["stages"][0]) for run in runs]
+    assert names[0] == names[1]
+    assert len(names[0]) == 14
+    for run in runs:
+        for stages in run["stages"]:
+            assert all(0 <= inside <= seconds + 1e-6 for seconds, inside, _ in stages.values())
+    sent = sum(stages["calibrate: sums to owners"][2] for stages in runs[1]["stages"])
+    assert sent >= 8 * 4 * 2 * 256**2  # half of each rank's sums
+    for name, limit in (("moments", 1e-5), ("eval", 1e-4), ("int4", 1e-2), ("nvfp4", 1e-2), ("gguf", 0.2)):
+        assert runs[1]["results"][name] == pytest.approx(runs[0]["results"][name], rel=limit), name

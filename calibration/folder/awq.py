@@ -17,6 +17,8 @@ from ...convert.models.layer import LayerWeights
 from ...quantize.integer.awq import search_equalization
 from ...quantize.integer.gptq import GptqGrid
 from ...quantize.moments import Moments, pooled, shrunk
+from ..model.distributed import rank_of
+from ..model.divided import from_owner
 from ..statistics.layer import LayerStatistics
 
 SEARCH_EXPERTS = 16  # the shared scale is searched on the experts that saw most tokens
@@ -42,15 +44,21 @@ def experts_pair(
     statistics: LayerStatistics,
     grid: GptqGrid,
     shrinkage: float,
+    pool: Tensor | None = None,
 ) -> NormPair:
-    """The shared scale of gate and up of all experts."""
+    """The shared scale of gate and up of all experts; pool: that of the moments, when it is known."""
     device = weights.gate.device
     most = statistics.expert_in.weight.argsort(descending=True)[:SEARCH_EXPERTS].tolist()
-    stacks, moments, pool = [], [], pooled(statistics.expert_in)
+    stacks, moments, pool = [], [], pooled(statistics.expert_in) if pool is None else pool
     for expert in sorted(most):
         one = slice(expert, expert + 1)
         stacks.append(torch.cat((weights.gate[one], weights.up[one]), 1).float())
-        moments.append(shrunk(statistics.expert_in, shrinkage, one, pool).to(device))
+
+        def mean(one: slice = one) -> Tensor:
+            return shrunk(statistics.expert_in, shrinkage, one, pool).to(device)
+
+        owner = 0 if statistics.own is None else rank_of(expert, len(weights.gate))
+        moments.append(mean() if statistics.own is None else from_owner(mean, owner))
     scale = search_equalization(torch.cat(stacks), torch.cat(moments), grid, shared=True)
     return absorb(weights.post_norm.float(), scale)
 

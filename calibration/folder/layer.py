@@ -22,7 +22,8 @@ from ...quantize.integer.gptq import DAMPING, GptqGrid, Grid, Solved, gptq_quant
 from ...quantize.integer.grid import IntWeight, dequantize, join_weights, rows_of, select
 from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
 from ...quantize.overflow import rescale_exponents, scale_pair
-from ..model.divided import divided
+from ..model.distributed import rank_shares, sum_everywhere
+from ..model.divided import divided, owned_ranges
 from ..statistics.layer import LayerStatistics
 from .awq import attention_pair, expert_pairs, experts_pair, spread_values, value_pair
 from .guard import guarded
@@ -122,9 +123,9 @@ def quantize_layer(
     mid = scaled_moments(statistics.expert_mid, exponents.to(statistics.expert_mid.weight.device))
     plain: dict[str, Tensor] = {}
     scale: Tensor | float = 1.0
+    pools = pool_of(statistics.expert_in, statistics.own), pool_of(mid, statistics.own)
     if options.method == "awq":
-        scale, plain = equalize_norm(weights, statistics, options)
-    pools = (pooled(statistics.expert_in), pooled(mid))
+        scale, plain = equalize_norm(weights, statistics, options, pools[0])
     rounded = empty_rounded(weights) if options.sign_rounded else {}
     memory = options.memory if options.memory is not None else working_memory(device)
 
@@ -140,12 +141,15 @@ def quantize_layer(
         second = solve(down, mid, part, options, between, pools[1])
         return solve(torch.cat((gate, up), 1) * scale, statistics.expert_in, part, options, scale, pools[0], 2), second
 
-    chunks = list(expert_chunks(weights, memory))
-    found: list[tuple[Solved, Solved]] = []
-    for chosen, (first, second) in zip(chunks, divided(chunks, solve_chunk), strict=True):
+    chunks, owners = list(expert_chunks(weights, memory)), None
+    if statistics.own is not None:  # a matrix is solved where its moments are
+        chunks, owners = owned_ranges(rank_shares(len(weights.gate)), len(chunks[0]))
+    by_chunk: dict[int, tuple[Solved, Solved]] = {}
+    for number, (first, second) in divided(chunks, solve_chunk, owners):
         for names, solved in ((("gate", "up"), first), (("down",), second)):
-            keep_rounded(rounded, names, slice(chosen.start, chosen.stop), solved)
-        found.append((dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)))
+            keep_rounded(rounded, names, slice(chunks[number].start, chunks[number].stop), solved)
+        by_chunk[number] = dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)
+    found = [by_chunk[number] for number in range(len(chunks))]
     experts = _joined(found, weights.gate.shape[1])
     report = make_report(layer, statistics, exponents, found)
     done = QuantizedLayer(experts, {}, plain, report, exponents, None, rounded)
@@ -259,11 +263,19 @@ def compensated_place(device: torch.device) -> torch.device:
     return device if large else torch.device("cpu")
 
 
+def pool_of(moments: Moments, own: range | None) -> Tensor | None:
+    """The pool of a layer's experts [n, n]; own: the experts whose moments are this rank's."""
+    if own is None:
+        return pooled(moments)
+    part = pooled(moments, slice(own.start, own.stop))
+    return None if part is None else sum_everywhere(part)
+
+
 def equalize_norm(
-    weights: LayerWeights, statistics: LayerStatistics, options: LayerOptions
+    weights: LayerWeights, statistics: LayerStatistics, options: LayerOptions, pool: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scale [H] of gate and up's columns, and the norm and router that make up for it."""
-    pair = experts_pair(weights, statistics, options.integers, options.shrinkage)
+    pair = experts_pair(weights, statistics, options.integers, options.shrinkage, pool)
     return pair.scale, {"post_norm": pair.norm, "router": weights.router * pair.scale}
 
 
@@ -284,12 +296,16 @@ def quantize_attention(
         scales["o_proj"] = spread_values(values, geometry)
         plain["input_norm"] = pair.norm
     found: dict[str, Solved] = {}
-    for names in ATTENTION_STACKS if options.grid.shared else [(name,) for name in matrices]:
+    stacks = ATTENTION_STACKS if options.grid.shared else [(name,) for name in matrices]
+
+    def solve_stack(names: tuple[str, ...]) -> Solved:
         moments = statistics.attention_out if "o_proj" in names else statistics.attention_in
         stack = torch.cat([matrices[name] * scales[name] for name in names]).unsqueeze(0)
-        solved = solve(stack, moments, slice(None), options, scales[names[0]])
-        found |= split_rows(solved, {name: len(matrices[name]) for name in names})
-    return found, plain, values
+        return solve(stack, moments, slice(None), options, scales[names[0]])
+
+    for number, solved in divided(stacks, solve_stack):
+        found |= split_rows(solved, {name: len(matrices[name]) for name in stacks[number]})
+    return {name: found[name] for name in matrices}, plain, values
 
 
 def attention_grid(grid: Grid) -> Grid:

@@ -25,6 +25,7 @@ from ...convert.models.names import ATTENTION, TensorNames
 from ...convert.models.shapes import plain_shapes
 from ...quantize.fp8 import cache_scale
 from ...quantize.integer.gptq import GptqGrid
+from ..model.distributed import world
 from ..statistics.layer import LayerStatistics, without_second
 from ..statistics.provider import LayerInputs
 from .high import ReferenceStream, SignRoundOptions, sign_round_layer, streams
@@ -75,7 +76,10 @@ class CalibratedWeights(WeightsVariant):
     def calibrated_layer(
         self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
     ) -> tuple[dict[str, Tensor], LayerWeights | None]:
-        """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it."""
+        """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it.
+
+        Every rank must call it; only the first gets tensors.
+        """
         layer, weights = inputs.layer, inputs.weights
         quantized = self.solved(inputs, source)
         # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
@@ -84,6 +88,15 @@ class CalibratedWeights(WeightsVariant):
             quantized = self._sign_rounded(source, inputs, quantized)
         for line in quantized.report.lines():
             self.report(line)
+        read_back = as_read_back(weights, quantized) if inputs.continued else None
+        first = world()[0] == 0  # the rank that writes
+        return self._tensors(source, inputs, quantized, device) if first else {}, read_back
+
+    def _tensors(
+        self, source: Checkpoint, inputs: LayerInputs, quantized: QuantizedLayer, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """The tensors of `specs`."""
+        layer, weights = inputs.layer, inputs.weights
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
         if self.router_changes:
             tensors |= {name: tensors[name].float() for name in exact_names(source.names, layer)}
@@ -99,7 +112,7 @@ class CalibratedWeights(WeightsVariant):
             tensors |= cache_scales(source.names, inputs.statistics, quantized.values)
         if self.activations != 16:
             tensors |= input_scales(source.names, self.storage, inputs.statistics, quantized)
-        return tensors, as_read_back(weights, quantized) if inputs.continued else None
+        return tensors
 
     def solved(self, inputs: LayerInputs, source: Checkpoint) -> QuantizedLayer:
         """Codes of what is on a grid in this layer."""

@@ -15,7 +15,8 @@ from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ...quantize.ggml.types import GGMLType
 from ...quantize.overflow import rescale_exponents
-from ..model.divided import divided
+from ..model.distributed import rank_shares
+from ..model.divided import divided, owned_ranges
 from .moments import Pair, each_pooled
 from .solve import Method, Report, solve_part
 from .streams import (
@@ -84,24 +85,28 @@ class Experts:
         roles, step = [EXPERT_TENSORS[name] for name in names], self.streams.plan(self.g).step
         dtype = getattr(self.new, roles[0]).dtype
 
-        def solve(start: int) -> tuple[np.ndarray, Tensor, Tensor]:
-            """Bytes, values, and which of `step` experts' matrices were rounded without feedback."""
-            few = slice(start, min(kept.stop, start + step))
-            source = rescaled(experts_of(self.weights, range(few.start, few.stop)), self.exponents[few])
+        def solve(piece: range) -> tuple[np.ndarray, Tensor, Tensor]:
+            """Bytes, values, and which of a piece's matrices were rounded without feedback."""
+            few = slice(piece.start, piece.stop)
+            source = rescaled(experts_of(self.weights, piece), self.exponents[few])
             part = slice(few.start - kept.start, few.stop - kept.start)
             weight = torch.cat([getattr(source, role) for role in roles], 1)
             with naming(" and ".join(names)):
                 found = solve_part(weight, self.kinds[names[0]], pair, part, self.method, len(names))
             return found[0], found[1].to(dtype), found[2]
 
-        starts = range(kept.start, kept.stop, step)
-        for start, found in zip(starts, divided(starts, solve), strict=True):
-            few = slice(start, min(kept.stop, start + step))
+        pieces = [range(start, min(kept.stop, start + step)) for start in range(kept.start, kept.stop, step)]
+        owners = None
+        if pair.owned is not None:  # a matrix is solved where its sums are
+            shares = [range(kept.start + s.start, kept.start + s.stop) for s in rank_shares(len(kept))]
+            pieces, owners = owned_ranges(shares, step)
+        for number, found in divided(pieces, solve, owners):
+            few = slice(pieces[number].start, pieces[number].stop)
             data, values = np.split(found[0], len(names), 1), found[1].chunk(len(names), 1)
             for index, (name, role) in enumerate(zip(names, roles, strict=True)):
                 self.out[name][few], getattr(self.new, role)[few] = data[index], values[index]
                 if len(worse := found[2][:, index].nonzero().flatten().tolist()):
-                    self.plain.setdefault(name, []).extend(start + expert for expert in worse)
+                    self.plain.setdefault(name, []).extend(few.start + expert for expert in worse)
 
 
 def quantize_experts(
@@ -129,7 +134,7 @@ def quantize_experts(
     report.unseen |= {(layer, e) for e, count in enumerate(rows.tolist()) if count == 0}
     report.rescaled |= {(layer, e): int(k) for e, k in enumerate(experts.exponents.tolist()) if k > 0}
     each_pooled(chunks, experts.leaving if len(chunks) == 1 else experts.middle, experts.solve_middle)
-    report.plain |= {(layer, name): found for name, found in experts.plain.items()}
+    report.plain |= {(layer, name): sorted(found) for name, found in experts.plain.items()}
     if len(chunks) > 1:
         pass_experts(streams, streams.reference, weights, g)
     return new

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...quantize.ggml.codec import decode, encode
 from ...quantize.ggml.types import GGMLType
+from ..model.distributed import rank_share, world
 from ..statistics.held import FEWEST, HELD, STRIDE
 
 SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compared
@@ -23,7 +24,8 @@ class Held:
     """Rows of E matrices of n inputs: x of the reference, z of the written model [E, HELD, n].
 
     Each is multiplied by its router weight, zero where there is none. d [E, HELD, O]: what the residual stream lacks
-    (O = 0: of matrices that do not add to it). By matrix: rows met and rows held.
+    (O = 0: of matrices that do not add to it). By matrix: rows met and rows held. places: of the HELD that this rank
+    may fill; the other ranks fill the others.
     """
 
     x: Tensor
@@ -31,20 +33,22 @@ class Held:
     d: Tensor
     met: list[int]
     count: list[int] = field(default_factory=list)
+    places: range = range(HELD)
 
     @classmethod
     def empty(cls, matrices: int, inputs: int, device: torch.device | str, outputs: int = 0) -> Held:
         """No rows yet, of `matrices` matrices of `inputs` inputs."""
         x, z, d = (torch.zeros(matrices, HELD, n, device=device) for n in (inputs, inputs, outputs))
-        return cls(x, z, d, [0] * matrices, [0] * matrices)
+        return cls(x, z, d, [0] * matrices, [0] * matrices, rank_share(HELD, *world()))
 
     def take(self, matrix: int, x: Tensor, z: Tensor, d: Tensor | None = None) -> slice:
         """Hold some of the next rows [R, n] of a matrix; which of them, for whoever sums the rest."""
         first = (STRIDE // 2 - self.met[matrix]) % STRIDE
-        room = HELD - self.count[matrix]
+        room = len(self.places) - self.count[matrix]
         chosen = slice(first, min(len(x), first + STRIDE * room) if room else 0, STRIDE)
         rows = x[chosen]
-        place = slice(self.count[matrix], self.count[matrix] + len(rows))
+        start = self.places.start + self.count[matrix]
+        place = slice(start, start + len(rows))
         self.x[matrix, place], self.z[matrix, place] = rows, z[chosen]
         if d is not None:
             self.d[matrix, place] = d[chosen]

@@ -14,6 +14,7 @@ from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, PLA
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ...quantize.ggml.types import GGMLType
+from ..model.divided import divided, from_owner
 from ..model.forward import rms_norm
 from .experts import quantize_experts
 from .moments import Pair, corrected
@@ -64,12 +65,16 @@ def quantize_attention(
     new = weights
     for names in (("attn_q", "attn_k", "attn_v"), ("attn_output",)):
         pair = output_pair(streams, weights, new, g) if names == ("attn_output",) else input_pair(streams, weights, g)
-        for name in names:
-            role = ROLES[ATTENTION_TENSORS[name]]
+
+        def solve_one(name: str, pair: Pair = pair) -> tuple[np.ndarray, Tensor, list[int]]:
+            noted: list[int] = []
             with naming(name):
-                matrix, noted = getattr(weights, role).unsqueeze(0), plain.setdefault(name, [])
-                out[name], value = solve(matrix, kinds[name], pair, method, plain=noted)
-            new = replace(new, **{role: value[0]})
+                matrix = getattr(weights, ROLES[ATTENTION_TENSORS[name]]).unsqueeze(0)
+                return *solve(matrix, kinds[name], pair, method, plain=noted), noted
+
+        for number, (data, value, noted) in divided(names, solve_one):
+            out[names[number]], plain[names[number]] = data, noted
+            new = replace(new, **{ROLES[ATTENTION_TENSORS[names[number]]]: value[0]})
     pass_attention(streams, new, g)
     return new
 
@@ -77,19 +82,26 @@ def quantize_attention(
 def repaired_router(streams: Streams, weights: LayerWeights, g: Geometry, method: Method) -> Tensor:
     """The router (float32 in the file) that on the quantized stream gives scores nearest to the reference's."""
     pair, exact = router_pair(streams, weights, g), weights.router.float().unsqueeze(0)
-    better = corrected(exact, *method.moments(pair, slice(None)), method.damping)
-    assert pair.held is not None
-    share = pair.held.share(slice(None), pair.held.agreement(slice(None), exact, better))
-    return torch.lerp(exact, better, share.unsqueeze(2))[0]
+
+    def repaired() -> Tensor:
+        better = corrected(exact, *method.moments(pair, slice(None)), method.damping)
+        assert pair.held is not None
+        share = pair.held.share(slice(None), pair.held.agreement(slice(None), exact, better))
+        return torch.lerp(exact, better, share.unsqueeze(2))[0]
+
+    return from_owner(repaired)
 
 
-def quantize_head(
-    streams: Streams, head: Tensor, norm: Tensor, types: dict[str, str], g: Geometry, method: Method
-) -> np.ndarray:
-    """Bytes [V, b] of the output head, calibrated on the final hidden states."""
+def quantize_head(pair: Pair, head: Tensor, types: dict[str, str], method: Method) -> np.ndarray:
+    """Bytes [V, b] of the output head, calibrated on the final hidden states; pair: `head_pair`."""
+    method = replace(method, correct=method.correct and method.repair)
+    return solve(head.unsqueeze(0), GGMLType[types[OUTPUT]], pair, method)[0][0]
+
+
+def head_pair(streams: Streams, norm: Tensor, g: Geometry) -> Pair:
+    """Sums of what the head sees."""
     pair = Pair.empty(1, g.hidden, streams.device)
     for _, reference, quantized in streams.batches():
         x, z = (rms_norm(hidden, norm, g.norm_eps).flatten(0, 1) for hidden in (reference, quantized))
         pair.add(0, x, z)
-    method = replace(method, correct=method.correct and method.repair)
-    return solve(head.unsqueeze(0), GGMLType[types[OUTPUT]], pair, method)[0][0]
+    return pair.over_ranks()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...quantize.linear_algebra import cholesky, full_float32
+from ..model.distributed import rank_share, sum_everywhere, sum_to_owners, world
 from .held import Held
 
 PRIOR = 16.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
@@ -36,7 +37,8 @@ class Pair:
     """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T.
 
     weight and rows are [E]. `pool`: of all matrices of the layer when these are only some of them; `held`: rows that
-    are in no sum; `drift` [E, O, n]: d z^T, what the residual stream lacks where these matrices add to it.
+    are in no sum; `drift` [E, O, n]: d z^T, what the residual stream lacks where these matrices add to it. owned: the
+    matrices whose sums and held-out rows are whole on this rank (`over_ranks`); None: all.
     """
 
     own: Tensor
@@ -46,6 +48,7 @@ class Pair:
     pool: Pool | None = None
     held: Held | None = None
     drift: Tensor | None = None
+    owned: range | None = None
 
     @classmethod
     def empty(cls, matrices: int, inputs: int, device: torch.device | str, outputs: int = 0) -> Pair:
@@ -77,6 +80,29 @@ class Pair:
                 self.drift[matrix].addmm_(d.T, z)
         self.weight[matrix] += weight.square().sum()
         self.rows[matrix] += (weight != 0).sum()
+
+    def over_ranks(self) -> Pair:
+        """The sums of all ranks, in rank order: a single matrix's on every rank, several matrices' with their owners.
+
+        Rank r owns the matrices `rank_share(E, r, size)`; weight and rows are whole everywhere. Changed in place.
+        """
+        rank, size = world()
+        if size == 1:
+            return self
+        held, several = self.held, len(self.own) > 1
+        parts = [self.own, self.cross, self.drift, *((held.x, held.z, held.d) if held is not None else ())]
+        for part in parts:
+            if part is not None and several:
+                sum_to_owners(part)
+            elif part is not None:
+                part.copy_(sum_everywhere(part))
+        if held is not None:
+            counts = torch.tensor([held.met, held.count], device=self.own.device)
+            met, count = sum_everywhere(counts).tolist()
+            held = replace(held, met=met, count=count)
+        owned = rank_share(len(self.own), rank, size) if several else None
+        weight, rows = sum_everywhere(self.weight), sum_everywhere(self.rows)
+        return replace(self, weight=weight, rows=rows, held=held, owned=owned)
 
     def energy(self) -> Tensor:
         """[E] mean square of an input."""
@@ -140,16 +166,22 @@ class PoolSums:
         self._energy: list[Tensor] = []
         self._weight: list[Tensor] = []
         self._rows: list[Tensor] = []
+        self._parted = False
 
     def add(self, pair: Pair) -> None:
-        """The next matrices of the layer."""
-        energy = pair.energy()
+        """The next matrices of the layer; of those that are with other ranks they have the sums."""
+        energy, owned = pair.energy(), pair.owned
+        if owned is not None:
+            self._parted = True
+            mine = torch.zeros_like(energy)
+            mine[owned.start : owned.stop] = energy[owned.start : owned.stop]
+            energy = sum_everywhere(mine)
         # At unit energy, a loud expert does not drown the others.
         share = (pair.weight > 0) / energy.clamp(min=TINY) / pair.weight.clamp(min=TINY)
         if not self._sums:
             self._sums = [torch.zeros_like(pair.own[0]), torch.zeros_like(pair.cross[0])]
         for total, part in zip(self._sums, (pair.own, pair.cross), strict=True):
-            for matrix in range(len(part)):
+            for matrix in range(len(part)) if owned is None else owned:
                 total.addcmul_(part[matrix], share[matrix])
         self._energy.append(energy)
         self._weight.append(pair.weight)
@@ -159,7 +191,8 @@ class PoolSums:
         """The pool of all that was added."""
         energy, weight, rows = (torch.cat(parts) for parts in (self._energy, self._weight, self._rows))
         seen = (weight > 0).sum().clamp(min=1)
-        return Pool(self._sums[0] / seen, self._sums[1] / seen, energy.sum() / seen, weight, rows)
+        own, cross = (sum_everywhere(part) if self._parted else part for part in self._sums)
+        return Pool(own / seen, cross / seen, energy.sum() / seen, weight, rows)
 
 
 def each_pooled(chunks: list[range], collect: Callable[[range], Pair], use: Callable[[range, Pair], None]) -> Tensor:

@@ -11,14 +11,21 @@ from pathlib import Path
 
 import torch
 
-from ..model.hidden import HiddenStates, load_states, save_states
+from ..model.distributed import rank_share, world
+from ..model.hidden import HiddenStates
+from ..model.parts import drop_parts, save_part, take_part
 
 
 class SharedReference:
-    """W windows x T positions x H channels on their way; `users` runs take part, by number."""
+    """W windows x T positions x H channels on their way; `users` runs take part, by number.
+
+    Under torchrun each rank has its share of the windows.
+    """
 
     def __init__(self, shape: tuple[int, int, int], place: torch.device, folder: Path) -> None:
-        self.shape, self.place, self.folder = shape, place, folder
+        """shape: of all windows."""
+        self.windows, self.own = shape[0], rank_share(shape[0], *world())
+        self.shape, self.place, self.folder = (len(self.own), *shape[1:]), place, folder
         self._reached: dict[int, int] = {}  # user -> the step that it does next
         self._entering: HiddenStates | None = None
         self._leaving: HiddenStates | None = None
@@ -48,24 +55,21 @@ class SharedReference:
 
     def save(self, step: int) -> None:
         """Keep the stream as it enters `step`, which a user has just reached."""
-        path = self._path(step)
-        if self._leaving is not None and not path.exists():
-            save_states(path, self._named(self._leaving))
+        if self._leaving is not None:
+            save_part(self.folder, self._stem(step), self._named(self._leaving), self.own, self.windows)
 
     def forget(self, user: int, step: int, last: int) -> None:
         """A user has gone past `step`: what nobody will enter any more is deleted."""
         self.begin(user, step + 1, last)
         oldest = min(self._reached.values())
-        for path in self.folder.glob(".hidden-*-reference"):
-            if int(path.name.split("-")[1]) < oldest:
-                path.unlink(missing_ok=True)
+        drop_parts(self.folder, "reference", oldest)
 
     def _open(self, step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         first, together = self._states(), len(self._reached) > 1
         self._entering, self._leaving, self._step = first, self._states() if together else first, step
         if step:
-            load_states(self._path(step), self._named(first))
+            take_part(self.folder, self._stem(step), self._named(first), self.own, self.windows)
 
     def _states(self) -> HiddenStates:
         return HiddenStates(*self.shape, folder=self.folder, device=self.place)
@@ -73,5 +77,5 @@ class SharedReference:
     def _named(self, states: HiddenStates) -> Mapping[str, HiddenStates]:
         return {"reference": states}
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f".hidden-{step:03d}-reference"
+    def _stem(self, step: int) -> str:
+        return f".hidden-{step:03d}-reference"

@@ -22,14 +22,16 @@ from ...convert.gguf.metadata import Importance
 from ...convert.gguf.names import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from ...convert.gguf.plan import GgufPlan
 from ...convert.models.geometry import Geometry
-from ...convert.source import read_layer
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
+from ..model.distributed import rank_share, rank_shares, read_layer_shared, world
 from ..model.divided import from_owner
-from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving, load_states, save_states
+from ..model.embedded import embedded
+from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving
+from ..model.parts import drop_parts, save_part, take_part
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest
-from .layer import quantize_head, quantize_layer
+from .layer import head_pair, quantize_head, quantize_layer
 from .memory import moment_memory, stream_place, text_batch
 from .provider import TensorProvider
 from .reference import SharedReference
@@ -104,8 +106,10 @@ class CalibratedRun(TensorProvider):
         self.source, self.plan, self.calibration, self.device, self.folder = source, plan, calibration, device, folder
         self.method, self.dtype, self.report = METHODS[calibration.effort], default_dtype(device), Report()
         windows, length = calibration.tokens.shape
+        self.windows, self.own = windows, rank_share(windows, *world())
+        most = max(map(len, rank_shares(windows)))
         # One plan for all ranks: what is free differs, the pieces that are divided must not.
-        self.memory = from_owner(lambda: plan_memory(source.geometry, windows, length, device, others))
+        self.memory = from_owner(lambda: plan_memory(source.geometry, most, length, device, others))
         shape = (windows, length, source.geometry.hidden)
         self.reference = reference or SharedReference(shape, self.memory.place, folder)
         self.user = self.reference.join()
@@ -117,57 +121,60 @@ class CalibratedRun(TensorProvider):
         self.streams = Streams(quantized, quantized, memory.batch, self.device, memory.moments)
         self.reference.begin(self.user, step, len(self.plan.steps) - 1)
         if 0 < step < len(self.plan.steps):
-            load_states(self._path(step), {"written": quantized})
+            take_part(self.folder, self._stem(step), {"written": quantized}, self.own, self.windows)
 
     def tensors(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, bytes) of the tensors of one step, in order."""
         self.streams = replace(self.streams, reference=self.reference.enter(step))
         data = self._values(step)
-        for tensor in self.plan.steps[step]:
+        for tensor in self.plan.steps[step] if data else ():  # the first rank writes
             yield tensor.name, data.pop(tensor.name)
 
     def save(self, step: int) -> None:
         """Both streams as they enter `step`; behind the head nothing is left to keep."""
         if step < len(self.plan.steps):
             self.reference.save(step)
-            save_states(self._path(step), {"written": self.streams.quantized})
+            states = {"written": self.streams.quantized}
+            save_part(self.folder, self._stem(step), states, self.own, self.windows)
 
     def forget(self, step: int) -> None:
         """Delete the streams that entered `step`."""
-        self._path(step).unlink(missing_ok=True)
+        drop_parts(self.folder, "written", step + 1)
         self.reference.forget(self.user, step, len(self.plan.steps) - 1)
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f".hidden-{step:03d}-written"
+    def _stem(self, step: int) -> str:
+        return f".hidden-{step:03d}-written"
 
     def _values(self, step: int) -> dict[str, np.ndarray]:
         g, types, layer = self.source.geometry, self.plan.types, self.plan.layer(step)
         if step == 0:
             return {TOKEN_EMBD: self._embed()}
         if layer is not None:
-            weights = read_layer(self.source, layer, self.device, self.dtype)
+            weights = read_layer_shared(self.source, layer, self.device, self.dtype)
             with naming(f"layer {layer}"):
                 made = quantize_layer(self.streams, weights, layer, types, g, self.method, self.report)
             self._check_streams(layer)
             return made
-        norm = self.source.read(g.names.final_norm).to(self.device)
-        head = quantize_head(self.streams, self.source.read(g.names.head).to(self.device), norm, types, g, self.method)
+        norm = from_owner(lambda: self.source.read(g.names.final_norm)).to(self.device)
+        pair = head_pair(self.streams, norm, g)
+        if world()[0] != 0:
+            return {}
+        head = quantize_head(pair, self.source.read(g.names.head).to(self.device), types, self.method)
         return {OUTPUT_NORM: norm.float().cpu().numpy(), OUTPUT: head}
 
     def _check_streams(self, layer: int) -> None:
         """InputError where the model, or what was made of it, left finite numbers."""
         for label, hidden in ((self.source.label, self.streams.reference), (self.plan.label, self.streams.quantized)):
             for start, values in hidden.batches(self.streams.batch, self.streams.device):
-                check_activations(values, leaving(label, layer), start)
+                check_activations(values, leaving(label, layer), self.own.start + start)
 
     def _embed(self) -> np.ndarray:
         """The embeddings' bytes; both streams begin."""
         info = self.plan.steps[0][0]
-        stored = encode_nearest(Matrices(self.source, info), self.device)
-        reference = self.source.read(self.source.geometry.names.embed)
-        for start in range(0, self.streams.reference.shape[0], self.streams.batch):
-            tokens = self.calibration.tokens[start : start + self.streams.batch]
+        stored = from_owner(lambda: encode_nearest(Matrices(self.source, info), self.device))
+        mine = self.calibration.tokens[self.own.start : self.own.stop]
+        for start, exact in embedded(self.source, mine, self.streams.batch):
+            tokens = mine[start : start + self.streams.batch]
             rows = torch.from_numpy(stored[tokens.flatten().numpy()])
-            quantized = decode(rows, GGMLType[info.type], info.shape[-1]).view(*tokens.shape, -1)
-            self.streams.put(start, torch.nn.functional.embedding(tokens, reference), quantized)
+            self.streams.put(start, exact, decode(rows, GGMLType[info.type], info.shape[-1]).view(*tokens.shape, -1))
         return stored

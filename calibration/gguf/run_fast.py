@@ -16,11 +16,13 @@ from ...convert.gguf.plan import GgufPlan
 from ...convert.gguf.writer import TensorInfo
 from ...convert.models.layer import LayerWeights
 from ...quantize.ggml.types import GGMLType
+from ..model.distributed import sum_everywhere, world
+from ..model.divided import from_owner
 from ..model.forward import rms_norm
 from ..model.stream import Stream
 from ..statistics.collector import Collect
 from ..statistics.layer import LayerStatistics
-from ..statistics.layer_pass import calibrate_layer, plan_moments
+from ..statistics.layer_pass import calibrate_layer, plan_moments, sum_over_ranks
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest, encode_tensors
 from .memory import text_batch
@@ -57,9 +59,10 @@ class FastPass:
             self._found = None
             if self.stream.layer != layer:
                 self.stream.start(layer)
-            weights, domain = self.stream.read_layer(layer), torch.zeros(len(self.tokens), dtype=torch.int64)
+            weights, domain = self.stream.read_layer(layer), torch.zeros(len(self.stream.own), dtype=torch.int64)
             plan = plan_moments(self.source.geometry, DIAGONALS, 0)
-            self._found = weights, calibrate_layer(self.stream, weights, domain, 1, DIAGONALS, plan)
+            found = calibrate_layer(self.stream, weights, domain, 1, DIAGONALS, plan)
+            self._found = weights, sum_over_ranks(found)
             self._layer = layer
         return self._found
 
@@ -107,13 +110,16 @@ class FastRun(TensorProvider):
 
     def tensors(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, bytes) of the tensors of one step, in order."""
-        layer = self.plan.layer(step)
-        ready = {} if layer is None else self._layer(layer, self.plan.steps[step])
-        for info in self.plan.steps[step]:
+        layer, infos = self.plan.layer(step), self.plan.steps[step]
+        ready = {} if layer is None else self._layer(layer, infos)
+        importance = self._head_importance() if any(info.name == OUTPUT for info in infos) else None
+        if world()[0] != 0:  # the first rank writes
+            return
+        for info in infos:
             if info.name in ready:
                 yield info.name, ready[info.name]
             elif info.name == OUTPUT:
-                yield info.name, encode_nearest(Matrices(self.source, info), self.device, self._head_importance())
+                yield info.name, encode_nearest(Matrices(self.source, info), self.device, importance)
             else:
                 yield from encode_tensors(self.source, [info], self.device)
 
@@ -137,9 +143,9 @@ class FastRun(TensorProvider):
     def _head_importance(self) -> Tensor:
         """[H] mean square of what the head sees."""
         stream = self.passes.after_layers()
-        norm = self.source.read(self.source.geometry.names.final_norm).to(stream.device)
+        norm = from_owner(lambda: self.source.read(self.source.geometry.names.final_norm)).to(stream.device)
         total, rows = torch.zeros_like(norm), 0
         for _, hidden in stream.hidden.batches(stream.batch, stream.device):
             x = rms_norm(hidden, norm, self.source.geometry.norm_eps).flatten(0, 1)
             total, rows = total + x.square().sum(0), rows + len(x)
-        return total / rows
+        return sum_everywhere(total) / sum_everywhere(torch.tensor(rows))

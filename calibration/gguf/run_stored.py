@@ -6,9 +6,10 @@ the head is not calibrated. Full moments give error feedback, diagonals a search
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError, naming
 
+from ...convert.checkpoints.batches import batches
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.files.atomic import sha256_file
 from ...convert.gguf.imatrix import Imatrix, read_imatrix, split_matrices
@@ -30,6 +32,8 @@ from ...quantize.ggml.codec import encode
 from ...quantize.ggml.types import GGMLType
 from ...quantize.moments import Moments, check_moments, shrunk_diagonal
 from ...quantize.overflow import rescale_exponents
+from ..model.distributed import world
+from ..model.divided import divided
 from ..statistics.imatrix_export import moments_of
 from ..statistics.live import default_dtype
 from ..statistics.store import StoredStatistics, open_statistics
@@ -37,8 +41,9 @@ from .encode import encode_tensors
 from .layer import ROLES
 from .moments import Pair
 from .provider import TensorProvider
-from .solve import METHODS, Method, Report, solve
+from .solve import METHODS, Method, Report, experts_at_once, solve_part
 
+AT_ONCE = 16  # matrices that are read together where each is searched alone
 DIAGONAL_PRIOR = 4.0  # strength of the pool in importance, in rows per input
 INPUT_OF = {
     "attn_q": "attention_in",
@@ -152,7 +157,7 @@ class StoredRun(TensorProvider):
         ready = {}
         if layer is not None:
             ready = encode_layer(self.source, self.stored, layer, chosen, self.device, self.report)
-        for info in infos:
+        for info in infos if world()[0] == 0 else ():  # the first rank writes
             data = ready.pop(stem_of(info.name), None)
             yield from [(info.name, data)] if data is not None else encode_tensors(self.source, [info], self.device)
 
@@ -172,7 +177,7 @@ def encode_layer(
 ) -> dict[str, np.ndarray]:
     """Bytes of a layer's matrices by short name; experts that would overflow float16 are rescaled first.
 
-    One matrix, or one projection of all experts, is in memory at once: a float32 layer of M2.7 has 14.5 GB.
+    One matrix, or a few experts of one projection, are in memory at once: a float32 layer of M2.7 has 14.5 GB.
     """
     g, moments, out = source.geometry, stored.moments(layer, source.geometry), {}
     middle, dtype = moments["ffn_down_exps"], default_dtype(device)
@@ -180,18 +185,21 @@ def encode_layer(
     factors = torch.exp2(exponents).view(-1, 1, 1).to(dtype)
     report.rescaled |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
     report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
-    for name, kind in kinds.items():
+
+    def read(name: str, part: range) -> Tensor:
         if name in ATTENTION_TENSORS:
             weight = source.read(g.names.attention(layer, ATTENTION_TENSORS[name]) + ".weight").unsqueeze(0)
-            weight = weight.to(device=device, dtype=dtype)
-        else:
-            role = EXPERT_TENSORS[name]
-            weight = source.read_experts(layer, role, range(g.experts), device, dtype)
-            if role in RESCALED:
-                weight = weight.div_(factors) if role == "up" else weight.mul_(factors)
+            return weight.to(device=device, dtype=dtype)
+        role = EXPERT_TENSORS[name]
+        weight = source.read_experts(layer, role, part, device, dtype)
+        if role not in RESCALED:
+            return weight
+        own = factors[part.start : part.stop]
+        return weight.div_(own) if role == "up" else weight.mul_(own)
+
+    for name, kind in kinds.items():
         with naming(f"blk.{layer}.{name}.weight"):
-            out[name] = encode_matrices(weight, kind, moments[name], stored.method)
-        del weight
+            out[name] = encode_matrices(partial(read, name), kind, moments[name], stored.method, torch.device(device))
     return out
 
 
@@ -217,8 +225,12 @@ def encode_matrices_of(
             role = ROLES[ATTENTION_TENSORS[name]] if name in ATTENTION_TENSORS else EXPERT_TENSORS[name]
             weight = getattr(weights, role)
             weight = weight.unsqueeze(0) if weight.dim() == 2 else weight
+
+            def read(part: range, weight: Tensor = weight) -> Tensor:
+                return weight[part.start : part.stop]
+
             with naming(f"blk.{layer}.{name}.weight"):
-                out[name] = encode_matrices(weight, kind, moments[name], method)
+                out[name] = encode_matrices(read, kind, moments[name], method, weight.device)
     return out
 
 
@@ -240,12 +252,29 @@ def rescaled_in_place(weights: LayerWeights, exponents: Tensor) -> Iterator[None
             weights.up[expert], weights.down[expert] = up, down
 
 
-def encode_matrices(weight: Tensor, kind: GGMLType, moments: Moments, method: Method) -> np.ndarray:
-    """Bytes [E, O, b] of E matrices [E, O, n] under their moments."""
+def encode_matrices(
+    read: Callable[[range], Tensor], kind: GGMLType, moments: Moments, method: Method, device: torch.device
+) -> np.ndarray:
+    """Bytes [E, O, b] of E matrices under their moments; read: some of them [e, O, n].
+
+    Under torchrun the ranks do the pieces of a single process in turn; every rank gets all.
+    """
+    count = moments.matrices
     if moments.second is not None and method.feedback:
-        second = moments.second.to(weight.device)
-        pair = Pair(second, second, moments.weight.to(weight.device), moments.count.to(weight.device))
-        return solve(weight, kind, pair, method)[0]
-    importance = shrunk_diagonal(moments, DIAGONAL_PRIOR).to(weight.device)
-    parts = [encode(rows.float(), kind, chosen).cpu().numpy() for rows, chosen in zip(weight, importance, strict=True)]
-    return np.stack(parts)
+        second = moments.second.to(device)
+        pair = Pair(second, second, moments.weight.to(device), moments.count.to(device)).pooled()
+        step = 1 if count == 1 else experts_at_once(read(range(1)))
+
+        def work(part: range) -> np.ndarray:
+            return solve_part(read(part), kind, pair, slice(part.start, part.stop), method)[0]
+
+    else:
+        importance, step = shrunk_diagonal(moments, DIAGONAL_PRIOR).to(device), AT_ONCE
+
+        def work(part: range) -> np.ndarray:
+            rows = zip(read(part), importance[part.start : part.stop], strict=True)
+            return np.stack([encode(matrix.float(), kind, chosen).cpu().numpy() for matrix, chosen in rows])
+
+    pieces = list(batches(count, step))
+    found = dict(divided(pieces, work))
+    return np.concatenate([found[number] for number in range(len(pieces))])

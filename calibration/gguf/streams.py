@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
+from ..model.distributed import max_everywhere
 from ..model.forward import Observer, Routing, attention, grouped_matmul, rms_norm, route, rows_at_once, run_experts
 from ..model.hidden import HiddenStates
 from .memory import ExpertPlan, plan_experts, solve_memory
@@ -52,6 +53,8 @@ class AttentionOutput(Observer):
 @dataclass(frozen=True)
 class Streams:
     """The residual stream before a layer: of the reference, and of the model as written; `batch` windows at a time.
+
+    Under torchrun each rank has some of the windows; the pairs that are made of them are sums of all ranks.
 
     memory: bytes of the device for the moments of a layer's experts; None: there is room for all
     """
@@ -88,7 +91,7 @@ def input_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
     for _, reference, quantized in streams.batches():
         x, z = (rms_norm(hidden, weights.input_norm, g.norm_eps).flatten(0, 1) for hidden in (reference, quantized))
         pair.add(0, x.to(weights.q.dtype), z.to(weights.q.dtype))
-    return pair
+    return pair.over_ranks()
 
 
 def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
@@ -99,7 +102,7 @@ def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: G
         streams.reference.put(start, reference + attention(weights, g, reference, x))
         attention(new, g, quantized, z)
         pair.add(0, x.output, z.output, d=(reference - quantized).flatten(0, 1))
-    return pair
+    return pair.over_ranks()
 
 
 def pass_attention(streams: Streams, new: LayerWeights, g: Geometry) -> None:
@@ -114,7 +117,7 @@ def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
     for _, reference, quantized in streams.batches():
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, quantized))
         pair.add(0, x, z)
-    return pair
+    return pair.over_ranks()
 
 
 def input_pairs(streams: Streams, part: LayerWeights, g: Geometry, kept: range) -> tuple[Pair, Tensor]:
@@ -131,7 +134,7 @@ def input_pairs(streams: Streams, part: LayerWeights, g: Geometry, kept: range) 
         for expert, (start, stop) in enumerate(pairwise(rows.offsets)):
             if stop > start:
                 largest[expert] = torch.maximum(largest[expert], sums[start:stop].amax())
-    return pair, largest
+    return pair.over_ranks(), max_everywhere(largest)
 
 
 def middle_pairs(
@@ -146,7 +149,7 @@ def middle_pairs(
     for rows in routed(streams, part, g, kept):
         x, z = (inner_rows(side, one, rows.offsets) for side, one in ((rows.x, part), (rows.z, new)))
         add_rows(pair, x, z, rows.router_weight, rows.offsets, scale, rows.lacking)
-    return pair
+    return pair.over_ranks()
 
 
 def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry, exponents: Tensor) -> Pair:
@@ -165,7 +168,7 @@ def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g:
 
         moved = run_experts(weights, x, routing, Rows(take))
         streams.reference.put(start, reference + moved.view(reference.shape))
-    return pair
+    return pair.over_ranks()
 
 
 def inner_rows(x: Tensor, part: LayerWeights, offsets: list[int]) -> Tensor:

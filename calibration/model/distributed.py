@@ -23,6 +23,7 @@ from .watchdog import Watchdog, end_process, rank_timeout
 
 T = TypeVar("T")
 
+EXCHANGED = 1 << 29  # bytes that a rank sends, and as many that it receives, at a time
 
 _WATCHDOGS: list[Watchdog] = []  # this process's, while it is in a group
 
@@ -61,10 +62,29 @@ def rank_share(count: int, rank: int, size: int) -> range:
     return range(count * rank // size, count * (rank + 1) // size)
 
 
+def rank_shares(count: int) -> list[range]:
+    """Every rank's part of `count` things."""
+    size = world()[1]
+    return [rank_share(count, rank, size) for rank in range(size)]
+
+
+def rank_of(item: int, count: int) -> int:
+    """The rank that has an item of `rank_share`."""
+    return next(rank for rank, share in enumerate(rank_shares(count)) if item in share)
+
+
 def broadcast(tensor: Tensor, owner: int) -> None:
     """The owner's values, in place on every rank; any dtype, contiguous."""
     if tensor.numel():
-        dist.broadcast(tensor.view(torch.uint8), src=owner)
+        moved = movable(tensor)
+        dist.broadcast(moved.view(-1).view(torch.uint8), src=owner)
+        if moved is not tensor:
+            tensor.copy_(moved)
+
+
+def movable(tensor: Tensor) -> Tensor:
+    """The tensor itself, or its copy on this rank's card: NCCL moves only what lies there."""
+    return tensor.cuda() if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor
 
 
 def read_layer_shared(
@@ -107,26 +127,50 @@ def _read_share(source: Source, layer: int, device: torch.device | str, dtype: t
     return layer_weights(g.names, plain, matrix, stacked)
 
 
-def sum_to(tensor: Tensor, owner: int) -> Tensor:
-    """On `owner`: the sum over ranks, added in rank order (new tensor). Elsewhere: `tensor` itself, sent away."""
-    return _fold(tensor, owner, torch.add)
-
-
 def _fold(tensor: Tensor, owner: int, combine: Callable[..., Tensor]) -> Tensor:
     rank, size = world()
     if size == 1 or not tensor.numel():
         return tensor
+    moved = movable(tensor.contiguous())
     if rank != owner:
-        dist.send(tensor.contiguous(), dst=owner)
+        dist.send(moved, dst=owner)
         return tensor
-    total, other = None, torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    total, other = None, torch.empty_like(moved)
     for source in range(size):
         if source != owner:
             dist.recv(other, src=source)
-        value = tensor if source == owner else other
+        value = moved if source == owner else other
         total = value.clone() if total is None else combine(total, value, out=total)
     assert total is not None
-    return total
+    return total.to(tensor.device)
+
+
+def sum_to_owners(tensor: Tensor) -> None:
+    """In place: the sum over ranks [E, ...] of the matrices that are this rank's (`rank_share`), added in rank order.
+
+    The others' keep this rank's own sums. All pairs of ranks exchange at once, a few matrices at a time.
+    """
+    rank, size = world()
+    if size == 1 or not tensor.numel():
+        return
+    shares = rank_shares(len(tensor))
+    step = max(1, EXCHANGED // (tensor[0].nbytes * size))
+    for first in range(0, max(map(len, shares)), step):
+        parts = [tensor[s.start + first : min(s.stop, s.start + first + step)].contiguous() for s in shares]
+        parts = [movable(part) for part in parts]
+        mine = parts[rank]
+        others = [i for i in range(size) if i != rank]
+        found = {i: torch.empty_like(mine) for i in others}
+        moves = [dist.P2POp(dist.isend, parts[i], i) for i in others if parts[i].numel()]
+        moves += [dist.P2POp(dist.irecv, found[i], i) for i in others if mine.numel()]
+        for work in dist.batch_isend_irecv(moves) if moves else ():
+            work.wait()
+        if mine.numel():
+            found[rank] = mine
+            total = found[0].clone()
+            for source in range(1, size):
+                total += found[source]
+            tensor[shares[rank].start + first : shares[rank].start + first + len(mine)] = total
 
 
 def sum_everywhere(tensor: Tensor) -> Tensor:
@@ -147,6 +191,11 @@ def _everywhere(tensor: Tensor, combine: Callable[..., Tensor]) -> Tensor:
     total = total if rank == 0 else torch.empty_like(total)
     broadcast(total, 0)
     return total
+
+
+def all_have(condition: bool) -> bool:
+    """Whether a condition holds on every rank."""
+    return all(current_ranks().gather(condition))
 
 
 def barrier() -> None:

@@ -1,7 +1,4 @@
-"""Divide a layer's pieces of work over the ranks of torchrun; every rank gets every result.
-
-Pieces are the ones that a single process would take, whole: so results have the same bytes on any number of ranks.
-"""
+"""Divide a layer's pieces of work over the ranks of torchrun; every rank gets every result."""
 
 from __future__ import annotations
 
@@ -16,24 +13,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import world
+from .distributed import rank_share, world
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
-def divided(pieces: Sequence[Piece], work: Callable[[Piece], Result]) -> Iterator[Result]:
-    """`work` of every piece, in order: piece i is done by rank i modulo their number and sent to the others.
+def divided(
+    pieces: Sequence[Piece], work: Callable[[Piece], Result], owners: Sequence[int] | None = None
+) -> Iterator[tuple[int, Result]]:
+    """(number, result) of the `work` of every piece, each done by one rank and sent to the others.
 
-    One piece a rank is held at a time. Results are made of what pickle knows, arrays and tensors; those lie on this
-    rank's device where the owner's did. All ranks must take all results.
+    owners: the rank that does each piece; by default piece i is that of rank i modulo their number. Every rank does
+    one piece, then the results go round: one a rank is held at a time, and pieces do not come in their order. Results
+    are made of what pickle knows, arrays and tensors; those lie on this rank's device where the owner's did. All ranks
+    must take all results.
     """
     rank, size = world()
-    for first in range(0, len(pieces), size):
-        mine = work(pieces[first + rank]) if first + rank < len(pieces) else None
-        for owner in range(min(size, len(pieces) - first)):
-            yield from_owner(partial(cast, Result, mine), owner)
+    whose = owners if owners is not None else [number % size for number in range(len(pieces))]
+    queues = [[number for number, owner in enumerate(whose) if owner == one] for one in range(size)]
+    for turn in range(max(map(len, queues), default=0)):
+        now = [queue[turn] if turn < len(queue) else None for queue in queues]
+        own = now[rank]
+        mine = None if own is None else work(pieces[own])
+        for owner, number in enumerate(now):
+            if number is not None:
+                yield number, from_owner(partial(cast, Result, mine), owner)
         del mine
+
+
+def owned_ranges(parts: Sequence[range], step: int) -> tuple[list[range], list[int]]:
+    """Each owner's range in pieces of at most `step`, as equal as can be; and their owners."""
+    pieces: list[range] = []
+    owners: list[int] = []
+    for owner, part in enumerate(parts):
+        count = -(-len(part) // step)
+        for number in range(count):
+            share = rank_share(len(part), number, count)
+            pieces.append(range(part.start + share.start, part.start + share.stop))
+            owners.append(owner)
+    return pieces, owners
 
 
 def from_owner(make: Callable[[], Result], owner: int = 0) -> Result:

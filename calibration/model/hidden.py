@@ -119,30 +119,45 @@ def save_states(path: Path, states: Mapping[str, HiddenStates], others: Mapping[
         write_tensors(file, parts, {"sha256": digest.hexdigest()})
 
 
-def load_states(path: Path, states: Mapping[str, HiddenStates], remedy: str | None = None) -> dict[str, Tensor]:
+def load_states(
+    path: Path,
+    states: Mapping[str, HiddenStates],
+    remedy: str | None = None,
+    first: int = 0,
+    windows: int | None = None,
+) -> dict[str, Tensor]:
     """Fill `states` from what `save_states` wrote under their names; the other tensors by name.
+
+    first, windows: the file's first window is that of the states, and how many it has (None: as many as they); those
+    outside of the states are left out.
 
     InputError, naming the file, when it cannot be read, holds other states or fails its SHA-256. remedy: what starts
     over (convert/files/progress.py).
     """
     try:
-        return _load(path, states, remedy)
+        return _load(path, states, remedy, first, windows)
     except (SafetensorError, OSError) as error:
         raise damaged(path, f"not readable ({error})", "the hidden states of an unfinished run", remedy) from None
 
 
-def _load(path: Path, states: Mapping[str, HiddenStates], remedy: str | None) -> dict[str, Tensor]:
-    digest, others = hashlib.sha256(), {}
+def _load(
+    path: Path, states: Mapping[str, HiddenStates], remedy: str | None, first: int, windows: int | None
+) -> dict[str, Tensor]:
+    digest, others = hashlib.sha256(), dict[str, Tensor]()
     with safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         for name, state in states.items():
-            if shapes.get(name) != state.shape:
-                raise damaged(path, f"{name} of shape {shapes.get(name)}", f"{state.shape}", remedy)
+            shape = (state.shape[0] if windows is None else windows, *state.shape[1:])
+            if shapes.get(name) != shape:
+                raise damaged(path, f"{name} of shape {shapes.get(name)}", f"{shape}", remedy)
             values = file.get_slice(name)
-            for start in range(0, state.shape[0], WINDOWS):
+            for start in range(0, shape[0], WINDOWS):
                 part = values[start : start + WINDOWS]
                 digest.update(_bytes(part))
-                state.put(start, part)
+                place = first + start
+                part = part[max(0, -place) : max(0, state.shape[0] - place)]
+                if len(part):
+                    state.put(max(0, place), part)
         for name in sorted(name for name in shapes if name not in states):
             others[name] = file.get_tensor(name)
             digest.update(_bytes(others[name]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from mmquant.errors import InputError
 from ...convert.files.atomic import is_temporary
 from ...convert.models.layer import LayerWeights
 from ...convert.source import Source
-from .distributed import rank_device, read_layer_shared, world
+from .distributed import current_ranks, rank_device, rank_share, read_layer_shared, world
+from .embedded import embedded
 from .forward import Observer, layer_forward
 from .hidden import RAM_LIMIT, HiddenStates, leaving, place_of
+from .parts import Saved, find_parts, load_parts, part_path, save_part
 
 DISK_LIMIT = 64 << 30
 
@@ -23,8 +25,8 @@ DISK_LIMIT = 64 << 30
 class Stream:
     """The hidden states of one rank's windows; `layer` is the layer that they enter next.
 
-    Checkpoints (HiddenStates.save), one file per layer, are kept in `folder` when their bytes (twice, for the exchange)
-    stay within `disk_limit`; without one, a later start replays the layers before it, with the same result.
+    Checkpoints (parts.py), one file for each layer and rank, are kept in `folder` when their bytes (twice, for the
+    exchange) stay within `disk_limit`; without one, a later start replays the layers before it, with the same result.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Stream:
         source: Source,
         tokens: Tensor,
         *,
+        own: range | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch: int | None = None,
@@ -39,16 +42,19 @@ class Stream:
         ram_limit: int = RAM_LIMIT,
         disk_limit: int = DISK_LIMIT,
     ) -> None:
-        """tokens [W, T]: this rank's windows; batch: windows at a time."""
+        """tokens [W, T]: of all windows; own: this rank's, by default its share; batch: windows at a time."""
+        self.windows = len(tokens)
+        self.own = rank_share(self.windows, *world()) if own is None else own
+        tokens = tokens[self.own.start : self.own.stop]
         self.source, self.tokens, self.dtype = source, tokens, dtype
         self.device = rank_device(device)
         self.batch = batch if batch is not None else batch_windows(tokens.shape[1], self.device)
-        self.rank, self.size = world()
         windows, length = tokens.shape
         channels = source.geometry.hidden
         place = place_of(self.device, 4 * windows * length * channels)
         self.hidden = HiddenStates(windows, length, channels, ram_limit, folder, place)
-        self.folder = folder if 2 * self.hidden.bytes * self.size <= disk_limit else None
+        kept = 2 * 4 * self.windows * length * channels  # by all ranks
+        self.folder = folder if kept <= disk_limit else None
         self.layer = -1
 
     def start(self, layer: int, replay: bool = True) -> None:
@@ -65,16 +71,22 @@ class Stream:
             self.advance(self.read_layer(self.layer))
 
     def _restore(self, layer: int) -> int:
-        """Take the latest checkpoint not behind `layer`, or the embedding; the layer that is entered next."""
-        for candidate in range(layer, 0, -1):
-            path = self._path(candidate)
-            if path is not None and path.is_file():
-                self.hidden.load(path, "delete it to compute the layers before it again")
-                return candidate
-        embed = self.source.read(self.source.geometry.names.embed)
-        for start in range(0, self.hidden.shape[0], self.batch):
-            self.hidden.put(start, torch.nn.functional.embedding(self.tokens[start : start + self.batch], embed))
+        """Take the latest checkpoint not behind `layer` that all ranks have, or the embedding; the layer entered."""
+        found = {n: saved for n in range(layer, 0, -1) if (saved := self._saved(n)) is not None}
+        common = set[int].intersection(*(set(numbers) for numbers in current_ranks().gather(list(found))))
+        if common:
+            latest = max(common)
+            remedy = "delete it to compute the layers before it again"
+            load_parts(found[latest], {"hidden": self.hidden}, self.own, remedy)
+            return latest
+        for start, values in embedded(self.source, self.tokens, self.batch):
+            self.hidden.put(start, values)
         return 0
+
+    def _saved(self, layer: int) -> Saved | None:
+        if self.folder is None:
+            return None
+        return find_parts(self.folder, _stem(layer), self.own, self.windows)
 
     def read_layer(self, layer: int) -> LayerWeights:
         """A layer's weights on the device, every rank reading its share."""
@@ -89,26 +101,24 @@ class Stream:
 
     def save(self) -> None:
         """Checkpoint the stream as it enters `layer`; nothing at the embedding or beyond the disk limit."""
-        path = self._path(self.layer)
-        if path is None or self.layer == 0 or path.exists():
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.hidden.save(path)
+        if self.folder is not None and self.layer > 0:
+            save_part(self.folder, _stem(self.layer), {"hidden": self.hidden}, self.own, self.windows)
 
     def keep_from(self, layer: int) -> None:
-        """Delete this rank's checkpoints of layers before `layer`, and unfinished ones."""
+        """Delete checkpoints of layers before `layer`, and unfinished ones: this rank's; the first rank's call, all."""
         if self.folder is None:
             return
-        for path in self.folder.glob(f".hidden-*{self._suffix}*"):
-            if is_temporary(path.name) or int(path.name.split(".")[1].removeprefix("hidden-")) < layer:
-                os.unlink(path)
+        first, mine = world()[0] == 0, part_path(self.folder, "", self.own, self.windows).name
+        for path in self.folder.glob(".hidden-*"):
+            number = re.match(r"\.hidden-(\d+)(?!.*-)", path.name)
+            if number is None or not (first or mine in path.name):
+                continue
+            if is_temporary(path.name) or int(number[1]) < layer:
+                path.unlink(missing_ok=True)
 
-    @property
-    def _suffix(self) -> str:
-        return f".{self.rank}of{self.size}"
 
-    def _path(self, layer: int) -> Path | None:
-        return None if self.folder is None else self.folder / f".hidden-{layer:03d}{self._suffix}"
+def _stem(layer: int) -> str:
+    return f".hidden-{layer:03d}"
 
 
 def forget(folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...convert.checkpoints.write import Entry
 from ...quantize.moments import Moments
-from ..model.distributed import rank_share, sum_everywhere, world
+from ..model.distributed import movable, rank_share, sum_everywhere, world
 from .layer import MOMENT_FIELDS, MOMENT_SETS, ROUTING_FIELDS, LayerStatistics
 from .triangles import STORED, triangle
 
@@ -49,8 +49,8 @@ def squares_of(moments: Moments) -> Tensor:
     out = torch.zeros(moments.matrices, device=moments.diagonal.device)
     assert moments.second is not None
     own = rank_share(moments.matrices, rank, size)
-    for index, expert in enumerate(own):
-        out[expert] = moments.second[index].square().sum()
+    for expert in own:
+        out[expert] = moments.second[expert].square().sum()
     return sum_everywhere(out)
 
 
@@ -66,15 +66,16 @@ def _second(set_name: str, moments: Moments, dtype: str) -> Entry:
     def values() -> Iterator[Tensor]:
         for owner in range(size):
             part = rank_share(matrices, owner, size) if matrices > 1 else range(1 if owner == 0 else 0)
-            for index in range(len(part)):
+            for matrix in part:
                 if owner == rank:
                     assert second is not None
-                    value = triangle(second[index]).to(target[0])
+                    value = triangle(second[matrix]).to(target[0])
                     if rank != 0:
-                        dist.send(value.view(torch.uint8).contiguous(), dst=0)
+                        dist.send(movable(value.view(torch.uint8).contiguous()), dst=0)
                 else:
                     value = torch.empty(packed, dtype=target[0], device=moments.diagonal.device)
                     if rank == 0:
+                        value = movable(value)
                         dist.recv(value.view(torch.uint8), src=owner)
                 yield value
 

@@ -45,6 +45,7 @@ class LayerStatistics:
     hidden_amax    [H] largest |x| per channel of the experts' input (all tokens)
     mid_amax       [E, I] largest |h| per channel of each expert's down input
     kv_amax        [2, kv_heads * head_dim] largest |k| (normed, rotated) and |v| per channel
+    own            the experts whose second moments and held-out rows are whole on this rank; None: all
     """
 
     layer: int
@@ -56,6 +57,7 @@ class LayerStatistics:
     hidden_amax: Tensor
     mid_amax: Tensor
     kv_amax: Tensor
+    own: range | None = None
 
 
 MOMENT_SETS = ("attention_in", "attention_out", "expert_in", "expert_mid")

@@ -25,12 +25,13 @@ from mmquant.errors import FitError
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ...quantize.moments import Moments
-from ..model.distributed import max_everywhere, rank_share, sum_everywhere, sum_to, world
+from ..model.distributed import max_everywhere, rank_share, sum_everywhere, sum_to_owners, world
 from ..model.forward import layer_forward
 from ..model.hidden import leaving
 from ..model.stream import Stream
 from .collector import Collect
 from .collector_cuda import make_collector
+from .held import enough
 from .layer import LayerStatistics, RoutingStatistics
 
 LESS_MOMENTS = "--effort fast or --moments diagonal, a larger --memory or another --device help"
@@ -235,36 +236,29 @@ def to_device(value: LayerStatistics, device: torch.device | str) -> LayerStatis
 
 
 MAXIMA = ("amax", "sum32", "sum16")
+MATRICES = ("second", "held")
 
 
 def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
-    """All ranks' statistics added in rank order: small sums on every rank, second moments with their owners.
+    """All ranks' statistics added in rank order: small sums and attention's on every rank, experts' with their owners.
 
-    Rank r owns the experts `rank_share(E, r, size)`: its `second` of the expert moments holds only those; attention's
-    second moments are rank 0's, None elsewhere. Alone: the statistics themselves.
+    Rank r owns the experts `rank_share(E, r, size)`: of the others its `second` and `held` hold what it saw itself.
+    The second moments are changed in place. Alone: the statistics themselves.
     """
     rank, size = world()
     if size == 1:
         return found
 
-    def moments(value: Moments, experts: bool) -> Moments:
-        small = {}
+    def moments(value: Moments) -> Moments:
+        sums = {}
         for field in dataclasses.fields(value):
             tensor = getattr(value, field.name)
-            if field.name not in ("second", "held"):
-                small[field.name] = everywhere(tensor, field.name in MAXIMA)
-        second = value.second
-        if second is not None:
-            second = owned(second, experts)
-        return dataclasses.replace(value, **small, second=second)
-
-    def owned(second: Tensor, experts: bool) -> Tensor | None:
-        own = None
-        for owner in range(size if experts else 1):
-            part = rank_share(second.shape[0], owner, size) if experts else range(1)
-            total = sum_to(second[part.start : part.stop].contiguous(), owner)
-            own = total if owner == rank else own
-        return own
+            if field.name in MATRICES:
+                tensor = None if tensor is None else whole_with_owners(tensor)
+                sums[field.name] = enough(tensor) if tensor is not None and field.name == "held" else tensor
+            else:
+                sums[field.name] = everywhere(tensor, field.name in MAXIMA)
+        return dataclasses.replace(value, **sums)
 
     def everywhere(tensor: Tensor, largest: bool) -> Tensor:
         return max_everywhere(tensor) if largest else sum_everywhere(tensor)
@@ -272,12 +266,21 @@ def sum_over_ranks(found: LayerStatistics) -> LayerStatistics:
     routing = found.routing
     return LayerStatistics(
         layer=found.layer,
-        attention_in=moments(found.attention_in, False),
-        attention_out=moments(found.attention_out, False),
-        expert_in=moments(found.expert_in, True),
-        expert_mid=moments(found.expert_mid, True),
+        attention_in=moments(found.attention_in),
+        attention_out=moments(found.attention_out),
+        expert_in=moments(found.expert_in),
+        expert_mid=moments(found.expert_mid),
         routing=RoutingStatistics(*(everywhere(getattr(routing, f.name), False) for f in dataclasses.fields(routing))),
         hidden_amax=everywhere(found.hidden_amax, True),
         mid_amax=everywhere(found.mid_amax, True),
         kv_amax=everywhere(found.kv_amax, True),
+        own=rank_share(found.expert_mid.matrices, rank, size),
     )
+
+
+def whole_with_owners(tensor: Tensor) -> Tensor:
+    """[E, ...] summed over ranks: with the owners, in place; of one matrix, or of equal ones, everywhere."""
+    if len(tensor) == 1 or tensor.stride(0) == 0:
+        return sum_everywhere(tensor[:1]).expand(len(tensor), *tensor.shape[1:])
+    sum_to_owners(tensor)
+    return tensor

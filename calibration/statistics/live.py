@@ -15,12 +15,13 @@ from mmquant.errors import FitError, InputError
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.models.layer import LayerWeights
 from ...convert.source import read_layer
+from ..model.distributed import barrier, rank_share, world
 from ..model.hidden import RAM_LIMIT, place_of
 from ..model.stream import DISK_LIMIT, Stream
 from ..text.corpus import Corpus
 from .collector import Collect
 from .held import HELD
-from .layer_pass import MomentPlan, calibrate_layer, free_memory, layer_bytes, plan_moments
+from .layer_pass import MomentPlan, calibrate_layer, free_memory, layer_bytes, plan_moments, sum_over_ranks
 from .provider import LayerInputs
 from .store import StoredStatistics
 
@@ -92,8 +93,10 @@ class LivePass:
         self.source, self.corpus, self.folder = source, corpus, folder
         self.late = hidden or self.options.propagate == "quantized"
         self.show_hidden = hidden
-        o = self.options
-        self.plan = moment_plan(source, o, corpus.tokens.numel())
+        o, windows = self.options, len(corpus.tokens)
+        # Learned rounding works on the tokens of all windows: every rank has them all then.
+        self.own = range(windows) if hidden else rank_share(windows, *world())
+        self.plan = moment_plan(source, o, len(self.own) * corpus.tokens.shape[1])
         self._pending: LayerWeights | None = None
         self._kept: dict[str, Any] = {}
 
@@ -106,6 +109,7 @@ class LivePass:
         return Stream(
             self.source,
             self.corpus.tokens,
+            own=self.own,
             device=o.device,
             dtype=o.dtype,
             batch=o.batch,
@@ -132,14 +136,17 @@ class LivePass:
         found = calibrate_layer(
             self.stream,
             weights,
-            self.corpus.domain,
+            self.corpus.domain[self.own.start : self.own.stop],
             domains,
             self.options.collect,
             self.plan,
+            first_window=self.own.start,
             advance=not self.late,
             scratch=self.folder,
             hold=self.options.hold,
         )
+        if not self.show_hidden:
+            found = sum_over_ranks(found)
         self._pending = weights if self.late else None
         hidden = self.stream.hidden if self.show_hidden else None
         return LayerInputs(layer, weights, found, hidden, self.options.propagate == "quantized", self._kept)
@@ -172,6 +179,7 @@ class LivePass:
     def _checkpoint(self) -> None:
         if self.folder is not None:
             self.stream.save()
+            barrier()  # before the layer counts, and before any rank's older state goes
             self.stream.keep_from(self.stream.layer - 1)
 
 

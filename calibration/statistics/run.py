@@ -107,7 +107,7 @@ def calibrate_into(
         writer.commit()  # the folder is ours from here on, whatever a kill leaves in it
         stream = Stream(
             source,
-            corpus.tokens[own.start : own.stop],
+            corpus.tokens,
             device=options.device,
             dtype=options.dtype,
             batch=options.batch,

@@ -1,0 +1,426 @@
+"""Layers of M2.7's size on one rank and on several: seconds by stage, efficiency, bytes moved, who waits for whom.
+
+    python bench/multi_gpu.py [--ranks 1 2] [--folder /dev/shm] [--json FILE]
+
+Writes a checkpoint of two layers with random weights (7.4 GB), then runs it under torchrun with each number of ranks:
+the first layer compiles, the second is measured. Stages: a layer's weights (every rank reads its share), forward with
+second moments, their sums to the owners, INT4 and NVFP4 solves, packing, a GGUF layer with both streams, evaluation
+of two candidates, and the forward once more on windows of 16,384 tokens. A stage begins when all ranks are there and
+ends for each when its device is done. What a rank spends in calls of torch.distributed is told apart: the least of the
+ranks is moving data, what others spend beyond it is waiting. Results of all numbers of ranks are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import _path  # noqa: F401
+import numpy as np
+import torch
+import torch.distributed as dist
+from int4_whole import make_checkpoint
+from torch import Tensor
+
+from mmquant.calibration.evaluate.streamed import Scoring, Settings
+from mmquant.calibration.folder.layer import LayerOptions, QuantizedLayer, quantize_layer
+from mmquant.calibration.folder.variant import CalibratedWeights
+from mmquant.calibration.gguf import experts as gguf_experts
+from mmquant.calibration.gguf import layer as gguf_layer
+from mmquant.calibration.gguf.memory import moment_memory, stream_place, text_batch
+from mmquant.calibration.gguf.moments import Pair
+from mmquant.calibration.gguf.solve import METHODS, Report
+from mmquant.calibration.gguf.streams import Streams
+from mmquant.calibration.model.distributed import (
+    current_ranks,
+    leave,
+    rank_device,
+    rank_share,
+    read_layer_shared,
+    sum_everywhere,
+    world,
+)
+from mmquant.calibration.model.hidden import HiddenStates
+from mmquant.calibration.model.stream import Stream
+from mmquant.calibration.statistics.collector import Collect
+from mmquant.calibration.statistics.layer import LayerStatistics
+from mmquant.calibration.statistics.layer_pass import calibrate_layer, sum_over_ranks
+from mmquant.calibration.statistics.live import PassOptions, default_dtype, moment_plan
+from mmquant.calibration.text.sample import Sample
+from mmquant.convert.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mmquant.convert.files.atomic import write_whole
+from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
+from mmquant.convert.models.geometry import Geometry
+from mmquant.convert.models.layer import LayerWeights
+from mmquant.quantize.fp4.grid import NVFP4
+from mmquant.quantize.integer.gptq import GptqGrid
+
+STAGES = ("weights", "int4", "nvfp4", "gguf", "eval", "long")
+MOVED = ("broadcast", "send", "recv", "batch_isend_irecv", "broadcast_object_list", "all_gather_object", "barrier")
+
+
+class Clock:
+    """Seconds, seconds inside torch.distributed and bytes sent, by stage; the device is waited for on both sides."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.found = device, dict[str, list[float]]()
+        self.inside, self.sent, self._depth = 0.0, 0, 0
+        for name in MOVED:
+            setattr(dist, name, self._counted(getattr(dist, name)))
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str, part: bool = False) -> Iterator[None]:
+        """part: of a stage that is running, which adds up and does not wait for other ranks."""
+        if not part and world()[1] > 1:
+            dist.barrier()
+        start, inside, sent = self.now(), self.inside, self.sent
+        yield
+        taken = [self.now() - start, self.inside - inside, float(self.sent - sent)]
+        before = self.found.get(name, [0.0] * 3)
+        self.found[name] = [a + b for a, b in zip(before, taken, strict=True)]
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: object, **named: object) -> object:
+            with self.stage(name, part=True):
+                return function(*values, **named)
+
+        return call
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any, **named: Any) -> object:  # noqa: ANN401
+            start, self._depth = self.now(), self._depth + 1
+            found = function(*values, **named)
+            if function.__name__ == "batch_isend_irecv":
+                for work in found:
+                    work.wait()
+                found = []
+            self._depth -= 1
+            if self._depth == 0:  # calls of torch.distributed use each other
+                self.inside += self.now() - start
+                self.sent += sent_bytes(function.__name__, values, named)
+            return found
+
+        return call
+
+
+def sent_bytes(name: str, values: tuple[Any, ...], named: dict[str, Any]) -> int:
+    """Bytes of tensors that this rank has sent by a call; a broadcast counts once for each receiver."""
+    if name == "broadcast":
+        return values[0].nbytes * (world()[1] - 1) if named["src"] == world()[0] else 0
+    if name == "send":
+        return values[0].nbytes
+    if name == "batch_isend_irecv":
+        return sum(move.tensor.nbytes for move in values[0] if move.op is dist.isend)
+    return 0
+
+
+class Rounded(Checkpoint):
+    """A candidate: the experts of the same model on a grid of few steps a row."""
+
+    steps = 7.0
+
+    def read_experts(
+        self, layer: int, projection: str, experts: range, device: torch.device | str, dtype: torch.dtype
+    ) -> Tensor:
+        values = super().read_experts(layer, projection, experts, device, dtype)
+        for matrix in values:
+            scale = matrix.float().abs().amax(1, keepdim=True) / self.steps
+            matrix.copy_((matrix / scale).round() * scale)
+        return values
+
+
+class Worker:
+    """One rank's work over both layers."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a, (self.rank, self.size) = a, world()
+        self.device = rank_device(a.device)
+        self.clock, self.source = Clock(self.device), open_checkpoint(a.folder / "model")
+        self.dtype, self.results = default_dtype(self.device), dict[str, Any]()
+        self.g = self.source.geometry
+
+    def run(self) -> dict[str, Any]:
+        """Stages of the second layer, by rank, and results to compare."""
+        if {"int4", "nvfp4"} & set(self.a.stages):
+            self.folders()
+        if "gguf" in self.a.stages:
+            self.gguf()
+        if "eval" in self.a.stages:
+            self.evaluation()
+        if "long" in self.a.stages:
+            self.long()
+        memory = [host_memory(), torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0]
+        every = current_ranks().gather((self.clock.found, memory))
+        return {"ranks": self.size, "stages": [one[0] for one in every], "memory": [one[1] for one in every]} | {
+            "results": self.results
+        }
+
+    def tokens(self, windows: int, context: int) -> Tensor:
+        return torch.randint(0, self.g.vocab, (windows, context), generator=torch.Generator().manual_seed(0))
+
+    def stream(self, windows: int, context: int) -> Stream:
+        stream = Stream(self.source, self.tokens(windows, context), device=self.device, dtype=self.dtype)
+        stream.start(0)
+        return stream
+
+    def moments(self, stream: Stream, layer: int, weights: LayerWeights, name: str) -> LayerStatistics:
+        """Forward with moments, of which the owners get the sums."""
+        options = PassOptions(device=self.device, dtype=self.dtype)
+        plan = moment_plan(self.source, options, stream.tokens.numel())
+        domain = torch.zeros(len(stream.own), dtype=torch.int64)
+        with self.clock.stage(f"{name}: forward, moments"):
+            found = calibrate_layer(stream, weights, domain, 1, Collect(), plan, hold=self.a.hold)
+        with self.clock.stage(f"{name}: sums to owners"):
+            return sum_over_ranks(found)
+
+    def forget_first(self, layer: int) -> None:
+        """What the first layer took is compiling."""
+        if layer == 0:
+            self.clock.found = {n: v for n, v in self.clock.found.items() if n in self.kept}
+
+    def folders(self) -> None:
+        """INT4 and NVFP4 of the layer from the same moments."""
+        self.kept = set(self.clock.found)
+        stream = self.stream(self.a.windows, self.a.context)
+        for layer in range(2):
+            with self.clock.stage("a layer's weights"):
+                weights = read_layer_shared(self.source, layer, self.device, self.dtype)
+            statistics = self.moments(stream, layer, weights, "calibrate")
+            for name, grid in (("int4", GptqGrid(4, 128)), ("nvfp4", NVFP4)):
+                if name not in self.a.stages:
+                    continue
+                options = LayerOptions(grid=grid)
+                with self.clock.stage(f"{name}: solves, results to all"):
+                    found = quantize_layer(layer, weights, statistics, options, self.g)
+                if layer:
+                    self.results[name] = losses(found, weights, statistics)
+                if name == "int4":
+                    with self.clock.stage("int4: packing (first rank)"):
+                        if self.rank == 0:
+                            CalibratedWeights(128, options=options).packed_experts(found, self.source.names, layer)
+                del found
+            if layer:
+                self.results["moments"] = sums_of(statistics)
+            del weights, statistics
+            self.forget_first(layer)
+
+    def gguf(self) -> None:
+        """A layer with both streams, all matrices of one type."""
+        self.kept = set(self.clock.found)
+        windows, context, g = self.a.windows, self.a.context, self.g
+        own, batch = rank_share(windows, self.rank, self.size), text_batch(context, self.device)
+        size = 2 * 4 * max(1, len(own)) * context * g.hidden
+        memory = moment_memory(g, self.dtype, self.device, batch * context)
+        place = stream_place(g, self.device, memory, size)
+        memory -= 0 if place.type == "cpu" else size
+        states = [HiddenStates(len(own), context, g.hidden, device=place) for _ in range(2)]
+        entering = self.stream(windows, context).hidden.all()
+        for state in states:
+            state.all().copy_(entering)
+        del entering
+        both = Streams(states[0], states[1], batch, self.device, memory)
+        gguf_experts.solve_part = self.clock.timed("gguf:   of it solves of experts", gguf_experts.solve_part)
+        gguf_layer.solve = self.clock.timed("gguf:   of it solves of attention", gguf_layer.solve)
+        Pair.over_ranks = self.clock.timed("gguf:   of it sums to owners", Pair.over_ranks)  # type: ignore[method-assign]
+        kind = {name + ".weight": self.a.kind for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}
+        for layer in range(2):
+            weights = read_layer_shared(self.source, layer, self.device, self.dtype)
+            types = {f"blk.{layer}.{name}": value for name, value in kind.items()}
+            with self.clock.stage(f"gguf: the layer in {self.a.kind}"):
+                gguf_layer.quantize_layer(both, weights, layer, types, g, METHODS["default"], Report())
+            self.forget_first(layer)
+        lost = sum_everywhere((states[1].all().double() - states[0].all().double()).square().sum().cpu())
+        size_of = sum_everywhere(states[0].all().double().square().sum().cpu())
+        self.results["gguf"] = [float(lost / size_of)]
+
+    def evaluation(self) -> None:
+        """Both candidates beside the reference."""
+        self.kept = set(self.clock.found)
+        tokens = self.tokens(self.a.judged, self.a.context)
+        zeros = np.zeros(len(tokens), dtype=np.int64)
+        sample = Sample(tokens, zeros, zeros, zeros, ("random",), (), "all", self.a.context)
+        candidates: list[Any] = [Rounded(self.source.store), Rounded(self.source.store)]
+        candidates[1].steps = 3.0
+        settings = Settings(str(self.device), self.dtype, max(16384, self.a.context))
+        scoring = Scoring(self.source, candidates, sample, settings, ranks=current_ranks())
+        scoring.begin()
+        for layer in range(2):
+            with self.clock.stage("eval: the layer of three models"):
+                scoring.advance(layer)
+            self.forget_first(layer)
+        with self.clock.stage("eval: heads and metrics, once a run"):
+            outcomes = scoring.finish()
+        self.results["eval"] = [float(outcome.scores.kld.mean()) for outcome in outcomes]
+
+    def long(self) -> None:
+        """The forward on few long windows."""
+        self.kept = set(self.clock.found)
+        context = min(16384, self.a.context * 8)
+        stream = self.stream(max(2, self.a.windows * self.a.context // context), context)
+        for layer in range(2):
+            weights = read_layer_shared(self.source, layer, self.device, self.dtype)
+            self.moments(stream, layer, weights, f"windows of {context}")
+            del weights
+            self.forget_first(layer)
+
+
+def losses(found: QuantizedLayer, weights: LayerWeights, statistics: LayerStatistics) -> list[float]:
+    """Relative squared error of this layer's matrices, weighed by what they saw, over all experts."""
+    from mmquant.quantize.integer.grid import dequantize, select
+
+    out = []
+    for name, moments in (("gate", statistics.expert_in), ("down", statistics.expert_mid)):
+        lost = total = 0.0
+        for expert in range(0, len(weights.gate), max(1, len(weights.gate) // 16)):
+            exact = getattr(weights, name)[expert].float()
+            error = exact - dequantize(select(found.experts[name], expert))
+            weight = moments.diagonal[expert].to(exact.device)
+            lost += float((error.square() * weight).sum())
+            total += float((exact.square() * weight).sum())
+        out.append(lost / total)
+    return out
+
+
+def sums_of(statistics: LayerStatistics) -> list[float]:
+    """Numbers that stand for the moments of all experts."""
+    parts = (statistics.expert_in, statistics.expert_mid, statistics.attention_in, statistics.attention_out)
+    return [float(part.diagonal.double().sum()) for part in parts]
+
+
+def host_memory() -> list[int]:
+    """RSS and PSS of this process in bytes: shared pages count in full, or by their share."""
+    with open("/proc/self/smaps_rollup") as file:
+        lines = {line.split(":")[0]: line.split() for line in file}
+    return [int(lines[name][1]) * 1024 for name in ("Rss", "Pss")]
+
+
+def report(one: dict[str, Any], run: dict[str, Any], g: Geometry) -> None:
+    """The table of a run beside the first, `one`."""
+    size, names = run["ranks"], list(run["stages"][0])
+    print(f"\n{size} rank{'s' if size > 1 else ''}")
+    print(
+        f"{'stage of one layer':38} {'slowest':>8} {'fastest':>8} {'effic.':>6} {'moving':>7} {'waiting':>8}",
+        end="",
+    )
+    print(f" {'sent GB':>8} {'least':>7}")
+    least = least_bytes(g, size)
+    for name in names:
+        rows = [stages[name] for stages in run["stages"]]
+        slowest, inside = max(row[0] for row in rows), [row[1] for row in rows]
+        base = max(stages[name][0] for stages in one["stages"])
+        gain = f"{base / size / slowest:6.0%}" if size > one["ranks"] and slowest > 0 else "     -"
+        bound = next((f"{v / 1e9:7.2f}" for part, v in least.items() if part in name), "      -")
+        print(f"{name:38} {slowest:8.3f} {min(row[0] for row in rows):8.3f} {gain} {min(inside):7.3f}", end="")
+        print(f" {max(inside) - min(inside):8.3f} {sum(row[2] for row in rows) / 1e9:8.2f} {bound}")
+    memory = [f"{rss / 1e9:.1f}/{pss / 1e9:.1f}/{device / 1e9:.1f}" for (rss, pss), device in run["memory"]]
+    print(f"GB of a rank, RSS/PSS/most on its device: {', '.join(memory)}; {run['seconds']:.0f} s in all")
+    if run is not one:
+        compare(one, run)
+
+
+def least_bytes(g: Geometry, size: int) -> dict[str, float]:
+    """Bytes that must be sent between ranks, by what the stage's name holds: each once, to who needs it.
+
+    A layer's weights in bfloat16 to every rank, each rank's sums to their owners, INT4 codes (a byte each) and scales
+    to the first rank.
+    """
+    matrices = 3.0 * g.experts * g.hidden * g.expert_width
+    attention = g.hidden * g.head_dim * 2 * (g.heads + g.kv_heads)
+    sums = 4.0 * g.experts * (g.hidden**2 + g.expert_width**2)
+    results = matrices * (1 + 4 / 128) * (size - 1) / size
+    return {
+        "weights": 2 * (matrices + attention) * (size - 1),
+        "calibrate: sums": sums * (size - 1),
+        "int4: sol": results,
+    }
+
+
+def compare(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, values in one["results"].items():
+        pairs = zip(values, other["results"][name], strict=True)
+        apart = max(abs(a - b) / max(abs(a), 1e-30) for a, b in pairs)
+        shown = " ".join(f"{value:.6g}" for value in other["results"][name])
+        print(f"result {name}: {shown}; {apart:.2e} from one rank's")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"hidden": 3072, "width": 1536, "experts": 256, "chosen": 8, "heads": 48, "group-of-heads": 6}
+    sizes |= {"head-dim": 128, "context": 2048, "windows": 128, "judged": 64}
+    for name, usual in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--kind", default="Q4_K", help="type of the GGUF layer")
+    parser.add_argument("--hold", action="store_true", help="hold rows out: random ones turn most matrices away")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint lies for the time")
+    parser.add_argument("--json", type=Path, help="where all numbers go")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def work(a: argparse.Namespace) -> None:
+    """One rank; without a model in its folder it makes one."""
+    if not (a.folder / "model").exists():
+        make_checkpoint(a.folder / "model", a)
+        return
+    found = Worker(a).run()
+    if world()[0] == 0:
+        a.worker.write_text(json.dumps(found))
+    leave()
+
+
+def launch(command: list[str], ranks: int) -> None:
+    """This file as a worker, under torchrun where there are several."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29511"]
+    # Multicast through NVLink is left alone: a program that uses it can take down a shared host's cards.
+    quiet = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+    subprocess.run([*start, *command], check=True, env={"OMP_NUM_THREADS": "8", **quiet, **os.environ, **quiet})
+
+
+def main() -> None:
+    a = arguments()
+    if a.worker is not None:
+        work(a)
+        return
+    runs = []
+    with tempfile.TemporaryDirectory(dir=a.folder, prefix="mmquant-bench-") as folder:
+        out = Path(folder) / "found.json"
+        command = [__file__, *sys.argv[1:], "--folder", folder, "--worker", str(out)]
+        start = time.perf_counter()
+        launch(command, 1)
+        machine = f"{os.cpu_count()} cores"
+        if a.device != "cpu":
+            machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {machine}"
+        print(f"{machine}; {platform.platform()}; torch {torch.__version__}", end="")
+        nccl = ".".join(map(str, torch.cuda.nccl.version())) if a.device != "cpu" else "-"  # type: ignore[no-untyped-call]
+        print(f", NCCL {nccl}; checkpoint written in {time.perf_counter() - start:.0f} s", flush=True)
+        for ranks in a.ranks:
+            start = time.perf_counter()
+            launch(command, ranks)
+            runs.append({**json.loads(out.read_text()), "seconds": time.perf_counter() - start})
+            if a.json is not None:
+                write_whole(a.json, json.dumps(runs).encode())
+            report(runs[0], runs[-1], open_checkpoint(Path(folder) / "model").geometry)
+
+
+if __name__ == "__main__":
+    main()
