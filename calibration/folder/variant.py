@@ -80,7 +80,7 @@ class CalibratedWeights(WeightsVariant):
 
         Every rank must call it; only the first gets tensors.
         """
-        layer, weights = inputs.layer, inputs.weights
+        _layer, weights = inputs.layer, inputs.weights
         quantized = self.solved(inputs, source)
         # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
         inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
