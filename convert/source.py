@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checkpoints.census import Kind
 from .checkpoints.store import Origin
+from .formats.format import Scheme
 from .models import ARCHITECTURES
 from .models.geometry import Geometry
 from .models.layer import Globals, LayerWeights, layer_weights
@@ -85,6 +86,18 @@ class Source(Protocol):
     def close(self, finished: bool = False) -> None:
         """Stop fetching; `finished`: nothing of it will be needed again."""
         ...
+
+
+def scheme_of(source: Source, name: str) -> Scheme | None:
+    """How a source stores the matrix of this name (without .weight); None for plain values and for GGUF."""
+    read: Callable[[str], Scheme | None] | None = getattr(source, "scheme", None)
+    return None if read is None else read(name)
+
+
+def scale_beside(source: Source, name: str) -> Tensor | None:
+    """A scale of a cache or of a matrix's inputs [1] float32 by its full name; None where the source has none."""
+    read: Callable[[str], Tensor | None] | None = getattr(source, "scale_beside", None)
+    return None if read is None else read(name)
 
 
 class SharedLayer:

@@ -291,12 +291,24 @@ class EvalOptions(Checked):
     )
     seed: int = option(0, "Of the bootstrap.", least=0, most=SEEDS)
     dtype: str | None = option(None, "Of matrix products; default: bf16 on CUDA.", choices=("float32", "bfloat16"))
-    floor: bool = option(False, "Also the reference against itself in the other dtype.")
+    engine_like: tuple[str, ...] = option(
+        (), "Also as an engine computes it: vllm-h100, llama.cpp ... (docs/eval.md); repeatable.", metavar="PROFILE"
+    )
+    floor: bool = option(False, "Also the reference against itself: other dtype, sums and batches in other orders.")
+    floor_runs: int = option(1, "With --floor: how many other orders of each.", least=0, most=16)
+    better_than: tuple[str, ...] = option(
+        (),
+        "Claim to prove (else exit 4): nearer than this ARTIFACT, or than those of an eval --json file.",
+        metavar="RIVAL",
+    )
+    dry_run: bool = option(False, "Only what would be run, and its memory.")
     save_reference: Path | None = option(None, "Store the reference's distributions in this file.", kind="path")
     reference_logits: Path | None = option(None, "Take them from such a file.", kind="path")
     engine: str = option("mmquant", "Run this engine too, if installed.", choices=("mmquant", "llama.cpp", "vllm"))
     tensor_parallel: int | None = option(None, "GPUs that vLLM splits a model over; default: 1, 2 or 4.", least=1)
-    cache: str | None = option(None, "KV cache of the engine; default: the engine's.", choices=("fp8", "q8_0", "q4_0"))
+    cache: str | None = option(
+        None, "KV cache of --engine and --engine-like; default: theirs.", choices=("16bit", "fp8", "q8_0", "q4_0")
+    )
     state: Path | None = option(None, "Folder in which an interrupted run leaves what it has.", kind="path")
     batch_tokens: int | None = option(None, "Tokens that go through a layer at once.", least=1)
 

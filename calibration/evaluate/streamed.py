@@ -8,11 +8,12 @@ reference's, which says where a variant loses; after the last, its next-token di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mmquant.errors import InputError
@@ -20,14 +21,16 @@ from mmquant.errors import InputError
 from ...convert.models.layer import Globals, LayerWeights
 from ...convert.source import Source
 from ..model.distributed import Ranks, read_layer_shared
-from ..model.forward import EXACT, Observer, Routing, embed, final_logits, layer_forward
+from ..model.engine_like import Like, like_of
+from ..model.forward import Observer, Routing, embed, final_logits, layer_forward
 from ..model.hidden import RAM_LIMIT, HiddenStates, leaving, place_of
-from ..model.llamacpp_activations import as_converted, head_rounding, layer_rounding
 from ..text.sample import Sample
 from ..text.vocabulary import check_same_model
-from .metrics import Scores, compare, jaccard, join_metrics
+from .floors import ShuffledSums, window_order
+from .metrics import Scores, compare, join_metrics
 from .reference_store import StoredReference, StoreWriter, compare_stored
 from .state import State
+from .subjects import Subject, note, recast
 
 LOGIT_BYTES = 1 << 30  # float32 logits of one model that may be held at once
 
@@ -43,12 +46,10 @@ class Settings:
     folder: Path | None = None
     state: Path | None = None  # where an interrupted run leaves what it has
     floor: bool = False  # the reference against itself in the other compute dtype
-    activations: str = "exact"  # or "llama.cpp": rounded as its CPU backend does (needs float32)
-
-    @property
-    def like_llama(self) -> bool:
-        """Whether activations are rounded as llama.cpp rounds them."""
-        return self.activations == "llama.cpp"
+    floor_seeds: int = 0  # and with sums in other orders, so many times
+    floor_orders: int = 0  # and with windows in other orders and batches, so many times
+    activations: str = "exact"  # or "llama.cpp": rounded as its CPU backend does (needs float32), of every model
+    likes: tuple[Like, ...] = ()  # each candidate also as these engines compute it (needs float32)
 
     @property
     def other_dtype(self) -> torch.dtype:
@@ -56,32 +57,20 @@ class Settings:
         return torch.bfloat16 if self.dtype == torch.float32 else torch.float32
 
 
-# Rows of a layer's loss, each a sum over the tokens of a domain: squared error of the hidden state, squares of the
-# reference's, overlap of the chosen experts, tokens counted, tokens with a value that is not finite.
-ERROR, ENERGY, OVERLAP, TOKENS, NONFINITE = range(5)
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """One candidate's scores over all windows in their order, and its loss [5, domains] float64 at each layer.
+    """One candidate's scores over all windows in their order, and its loss at each layer.
 
-    `layers` is empty where the reference is a file of logits.
+    layers [5, domains], positions [5, ranges] float64 of every layer; empty where the reference is a file of logits.
+    kind, of: as of Subject.
     """
 
     label: str
     scores: Scores
     layers: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class _Subject:
-    """A model on its way through the layers: the reference, a candidate, or the reference in another dtype."""
-
-    label: str
-    source: Source
-    dtype: torch.dtype
-    hidden: HiddenStates
-    layers: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    kind: str = "exact"
+    of: int = -1
 
 
 class _Choice(Observer):
@@ -103,7 +92,7 @@ def evaluate(
     save: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
-    """Scores of each candidate (and, last, of the noise floor if asked for); whole on every rank.
+    """Scores of each candidate, then of each as engines compute it, then of the noise floors; whole on every rank.
 
     `save` stores the reference's distributions for later runs. Raises ValueError for candidates of another model, token
     ids outside the vocabulary, and a stored reference that was made of something else.
@@ -173,25 +162,46 @@ class Scoring:
         self.state.clear(self.ranks)
 
 
-def _subjects(source: Source | None, candidates: list[Source], own: Sample, settings: Settings) -> list[_Subject]:
-    chosen = [(source.label, source, settings.dtype)] if source is not None else []
-    chosen += [(candidate.label, candidate, settings.dtype) for candidate in candidates]
-    if settings.floor and source is not None:
-        chosen.append(("noise floor", source, settings.other_dtype))
+def _subjects(source: Source | None, candidates: list[Source], own: Sample, settings: Settings) -> list[Subject]:
+    every = None if settings.activations == "exact" else like_of(settings.activations)
+    chosen: list[dict[str, Any]] = []
+    if source is not None:
+        chosen.append({"label": source.label, "source": source, "like": every})
+        chosen += [{"source": source, **one} for one in _floors(own, settings)]
+    for number, candidate in enumerate(candidates):
+        one = {"label": candidate.label, "source": candidate, "of": number}
+        chosen.append({**one, "like": every})
+        chosen += [{**one, "like": like, "kind": like.name} for like in settings.likes if like.opens(candidate)]
     limit = settings.ram_limit // max(1, len(chosen))
     shape = (own.windows, own.context)
-    place = place_of(settings.device, 4 * own.tokens.numel() * sum(model.geometry.hidden for _, model, _ in chosen))
+    place = place_of(settings.device, 4 * own.tokens.numel() * sum(one["source"].geometry.hidden for one in chosen))
     return [
-        _Subject(label, model, dtype, HiddenStates(*shape, model.geometry.hidden, limit, settings.folder, place))
-        for label, model, dtype in chosen
+        Subject(
+            hidden=HiddenStates(*shape, one["source"].geometry.hidden, limit, settings.folder, place),
+            **{"dtype": settings.dtype, **one},
+        )
+        for one in chosen
     ]
 
 
-def _identity(subjects: list[_Subject], sample: Sample) -> str:
-    return " ".join([sample.fingerprint(), *(f"{s.source.fingerprint}/{s.dtype}" for s in subjects)])
+def _floors(own: Sample, settings: Settings) -> Iterator[dict[str, Any]]:
+    """What the reference is run as again: another dtype, sums in other orders, windows in other orders."""
+    if settings.floor:
+        name = str(settings.other_dtype).removeprefix("torch.")
+        yield {"label": "noise floor", "kind": f"floor: {name}", "dtype": settings.other_dtype}
+    for seed in range(1, settings.floor_seeds + 1):
+        label = f"noise floor, sums {seed}"
+        yield {"label": label, "kind": f"floor: order of sums, seed {seed}", "like": ShuffledSums(seed)}
+    for number in range(1, settings.floor_orders + 1):
+        label, kind = f"noise floor, batches {number}", f"floor: order and size of batches, {number}"
+        yield {"label": label, "kind": kind, "order": window_order(own.windows, number)}
 
 
-def _start(subjects: list[_Subject], own: Sample, settings: Settings, state: State, ranks: Ranks) -> int:
+def _identity(subjects: list[Subject], sample: Sample) -> str:
+    return " ".join([sample.fingerprint(), *(f"{s.source.fingerprint}/{s.dtype}/{s.kind}" for s in subjects)])
+
+
+def _start(subjects: list[Subject], own: Sample, settings: Settings, state: State, ranks: Ranks) -> int:
     """Embed all windows, or take up the hidden states of an interrupted run; returns the first layer to do."""
     layer = state.resume([s.hidden for s in subjects], [s.layers for s in subjects], ranks)
     if layer:
@@ -210,67 +220,46 @@ def _batches(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         yield start, tokens[start : start + step]
 
 
-def _advance(subjects: list[_Subject], has_reference: bool, layer: int, own: Sample, settings: Settings) -> None:
+def _advance(subjects: list[Subject], has_reference: bool, layer: int, own: Sample, settings: Settings) -> None:
     """Move every subject through one layer and note what each lost against the first."""
-    chosen: list[Tensor] = []  # of the reference, one tensor a batch
-    kept: LayerWeights | None = None
+    chosen: list[Tensor] = []  # of the reference, [T, K] of every window
+    read: tuple[Source, LayerWeights] | None = None
+    columns = own.domain, len(own.domains) + own.range_of(np.arange(own.context))
     for number, subject in enumerate(subjects):
-        weights = kept if subject.dtype != settings.dtype else None
-        if weights is None:
-            weights = read_layer_shared(subject.source, layer, settings.device, subject.dtype)
-            weights = as_converted(subject.source, weights) if settings.like_llama else weights
-        else:
-            weights = _recast(weights, subject.dtype)
-        rounding = layer_rounding(subject.source, layer) if settings.like_llama else EXACT
-        watch, loss = _Choice(), torch.zeros(5, len(own.domains), dtype=torch.float64)
-        step = max(1, settings.tokens // own.context)
-        for index, (start, values) in enumerate(subject.hidden.batches(step, settings.device)):
+        if read is None or read[0] is not subject.source:
+            read = subject.source, _read(subject, layer, settings)
+        weights = subject.weights(layer, read[1] if subject.dtype == settings.dtype else recast(read[1], subject.dtype))
+        rounding, watch = subject.rounding(layer), _Choice()
+        loss = torch.zeros(5, len(own.domains) + len(own.ranges), dtype=torch.float64)
+        is_truth = has_reference and number == 0
+        for index, values in subject.batches(_at_once(subject, own, settings), settings.device):
             after = layer_forward(weights, subject.source.geometry, values, watch, rounding)
             # A candidate's are counted, and fail the gate; against a reference that is not finite nothing is measured.
-            subject.hidden.put(start, after, leaving(subject.label, layer) if has_reference and number == 0 else None)
-            if has_reference and number == 0:
-                chosen.append(watch.chosen.to(torch.int16))
+            subject.put(index, after, leaving(subject.label, layer) if is_truth else None)
+            if is_truth:
+                chosen += watch.chosen.to(torch.int16).unflatten(0, (len(after), -1))
             elif has_reference:
-                truth = subjects[0].hidden.all()[start : start + len(after)].to(after.device)
+                truth = subjects[0].hidden.all()[index.to(subjects[0].hidden.all().device)].to(after.device)
                 same = subject.source.geometry.experts == subjects[0].source.geometry.experts
-                before = chosen[index] if same else None
-                _note(loss, truth, after, before, watch.chosen, own.domain[start : start + len(after)])
+                before = torch.cat([chosen[i] for i in index.tolist()]) if same else None
+                note(loss, truth, after, before, watch.chosen, (columns[0][index.numpy()], columns[1]))
         if number and has_reference:
             subject.layers.append(loss)
-        for_floor = has_reference and number == 0 and settings.floor
-        kept = weights if for_floor else kept
         del weights
 
 
-def _recast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    plain = ("input_norm", "post_norm", "q_norm", "k_norm", "router", "router_bias")
-    names = (name for name in LayerWeights.__dataclass_fields__ if name not in plain)
-    return replace(weights, **{name: getattr(weights, name).to(dtype) for name in names})
+def _read(subject: Subject, layer: int, settings: Settings) -> LayerWeights:
+    return read_layer_shared(subject.source, layer, settings.device, settings.dtype)
 
 
-def _note(loss: Tensor, truth: Tensor, after: Tensor, before: Tensor | None, chosen: Tensor, domain: ArrayLike) -> None:
-    """Add one batch [B, T, H] to a layer's loss; tokens that are not finite are counted, and weigh nothing."""
-    finite = torch.isfinite(after).all(-1)  # [B, T]
-    keep = finite.unsqueeze(-1)
-    overlap = (
-        torch.full_like(finite, torch.nan, dtype=torch.float32)  # a pruned model's experts have other numbers
-        if before is None
-        else jaccard(before.to(chosen.device), chosen.to(torch.int16)).view(finite.shape)
-    )
-    parts = {
-        ERROR: torch.where(keep, after - truth, 0.0).pow(2).sum(-1),
-        ENERGY: torch.where(keep, truth, 0.0).pow(2).sum(-1),
-        OVERLAP: torch.where(finite, overlap, 0.0),
-        TOKENS: finite,
-        NONFINITE: ~finite,
-    }
-    where = torch.as_tensor(domain)
-    for row, values in parts.items():
-        loss[row].index_add_(0, where, values.sum(1, dtype=torch.float64).cpu())
+def _at_once(subject: Subject, own: Sample, settings: Settings) -> int:
+    """Windows of a batch; a floor of other batches has others."""
+    windows = max(1, settings.tokens // own.context)
+    return windows if subject.order is None else max(1, windows // 2 + 1 if windows > 2 else 3 - windows)
 
 
 def _finish(
-    subjects: list[_Subject],
+    subjects: list[Subject],
     stored: StoredReference | None,
     own: Sample,
     settings: Settings,
@@ -303,23 +292,26 @@ def _finish(
             at += stop - first
             for kept, part in zip(scores, found, strict=True):
                 kept.append(part)
-    return [_gathered(s, part, ranks) for s, part in zip(subjects[skip:], scores, strict=True)]
+    domains = len(own.domains)
+    outcomes = [_gathered(s, part, ranks, domains) for s, part in zip(subjects[skip:], scores, strict=True)]
+    return sorted(outcomes, key=lambda outcome: (outcome.of < 0, outcome.kind != "exact"))  # stable
 
 
-def _head(subject: _Subject, device: str) -> Globals:
+def _head(subject: Subject, device: str) -> Globals:
     """Final norm and head; the embeddings are not needed again."""
     names = subject.source.geometry.names
     norm = subject.source.read(names.final_norm).to(device)
     return Globals(embed=norm[:0], norm=norm, head=subject.source.read(names.head).to(subject.dtype).to(device))
 
 
-def _logits(subject: _Subject, model: Globals, window: int, first: int, stop: int, settings: Settings) -> Tensor:
+def _logits(subject: Subject, model: Globals, window: int, first: int, stop: int, settings: Settings) -> Tensor:
     hidden = subject.hidden.all()[window, first:stop].to(settings.device)
-    rounding = head_rounding(subject.source) if settings.like_llama else EXACT
-    return final_logits(model, subject.source.geometry, hidden, rounding)
+    return final_logits(model, subject.source.geometry, hidden, subject.head())
 
 
-def _gathered(subject: _Subject, scores: list[Scores], ranks: Ranks) -> Outcome:
+def _gathered(subject: Subject, scores: list[Scores], ranks: Ranks, domains: int) -> Outcome:
     parts = ranks.gather((join_metrics(scores) if scores else None, subject.layers))
     layers = [torch.stack(found).sum(0) for found in zip(*(part[1] for part in parts), strict=True)]
-    return Outcome(subject.label, join_metrics([part[0] for part in parts if part[0] is not None]), layers)
+    joined = join_metrics([part[0] for part in parts if part[0] is not None])
+    by_domain, by_position = [loss[:, :domains] for loss in layers], [loss[:, domains:] for loss in layers]
+    return Outcome(subject.label, joined, by_domain, by_position, subject.kind, subject.of)

@@ -20,17 +20,19 @@ from torch import Tensor
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import Globals, LayerWeights
 from ...convert.models.rope import frequencies
+from .attention import attend
 from .combine import combine
 
 # Routed rows that an expert batch may hold at once; bounds the activations, not the result.
 ROWS = 1 << 17
 
-# What an engine does to a matrix's inputs before it multiplies, by the matrix (q k v o gate up down), CACHE for what
-# attention multiplies, HEAD_INPUT for the head (activations.py); by default nothing.
+# What an engine does to a matrix's inputs before it multiplies, by the matrix (q k v o gate up down); QUERY, KEY, VALUE
+# and MASS: to what attention multiplies; HEAD_INPUT: to the head's input; STEP: to every result on the way, also to the
+# residual stream (engine_like.py). By default nothing.
 Change = Callable[[Tensor], Tensor]
 Rounding = Mapping[str, Change]
 EXACT: Rounding = {}
-CACHE, HEAD_INPUT = "cache", "head"
+QUERY, KEY, VALUE, MASS, HEAD_INPUT, STEP = "query", "key", "value", "mass", "head", "step"
 
 
 def rounded(rounding: Rounding, name: str, x: Tensor) -> Tensor:
@@ -112,19 +114,22 @@ def attention(
     """Causal attention's contribution to the residual: hidden [B, T, H] float32 -> [B, T, H] float32."""
     batch, length, _ = hidden.shape
     dtype = weights.q.dtype
-    x = rms_norm(hidden, weights.input_norm, g.norm_eps).to(dtype)
+
+    def step(value: Tensor) -> Tensor:
+        return rounded(rounding, STEP, value)
+
+    x = step(rms_norm(hidden, weights.input_norm, g.norm_eps)).to(dtype)
     observer.attention_input(x.flatten(0, 1))
-    q, k, v = (rounded(rounding, name, x) @ getattr(weights, name).T for name in ("q", "k", "v"))
+    q, k, v = (step(rounded(rounding, name, x) @ getattr(weights, name).T) for name in ("q", "k", "v"))
     q, k = normed_heads(q, weights.q_norm, g).transpose(1, 2), normed_heads(k, weights.k_norm, g)
     v = v.view(batch, length, g.kv_heads, g.head_dim).transpose(1, 2)
     cos, sin = rotary_tables(g, length, hidden.device)
-    q, k = rotate(q, cos, sin).to(dtype), rotate(k.transpose(1, 2), cos, sin).to(dtype)
+    q, k = (step(rotate(step(part), cos, sin)).to(dtype) for part in (q, k.transpose(1, 2)))
     observer.keys_values(k, v)
-    q, k, v = (rounded(rounding, CACHE, part) for part in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    out = out.transpose(1, 2).reshape(batch, length, -1)
+    q, k, v = (rounded(rounding, name, part) for name, part in ((QUERY, q), (KEY, k), (VALUE, v)))
+    out = step(attend(q, k, v, rounding.get(MASS))).transpose(1, 2).reshape(batch, length, -1)
     observer.attention_output(out.flatten(0, 1))
-    return (rounded(rounding, "o", out) @ weights.o.T).float()
+    return step(rounded(rounding, "o", out) @ weights.o.T).float()
 
 
 def route(x: Tensor, router: Tensor, bias: Tensor | None, g: Geometry) -> Routing:
@@ -175,10 +180,12 @@ def run_experts(
         counts = torch.bincount(chosen.flatten(), minlength=weights.gate.shape[0])
         offsets = [0, *torch.cumsum(counts, 0).tolist()]
         rows = x[start : start + step][token]
-        gate = grouped_matmul(rounded(rounding, "gate", rows), weights.gate, offsets)
-        up = grouped_matmul(rounded(rounding, "up", rows), weights.up, offsets)
-        h = F.silu(gate) * up
-        y = grouped_matmul(rounded(rounding, "down", h), weights.down, offsets)
+        gate, up = (
+            rounded(rounding, STEP, grouped_matmul(rounded(rounding, name, rows), matrix, offsets))
+            for name, matrix in (("gate", weights.gate), ("up", weights.up))
+        )
+        h = rounded(rounding, STEP, F.silu(gate) * up)
+        y = rounded(rounding, STEP, grouped_matmul(rounded(rounding, "down", h), weights.down, offsets))
         observer.experts(rows, h, y, token + start, slot, offsets)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -190,7 +197,7 @@ def run_experts(
 def moe(weights: LayerWeights, g: Geometry, hidden: Tensor, observer: Observer, rounding: Rounding = EXACT) -> Tensor:
     """The experts' contribution to the residual: hidden [B, T, H] float32 -> [B, T, H] float32."""
     normed = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1)
-    x = normed.to(weights.gate.dtype)
+    x = rounded(rounding, STEP, normed).to(weights.gate.dtype)
     routing = route(x, weights.router, weights.router_bias, g)
     observer.moe_input(x, routing)
     return run_experts(weights, x, routing, observer, rounding).view(hidden.shape)
@@ -205,8 +212,8 @@ def layer_forward(
 ) -> Tensor:
     """One decoder layer: residual stream [B, T, H] float32 in, [B, T, H] float32 out."""
     watch = observer if observer is not None else Observer()
-    hidden = hidden + attention(weights, geometry, hidden, watch, rounding)
-    return hidden + moe(weights, geometry, hidden, watch, rounding)
+    hidden = rounded(rounding, STEP, hidden + attention(weights, geometry, hidden, watch, rounding))
+    return rounded(rounding, STEP, hidden + moe(weights, geometry, hidden, watch, rounding))
 
 
 def embed(model: Globals, tokens: Tensor) -> Tensor:
@@ -216,5 +223,5 @@ def embed(model: Globals, tokens: Tensor) -> Tensor:
 
 def final_logits(model: Globals, geometry: Geometry, hidden: Tensor, rounding: Rounding = EXACT) -> Tensor:
     """Residual stream [..., H] -> logits [..., V] float32."""
-    x = rms_norm(hidden, model.norm, geometry.norm_eps).to(model.head.dtype)
-    return (rounded(rounding, HEAD_INPUT, x) @ model.head.T).float()
+    x = rounded(rounding, STEP, rms_norm(hidden, model.norm, geometry.norm_eps)).to(model.head.dtype)
+    return rounded(rounding, STEP, (rounded(rounding, HEAD_INPUT, x) @ model.head.T).float())

@@ -9,46 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, TOKEN_EMBD
 from ...convert.models.layer import LayerWeights
 from ...convert.source import Source
-from .forward import CACHE, EXACT, HEAD_INPUT, Change, Rounding
+from .forward import EXACT, HEAD_INPUT, KEY, QUERY, VALUE, Change, Rounding
+from .roundings import brain, half, q4_0, q8_0, q8_k, rotated
 
 BF16 = "BF16"
-
-
-def half(x: Tensor) -> Tensor:
-    """Rounded to float16, in x's dtype."""
-    return x.to(torch.float16).to(x.dtype)
-
-
-def brain(x: Tensor) -> Tensor:
-    """Rounded to bfloat16, in x's dtype."""
-    return x.to(torch.bfloat16).to(x.dtype)
-
-
-def q8_0(x: Tensor) -> Tensor:
-    """x [..., n] float32 as 8-bit codes times a float16 scale for each 32 values (n a multiple of 32)."""
-    blocks = x.unflatten(-1, (-1, 32))
-    peak = blocks.abs().amax(-1, keepdim=True)
-    codes = torch.round(blocks * torch.where(peak > 0, 127.0 / peak, 0.0))
-    return (codes * half(peak / 127.0)).flatten(-2)
-
-
-def q8_k(x: Tensor) -> Tensor:
-    """x [..., n] float32 as 8-bit codes times a float32 scale for each 256 values (n a multiple of 256).
-
-    The value of largest magnitude becomes -127, whatever its sign.
-    """
-    blocks = x.unflatten(-1, (-1, 256))
-    low, high = blocks.aminmax(dim=-1, keepdim=True)
-    peak = torch.where(-low > high, low, high)
-    inverse = torch.where(peak != 0, -127.0 / peak, 0.0)
-    codes = torch.round(blocks * inverse).clamp_(max=127)
-    return (codes * torch.where(inverse != 0, 1.0 / inverse, 0.0)).flatten(-2)
 
 
 SMALL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")  # blocks of 32; the others have blocks of 256
@@ -60,11 +27,26 @@ def change_of(kind: str) -> Change | None:
     return PLAIN[kind] if kind in PLAIN else q8_0 if kind in SMALL else q8_k
 
 
-def layer_rounding(source: Source, layer: int) -> Rounding:
-    """What llama.cpp does to the inputs of each matrix of a layer."""
+CACHES: dict[str, Change] = {"16bit": half, "q8_0": q8_0, "q4_0": q4_0}
+TURNED = 64  # values: what a quantized cache keeps is turned by Hadamard matrices where a head is a multiple of it
+
+
+def cache_rounding(kind: str, head_dim: int) -> Rounding:
+    """What attention multiplies under a cache of this type: a quantized one's queries are Q8_0, as ggml pairs them."""
+    if kind == "16bit":
+        return dict.fromkeys((QUERY, KEY, VALUE), half)
+    keys, values = head_dim & -head_dim, TURNED  # the largest power of two that divides a head, and the smallest turned
+    if head_dim % TURNED:
+        return {QUERY: q8_0, KEY: CACHES[kind], VALUE: CACHES[kind]}
+    return {QUERY: rotated(q8_0, keys), KEY: rotated(CACHES[kind], keys), VALUE: rotated(CACHES[kind], values)}
+
+
+def layer_rounding(source: Source, layer: int, cache: str = "16bit") -> Rounding:
+    """What llama.cpp does to the inputs of each matrix of a layer, and to keys, values and queries."""
     tensors = {name: role[0] for name, role in ATTENTION_TENSORS.items()} | EXPERT_TENSORS
     found = {role: change_of(source.ggml_type(f"blk.{layer}.{name}.weight") or BF16) for name, role in tensors.items()}
-    return {CACHE: half} | {role: change for role, change in found.items() if change is not None}
+    inputs = {role: change for role, change in found.items() if change is not None}
+    return {**cache_rounding(cache, source.geometry.head_dim), **inputs}
 
 
 def head_rounding(source: Source) -> Rounding:

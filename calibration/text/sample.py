@@ -30,6 +30,9 @@ from .tokens import tokens_of
 
 CONVENTIONS = ("all", "llama.cpp")
 SUFFIXES = (".txt", ".raw", ".jsonl", ".ndjson", ".json")
+# Positions that are told apart: of long windows, and of those within the first range of them.
+LONG_EDGES = (0, 2048, 8192, 32768, 65536)
+SHORT_EDGES = (0, 128, 512)
 FEWEST_DOCUMENTS = 8  # with fewer, resampling documents says nothing: windows are resampled
 
 
@@ -82,6 +85,21 @@ class Sample:
     def scored(self) -> NDArray[np.int64]:
         """[W] positions that each window scores."""
         return self.context - 1 - self.first
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """[first, end) of the positions that are told apart in this context."""
+        edges = LONG_EDGES if self.context > LONG_EDGES[1] else SHORT_EDGES
+        kept = [edge for edge in edges if edge < self.context]
+        return tuple(zip(kept, [*kept[1:], self.context], strict=True))
+
+    def range_of(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of the range that each position is in."""
+        return np.searchsorted([end for _, end in self.ranges], position, "right")
+
+    def positions(self) -> NDArray[np.int64]:
+        """[positions] the place in its window of every scored position, in the order of the windows."""
+        return np.concatenate([np.arange(first, self.context - 1) for first in self.first.tolist()])
 
     @property
     def unit(self) -> str:

@@ -195,6 +195,23 @@ class QuantizedFolder:
         """Names of the folder's files."""
         return self.store.files()
 
+    def scheme(self, name: str) -> Scheme | None:
+        """How the matrix of this name (without .weight) is stored; None for plain values."""
+        return self.matrices[name].scheme
+
+    def scale_beside(self, name: str) -> Tensor | None:
+        """A scale of a cache or of a matrix's inputs [1] float32 by its full name; None where there is none.
+
+        InputError unless it is one positive number.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            return None
+        scale = read_tensor(self.store, info).float().flatten()
+        if len(scale) != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise InputError(f"{info.shard}: {name} holds {scale[:2].tolist()}, expected one positive number")
+        return scale
+
     def ggml_type(self, name: str) -> None:
         """None: this is no GGUF."""
 

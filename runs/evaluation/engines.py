@@ -27,8 +27,8 @@ from .vllm_engine import EngineScores, devices_for, vllm_scores
 
 COMPARED = ("ppl", "ppl_ratio", "top1")
 # Caches by the word of --cache: what vLLM calls them, and ggml's number of the type.
-VLLM_CACHES = {"fp8": "fp8"}
-GGML_CACHES = {"q8_0": 8, "q4_0": 2}
+VLLM_CACHES = {"16bit": "bfloat16", "fp8": "fp8"}
+GGML_CACHES = {"16bit": 1, "q8_0": 8, "q4_0": 2}
 
 
 def check_engine(
@@ -71,8 +71,9 @@ def cross_check(
         base = Path(str(reference)) if own else StoredReference(stored)
         scores, version = llamacpp_scores(base, [Path(a) for a in artifacts], sample, threads, cache)
     else:
+        kind = None if cache is None else VLLM_CACHES[cache]
         with stdout_to_stderr():  # stdout is the result's
-            scores, version = vllm_scores(StoredReference(stored), artifacts, sample, tensor_parallel, cache)
+            scores, version = vllm_scores(StoredReference(stored), artifacts, sample, tensor_parallel, kind)
     rows = []
     for candidate, found in zip(result["candidates"], scores, strict=True):
         numbers = summarise(found.scores, sample.units(), seed)

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmquant import __version__
 from mmquant.errors import InputError
-from mmquant.tables import Size, cell, percent
-from mmquant.tables import table as aligned
 
-from ...calibration.evaluate.metrics import summarise
-from ...calibration.evaluate.streamed import ENERGY, ERROR, NONFINITE, OVERLAP, TOKENS, Outcome
+from ...calibration.evaluate.metrics import Scores, summarise
+from ...calibration.evaluate.streamed import Outcome
+from ...calibration.evaluate.subjects import ENERGY, ERROR, NONFINITE, OVERLAP, TOKENS
+from ...calibration.model.engine_like import Like
 from ...calibration.text.sample import Sample
 from ...convert.source import Source
+from .claims import beyond_floor, comparisons, refusal, unit_sums
 
 SCHEMA, SCHEMA_VERSION = "mmquant-eval", "1.2"
-NUMBERS = ("candidate", "GB", "bits/w", "PPL", "ratio", "+-", "KLD", "95 %", "99.9 %", "top-1 %", "nonfinite")
+ALSO_INSIDE = ("label", "layers", "domains", "positions", "units", "engine_like", "beyond_floor")  # not at the top
 # Threshold -> where its number stands in a candidate, and whether the number must stay below or above.
 GATES = {
     "max_ppl_ratio": ("ppl_ratio", "max"),
@@ -45,7 +47,37 @@ def candidate_block(outcome: Outcome, sample: Sample, source: Source | None, see
         for i, name in enumerate(sample.domains)
     }
     block["layers"] = [_layer_block(i, loss, sample.domains) for i, loss in enumerate(outcome.layers)]
+    block["positions"] = position_blocks(outcome, sample, seed)
+    block["units"] = unit_sums(outcome.scores, units)
     return block
+
+
+def position_blocks(outcome: Outcome, sample: Sample, seed: int) -> list[dict[str, Any]]:
+    """KLD, agreement and overlap of experts (mean over layers) by position in the window, [from, to)."""
+    at, units = sample.range_of(sample.positions()), sample.units()
+    found = []
+    for number, (first, end) in enumerate(sample.ranges):
+        block = _short_summary(outcome.scores.take(at == number), units[at == number], seed)
+        overlap = [_loss(loss[:, number].tolist())["expert_overlap"] for loss in outcome.positions]
+        known = [value for value in overlap if value is not None]
+        block["expert_overlap"] = sum(known) / len(known) if known and len(known) == len(overlap) else None
+        found.append({"from": first, "to": end, **block})
+    return found
+
+
+def _short_summary(scores: Scores, units: NDArray[np.int64], seed: int) -> dict[str, Any]:
+    if not len(scores):
+        return {"tokens": 0, "nonfinite": 0, "kld": None, "kld_ci95": None, "top1": None, "ppl_ratio": None}
+    whole = summarise(scores, units, seed)
+    short = {name: whole[name] for name in ("tokens", "nonfinite", "top1", "ppl_ratio")}
+    return {**short, "kld": whole["kld"]["mean"], "kld_ci95": whole["kld"]["mean_ci95"]}
+
+
+def engine_like_block(outcome: Outcome, sample: Sample, source: Source, like: Like, seed: int) -> dict[str, Any]:
+    """A candidate as an engine computes it: which profile, what it rounds and how that is known, and the numbers."""
+    rounded = {"profile": outcome.kind, "inputs": like.describe(source), "source": like.profile.source}
+    block = candidate_block(outcome, sample, None, seed)
+    return rounded | {name: value for name, value in block.items() if name not in ("layers", "context")}
 
 
 def _layer_block(layer: int, loss: Tensor, domains: tuple[str, ...]) -> dict[str, Any]:
@@ -73,13 +105,22 @@ def document(
     seed: int = 0,
     dtype: str = "float32",
     activations: str = "exact",
+    likes: tuple[Like, ...] = (),
 ) -> dict[str, Any]:
-    """The whole result; a noise floor stands beside the candidates, not among them."""
-    found = [
-        candidate_block(outcome, sample, sources[i] if i < len(sources) else None, seed)
-        for i, outcome in enumerate(outcomes)
-    ]
-    candidates, rest = found[: len(sources)], found[len(sources) :]
+    """The whole result; noise floors stand beside the candidates, not among them."""
+    exact = [outcome for outcome in outcomes if outcome.of >= 0 and outcome.kind == "exact"]
+    candidates = [candidate_block(outcome, sample, sources[outcome.of], seed) for outcome in exact]
+    for candidate in candidates:
+        candidate["engine_like"] = []
+    by_name = {like.name: like for like in likes}
+    for outcome in outcomes:
+        if outcome.of >= 0 and outcome.kind != "exact":
+            block = engine_like_block(outcome, sample, sources[outcome.of], by_name[outcome.kind], seed)
+            candidates[outcome.of]["engine_like"].append(block)
+    below = [outcome for outcome in outcomes if outcome.of < 0]
+    floors = [{"kind": outcome.kind, **candidate_block(outcome, sample, None, seed)} for outcome in below]
+    for candidate in candidates if floors else ():
+        candidate["beyond_floor"] = beyond_floor(candidate, floors, seed)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -91,10 +132,13 @@ def document(
         "reference": reference,
         "sample": sample_block(sample, seed),
         "candidates": candidates,
-        "floor": rest[0] if rest else None,
+        "floor": floors[0] if floors else None,
+        "floors": floors,
+        "comparisons": comparisons(candidates, seed),
+        "claims": [],
     }
     if len(candidates) == 1:
-        result = {k: v for k, v in candidates[0].items() if k not in ("label", "layers", "domains")} | result
+        result = {k: v for k, v in candidates[0].items() if k not in ALSO_INSIDE} | result
     return result
 
 
@@ -168,6 +212,7 @@ def apply_gate(result: dict[str, Any], thresholds: dict[str, float]) -> str | No
     for candidate in result["candidates"]:
         candidate["failures"] = failures(candidate, thresholds)
         found += candidate["failures"]
+    found += [text for claim in result.get("claims", ()) if (text := refusal(claim)) is not None]
     result["gate"] = {"thresholds": thresholds, "passed": not found, "failures": found}
     return found[0] if found else None
 
@@ -193,73 +238,3 @@ def validate(result: dict[str, Any]) -> None:
 
     path = resources.files("mmquant").joinpath("data", "schema", "mmquant-eval-1.schema.json")
     jsonschema.validate(result, json.loads(path.read_text()))
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for people: a line for each candidate, then each domain, then the layer that loses most."""
-    sample, lines = result["sample"], []
-    lines.append(f"reference {cell(result['reference']['label'])}: PPL {cell(_reference_ppl(result))}")
-    scored = f"{sample['positions']} positions in {sample['windows']} windows of {sample['context']}"
-    kind = result["dtype"] if result["activations"] == "exact" else f"activations of {result['activations']}"
-    lines.append(f"{scored} ({sample['convention']}), engine {result['engine']}, {kind}")
-    rows = [_row(candidate) for candidate in [*result["candidates"], *filter(None, [result.get("floor")])]]
-    lines += aligned(NUMBERS, rows, text=("candidate",))
-    domains = [
-        (c["label"], name, d["ppl"], d["kld"]["mean"], percent(d["top1"], 3))
-        for c in result["candidates"]
-        for name, d in c["domains"].items()
-        if len(c["domains"]) > 1 and d["tokens"]
-    ]
-    if domains:
-        lines += ["", *aligned(("candidate", "domain", "PPL", "KLD", "top-1 %"), domains, text=("candidate", "domain"))]
-    for candidate in result["candidates"]:
-        lines += _worst_layer(candidate)
-    if "engine_check" in result:
-        lines += ["", *_engine_lines(result["engine_check"])]
-    return "\n".join(lines)
-
-
-def _worst_layer(candidate: dict[str, Any]) -> list[str]:
-    layers = [layer for layer in candidate["layers"] if layer["relative_error"] is not None]
-    if not layers:
-        return []
-    errors = [0.0, *(layer["relative_error"] for layer in layers)]
-    worst = max(range(len(layers)), key=lambda i: errors[i + 1] - errors[i])
-    last = layers[-1]
-    text = f"{cell(candidate['label'])}: hidden state {last['relative_error']:.3g} off after the last layer, "
-    text += f"most added by layer {layers[worst]['layer']}"
-    known = [layer for layer in layers if layer["expert_overlap"] is not None]  # a pruned model's have other numbers
-    if not known:
-        return [text]
-    overlap = min(known, key=lambda layer: layer["expert_overlap"])
-    return [f"{text}; experts agree least in layer {overlap['layer']} ({overlap['expert_overlap']:.4f})"]
-
-
-def _engine_lines(check: dict[str, Any]) -> list[str]:
-    rows = []
-    for c in check["candidates"]:
-        off = c["difference"]
-        numbers = (c["ppl"], c["kld"]["mean"], c["kld"]["p999"], percent(c["top1"], 3))
-        seconds = f"{sum(c['seconds'].values()):.0f}" if "seconds" in c else None
-        rows.append((c["label"], *numbers, percent(off["ppl"], 3), off["kld_mean_nats"], seconds))
-    head = ("candidate", "PPL", "KLD", "99.9 %", "top-1 %", "PPL off %", "KLD off", "s")
-    by = f"by {check['engine']} {check['version']}, reference by {check['reference']}:"
-    return [by, *aligned(head, rows, text=("candidate",))]
-
-
-def _reference_ppl(result: dict[str, Any]) -> float | None:
-    return result["candidates"][0]["ppl_reference"] if result["candidates"] else None
-
-
-def _row(c: dict[str, Any]) -> tuple[object, ...]:
-    kld, interval = c["kld"], c["kld"]["mean_ci95"]
-    return (
-        c["label"],
-        Size(c["bytes"]) if "bytes" in c else None,
-        f"{c['bits_per_weight']:.3f}" if "bits_per_weight" in c else None,
-        *(c["ppl"], c["ppl_ratio"], c["ppl_ratio_stderr"], kld["mean"]),
-        f"{cell(interval[0])}..{cell(interval[1])}" if interval else None,
-        kld["p999"],
-        percent(c["top1"], 3),
-        c["nonfinite"],
-    )

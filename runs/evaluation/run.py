@@ -18,6 +18,7 @@ from ..results import Result
 
 if TYPE_CHECKING:
     from ...calibration.evaluate.streamed import Settings
+    from ...calibration.model.engine_like import Like
     from ...calibration.text.sample import Sample
     from ...convert.hub.store import FetchOptions
     from ...convert.source import Source
@@ -43,7 +44,7 @@ class Evaluation(Result):
 
     def table(self) -> str:
         """The same for people."""
-        from .result import table
+        from .table import table
 
         return table(self.document)
 
@@ -110,18 +111,10 @@ def run(
     """The result document of `mmquant eval`; None on every rank but the first, and where there was only to save."""
     from ...calibration.model.distributed import current_ranks, rank_device
     from ...calibration.text.vocabulary import check_same_model, check_same_tokenizer
+    from .claims import make_claims
     from .text import make_eval_sample
 
-    if reference is None and options.reference_logits is None:
-        raise InputError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
-    if not artifacts and options.save_reference is None:
-        raise InputError("eval: no artifact, expected at least one folder or GGUF file (or --save-reference FILE)")
-    if options.engine != "mmquant":
-        from .engines import check_engine
-
-        check_engine(options.engine, artifacts, options.tensor_parallel, options.cache)
-    elif options.tensor_parallel is not None:
-        raise InputError("--tensor-parallel: of an engine, expected --engine vllm beside it")
+    _check_asked(artifacts, reference, options)
     with ExitStack() as stack:
         candidates = [_opened(artifact, fetch, stack) for artifact in artifacts]
         truth = _opened(reference, fetch, stack) if reference is not None else None
@@ -131,17 +124,38 @@ def run(
             check_same_tokenizer(basis, candidate)
         sample = make_eval_sample(basis, artifacts, options)
         settings = settings_of(str(rank_device(device)), options)
+        check_likes(settings.likes, candidates)
         ranks = current_ranks()
         if ranks.first:
             _check_bytes(artifacts)
         if options.engine != "mmquant":
             if ranks.world > 1:
                 raise InputError(f"--engine {options.engine}: runs in one process, expected no torchrun")
-            return _with_engine(artifacts, reference, truth, candidates, sample, settings, options)
-        result = measure(truth, candidates, sample, settings, options)
+            result = _with_engine(artifacts, reference, truth, candidates, sample, settings, options)
+        else:
+            result = measure(truth, candidates, sample, settings, options)
+        if ranks.first and candidates:
+            result["claims"] = make_claims(result, options.better_than)
         for source in (*candidates, *filter(None, [truth])):
             close_model(source, finished=True)
         return result if ranks.first and candidates else None
+
+
+def _check_asked(artifacts: tuple[str, ...], reference: str | None, options: EvalOptions) -> None:
+    """InputError for what cannot be done, before any work."""
+    from .claims import check_rivals
+
+    if reference is None and options.reference_logits is None:
+        raise InputError("eval: no --reference, expected a model to compare with (or --reference-logits FILE)")
+    if not artifacts and options.save_reference is None:
+        raise InputError("eval: no artifact, expected at least one folder or GGUF file (or --save-reference FILE)")
+    check_rivals(options.better_than, artifacts)
+    if options.engine != "mmquant":
+        from .engines import check_engine
+
+        check_engine(options.engine, artifacts, options.tensor_parallel, options.cache)
+    elif options.tensor_parallel is not None:
+        raise InputError("--tensor-parallel: of an engine, expected --engine vllm beside it")
 
 
 def _check_bytes(artifacts: tuple[str, ...]) -> None:
@@ -224,7 +238,7 @@ def measure(
         save = options.save_reference
         outcomes = evaluate(against, candidates, sample, settings, ranks=ranks, save=save, progress=progress)
     dtype = str(settings.dtype).removeprefix("torch.")
-    facts = {"seed": options.seed, "dtype": dtype, "activations": settings.activations}
+    facts = {"seed": options.seed, "dtype": dtype, "activations": settings.activations, "likes": settings.likes}
     return document(outcomes, sample, candidates, made_of, **facts)
 
 
@@ -233,15 +247,37 @@ def settings_of(device: str, options: EvalOptions) -> Settings:
     import torch
 
     from ...calibration.evaluate.streamed import Settings
+    from ...calibration.model.engine_like import like_of
 
     activations = options.activations or ("llama.cpp" if options.convention == "llama.cpp" else "exact")
-    cuda, rounded = device.startswith("cuda"), activations != "exact"
+    likes = tuple(like_of(name, options.cache) for name in dict.fromkeys(options.engine_like) if name != "exact")
+    if options.cache is not None and not likes and options.engine == "mmquant":
+        raise InputError(f"--cache {options.cache}: of an engine, expected --engine or --engine-like beside it")
+    cuda, rounded = device.startswith("cuda"), activations != "exact" or bool(likes)
     chosen = options.dtype or ("bfloat16" if cuda and not rounded else "float32")
-    if rounded and (chosen != "float32" or options.floor):
-        what = "--floor" if options.floor else f"--dtype {chosen}"
+    if activations != "exact" and (options.floor or likes or chosen != "float32"):
+        what = "--floor" if options.floor else "--engine-like" if likes else f"--dtype {chosen}"
         raise InputError(f"eval: {what} with activations rounded as llama.cpp does, expected --activations exact")
+    if rounded and chosen != "float32":
+        raise InputError(f"eval: --dtype {chosen} with --engine-like, expected float32")
     tokens, dtype = options.batch_tokens or (16384 if cuda else 8192), getattr(torch, chosen)
-    return Settings(device, dtype, tokens, state=options.state, floor=options.floor, activations=activations)
+    runs = options.floor_runs if options.floor else 0
+    return Settings(
+        *(device, dtype, tokens),
+        state=options.state,
+        floor=options.floor,
+        floor_seeds=runs,
+        floor_orders=runs,
+        activations=activations,
+        likes=likes,
+    )
+
+
+def check_likes(likes: tuple[Like, ...], candidates: list[Source]) -> None:
+    """InputError for a profile whose engine opens none of the artifacts."""
+    for like in likes:
+        if candidates and not any(like.opens(candidate) for candidate in candidates):
+            raise InputError(f"--engine-like {like.name}: opens no GGUF file, expected llama.cpp")
 
 
 def record(artifacts: tuple[str, ...], result: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmquant.tables import Size, percent
 
-from ..evaluation.result import table
+from ..evaluation.table import table
 from . import plots
 from .page import Grid, Listing, Part, Plot, Section, Text, Verbatim, render, write
 

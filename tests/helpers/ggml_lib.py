@@ -56,3 +56,15 @@ def valid(data: Tensor, kind: GGMLType) -> bool:
     """ggml's own check of finite scales, the one llama.cpp makes when it loads with --check-tensors."""
     source = np.ascontiguousarray(data.numpy())
     return bool(load_library().ggml_validate_row_data(int(kind), source.ctypes.data, source.nbytes))
+
+
+def ggml_rounds(name: str, x: Tensor, block: int) -> Tensor:
+    """x through quantize_row_NAME_ref and dequantize_row_NAME."""
+    lib = load_library()
+    values = np.ascontiguousarray(x.numpy())
+    room, out = np.zeros(len(values) // block * 512 + 512, np.uint8), np.empty_like(values)
+    for function in (quantize := getattr(lib, f"quantize_row_{name}_ref"), getattr(lib, f"dequantize_row_{name}")):
+        function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        first, second = (values, room) if function is quantize else (room, out)
+        function(first.ctypes.data, second.ctypes.data, len(values))
+    return torch.from_numpy(out)

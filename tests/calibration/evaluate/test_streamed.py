@@ -13,7 +13,8 @@ from helpers.eval_cases import CONTEXT, Noisy, make_sample, packed, small, write
 from mmquant.calibration.evaluate import state as evaluation_state
 from mmquant.calibration.evaluate.metrics import summarise
 from mmquant.calibration.evaluate.reference_store import StoredReference
-from mmquant.calibration.evaluate.streamed import ENERGY, ERROR, OVERLAP, TOKENS, evaluate
+from mmquant.calibration.evaluate.streamed import evaluate
+from mmquant.calibration.evaluate.subjects import ENERGY, ERROR, OVERLAP, TOKENS
 from mmquant.calibration.model.forward import Observer, Routing, embed, final_logits, layer_forward
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.open import open_native

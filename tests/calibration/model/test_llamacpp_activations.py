@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from helpers import ggml_lib
 from helpers.tiny import write_tiny
-from mmquant.calibration.model.forward import CACHE, embed, final_logits, layer_forward
+from mmquant.calibration.model.forward import KEY, QUERY, VALUE, embed, final_logits, layer_forward
 from mmquant.calibration.model.llamacpp_activations import (
     as_converted,
     brain,
@@ -52,18 +51,6 @@ def test_every_type_is_multiplied_by_what_ggml_multiplies_it_by(kind: GGMLType) 
     assert change_of(kind.name) is CHANGES[function(int(kind)).contents.vec_dot_type]
 
 
-def ggml_rounds(name: str, x: Tensor, block: int) -> Tensor:
-    """x through quantize_row_NAME_ref and dequantize_row_NAME."""
-    lib = ggml_lib.load_library()
-    values = np.ascontiguousarray(x.numpy())
-    room, out = np.zeros(len(values) // block * 512 + 512, np.uint8), np.empty_like(values)
-    for function in (quantize := getattr(lib, f"quantize_row_{name}_ref"), getattr(lib, f"dequantize_row_{name}")):
-        function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        first, second = (values, room) if function is quantize else (room, out)
-        function(first.ctypes.data, second.ctypes.data, len(values))
-    return torch.from_numpy(out)
-
-
 @pytest.mark.parametrize(("name", "change", "block"), [("q8_0", q8_0, 32), ("q8_K", q8_k, 256)])
 @given(seed=st.integers(0, 2**32 - 1), blocks=st.integers(1, 5), scale=st.sampled_from([1e-6, 0.3, 1.0, 3e4]))
 @settings(max_examples=30, deadline=None)
@@ -73,7 +60,7 @@ def test_eight_bits_are_ggmls(name: str, change: object, block: int, seed: int, 
     x[: block // 2] = 0 if seed % 3 == 0 else x[: block // 2]
     if seed % 5 == 0:
         x[:block] = 0
-    found, wanted = change(x), ggml_rounds(name, x, block)  # type: ignore[operator]
+    found, wanted = change(x), ggml_lib.ggml_rounds(name, x, block)  # type: ignore[operator]
     step = wanted.unflatten(0, (-1, block)).abs().amax(1, keepdim=True).expand(-1, block).flatten() / 127
     # ggml divides by the scale, or multiplies by its inverse: a value half-way between two codes may go either way.
     apart = (found - wanted).abs() > 1e-6 * wanted.abs()
@@ -100,7 +87,7 @@ def test_every_matrix_sees_rounded_inputs(tmp_path: Path) -> None:
     assert torch.equal(weights.router, read_layer(source, 0).router)
     hidden = embed(outside, torch.arange(24).view(2, 12))
     rounding, head = layer_rounding(source, 0), head_rounding(source)
-    assert set(rounding) == {"q", "k", "v", "o", "gate", "up", "down", CACHE}
+    assert set(rounding) == {"q", "k", "v", "o", "gate", "up", "down", QUERY, KEY, VALUE}
 
     def outcome(layer: dict, last: dict) -> Tensor:
         return final_logits(outside, g, layer_forward(weights, g, hidden, None, layer), last)
