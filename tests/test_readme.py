@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import click
 import pytest
 
+import mmquant
+from mmquant import FitOptions
 from mmquant.commands.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *DOCS]
+DOCUMENTS = ["README.md", "README.zh.md", "CONTRIBUTING.md", *DOCS]
 FOLDERS = ("mmquant", "commands", "runs", "calibration", "convert", "quantize", "tests", "bench", "docs", "notebooks")
 EXAMPLES = sorted(set(re.findall(r"`(mmquant [a-z0-9]+ [^`]+)`|^    (mmquant .+)$", README, flags=re.M)))
 
@@ -56,3 +59,73 @@ def test_paths_that_documents_name_exist(name: str) -> None:
         assert (ROOT / path).exists() or "NAME" in path, path
     for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / name).parent.joinpath(path).exists(), path
+
+
+CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+
+
+def tables(text: str) -> list[list[str]]:
+    """Cells of every table row but rules."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not set(line) <= set("|- ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def typed(text: str) -> list[str]:
+    """What a reader types: lines of code blocks without their remarks, the file map's without what is said of them."""
+    return [re.split(r" {2,}", line)[0] for line in re.findall(r"^ {4} *(\S.*)$", text, flags=re.M)]
+
+
+def test_the_readme_is_short_and_names_every_command() -> None:
+    assert len(README.splitlines()) < 150
+    named = re.findall(r"^\| `([a-z0-9]+)` \|", README, flags=re.M)
+    assert sorted(named) == sorted(COMMANDS)
+
+
+def test_the_machines_table_is_what_fit_says() -> None:
+    rows = tables(README.split("## Your machine")[1].split("\n## ")[0])[1:]
+    assert len(rows) >= 8
+    for machine, file, context, make, serve in rows:
+        target = re.findall(r"`(\S+)`", machine)[0]
+        kind, size = file.split(", ")
+        options = FitOptions(target=target, type=kind, context=1024 * int(context.removesuffix("K")))
+        fits = mmquant.fit(options=options)
+        (found,) = fits.fits
+        assert found.verdict == "yes", machine
+        assert size == f"{found.weights.total / 1e9:.1f} GB", machine
+        made = shlex.split(make.strip("`"))
+        assert made[:-1] == [
+            word for word in fits.made_by(found)[:-1] if word not in ("--format", "compressed-tensors")
+        ]
+        argv = list(fits.commands(found)[0].argv)
+        words = shlex.split(serve.strip("`"))
+        shown = [word for word in words if word not in ("FILE", "OUT", "...")]
+        assert shown == [word for word in argv if not word.startswith("./")][: len(shown)], machine
+        assert words[-1] == "..." or len(shown) == len(argv) - 1
+
+
+def test_the_quality_table_is_what_was_kept() -> None:
+    kept = json.loads((ROOT / "docs" / "figures" / "by-bytes.json").read_text())["rows"]
+    rows = tables(README.split("## Quality by bytes")[1].split("\n## ")[0])[1:]
+    for row, k in zip(rows, kept, strict=True):
+        ours = [k["file"], f"{k['bytes']:,}", f"{k['kld']:.4f}", f"{100 * k['top1']:.1f}", k["by"]]
+        ratio = f"{k['kld'] / k['kld_other']:.2f}"
+        assert row == [*ours, f"{k['kld_other']:.4f}", f"{100 * k['top1_other']:.1f}", ratio]
+
+
+def test_the_chinese_readme_is_in_step() -> None:
+    """Headings, commands, tables, figures, names in backquotes and links are those of the English one."""
+    assert [len(h) for h in re.findall(r"^(#+) ", CHINESE, flags=re.M)] == [
+        len(h) for h in re.findall(r"^(#+) ", README, flags=re.M)
+    ]
+    assert typed(CHINESE) == typed(README)
+    for english, chinese in zip(tables(README), tables(CHINESE), strict=True):
+        assert len(english) == len(chinese)
+        for a, b in zip(english, chinese, strict=True):
+            assert sorted(re.findall(r"`[^`]+`", a)) == sorted(re.findall(r"`[^`]+`", b)), b
+            assert re.fullmatch(r"[\d.,]+", a) is None or a == b
+    prose = [re.sub(r"^( {4}|\|).*$", "", text, flags=re.M) for text in (README, CHINESE)]
+    quoted, numbers = ([sorted(re.findall(p, text)) for text in prose] for p in (r"`[^`]+`", r"\d+\.\d\d"))
+    assert quoted[0] == quoted[1]
+    assert numbers[0] == numbers[1]
+    links = [set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.zh.md", "README.md"} for text in (README, CHINESE)]
+    assert links[0] == links[1]

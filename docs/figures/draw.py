@@ -293,6 +293,14 @@ DIAGRAMS: dict[str, Callable[[], Figure]] = {
 }
 
 
+PLACES = {
+    "NVFP4": ((7, -6), "left"),
+    "INT4-g32": ((-7, -3), "right"),
+    "INT4-g128": ((-7, -3), "right"),
+    "MXFP4": ((7, -3), "left"),
+}  # of names that would meet
+
+
 def plot(data: Path, out: Path) -> None:
     """Mean KLD by bytes, from what bench/by_bytes.py kept."""
     import matplotlib as mpl
@@ -305,25 +313,19 @@ def plot(data: Path, out: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 3.6))
     for kind, colour in (("GGUF", "#2f6fb3"), ("folders", "#b3622f")):
         chosen = [row for row in rows if ("-" in row["file"] or "FP4" in row["file"]) == (kind == "folders")]
-        line = "-" if kind == "GGUF" else ""
+        line = "-" if kind == "GGUF" else "none"
         size = [row["bytes"] / 1e6 for row in chosen]
-        others = "llama-quantize, imatrix" if kind == "GGUF" else "the rules of others"
-        axes.plot(
-            size,
-            [row["kld_other"] for row in chosen],
-            line,
-            marker="o",
-            mfc="white",
-            color=colour,
-            alpha=0.6,
-            label=others,
-        )
-        axes.plot(size, [row["kld"] for row in chosen], line, marker="o", color=colour, label=f"mmquant, {kind}")
+        others = "llama-quantize with imatrix" if kind == "GGUF" else "to nearest, Four-over-Six, OCP"
+        style = {"linestyle": line, "marker": "o", "color": colour}
+        axes.plot(size, [row["kld_other"] for row in chosen], mfc="white", alpha=0.6, label=others, **style)
+        axes.plot(size, [row["kld"] for row in chosen], label=f"mmquant, {kind}", **style)
         for row, x in zip(chosen, size, strict=True):
-            axes.annotate(
-                row["file"], (x, row["kld"]), textcoords="offset points", xytext=(0, -13), ha="center", fontsize=7
-            )
+            if kind == "folders":
+                axes.plot([x, x], [row["kld"], row["kld_other"]], color=colour, linewidth=0.6)
+            place, side = PLACES.get(row["file"], ((0, -13), "center"))
+            axes.annotate(row["file"], (x, row["kld"]), textcoords="offset points", xytext=place, ha=side, fontsize=7)
     axes.set_yscale("log")
+    axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
     axes.set_xlabel("MB of the demo model's file")
     axes.set_ylabel("mean KLD to the original, nats")
     axes.margins(0.08, 0.12)
