@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 FILL = {
@@ -316,7 +317,7 @@ def plot(data: Path, out: Path) -> None:
         line = "-" if kind == "GGUF" else "none"
         size = [row["bytes"] / 1e6 for row in chosen]
         others = "llama-quantize with imatrix" if kind == "GGUF" else "to nearest, Four-over-Six, OCP"
-        style = {"linestyle": line, "marker": "o", "color": colour}
+        style: dict[str, Any] = {"linestyle": line, "marker": "o", "color": colour}
         axes.plot(size, [row["kld_other"] for row in chosen], mfc="white", alpha=0.6, label=others, **style)
         axes.plot(size, [row["kld"] for row in chosen], label=f"mmquant, {kind}", **style)
         for row, x in zip(chosen, size, strict=True):
