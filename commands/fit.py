@@ -18,7 +18,8 @@ from .options import DEFAULT_MODEL, json_option, options_of
 def command(artifact: str | None, model: str, options: FitOptions, as_json: bool) -> None:
     r"""Which types fit which machine: bytes, context, placement, speed bound, and the commands that start them.
 
-    From config.json alone (M2.7 without a network), or for ARTIFACT, a finished folder or GGUF file, by its headers.
+    From config.json alone (M2.7 without a network), or for ARTIFACT, a finished folder, a GGUF file or a repository
+    (hf:ORG/NAME, of GGUF files hf:ORG/NAME:TYPE), by its headers.
     Exit code 5 when nothing fits.
 
     \b

@@ -119,7 +119,8 @@ class Fits(Result):
 def fit(artifact: str | Path | None = None, options: FitOptions | None = None, *, model: str = DEFAULT_MODEL) -> Fits:
     """Which types of a model (or whether an artifact) fit which machines, with context, placement and commands.
 
-    artifact: a finished folder or GGUF file; None: every type of `model` that can be written, by its config.json.
+    artifact: a finished folder or GGUF file, or a repository of one (hf:ORG/NAME[:TYPE]); None: every type of `model`
+    that can be written, by its config.json.
     Without a machine in the options all machines of the table. Reads headers only; M2.7 is known offline.
 
     Raises InputError for a type, a machine, a size or a context that is none.
@@ -129,7 +130,7 @@ def fit(artifact: str | Path | None = None, options: FitOptions | None = None, *
     if artifact is not None:
         if chosen.type is not None:
             raise InputError(f"--type {chosen.type}: the artifact has its own; leave it out")
-        found = read_artifact(Path(artifact))
+        found = read_artifact(artifact)
         check_context(chosen.context, found.geometry)
         cache = cache_of(found.row, chosen.kv_cache, found.cache)
         fits = [_fit(found.row, found.geometry, t, chosen.context, cache) for t in machines]

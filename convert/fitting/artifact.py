@@ -9,7 +9,7 @@ from typing import Any
 
 from mmquant.errors import InputError
 
-from ..checkpoints.store import LocalFolder
+from ..checkpoints.store import LocalFolder, ShardStore
 from ..checkpoints.tensors import read_config
 from ..files.parse import is_list, is_object, parse_json
 from ..gguf.reader import GgufSource
@@ -21,6 +21,7 @@ from ..open import DEMO, demo_folder, is_gguf, open_store
 from .catalog import FOLDER, GGUF, MLX, Row
 from .weights import Weights, by_kind
 
+EXPERTS = (".experts.", ".switch_mlp.")  # of a layer; MLX stacks them
 TILE = 128  # of FP8 without a block structure in its config.json
 
 
@@ -72,44 +73,65 @@ def _config(model: str) -> dict[str, Any]:
         store.close()
 
 
-def read_artifact(path: Path) -> Artifact:
-    """A folder or GGUF file by its headers. InputError when it is none."""
-    return _gguf(path) if is_gguf(path) else _folder(path)
-
-
-def _gguf(path: Path) -> Artifact:
-    source = GgufSource(path)
-    try:
-        sizes = {name: tensor.size for file in source.files for name, tensor in file.tensors.items()}
-        weights = by_kind(source.geometry.layers, sizes)
-        row = Row(path.name, GGUF, "gguf", (), lambda _: weights)
-        return Artifact(row, source.geometry, weights, "f16", str(source.files[0].path), len(source.files))
-    finally:
-        source.close()
-
-
-def _folder(path: Path) -> Artifact:
+def read_artifact(name: str | Path) -> Artifact:
+    """A folder, a GGUF file or a repository (hf:ORG/NAME[@REV][:TYPE]) by its headers. InputError when it is none."""
+    address = parse_address(str(name))
+    if address.spec is not None:
+        return _repository(str(name), address.spec, address.kind)
+    path = Path(name)
+    if is_gguf(path):
+        source = GgufSource(path)
+        try:
+            return _gguf(path.name, source, str(source.files[0].path))
+        finally:
+            source.close()
     if not path.is_dir():
         raise InputError(f"{path}: no such folder or GGUF file, expected a finished artifact")
-    config = read_config(LocalFolder(path))
-    source = open_store(LocalFolder(path))
+    return _folder(path.name, LocalFolder(path), str(path))
+
+
+def _repository(name: str, spec: str, kind: str | None) -> Artifact:
+    from ..hub.gguf_headers import hub_gguf_headers
+    from ..hub.store import hub_source
+
+    store = hub_source(spec)
+    try:
+        files = store.files()
+        if kind is None and "config.json" in files:
+            return _folder(name, store, spec)
+    finally:
+        store.close()
+    found, source = hub_gguf_headers(spec, kind)
+    return _gguf(name, source, f"{spec}:{found}")
+
+
+def _gguf(name: str, source: GgufSource, entry: str) -> Artifact:
+    sizes = {name: tensor.size for file in source.files for name, tensor in file.tensors.items()}
+    weights = by_kind(source.geometry.layers, sizes)
+    row = Row(name, GGUF, "gguf", (), lambda _: weights)
+    return Artifact(row, source.geometry, weights, "f16", entry, len(source.files))
+
+
+def _folder(name: str, store: ShardStore, entry: str) -> Artifact:
+    config = read_config(store)
+    source = open_store(store)
     try:
         g = source.geometry
-        weights = _by_layer(g, {name: tensor.size for name, tensor in source.tensors.items()})
+        weights = _by_layer(g, {tensor: info.size for tensor, info in source.tensors.items()})
     finally:
         source.close()
     quantization: object = config.get("quantization_config")
     mlx = "quantization" in config
-    row = Row(path.name, MLX if mlx else FOLDER, "safetensors", (), lambda _: weights, _group(quantization))
+    row = Row(name, MLX if mlx else FOLDER, "safetensors", (), lambda _: weights, _group(quantization))
     cache = "fp8" if is_object(quantization) and quantization.get("kv_cache_scheme") else "f16"
-    return Artifact(row, g, weights, cache, str(path))
+    return Artifact(row, g, weights, cache, entry)
 
 
 def _by_layer(g: Geometry, sizes: dict[str, int]) -> Weights:
     experts, resident, names = [0] * g.layers, 0, g.names
     for name, size in sizes.items():
         layer = names.layer_of(name)
-        if layer is not None and layer < g.layers and ".experts." in name:
+        if layer is not None and layer < g.layers and any(word in name for word in EXPERTS):
             experts[layer] += size
         else:
             resident += size

@@ -55,7 +55,9 @@ def find_rows(name: str | None) -> tuple[Row, ...]:
     found = found or [row for row in everything if wanted in (row.family, row.id.split("-")[0].lower())]
     if not found:
         ids = {row.id.lower(): row.id for row in everything}
-        raise InputError(f"--type {name}: unknown, {suggest(wanted, ids)}")
+        said = suggest(wanted, ids)
+        near = next((proper for low, proper in ids.items() if said == f"did you mean {low}?"), None)
+        raise InputError(f"--type {name}: unknown, {said if near is None else f'did you mean {near}?'}")
     return tuple(found)
 
 

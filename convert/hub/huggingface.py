@@ -271,6 +271,7 @@ HUB = Hub(
     page="",
     branch=BRANCH,
     download="hf download",
+    ollama="hf.co",
     pull_requests=True,
     transports={"xet": fetch_xet},
     account=account,

@@ -52,6 +52,7 @@ class Hub:
     token_headers: Callable[[str], dict[str, str]] = _nothing  # besides Authorization
     transports: Mapping[str, Transport] = field(default_factory=dict[str, Transport])  # besides http
     llamacpp_environment: Mapping[str, str] = field(default_factory=dict[str, str])  # for `llama-server -hf ORG/NAME`
+    ollama: str = ""  # its name in `ollama run NAME/ORG/REPO:TYPE`; none where Ollama does not know it
     vllm_environment: Mapping[str, str] = field(default_factory=dict[str, str])  # for `vllm serve ORG/NAME`
 
     def page_url(self, endpoint: str, repo: str) -> str:

@@ -317,6 +317,7 @@ HUB = Hub(
     renamed_branches={"main": "master"},
     download="ms-hub download",
     token_headers=_cookie,
+    ollama="modelscope.cn",
     llamacpp_environment={"MODEL_ENDPOINT": "https://www.modelscope.cn"},
     vllm_environment={"VLLM_USE_MODELSCOPE": "True"},
     account=account,

@@ -65,7 +65,7 @@ def test_a_card_alone_names_the_smallest_that_works() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["--type", "Q4_KM"], "did you mean q4_k_m"),
+        (["--type", "Q4_KM"], "did you mean Q4_K_M"),
         (["--target", "24GB+98GB"], "did you mean 24GB+"),
         (["--context", "999999"], "expected 1 to 196608"),
         (["--gpu", "24GB", "--target", "24GB"], "choose one"),

@@ -17,8 +17,9 @@ from mmquant.convert.hub.gguf_repository import choose_model
 from mmquant.convert.open import demo_folder, open_native, open_source
 from mmquant.errors import InputError
 from mmquant.runs.doctor import doctor
+from mmquant.runs.fit import fit
 from mmquant.runs.gguf import write_gguf
-from mmquant.runs.options import DoctorOptions
+from mmquant.runs.options import DoctorOptions, FitOptions
 
 CARD = b"---\nbase_model: org/base\n---\n"
 
@@ -91,3 +92,30 @@ def test_doctor_reads_it_and_fixes_nothing_there(hub: HubServer, files: Path) ->
 def test_missing_parts() -> None:
     with pytest.raises(InputError, match="1 of 2 parts"):
         choose_model({"a/m-Q8_0-00001-of-00002.gguf": 1}, "Q8_0", "hf:o/n")
+
+
+def test_what_fits_is_said_of_headers_alone(
+    hub: HubServer, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmquant.convert.hub.gguf_headers.PIECE", 1 << 14)
+    chosen = FitOptions(target="24GB+96GB", context=512)
+    there, here = fit("hf:org/tiny-GGUF:q8_0", chosen), fit(files / "Q8_0", chosen)
+    assert there.geometry == here.geometry
+    assert there.fits[0].weights == here.fits[0].weights
+    lines = {command.engine: command.line for command in there.commands(there.fits[0])}
+    assert "llama-server -hf org/tiny-GGUF:Q8_0 -c 512" in lines["llama.cpp"]
+    assert "ollama" not in lines, "it pulls no split files"
+    one = fit("hf:org/one-GGUF", chosen)
+    assert "ollama run hf.co/org/one-GGUF:F16" in [command.line for command in one.commands(one.fits[0])]
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+    with pytest.raises(InputError, match="F16, Q8_0"):
+        fit("hf:org/tiny-GGUF:Q4_K_M", chosen)
+
+
+def test_a_damaged_header_of_a_hub_is_one_line(hub: HubServer, files: Path) -> None:
+    whole = (files / "F16" / "tiny-F16.gguf").read_bytes()
+    for number, data in enumerate((b"nothing", whole[:2000], whole[:4] + b"\xff" * 200, b"")):
+        hub.seed(f"org/bad-{number}", {"tiny-F16.gguf": data})
+        with pytest.raises(InputError) as error:
+            fit(f"hf:org/bad-{number}:F16", FitOptions(target="24GB+96GB"))
+        assert "tiny-F16.gguf" in str(error.value)
