@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..calibration.text.corpus import Corpus
     from ..convert.checkpoints.checkpoint import Checkpoint
     from ..convert.hub.store import FetchOptions
+    from .needs import Needs as RunNeeds
     from .passes import Passes
 
 FULL_BY_DEFAULT = 16 << 30  # full moments are kept by default while they take no more than this on disk
@@ -57,17 +58,21 @@ class Calibration(Result):
 
 @dataclass(frozen=True)
 class CalibrationPlan(Result):
-    """What a calibration would need, of a dry run; refusal: what the real one would stop at."""
+    """What a calibration would need, of a dry run; needs: as of every writer; refusal: what it would stop at."""
 
     corpus: dict[str, Any]
     full: bool
     need: Needs
     text: str
     refusal: MmquantError | None
+    needs: RunNeeds
 
     def to_dict(self) -> dict[str, Any]:
         """The document that the command prints with --json."""
-        return {"corpus": self.corpus, "moments": self.full, "bytes": asdict(self.need)}
+        return {"corpus": self.corpus, "moments": self.full, "bytes": asdict(self.need)} | {
+            "needs": self.needs.to_dict(),
+            "refusal": str(self.refusal) if self.refusal else None,
+        }
 
     def rows(self) -> list[dict[str, Any]]:
         """One row each, for tables."""
@@ -75,7 +80,7 @@ class CalibrationPlan(Result):
 
     def lines(self) -> list[str]:
         """The same for people."""
-        return [self.text]
+        return [self.text, *self.needs.lines("no" if self.refusal else "yes")]
 
 
 def calibrate(
@@ -121,15 +126,30 @@ def plan_calibration(
     chosen, out = options or CalibrateOptions(), Path(out)
     with opened(model, fetch) as source:
         corpus = make_corpus(source, chosen)
-        passes = pass_options(source, chosen, choose_device(device))
+        passes = pass_options(source, chosen, place := choose_device(device))
         need, refusal = needs(source, corpus, passes, chosen.store), None
+        whole = calibration_needs(source, out, need, place)
         try:
             check_calibration(source, corpus, passes, out, chosen.store)
             check_room(out, need)
         except MmquantError as error:
-            refusal = error
+            refusal = error if isinstance(error, FitError) else FitError(str(error))
         text = describe(out, corpus, passes, chosen.store, need)
-        return CalibrationPlan(corpus.describe(), passes.collect.full, need, text, refusal)
+        return CalibrationPlan(corpus.describe(), passes.collect.full, need, text, refusal, whole)
+
+
+def calibration_needs(source: Checkpoint, out: Path, need: Needs, device: str) -> RunNeeds:
+    """The same in the words of every writer: accumulators and hidden states lie beside a layer's weights."""
+    from .needs import needs_of
+
+    found = needs_of(source, out, need.statistics, device)
+    more = need.accumulators + (0 if need.hidden_on_disk else need.hidden)
+    return replace(
+        found,
+        disk=found.disk + need.hidden_on_disk,
+        ram=found.ram + (0 if found.gpu else more),
+        gpu=found.gpu + more if found.gpu else 0,
+    )
 
 
 def pass_of(options: WeightsOptions, device: str, hidden: bool, full: bool) -> PassOptions:

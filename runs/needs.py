@@ -68,8 +68,7 @@ def needs_of(source: Checkpoint, out: Path, size: int, device: str, rate: str = 
     layer = (g.expert_weights + g.attention_weights) // g.layers
     peak = 2 * layer * WIDE[kind] + size // g.layers + WORK
     download = 0 if source.store.is_local else source.bytes * passes
-    figure = rates()[kind].get(rate)
-    seconds = None if figure is None else g.parameters / figure / 1e6
+    seconds = seconds_of(source, device, rate)
     where = (
         "one core, encoding alone: bench/RESULTS.md" if kind == "cpu" else "one H100, encoding alone: bench/RESULTS.md"
     )
@@ -86,6 +85,12 @@ def needs_of(source: Checkpoint, out: Path, size: int, device: str, rate: str = 
         seconds=seconds,
         basis=where if seconds is not None else "no bench has this run",
     )
+
+
+def seconds_of(source: Checkpoint, device: str, rate: str) -> float | None:
+    """Seconds of quantizing the whole model at a measured rate, None where there is none."""
+    figure = rates()["cuda" if device.startswith("cuda") else "cpu"].get(rate)
+    return None if figure is None else source.geometry.parameters / figure / 1e6
 
 
 @lru_cache(maxsize=1)

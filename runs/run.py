@@ -17,10 +17,8 @@ from mmquant.tables import table
 
 from ..calibration.model.distributed import world
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
 from ..convert.hub.http import TransferError
-from ..convert.manifest import MANIFEST
 from ..convert.source import SharedLayer
 from .artifacts import asked_of, bytes_of, check_variant, job_of, streams_of
 from .engine import Job, run_jobs
@@ -28,15 +26,16 @@ from .folder import check_disk, written_bytes
 from .journal import CHECKED, JOURNAL, LOG, PUSHED, STATES, STREAMS, WRITING, WRITTEN, Entry, Journal, read_journal
 from .models import choose_device, opened
 from .passes import Passes
-from .place import free_bytes
 from .recipe.read import Push, Recipe, Variant, read_recipe
 from .results import Result
 from .run_check import Alongside, check_artifacts, forget_other_scores, is_away, note_kept_scores, readable
+from .run_needs import changes, check_out, check_run, run_needs
 from .uploads import LostError, Piecewise, Uploads
 from .watch import Watch
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
+    from .needs import Needs
 
 OURS = (JOURNAL, LOG, STREAMS)
 
@@ -46,7 +45,7 @@ class Made(Result):
     """The artifacts of a run, or with dry_run what they would be.
 
     table: one dictionary for each artifact. failure: the first gate that failed.
-    refusal: of a dry run, what the real one would stop at.
+    refusal, needs: of a dry run, what the real one would stop at, and what it takes.
     """
 
     out: Path
@@ -55,11 +54,13 @@ class Made(Result):
     text: list[str]
     failure: str | None = None
     refusal: MmquantError | None = None
+    needs: Needs | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The document of --json."""
         return {"out": str(self.out), "artifacts": self.table, "dry_run": self.dry_run, "failure": self.failure} | {
-            "refusal": str(self.refusal) if self.refusal else None
+            "refusal": str(self.refusal) if self.refusal else None,
+            "needs": self.needs.to_dict() if self.needs else None,
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -93,13 +94,13 @@ def run(
     out, place = Path(out), choose_device(device or chosen.device)
     for variant in chosen.variants:
         check_variant(variant)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: a file, expected a folder or nothing")
+    if not dry_run:
+        check_out(out)
     if world()[1] > 1:
         raise InputError("mmquant run: works in one process, expected no torchrun; int4, gguf and calibrate take it")
     with watching(monitor), _limited(chosen, place):
         if dry_run:
-            return _planned(chosen, out, fetch)
+            return _planned(chosen, out, place, fetch, replace)
         out.mkdir(parents=True, exist_ok=True)
         with hold(out), partial():
             return Run(chosen, out, place, _fetch(chosen, fetch), replace).go()
@@ -135,12 +136,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, out: Path, device: str, fetch: FetchOptions, replace: bool) -> None:
         self.recipe, self.out, self.device, self.fetch, self.replace = recipe, out, device, fetch, replace
-        found = read_journal(out)
-        if found is None:
-            strange = sorted(p.name for p in out.iterdir() if not p.name.startswith(".mmquant") and p.name not in OURS)
-            if strange:
-                raise InputError(f"{out}: holds {strange[0]}, expected an empty folder or a run of mmquant")
-        self.journal = found or Journal(out)
+        check_out(out)
+        self.journal = read_journal(out) or Journal(out)
         self.began = time.monotonic()
 
     def go(self) -> Made:
@@ -174,13 +171,7 @@ class Run:
         """The journal says what the recipe asks for; what was made for something else goes, and is named."""
         expected = {variant.name: asked_of(variant, source) for variant in self.recipe.variants}
         entries = self.journal.artifacts
-        changed = {name: entries[name].asked for name in expected if name in entries}
-        changed = {name: first_difference(asked, expected[name]) for name, asked in changed.items()}
-        changed = {name: difference for name, difference in changed.items() if difference}
-        for name, difference in changed.items():  # before anything goes
-            if (self.out / name / MANIFEST).exists() and not self.replace:
-                ways = "give it another name, or --replace makes it again"
-                raise InputError(f"{self.out / name}: finished with {difference}; {ways}")
+        changed = changes(self.out, entries, expected, self.replace)  # before anything goes
         for name in [name for name in entries if name not in expected]:
             current().message(f"{name}: no longer in the recipe; {self.out / name} stays as it is")
             del entries[name]
@@ -331,7 +322,7 @@ def _bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
 
 
-def _planned(recipe: Recipe, out: Path, fetch: FetchOptions | None) -> Made:
+def _planned(recipe: Recipe, out: Path, device: str, fetch: FetchOptions | None, replace: bool) -> Made:
     """What a run would make, from headers alone."""
     with opened(recipe.model, fetch) as source:
         source.validate()
@@ -339,20 +330,17 @@ def _planned(recipe: Recipe, out: Path, fetch: FetchOptions | None) -> Made:
         for variant in recipe.variants:
             label, size = bytes_of(source, variant, recipe.model, out / variant.name)
             rows.append({"name": variant.name, "command": variant.command, "label": label, "bytes": size})
-        whole, shards = sum(row["bytes"] for row in rows), source.store.in_flight()
-        download = 0 if source.store.is_local else source.bytes
         streams = sum(streams_of(source, variant) for variant in recipe.variants)
-        facts = [
-            f"one pass over {source.label}: {source.geometry.layers} layers, {download:,} bytes to fetch",
-            f"disk: {whole:,} bytes of artifacts, at most {shards:,} of shards; {free_bytes(out):,} are free",
-            f"hidden states: {streams:,} bytes for calibration, once more on disk",
-        ]
-        limit = min(free_bytes(out), recipe.limits.disk or free_bytes(out))
-        if whole + shards > limit:
-            refusal = FitError(f"{out}: {whole + shards:,} bytes are needed, {limit:,} are free")
+        needs = run_needs(recipe, out, source, sum(row["bytes"] for row in rows), streams, device)
+        try:
+            check_run(recipe, out, source, needs, replace)
+        except MmquantError as error:
+            refusal = error if isinstance(error, FitError) else FitError(str(error))
         head = ("variant", "command", "artifact", "bytes")
-        text = [*table(head, _cells(rows), text=head[:3]), *facts]
-        return Made(out, rows, True, text, refusal=refusal)
+        facts = needs.lines("no" if refusal else "yes")
+        return Made(
+            out, rows, True, [*table(head, _cells(rows), text=head[:3]), "", *facts], refusal=refusal, needs=needs
+        )
 
 
 def _cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:

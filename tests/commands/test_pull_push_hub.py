@@ -101,6 +101,7 @@ def safetensors_folder(folder: Path, shards: int = 4, **model: str) -> Path:
     files = {f"model-{i:05d}-of-{shards:05d}.safetensors": bytes([i]) * WEIGHTS for i in range(1, shards + 1)}
     manifest = manifest_of("W4A16-g128", "compressed-tensors", ".", files, **model)
     others = {"config.json": b"{}", "tokenizer.json": b"t" * 90_000, ".mmquant.lock": b"", "x.tmp": b"?"}
+    others |= {".mmquant.plan/plan.json": b"{}", ".mmquant.plan/sensitivity.json": b"{}"}
     return write(folder, {**files, **others}, manifest)
 
 
