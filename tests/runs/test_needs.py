@@ -68,6 +68,7 @@ def test_durations() -> None:
 
 
 QS = ("Q8_0", "Q2_K")
+MORE = {"int4": ["--method", "rtn"], "gguf": ["--type", "Q8_0"], "calibrate": ["--windows", "4", "--context", "64"]}
 RECIPE = """model: demo
 variants:
   q8: {command: gguf, type: Q8_0}
