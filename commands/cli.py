@@ -32,6 +32,7 @@ COMMANDS = {
     "push": "Publish a finished folder to a hub.",
     "doctor": "Finds what breaks a GGUF file or a quantized folder.",
     "fit": "What fits on which machine, with context and command.",
+    "report": "One HTML page of a folder of artifacts.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
 }

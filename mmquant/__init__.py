@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from mmquant.runs.plan import Planned, plan
     from mmquant.runs.pull import Pulled, pull
     from mmquant.runs.push import Pushed, push
+    from mmquant.runs.report import Reported, report
     from mmquant.runs.results import Quantized
     from mmquant.runs.run import Made, run
     from mmquant.runs.status import Status, status
@@ -85,6 +86,8 @@ _PUBLIC = {
     "pull": ("runs.pull", "pull"),
     "push": ("runs.push", "push"),
     "Status": ("runs.status", "Status"),
+    "Reported": ("runs.report", "Reported"),
+    "report": ("runs.report", "report"),
     "run": ("runs.run", "run"),
     "status": ("runs.status", "status"),
     "quantize_fp8": ("runs.fp8", "quantize_fp8"),
@@ -127,6 +130,7 @@ __all__ = [
     "PushOptions",
     "Pushed",
     "Quantized",
+    "Reported",
     "Status",
     "__version__",
     "calibrate",
@@ -144,6 +148,7 @@ __all__ = [
     "quantize_int4",
     "quantize_mxfp4",
     "quantize_nvfp4",
+    "report",
     "run",
     "status",
 ]

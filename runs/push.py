@@ -12,7 +12,7 @@ from mmquant.monitor import Monitor, current, watching
 
 from ..convert.files.atomic import TEMPORARY
 from ..convert.files.parse import path_fault, short
-from ..convert.fitting.text import FIT_TEXT, fit_text
+from ..convert.fitting.text import FIT_TEXT, REPORT, fit_text
 from ..convert.manifest import MANIFEST
 from .options import PushOptions
 from .results import Result
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STAGE = ".mmquant-push"
 SUMS, CARD = "SHA256SUMS", "README.md"
-MADE = {SUMS, CARD, MANIFEST, FIT_TEXT}  # for the place that they are published in
+MADE = {SUMS, CARD, MANIFEST, FIT_TEXT, REPORT}  # for the place that they are published in
 NOTICE = "M2.7's licence forbids commercial use of the model and of derivatives without MiniMax's written authorization"
 
 
@@ -118,7 +118,7 @@ def push_to(folder: Path, remote: Remote, options: PushOptions, *, dry_run: bool
     remote = start(remote, ledger, options.private, options.pr)
     if options.pr:
         documents = _drafted(draft, remote)  # a pull request has a card and a manifest of its own
-    staged = _stage(folder, documents, {**gone, **uploads}, ledger)
+    staged = _stage(folder, remote.spec.repo, documents, {**gone, **uploads}, ledger)
     uploads |= {u.path: u for u in staged}
     weights = [u for u in uploads.values() if u.path.endswith((".safetensors", ".gguf"))]
     publisher = Publisher(remote, ledger, options.delete_after_upload, _progress(weights))
@@ -279,10 +279,11 @@ def _check_sums(folder: Path, manifest: dict[str, Any], moved: dict[str, str], k
 
 
 def _stage(
-    folder: Path, documents: tuple[dict[str, Any], str], files: dict[str, Upload], ledger: Ledger
+    folder: Path, repo: str, documents: tuple[dict[str, Any], str], files: dict[str, Upload], ledger: Ledger
 ) -> list[Upload]:
-    """Manifest, sums and card, written and ready to be sent."""
+    """Manifest, report, sums and card, written and ready to be sent."""
     from ..convert.files.atomic import write_whole
+    from .reports.artifacts import artifacts_page
 
     whole, text = documents
     stage = folder / STAGE
@@ -291,13 +292,15 @@ def _stage(
     made = ledger.upload(MANIFEST, stage / MANIFEST)
     write_whole(stage / FIT_TEXT, fit_text(whole).encode())
     told = ledger.upload(FIT_TEXT, stage / FIT_TEXT)
+    write_whole(stage / REPORT, artifacts_page(f"mmquant: {repo}", [whole]).encode())
+    drawn = ledger.upload(REPORT, stage / REPORT)
     sums = {f["path"]: f["sha256"] for a in whole["artifacts"] for f in a["files"]}
     sums |= {p: f.sha256 for p, f in files.items() if p not in (CARD, SUMS)}
-    sums |= {MANIFEST: made.sha256, FIT_TEXT: told.sha256}
+    sums |= {MANIFEST: made.sha256, FIT_TEXT: told.sha256, REPORT: drawn.sha256}
     write_whole(stage / SUMS, "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items())).encode())
     write_whole(folder / CARD, text.encode())
     write_whole(folder / SUMS, (stage / SUMS).read_bytes())
-    return [made, told, ledger.upload(SUMS, stage / SUMS), ledger.upload(CARD, folder / CARD)]
+    return [made, told, drawn, ledger.upload(SUMS, stage / SUMS), ledger.upload(CARD, folder / CARD)]
 
 
 def _remote_small(remote: Remote, name: str) -> bytes | None:

@@ -9,6 +9,7 @@ from typing import Any
 from mmquant.tables import markdown
 
 FIT_TEXT = "FIT.md"
+REPORT = "mmquant.report.html"  # the same with plots and commands to copy, as push and `mmquant report` write it
 GIB = 1 << 30
 MARK = {"yes": "yes", "tight": "tight (under 1 GiB free)", "no": "no"}
 

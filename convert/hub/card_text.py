@@ -9,7 +9,7 @@ from typing import Any
 from mmquant.tables import markdown
 
 from ..files.parse import is_list, is_object
-from ..fitting.text import FIT_TEXT, command_line, machine_words
+from ..fitting.text import FIT_TEXT, REPORT, command_line, machine_words
 from ..models import ARCHITECTURES
 from .hubs import HUBS
 from .layout import split_of
@@ -56,6 +56,7 @@ def _types(manifest: Manifest, repo: str) -> str:
         rows.append([_label(a), f"{size / 1e9:.2f}", _number(a.get("bits_per_weight"), 3), *numbers, machines, start])
     table = markdown(["type", "GB", "bits", "KLD", "top-1", "for (context)", "start"], rows)
     after = f"Every machine with its memory, context, placement and complete command: [{FIT_TEXT}]({FIT_TEXT})."
+    after += f" The same as a page with plots: [{REPORT}]({REPORT})."
     return f"{table}\n\n{after}"
 
 

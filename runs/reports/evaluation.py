@@ -38,11 +38,11 @@ def write_report(path: Path, result: dict[str, Any]) -> None:
         circles = [Text(CIRCLES, "note")] if is_m27(result) and plots.available() else []
         sections += [
             Section("Size and distance", [_size_plot(result), *circles]),
-            Section("By domain", [_domain_plot(result)]),
+            Section("By domain", [domain_plot(result)]),
         ]
     if any(candidate["layers"] for candidate in result["candidates"]):
-        sections.append(Section("Where it is lost", [_layer_plot(result)]))
-        sections.append(Section("Chosen experts", [_overlap_plot(result)]))
+        sections.append(Section("Where it is lost", [layer_plot(result)]))
+        sections.append(Section("Chosen experts", [overlap_plot(result)]))
     sections.append(Section("What was measured", [Verbatim(json.dumps(result["sample"], indent=1))]))
     sections.append(Section("As text", [Verbatim(table(result))]))
     title = f"Distance to {result['reference']['label']}"
@@ -132,7 +132,7 @@ def _distances(axes: Axes, result: dict[str, Any], key: str, scale: float) -> No
     axes.grid()
 
 
-def _domain_plot(result: dict[str, Any]) -> Plot:
+def domain_plot(result: dict[str, Any]) -> Plot:
     """Bars by domain, one for each candidate."""
     candidates = result["candidates"]
     names = [name for name, found in candidates[0]["domains"].items() if found["tokens"]]
@@ -152,7 +152,7 @@ def _domain_plot(result: dict[str, Any]) -> Plot:
     return plots.draw("domains", "KL divergence by domain", paint)
 
 
-def _layer_plot(result: dict[str, Any]) -> Plot:
+def layer_plot(result: dict[str, Any]) -> Plot:
     """Relative error of the hidden state after each layer."""
 
     def paint(figure: Figure) -> None:
@@ -172,7 +172,7 @@ def _layer_plot(result: dict[str, Any]) -> Plot:
     return plots.draw("layers", "relative error by layer", paint)
 
 
-def _overlap_plot(result: dict[str, Any]) -> Plot:
+def overlap_plot(result: dict[str, Any]) -> Plot:
     """A heat map for each candidate: layers across, domains down."""
     candidates = [c for c in result["candidates"] if c["layers"]]
 

@@ -6,7 +6,9 @@ of them, since names and messages come from checkpoints and files. Only a Plot h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -39,11 +41,16 @@ class Listing:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of values as mmquant.tables shows them. colours: of the rows, as in the plots; "" for none."""
+    """A table of values as mmquant.tables shows them.
+
+    colours   of the rows, as in the plots; "" for none
+    label     what the table holds, for screen readers
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[object]]
     colours: Sequence[str] = ()
+    label: str = "table"
     kind: ClassVar[str] = "grid"
 
     @property
@@ -70,7 +77,25 @@ class Plot:
     kind: ClassVar[str] = "plot"
 
 
-Part = Text | Listing | Grid | Verbatim | Plot
+@dataclass(frozen=True)
+class Command:
+    """A command line with a button that copies it. label: what it is for, said to screen readers as well."""
+
+    text: str
+    label: str
+    kind: ClassVar[str] = "command"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Parts that open on a click, a tap or the Enter key."""
+
+    summary: str
+    parts: Sequence[Part]
+    kind: ClassVar[str] = "fold"
+
+
+Part = Text | Listing | Grid | Verbatim | Plot | Command | Fold
 
 
 @dataclass(frozen=True)
@@ -85,11 +110,22 @@ def render(title: str, lead: Sequence[Part], sections: Sequence[Section]) -> str
     """The page. lead: what stands above the first heading."""
     import jinja2
 
-    template = resources.files("mmquant").joinpath("data", "report.html.jinja").read_text("utf-8")
-    every = [part for section in sections for part in section.parts]
+    data = resources.files("mmquant").joinpath("data")
+    template, script = (data.joinpath(name).read_text("utf-8") for name in ("report.html.jinja", "report.js"))
+    every = list(_all_parts([*lead, *(part for section in sections for part in section.parts)]))
     missing = [Text(NO_PLOTS, "note")] if any(isinstance(p, Plot) and not p.svg for p in every) else []
+    script = script if any(isinstance(p, Command) for p in every) else ""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(title=title, lead=[*lead, *missing], sections=sections)
+    named = {"title": title, "lead": [*lead, *missing], "sections": sections, "script": script, "digest": digest}
+    return environment.from_string(template).render(named)
+
+
+def _all_parts(parts: Sequence[Part]) -> Iterator[Part]:
+    for part in parts:
+        yield part
+        if isinstance(part, Fold):
+            yield from _all_parts(part.parts)
 
 
 def write(path: Path, page: str) -> None:

@@ -94,11 +94,11 @@ def few_ticks(axes: Axes, count: int = 4) -> None:
 
 def log_scale(axes: Axes) -> None:
     """A logarithmic axis upwards, whose ticks say 0.2 instead of a formula."""
-    from matplotlib.ticker import FuncFormatter, LogFormatter
+    from matplotlib.ticker import FuncFormatter
 
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.7)))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
 
 
 def whole_ticks(axes: Axes) -> None:

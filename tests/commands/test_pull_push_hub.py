@@ -148,7 +148,7 @@ def test_a_folder_arrives_whole_with_the_card_in_the_last_commit(hub: HubServer,
     assert {p: files[p] for p in local if p != "mmquant.fit.json"} == {
         p: d for p, d in local.items() if p != "mmquant.fit.json"
     }
-    assert set(files) == {*local, "FIT.md"}
+    assert set(files) == {*local, "FIT.md", "mmquant.report.html"}
     check_sums(files)
     history = hub.repos["me/q"].history()
     assert done["commits"] == len(history) - 1 == 1

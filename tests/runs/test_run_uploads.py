@@ -63,7 +63,7 @@ def wanted(how: str, check: str = CHECK) -> Recipe:
 def published(hub: HubServer) -> dict[str, str]:
     """Digests of all weights, configs and indexes in the repositories."""
     trees = {name: hub.tree(f"me/{name}") for name in NAMES}
-    apart = ("README.md", "FIT.md", "SHA256SUMS", "mmquant.fit.json", ".gitattributes")
+    apart = ("README.md", "FIT.md", "mmquant.report.html", "SHA256SUMS", "mmquant.fit.json", ".gitattributes")
     return {f"{n}/{p}": entry.sha256 for n, tree in trees.items() for p, entry in tree.items() if p not in apart}
 
 

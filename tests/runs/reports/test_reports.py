@@ -116,7 +116,7 @@ def test_hostile_names_stay_text_in_the_calibration() -> None:
     assert "layer 0: expert 1 saw no token" in text
     assert "nan" not in text.lower().replace("nan on cuda", "")
     silent = calibrated(summary(load=[[5, 0, 1], [0, 0, 0]]))
-    assert "<td>b</td><td>0</td><td>-</td>" in silent
+    assert "<th scope=row>b</th><td>0</td><td>-</td>" in silent
 
 
 def test_a_page_allows_no_requests_and_follows_the_reader(tmp_path: Path) -> None:

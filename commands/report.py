@@ -1,0 +1,32 @@
+"""`mmquant report`: one HTML page of finished artifacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import json_option
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(short_help="One HTML page of a folder of artifacts.")
+@click.argument("folder", type=FILE)
+@click.option("--out", type=FILE, help="The page; default mmquant.report.html in FOLDER.")
+@click.option("--eval", "evaluations", type=FILE, multiple=True, help="A result of eval --json (repeatable).")
+@json_option()
+def command(folder: Path, out: Path | None, evaluations: tuple[Path, ...], as_json: bool) -> None:
+    """Write one HTML page about FOLDER: an artifact, or what run or demo wrote.
+
+    Sizes and distances with intervals, which machine runs what by which command, layers and experts, origin. The page
+    needs no network; its plots need matplotlib.
+
+    Example: mmquant report ./demo-out
+    """
+    import json
+
+    from ..runs.report import report
+
+    made = report(folder, out, evaluations)
+    click.echo(json.dumps(made.to_dict()) if as_json else f"{made.path}: {len(made.artifacts)} artifacts")
