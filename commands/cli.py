@@ -22,6 +22,7 @@ COMMANDS = {
     "awq": "INT4 by AWQ, in its format.",
     "nvfp4": "NVFP4 weights for vLLM, SGLang and TensorRT-LLM.",
     "mxfp4": "MXFP4 weights for vLLM and SGLang.",
+    "mlx": "MLX weights for Macs (mlx_lm), made anywhere.",
     "gguf": "GGUF for llama.cpp.",
     "run": "Every variant of a recipe in one pass, resumable anywhere.",
     "status": "How far a run is.",

@@ -19,7 +19,7 @@ from ..convert.files.sizes import parse_size
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
-    from ..runs.options import PlannedOptions, WeightsOptions
+    from ..runs.options import CalibratedOptions, PlannedOptions
     from ..runs.results import Quantized
 
 DEFAULT_MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
@@ -203,7 +203,7 @@ TEXT = ("text", "text_only", "evaluation", "context", "windows")
 CALIBRATED = (*TEXT, "seed", "propagate", "statistics", "effort")
 
 
-def refuse_idle_text(options: WeightsOptions) -> None:
+def refuse_idle_text(options: CalibratedOptions) -> None:
     """InputError for options of calibration that would change nothing of what was asked for."""
     if options.method == "rtn":
         refuse_without_effect("with --method rtn, which is not calibrated", *CALIBRATED)

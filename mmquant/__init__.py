@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mmquant.runs.gguf import quantize_gguf
     from mmquant.runs.inspect import Census, inspect
     from mmquant.runs.int4 import quantize_int4
+    from mmquant.runs.mlx import quantize_mlx
     from mmquant.runs.models import open_any as open_model
     from mmquant.runs.options import (
         Bf16Options,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         Fp8Options,
         GgufOptions,
         Int4Options,
+        MlxOptions,
         Mxfp4Options,
         Nvfp4Options,
         PlanOptions,
@@ -61,7 +63,7 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "quantize").is_dir(
     __path__.append(str(_CHECKOUT))  # in a checkout the packages lie beside this folder, in a wheel inside it
 
 _OPTIONS = "Bf16Options CalibrateOptions DoctorOptions EvalOptions FitOptions Fp8Options GgufOptions Int4Options "
-_OPTIONS += "Mxfp4Options Nvfp4Options PlanOptions PullOptions PushOptions"
+_OPTIONS += "MlxOptions Mxfp4Options Nvfp4Options PlanOptions PullOptions PushOptions"
 # Public name -> the module that has it, and its name there.
 _PUBLIC = {
     "Calibration": ("runs.calibrate", "Calibration"),
@@ -93,6 +95,7 @@ _PUBLIC = {
     "quantize_fp8": ("runs.fp8", "quantize_fp8"),
     "quantize_gguf": ("runs.gguf", "quantize_gguf"),
     "quantize_int4": ("runs.int4", "quantize_int4"),
+    "quantize_mlx": ("runs.mlx", "quantize_mlx"),
     "quantize_mxfp4": ("runs.fp4", "quantize_mxfp4"),
     "quantize_nvfp4": ("runs.fp4", "quantize_nvfp4"),
     **{name: ("runs.options", name) for name in _OPTIONS.split()},
@@ -118,6 +121,7 @@ __all__ = [
     "InputError",
     "Int4Options",
     "Made",
+    "MlxOptions",
     "MmquantError",
     "Monitor",
     "Mxfp4Options",
@@ -146,6 +150,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_gguf",
     "quantize_int4",
+    "quantize_mlx",
     "quantize_mxfp4",
     "quantize_nvfp4",
     "report",

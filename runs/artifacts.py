@@ -13,18 +13,20 @@ from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.bf16 import Bf16Variant
 from ..convert.folder.fp8 import Fp8Variant
 from ..convert.formats.table import choices
-from . import fp4, gguf, int4
+from . import fp4, gguf, int4, mlx
 from .corpus import at_effort, context_of, windows_at_most
 from .engine import Job
 from .folder import FolderJob, prepare
 from .made import words_of
 from .options import (
     Bf16Options,
+    CalibratedOptions,
     CalibrateOptions,
     Checked,
     Fp8Options,
     GgufOptions,
     Int4Options,
+    MlxOptions,
     Mxfp4Options,
     Nvfp4Options,
     PlannedOptions,
@@ -37,15 +39,17 @@ from .recipe.read import Variant
 from .weights import check_mixture, make_job
 
 if TYPE_CHECKING:
+    from ..convert.folder.mlx import MlxVariant
     from ..convert.folder.variant import FolderVariant
     from ..convert.folder.weights import WeightsVariant
 
-    Shape = Callable[[Checkpoint, Any, Path], WeightsVariant]
+    Shape = Callable[[Checkpoint, Any, Path], WeightsVariant | MlxVariant]
 
 WEIGHTS: dict[type[Checked], tuple[str, Shape]] = {
     Int4Options: ("int4", int4.variant_of),
     Nvfp4Options: ("nvfp4", fp4.nvfp4_variant),
     Mxfp4Options: ("mxfp4", fp4.mxfp4_variant),
+    MlxOptions: ("mlx", mlx.mlx_variant),
 }
 
 
@@ -62,6 +66,8 @@ def check_variant(variant: Variant) -> None:
         raise InputError(f"{variant.name}: size and target are planned before a run, expected plan: plan.json")
     if isinstance(options, Int4Options):
         int4.check_options(options)
+    elif isinstance(options, MlxOptions):
+        mlx.check_options(options)
     elif isinstance(options, WeightsOptions):
         check_mixture(variant.command, options)
     elif isinstance(options, GgufOptions):
@@ -104,14 +110,16 @@ def job_of(source: Checkpoint, variant: Variant, model: str, out: Path, passes: 
 
         return cast("Job", StatisticsJob(source, options, out, passes))
     made = folder_variant(source, options, out)
-    if isinstance(options, WeightsOptions):
+    if isinstance(options, CalibratedOptions):
         return cast("Job", make_job(source, options, out, passes, cast("WeightsVariant", made)))
     job = FolderJob(source, made, out, device=passes.device, limit=options.max_shard_size)
     job.made = words_of("bf16" if isinstance(options, Bf16Options) else "fp8", options)
     return cast("Job", job)
 
 
-def folder_variant(source: Checkpoint, options: Fp8Options | Bf16Options | WeightsOptions, out: Path) -> FolderVariant:
+def folder_variant(
+    source: Checkpoint, options: Fp8Options | Bf16Options | CalibratedOptions, out: Path
+) -> FolderVariant:
     """The safetensors artifact that options ask for. InputError for what does not suit the model."""
     if isinstance(options, Fp8Options):
         return Fp8Variant(options.scheme)

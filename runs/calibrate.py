@@ -11,7 +11,7 @@ from mmquant.monitor import Monitor, phase, watching
 
 from .corpus import at_effort, make_corpus, say_if_short
 from .models import Model, choose_device, close_model, opened
-from .options import CalibrateOptions, WeightsOptions
+from .options import CalibratedOptions, CalibrateOptions
 from .output import check_output
 from .results import Result
 
@@ -152,7 +152,7 @@ def calibration_needs(source: Checkpoint, out: Path, need: Needs, device: str) -
     )
 
 
-def pass_of(options: WeightsOptions, device: str, hidden: bool, full: bool) -> PassOptions:
+def pass_of(options: CalibratedOptions, device: str, hidden: bool, full: bool) -> PassOptions:
     """How a quantizer's own pass is computed (`make_provider`)."""
     from ..calibration.statistics.collector import Collect
     from ..calibration.statistics.live import PassOptions, default_dtype
@@ -261,7 +261,7 @@ def export_imatrix(folder: Path, path: Path) -> None:
 
 
 def make_provider(
-    source: Checkpoint, options: WeightsOptions, passes: Passes, folder: Path, hidden: bool, full: bool = True
+    source: Checkpoint, options: CalibratedOptions, passes: Passes, folder: Path, hidden: bool, full: bool = True
 ) -> Provider:
     """A live pass over the calibration text, or the stored statistics of --statistics.
 

@@ -34,7 +34,13 @@ from ..convert.fitting.weights import Weights
 from ..convert.folder.bf16 import check_bf16, check_bf16_layer
 from ..convert.folder.check import check_folder, check_headers, check_written_layer
 from ..convert.folder.native_copy import check_native, copy_native
-from ..convert.folder.variant import FolderVariant, global_specs, global_tensors, quantized_config
+from ..convert.folder.variant import (
+    FolderVariant,
+    StoresOutside,
+    global_specs,
+    global_tensors,
+    quantized_config,
+)
 from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, Shard, plan_shards
 from ..convert.formats import fp8_native
 from ..convert.formats.spec import TensorSpec
@@ -71,11 +77,12 @@ class Prepared:
 def prepare(source: Checkpoint, variant: FolderVariant) -> Prepared:
     """Validate the source and lay out every tensor of the artifact; nothing is written."""
     source.validate()
-    outside = global_specs(source)
+    outside = variant.outside_specs(source) if isinstance(variant, StoresOutside) else global_specs(source)
     layers = [variant.specs(source, layer) for layer in range(source.geometry.layers)]
-    embed = source.names.embed
-    steps = [[s for s in outside if s.name == embed], *layers, [s for s in outside if s.name != embed]]
-    experts = tuple(sum(s.bytes for s in specs if ".experts." in s.name) for specs in layers)
+    embed = source.names.embed.removesuffix(".weight")
+    first = [s for s in outside if s.name.rpartition(".")[0] == embed]
+    steps = [first, *layers, [s for s in outside if s not in first]]
+    experts = tuple(sum(s.bytes for s in specs if source.names.is_expert(s.name)) for specs in layers)
     total = sum(s.bytes for step in steps for s in step)
     return Prepared(steps, Weights(total - sum(experts), experts))
 
@@ -139,7 +146,10 @@ class FolderJob:
                 yield
             return
         with claim(self.out, self.run):
-            self._writer = FolderWriter(self.out, self.prepared.steps, self.run, self.limit, sent(self.out))
+            framework = framework_of(self.variant.quantization_config(self.source))
+            self._writer = FolderWriter(
+                self.out, self.prepared.steps, self.run, self.limit, sent(self.out), framework=framework
+            )
             needed = self.writer.bytes if self.room is None else self.room
             check_disk(self.out, max(0, needed - written_bytes(self.out)), self.source)
             from_owner(lambda: self.writer.done)
@@ -187,7 +197,8 @@ class FolderJob:
 
     @cached_property
     def _shards(self) -> list[Shard]:
-        return plan_shards(self.prepared.steps, self.limit)
+        framework = framework_of(self.variant.quantization_config(self.source))
+        return plan_shards(self.prepared.steps, self.limit, framework)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -278,6 +289,11 @@ def further_files(quantization: Mapping[str, Any] | None) -> dict[str, Any]:
     return {} if method.files is None else method.files(dict(quantization))
 
 
+def framework_of(quantization: Mapping[str, Any] | None) -> str:
+    """What the shards' headers say of whom they are for."""
+    return "pt" if quantization is None else METHODS[str(quantization["quant_method"])].framework
+
+
 def check_written(out: Path, source: Checkpoint, device: torch.device | str, quantized: bool = True) -> None:
     """InputError unless an engine reads from the folder what was meant.
 
@@ -296,6 +312,8 @@ def step_tensors(
     """Values of one step's tensors."""
     layers = source.geometry.layers
     if not 1 <= step <= layers:
+        if isinstance(variant, StoresOutside):
+            return variant.outside_tensors(source, step == 0, device)
         return global_tensors(source, first=step == 0)
     if provider is None:
         return variant.layer(source, step - 1, device)
@@ -418,7 +436,7 @@ def write_native(source: Checkpoint, out: Path) -> Path:
         sizes = {layer: 0 for layer in layers}
         for tensor in tensors:
             layer = source.names.layer_of(tensor.name)
-            if layer is not None and ".experts." in tensor.name:
+            if layer is not None and source.names.is_expert(tensor.name):
                 sizes[layer] += tensor.size
         experts = tuple(sizes[layer] for layer in layers)
         finish_folder(

@@ -155,24 +155,16 @@ class PlanOptions(BudgetOptions):
 
 
 @dataclass(frozen=True)
-class WeightsOptions(PlannedOptions):
-    """What `int4`, `nvfp4` and `mxfp4` have in common. InputError for what contradicts itself."""
+class CalibratedOptions(PlannedOptions):
+    """What all commands that write calibrated folders have in common. InputError for what contradicts itself."""
 
     method: str = option("gptq", choices=("gptq", "rtn"))
-    format: str = option("compressed-tensors", choices=("compressed-tensors",))
-    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel"))
-    kv_cache: str = option(
-        "bf16",
-        "fp8: calibrated scales for an FP8 cache, which vLLM and SGLang then use by themselves; it costs quality.",
-        choices=("bf16", "fp8"),
-    )
     effort: str = option(
         "default",
         "fast rounds under diagonal moments, without error feedback; high learns rounding, on four times the windows "
         "(ten times as long).",
         choices=("fast", "default", "high"),
     )
-    tp: int = option(2, "Tensor parallelism to be loadable at.", least=1)
     windows: int = option(256, "Windows at most.", least=1)
     statistics: Path | None = option(None, "What `calibrate --out` wrote.", kind="path")
     propagate: str | None = option(
@@ -184,11 +176,6 @@ class WeightsOptions(PlannedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.planned and (self.method == "awq" or self.format != "compressed-tensors"):
-            said = f"--format {self.format}" if self.format != "compressed-tensors" else f"--method {self.method}"
-            raise InputError(
-                f"{said} with a plan: expected compressed-tensors by gptq or rtn, which widths may vary in"
-            )
         if self.method != "rtn":
             return
         if self.effort == "high":
@@ -196,15 +183,38 @@ class WeightsOptions(PlannedOptions):
             raise InputError(f"--effort high --method rtn: rounding to nearest is not refined, expected {expected}")
         if self.statistics is not None:
             raise InputError("--method rtn --statistics: round to nearest uses no statistics")
-        if self.kv_cache == "fp8":
-            expected = " or ".join(self.calibrated)
-            raise InputError(f"--kv-cache fp8 --method rtn: the scales are calibrated, expected {expected}")
 
     @property
     def calibrated(self) -> tuple[str, ...]:
         """Methods that calibrate."""
         allowed = {found.name: found.metadata for found in fields(self)}
         return tuple(method for method in allowed["method"]["choices"] if method != "rtn")
+
+
+@dataclass(frozen=True)
+class WeightsOptions(CalibratedOptions):
+    """What `int4`, `nvfp4` and `mxfp4` have in common. InputError for what contradicts itself."""
+
+    format: str = option("compressed-tensors", choices=("compressed-tensors",))
+    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel"))
+    kv_cache: str = option(
+        "bf16",
+        "fp8: calibrated scales for an FP8 cache, which vLLM and SGLang then use by themselves; it costs quality.",
+        choices=("bf16", "fp8"),
+    )
+    tp: int = option(2, "Tensor parallelism to be loadable at.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        other = self.format != WeightsOptions.format
+        if self.planned and (self.method == "awq" or other):
+            said = f"--format {self.format}" if other else f"--method {self.method}"
+            raise InputError(
+                f"{said} with a plan: expected compressed-tensors by gptq or rtn, which widths may vary in"
+            )
+        if self.method == "rtn" and self.kv_cache == "fp8":
+            expected = " or ".join(self.calibrated)
+            raise InputError(f"--kv-cache fp8 --method rtn: the scales are calibrated, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -248,6 +258,17 @@ class Mxfp4Options(WeightsOptions):
     """Options of `mxfp4`."""
 
     attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "mxfp4"))
+
+
+@dataclass(frozen=True)
+class MlxOptions(CalibratedOptions):
+    """Options of `mlx` (what a mode does not have: runs/mlx.py)."""
+
+    bits: int = option(4, "Of the experts, in mode affine.", choices=(2, 3, 4, 5, 6, 8))
+    group_size: int = option(64, "Inputs that share a scale, in mode affine.", choices=(32, 64, 128))
+    mode: str = option("affine", "nvfp4: with a global scale for each expert.", choices=("affine", "mxfp4", "nvfp4"))
+    attention: str = option("8bit", "8bit: affine, groups of 64; mlx: as the experts.", choices=("8bit", "bf16", "mlx"))
+    embeddings: str = option("8bit", "Of the embeddings and the head, likewise.", choices=("8bit", "bf16", "mlx"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write folders of few-bit weights: INT4, NVFP4, MXFP4. What each of them chooses is in its own module."""
+"""Write folders of few-bit weights: INT4, NVFP4, MXFP4, MLX. What each of them chooses is in its own module."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 from mmquant.errors import InputError
 from mmquant.monitor import Monitor, message, watching
 
+from ..calibration.folder.mlx import CalibratedMlx
 from ..calibration.folder.variant import CalibratedWeights
 from ..calibration.statistics.live import moment_plan
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.fitting.requires import notes
+from ..convert.folder.mlx import MlxVariant
 from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
 from ..convert.formats.table import choices
 from .calibrate import make_provider, pass_of
@@ -22,7 +24,7 @@ from .folder import FolderJob, check_place, prepare
 from .made import words_of
 from .models import Model, choose_device, opened
 from .needs import needs_of
-from .options import WeightsOptions
+from .options import CalibratedOptions, WeightsOptions
 from .passes import Passes
 from .plan_first import with_plan
 from .results import Quantized, planned, written
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 STREAMS = ".mmquant-streams"  # what a killed run of high effort continues from
-Options = TypeVar("Options", bound=WeightsOptions)
+Options = TypeVar("Options", bound=CalibratedOptions)
+Variant = WeightsVariant | MlxVariant
+CALIBRATED = (CalibratedWeights, CalibratedMlx)
 
 
 def quantize_weights(
@@ -39,7 +43,7 @@ def quantize_weights(
     out: str | Path,
     options: Options,
     command: str,
-    variant_of: Callable[[Checkpoint, Options, Path], WeightsVariant],
+    variant_of: Callable[[Checkpoint, Options, Path], Variant],
     *,
     device: str | None,
     fetch: FetchOptions | None,
@@ -60,7 +64,7 @@ def quantize_weights(
         return written(job.path, variant.label, size)
 
 
-def rate_of(options: WeightsOptions) -> str:
+def rate_of(options: CalibratedOptions) -> str:
     """What bench/RESULTS.md calls the run; nothing for what it has no figure of."""
     return options.method if options.effort == "default" and options.statistics is None else ""
 
@@ -78,31 +82,29 @@ def check_mixture(command: str, options: WeightsOptions) -> None:
         raise InputError(f"--kv-cache fp8 --format {options.format}: expected {mixing}")
 
 
-def say_notes(variant: WeightsVariant, source: Checkpoint) -> None:
+def say_notes(variant: Variant, source: Checkpoint) -> None:
     """What is known to go wrong with such an artifact, before it is written."""
     for note in notes(variant.run(), source.geometry):
         message(note)
 
 
 def check_weights(
-    source: Checkpoint, variant: WeightsVariant, options: WeightsOptions, device: str, out: Path, size: int
+    source: Checkpoint, variant: Variant, options: CalibratedOptions, device: str, out: Path, size: int
 ) -> None:
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
     check_place(out, size, {**variant.run(), "source": source.fingerprint})
-    if isinstance(variant, CalibratedWeights) and options.statistics is None:
+    if isinstance(variant, CALIBRATED) and options.statistics is None:
         chosen = pass_of(options, device, variant.options.sign_rounded, variant.options.full)
         moment_plan(source, chosen, tokens_at_most(source, at_effort(options)))
 
 
-def make_job(
-    source: Checkpoint, options: WeightsOptions, out: Path, passes: Passes, variant: WeightsVariant
-) -> FolderJob:
+def make_job(source: Checkpoint, options: CalibratedOptions, out: Path, passes: Passes, variant: Variant) -> FolderJob:
     """The artifact as a job of `passes`' run; its text is read here. What it would continue from goes at the end."""
     provider = None
-    if isinstance(variant, CalibratedWeights):
+    if isinstance(variant, CALIBRATED):
         sign_rounded, full = variant.options.sign_rounded, variant.options.full
         provider = make_provider(source, options, passes, out / STREAMS, hidden=sign_rounded, full=full)
-    sign_rounded = isinstance(variant, CalibratedWeights) and variant.options.sign_rounded
+    sign_rounded = isinstance(variant, CALIBRATED) and variant.options.sign_rounded
     job = FolderJob(
         source,
         variant,

@@ -13,21 +13,21 @@ from ..convert.folder.unit_bytes import fixed_bytes, unit_specs
 from ..convert.plan_file import PlanFile, read_plan_file
 from .options import WeightsOptions
 
-Kinds = tuple[tuple[Kind, Kind], ...]
-
 
 def planned_shape(source: Checkpoint, options: WeightsOptions, command: str, title: str) -> dict[str, Any]:
     """What --plan changes of a variant; nothing without. InputError for a plan of something else."""
     if options.plan is None:
         return {}
-    kinds = read_kinds(source, options.plan, command, options.tp)
+    units = read_units(source, options.plan, command, options.tp)
+    layers = range(source.geometry.layers)
+    kinds = tuple((units[group_name(layer, EXPERTS)], units[group_name(layer, ATTENTION)]) for layer in layers)
     shape: dict[str, Any] = {"kinds": kinds, "title": title, "attention": "bf16"}
     groups = [kind.group for pair in kinds for kind in pair if kind.calibrated]
     return shape | ({"group_size": max(groups)} if groups else {})
 
 
-def read_kinds(source: Checkpoint, path: Path, command: str, parallel: int) -> Kinds:
-    """(experts, attention) of every layer. InputError, naming the file, unless they are this model's and load so."""
+def read_units(source: Checkpoint, path: Path, command: str, parallel: int = 1) -> dict[str, Kind]:
+    """The kind of every unit by its name. InputError, naming the file, unless they are this model's and load so."""
     made, g = read_plan_file(path), source.geometry
     if made.format != command:
         raise InputError(f"{path}: a plan for mmquant {made.format}, expected one for {command}")
@@ -38,7 +38,7 @@ def read_kinds(source: Checkpoint, path: Path, command: str, parallel: int) -> K
     expected = row.groups(g)
     for name in expected:
         if name not in made.tensors:
-            raise InputError(f"{path}: {name} is missing, expected every layer's experts and attention")
+            raise InputError(f"{path}: {name} is missing, expected every unit of the model")
         if (word := made.tensors[name]) not in known:
             raise InputError(f"{path}: {name} is {word[:40]}; {suggest(word, known)}")
         if known[word] not in row.groups(g, parallel)[name]:
@@ -46,10 +46,7 @@ def read_kinds(source: Checkpoint, path: Path, command: str, parallel: int) -> K
     if strange := next((name for name in made.tensors if name not in expected), None):
         raise InputError(f"{path}: {strange[:60]} is no unit of the model")
     check_bytes(source, path, made, command)
-    return tuple(
-        (known[made.tensors[group_name(layer, EXPERTS)]], known[made.tensors[group_name(layer, ATTENTION)]])
-        for layer in range(g.layers)
-    )
+    return {name: known[made.tensors[name]] for name in expected}
 
 
 def check_bytes(source: Checkpoint, path: Path, made: PlanFile, command: str) -> None:

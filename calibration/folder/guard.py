@@ -42,14 +42,14 @@ def guarded(weight: Tensor, solved: Solved, grid: Grid, seen: tuple[Tensor, Tens
 
 def of_rows(weight: IntWeight, chosen: Tensor) -> IntWeight:
     """Some outputs [R] of every matrix."""
-    parts = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "unit")}
+    parts = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "unit", "biases")}
     taken = {name: None if part is None else part[:, chosen] for name, part in parts.items()}
     return replace(weight, **taken)
 
 
 def put_rows(weight: IntWeight, plain: IntWeight, expert: int, rows: slice) -> None:
     """Some outputs of one matrix, in place, from those of the only one of `plain`."""
-    for name in ("codes", "scales", "zeros", "unit"):
+    for name in ("codes", "scales", "zeros", "unit", "biases"):
         into, part = getattr(weight, name), getattr(plain, name)
         if into is not None and part is not None:
             into[expert, rows] = part[0, rows]

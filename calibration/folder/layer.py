@@ -17,7 +17,7 @@ from mmquant.errors import InputError
 
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
-from ...convert.models.names import ATTENTION_STACKS
+from ...convert.models.names import ATTENTION_STACKS, EXPERT_STACKS
 from ...quantize.integer.gptq import DAMPING, GptqGrid, Grid, Solved, gptq_quantize
 from ...quantize.integer.grid import IntWeight, dequantize, join_weights, rows_of, select
 from ...quantize.moments import Moments, check_moments, pooled, shrunk, shrunk_diagonal
@@ -42,6 +42,7 @@ LARGE_CARD = 60e9
 class LayerOptions:
     """How a layer is quantized.
 
+    grids      of single projections of experts (gate, up, down) that have another one
     shrinkage  strength of the pool (quantize/moments.py) in diagonals and what AWQ scales by; prior: in what GPTQ feeds
                errors back under; floor, sampling: its ridge (`feedback_moments`)
     memory  working bytes beside the layer, its moments and its codes; None: by the device (`working_memory`)
@@ -52,6 +53,7 @@ class LayerOptions:
     grid: Grid = field(default_factory=GptqGrid)
     attention: bool = False  # on the grid, too
     attention_grid: Grid | None = None  # where it is another one
+    grids: tuple[tuple[str, Grid], ...] = ()
     damping: float = DAMPING
     shrinkage: float = 1.0
     prior: float = PRIOR
@@ -59,6 +61,16 @@ class LayerOptions:
     sampling: float = SAMPLING
     memory: int | None = None
     seed: int = 0
+
+    def grid_of(self, projection: str) -> Grid:
+        """The grid of a projection of experts."""
+        return dict(self.grids).get(projection, self.grid)
+
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """Projections that are solved as one matrix: they have one input, and one grid."""
+        one = self.grid_of("gate") == self.grid_of("up")
+        return EXPERT_STACKS if one else tuple((name,) for stack in EXPERT_STACKS for name in stack)
 
     @property
     def compensated(self) -> bool:
@@ -129,8 +141,8 @@ def quantize_layer(
     rounded = empty_rounded(weights) if options.sign_rounded else {}
     memory = options.memory if options.memory is not None else working_memory(device)
 
-    def solve_chunk(chosen: range) -> tuple[Solved, Solved]:
-        """gate and up stacked, and down, of some experts."""
+    def solve_chunk(chosen: range) -> tuple[Solved, ...]:
+        """The stacks of some experts."""
         part = slice(chosen.start, chosen.stop)
         gate, up, down = (matrices[part].float() for matrices in (weights.gate, weights.up, weights.down))
         up, down = scale_pair(up, down, exponents[part])
@@ -138,20 +150,25 @@ def quantize_layer(
         if options.method == "awq":
             between = expert_pairs(down, shrunk(mid, options.shrinkage, part, pools[1]), options.integers)
             up, down = up / between.unsqueeze(-1), down * between.unsqueeze(-2)
-        second = solve(down, mid, part, options, between, pools[1])
-        return solve(torch.cat((gate, up), 1) * scale, statistics.expert_in, part, options, scale, pools[0], 2), second
+        matrices, found = {"gate": gate, "up": up}, list[Solved]()
+        for names in options.stacks[:-1]:
+            own = dataclasses.replace(options, grid=options.grid_of(names[0]))
+            stack = torch.cat([matrices[name] for name in names], 1) * scale
+            found.append(solve(stack, statistics.expert_in, part, own, scale, pools[0], len(names)))
+        own = dataclasses.replace(options, grid=options.grid_of("down"))
+        return (*found, solve(down, mid, part, own, between, pools[1]))
 
     chunks, owners = list(expert_chunks(weights, memory)), None
     if statistics.own is not None:  # a matrix is solved where its moments are
         chunks, owners = owned_ranges(rank_shares(len(weights.gate)), len(chunks[0]))
-    by_chunk: dict[int, tuple[Solved, Solved]] = {}
-    for number, (first, second) in divided(chunks, solve_chunk, owners):
-        for names, solved in ((("gate", "up"), first), (("down",), second)):
+    by_chunk: dict[int, tuple[Solved, ...]] = {}
+    for number, parts in divided(chunks, solve_chunk, owners):
+        for names, solved in zip(options.stacks, parts, strict=True):
             keep_rounded(rounded, names, slice(chunks[number].start, chunks[number].stop), solved)
-        by_chunk[number] = dataclasses.replace(first, compensated=None), dataclasses.replace(second, compensated=None)
+        by_chunk[number] = tuple(dataclasses.replace(solved, compensated=None) for solved in parts)
     found = [by_chunk[number] for number in range(len(chunks))]
-    experts = _joined(found, weights.gate.shape[1])
-    report = make_report(layer, statistics, exponents, found)
+    experts = _joined(found, options.stacks)
+    report = make_report(layer, statistics, exponents, found, options.stacks)
     done = QuantizedLayer(experts, {}, plain, report, exponents, None, rounded)
     return with_attention(done, weights, statistics, options, geometry) if options.attention else done
 
@@ -198,13 +215,14 @@ def keep_rounded(rounded: dict[str, Tensor], names: tuple[str, ...], part: slice
             rounded[name][part] = piece
 
 
-def _joined(found: list[tuple[Solved, Solved]], width: int) -> dict[str, IntWeight]:
-    """gate, up, down of all chunks' solves (gate and up stacked; down)."""
-    weights: dict[str, list[IntWeight]] = {"gate": [], "up": [], "down": []}
-    for first, second in found:
-        weights["gate"].append(rows_of(first.weight, slice(0, width)))
-        weights["up"].append(rows_of(first.weight, slice(width, None)))
-        weights["down"].append(second.weight)
+def _joined(found: list[tuple[Solved, ...]], stacks: tuple[tuple[str, ...], ...]) -> dict[str, IntWeight]:
+    """gate, up, down of all chunks' solves of these stacks."""
+    weights: dict[str, list[IntWeight]] = {name: [] for names in stacks for name in names}
+    for parts in found:
+        for names, solved in zip(stacks, parts, strict=True):
+            each = solved.weight.codes.shape[1] // len(names)
+            for place, name in enumerate(names):
+                weights[name].append(rows_of(solved.weight, slice(place * each, (place + 1) * each)))
     return {name: join_weights(parts) for name, parts in weights.items()}
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...convert.models.names import EXPERT_STACKS
 from ...quantize.integer.gptq import Solved
 from ..statistics.layer import LayerStatistics
 
+Stacks = tuple[tuple[str, ...], ...]
 LEAST_ROWS = 32  # an expert that saw fewer is reported
 
 
@@ -52,12 +54,16 @@ def _some(items: tuple[object, ...]) -> str:
 
 
 def make_report(
-    layer: int, statistics: LayerStatistics, powers: Tensor, solved: list[tuple[Solved, Solved]]
+    layer: int,
+    statistics: LayerStatistics,
+    powers: Tensor,
+    solved: list[tuple[Solved, ...]],
+    stacks: Stacks = EXPERT_STACKS,
 ) -> LayerReport:
-    """Findings of a layer from its statistics and the solves of its chunks."""
+    """Findings of a layer from its statistics and the solves of its chunks, stack by stack."""
     count = statistics.expert_in.count
     damped, rounded = [], []
-    for index, name in enumerate(("gate+up", "down")):
+    for index, name in enumerate("+".join(names) for names in stacks):
         damping = torch.cat([part[index].damping for part in solved])
         failed = torch.cat([part[index].rounded for part in solved])
         usual = damping.min()
@@ -70,13 +76,13 @@ def make_report(
         tuple(damped),
         tuple(rounded),
         {e: int(powers[e]) for e in powers.nonzero().flatten().tolist()},
-        tuple(plainly_rounded(solved)),
+        tuple(plainly_rounded(solved, stacks)),
     )
 
 
-def plainly_rounded(solved: list[tuple[Solved, Solved]]) -> Iterator[str]:
+def plainly_rounded(solved: list[tuple[Solved, ...]], stacks: Stacks = EXPERT_STACKS) -> Iterator[str]:
     """Names of the matrices that held-out rows turned away from error feedback."""
-    for index, names in enumerate((("gate", "up"), ("down",))):
+    for index, names in enumerate(stacks):
         parts = [part[index].plain for part in solved]
         first = 0
         for plain in parts:

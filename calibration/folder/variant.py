@@ -53,12 +53,7 @@ class CalibratedWeights(WeightsVariant):
 
     def run(self) -> dict[str, Any]:
         """Everything that decides the bytes, apart from the source."""
-        o = self.options
-        settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
-        settings |= {"prior": o.prior, "floor": o.floor, "sampling": o.sampling}
-        if o.sign_rounded:
-            settings |= {"steps": self.learning.steps, "tokens": self.learning.tokens}
-        return {**super().run(), "method": o.method, **settings}
+        return {**super().run(), "method": self.options.method, **run_settings(self.options, self.learning)}
 
     @property
     def router_changes(self) -> bool:
@@ -68,10 +63,7 @@ class CalibratedWeights(WeightsVariant):
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:
         """The tensors of one layer, in the order of the file."""
         specs = super().specs(source, layer)
-        if not self.router_changes:
-            return specs
-        exact = exact_names(source.names, layer)
-        return [TensorSpec(s.name, "F32", s.shape) if s.name in exact else s for s in specs]
+        return exact_specs(specs, source.names, layer) if self.router_changes else specs
 
     def calibrated_layer(
         self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
@@ -85,7 +77,7 @@ class CalibratedWeights(WeightsVariant):
         # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
         inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
         if self.options.sign_rounded:
-            quantized = self._sign_rounded(source, inputs, quantized)
+            quantized = learned(source, inputs, quantized, (self.learning, self.streams), self.report)
         for line in quantized.report.lines():
             self.report(line)
         read_back = as_read_back(weights, quantized) if inputs.continued else None
@@ -100,9 +92,7 @@ class CalibratedWeights(WeightsVariant):
         tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
         if self.router_changes:
             tensors |= {name: tensors[name].float() for name in exact_names(source.names, layer)}
-        for field, value in quantized.plain.items():
-            name = source.names.prefix(layer) + source.names.plain[field]
-            tensors[name] = value.cpu() if field in EXACT else value.cpu().to(tensors[name].dtype)
+        tensors |= plain_changes(source.names, layer, quantized, tensors)
         tensors |= self._attention(source, layer, weights, quantized, device)
         if quantized.experts:
             tensors |= self.packed_experts(quantized, source.names, layer)
@@ -151,20 +141,6 @@ class CalibratedWeights(WeightsVariant):
                 tensors[name + ".weight"] = matrix.to(torch.bfloat16).cpu()
         return tensors
 
-    def _sign_rounded(self, source: Checkpoint, inputs: LayerInputs, first: QuantizedLayer) -> QuantizedLayer:
-        """The layer after learned rounding, on the streams that enter it."""
-        if inputs.hidden is None:
-            raise InputError("effort high works on the calibration tokens; stored statistics hold only sums")
-        device = inputs.weights.gate.device
-        stream: ReferenceStream = inputs.kept.setdefault("reference", ReferenceStream(self.streams))
-        reference = stream.enter(source, inputs.layer, inputs.hidden, inputs.weights.gate)
-        if not first.experts:  # a plan leaves them wide
-            return first
-        both = streams(reference, inputs.hidden, self.learning, device)
-        found, losses = sign_round_layer(inputs.weights, source.geometry, first, both, self.learning)
-        self.report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
-        return found
-
     def packed_experts(self, quantized: QuantizedLayer, tensor_names: TensorNames, layer: int) -> dict[str, Tensor]:
         """The expert tensors of one layer."""
         tensors: dict[str, Tensor] = {}
@@ -172,6 +148,49 @@ class CalibratedWeights(WeightsVariant):
             names = [tensor_names.expert(layer, expert, projection) for expert in range(len(batch.codes))]
             tensors |= batch_tensors(self.storage, names, batch)
         return tensors
+
+
+def run_settings(o: LayerOptions, learning: SignRoundOptions) -> dict[str, Any]:
+    """What of these options decides the bytes."""
+    settings = {"effort": o.effort, "damping": o.damping, "shrinkage": o.shrinkage, "seed": o.seed}
+    settings |= {"prior": o.prior, "floor": o.floor, "sampling": o.sampling}
+    return {**settings, "steps": learning.steps, "tokens": learning.tokens} if o.sign_rounded else settings
+
+
+def exact_specs(specs: list[TensorSpec], names: TensorNames, layer: int) -> list[TensorSpec]:
+    """A layer's tensors when its router changes."""
+    exact = exact_names(names, layer)
+    return [TensorSpec(s.name, "F32", s.shape) if s.name in exact else s for s in specs]
+
+
+def plain_changes(
+    names: TensorNames, layer: int, quantized: QuantizedLayer, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Norms, router and bias that a layer's result replaces, in the dtypes in which they are written."""
+    found: dict[str, Tensor] = {}
+    for field, value in quantized.plain.items():
+        name = names.prefix(layer) + names.plain[field]
+        found[name] = value.cpu() if field in EXACT else value.cpu().to(tensors[name].dtype)
+    return found
+
+
+def learned(
+    source: Checkpoint,
+    inputs: LayerInputs,
+    first: QuantizedLayer,
+    how: tuple[SignRoundOptions, Path | None],
+    report: Callable[[str], None],
+) -> QuantizedLayer:
+    """The layer after learned rounding, on the streams that enter it; how: settings, and where streams are kept."""
+    if inputs.hidden is None:
+        raise InputError("effort high works on the calibration tokens; stored statistics hold only sums")
+    options, folder = how
+    stream: ReferenceStream = inputs.kept.setdefault("reference", ReferenceStream(folder))
+    reference = stream.enter(source, inputs.layer, inputs.hidden, inputs.weights.gate)
+    both = streams(reference, inputs.hidden, options, inputs.weights.gate.device)
+    found, losses = sign_round_layer(inputs.weights, source.geometry, first, both, options)
+    report(f"layer {inputs.layer}: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+    return found
 
 
 def input_scales(

@@ -7,13 +7,22 @@ from collections.abc import Callable, Mapping
 from mmquant.errors import InputError
 
 from ...convert.folder.kinds import Kind
+from ...quantize.affine.grid import AffineGrid
 from ...quantize.fp4.grid import MXFP4, NVFP4
 from ...quantize.integer.gptq import GptqGrid, Grid
+
+
+def mlx_grid(kind: Kind) -> Grid:
+    """By the mode of mlx_lm's format."""
+    blocks = {"mxfp4": MXFP4, "nvfp4": NVFP4}
+    return blocks.get("" if kind.storage is None else kind.storage.kind) or AffineGrid(kind.bits, kind.group)
+
 
 GRIDS: Mapping[str, Callable[[Kind], Grid]] = {
     "int4": lambda kind: GptqGrid(kind.bits, kind.group),
     "nvfp4": lambda kind: NVFP4,
     "mxfp4": lambda kind: MXFP4,
+    "mlx": mlx_grid,
 }
 
 

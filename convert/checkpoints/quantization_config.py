@@ -12,8 +12,8 @@ from typing import Any
 from mmquant.errors import InputError
 
 from ..files.parse import is_object
-from ..formats.format import Scheme
-from ..formats.skip_lists import ENGINES, names_of
+from ..formats.format import Found, Scheme, Shape
+from ..formats.skip_lists import names_of
 from ..formats.table import METHODS, formats_of
 from ..models.names import TensorNames
 
@@ -22,7 +22,14 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What config.json says of quantization; None when it says nothing. InputError when it is no object."""
+    """What config.json says of quantization; None when it says nothing. InputError when it is no object.
+
+    Where a key of a method's own says it, that stands for quant_method.
+    """
+    for name, method in METHODS.items():
+        settings = config.get(method.top_key) if method.top_key else None
+        if is_object(settings) and settings:
+            return {**settings, "quant_method": name}
     for key in QUANTIZATION_KEYS:
         value = config.get(key)
         if value is None or value == {}:
@@ -51,15 +58,34 @@ class SchemeBook:
 
         Raises InputError for settings that are not read.
         """
-        for engine in ENGINES:
+        for engine in self.engines:
             yield engine, self.reading(name, engine)
 
     def reading(self, name: str, engine: str) -> Scheme | None:
         """What one engine takes the matrix for."""
-        names = names_of(self._tensors, name, engine, self._method.single, self._method.fused)
+        names = self._names(name, engine)
         if (engine, names) not in self._known:
             self._known[engine, names] = self._method.read(self._formats, self.quantization, names, engine)
         return self._known[engine, names]
+
+    def _names(self, name: str, engine: str) -> tuple[str, ...]:
+        return names_of(self._tensors, name, engine, self._method.single, self._method.fused)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Who reads the method."""
+        return self._method.engines
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the experts of a layer lie in one tensor a projection, and everything may be quantized."""
+        return self._method.stacked
+
+    def derived(self, name: str, parts: Found, shape: Shape) -> Scheme | None:
+        """The scheme of a matrix that the settings do not name, by its tensors; None where the method has no such."""
+        if self._method.derive is None or not self.derives(name):
+            return None
+        return self._method.derive(self._formats, parts, shape)
 
     @property
     def integers(self) -> bool:
@@ -76,6 +102,8 @@ class SchemeBook:
         sources = {row.name for row in self._formats if row.requantizable}
         return bool(said) and all(kind in sources for kind in said)
 
-    def derives(self) -> bool:
-        """Whether vLLM takes the dtypes in the files for a skip list, there being none (AWQ, GPTQ)."""
+    def derives(self, name: str) -> bool:
+        """Whether engines take the dtypes in the files for a skip list, there being none for a matrix."""
+        if self._method.named is not None:
+            return not self._method.named(self.quantization, self._names(name, self.engines[0])[0])
         return self._method.list_key is not None and not self.quantization.get(self._method.list_key)

@@ -26,6 +26,7 @@ from .extras import extra_kind, extra_notes
 from .parts import ONE_VALUE, Stored, fits, known_parts
 from .quantization_config import SchemeBook, quantization_of
 from .schedule import Schedule
+from .stacked import unstacked
 from .storage import check_storage, engine_notes, scheme_for
 from .store import ShardStore, TensorInfo
 from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
@@ -49,9 +50,10 @@ class QuantizedFolder:
         found = collect_tensors(store)
         self.tensors = {n: t for n, t in found.items() if not is_mtp(n, self.geometry)}
         self.schedule = Schedule(store, self.tensors, self.geometry)
-        check_count(self.geometry, len(found), self.label)
+        parts = dict(unstacked(self.tensors, self.geometry)) if self.book.stacked else self.tensors
+        check_count(self.geometry, max(len(found), len(parts)), self.label)
         self._by_module: dict[str, dict[str, TensorInfo]] = {}
-        for name, info in self.tensors.items():
+        for name, info in parts.items():
             module, _, suffix = name.rpartition(".")
             self._by_module.setdefault(self._release(module), {})[suffix] = info
         if any(self._release(n.rpartition(".")[0]) != n.rpartition(".")[0] for n in self.tensors):
@@ -59,12 +61,24 @@ class QuantizedFolder:
             self.warnings.append(line)
         layers = range(self.geometry.layers)
         shapes = {name: shape for layer in layers for name, shape in matrix_shapes(self.geometry, layer)}
+        shapes |= self._further_shapes() if self.book.stacked else {}
         schemes = {name: self._scheme(name, shape) for name, shape in shapes.items()}
         read = {name: (self._by_module.get(name, {}), schemes[name]) for name in shapes}
         check_storage(self.label, self.book, read)
         self.matrices = {name: self._resolve(name, shape, schemes[name]) for name, shape in shapes.items()}
         self.warnings += engine_notes(self.label, self.book, read)
         self.notes = self.warnings + extra_notes(self.label, (n for n in self.tensors if self._extra(n)), self.names)
+
+    def _further_shapes(self) -> dict[str, tuple[int, int]]:
+        """Routers, embeddings and head, which some methods quantize too."""
+        g, names = self.geometry, self.names
+        found = {names.prefix(layer) + names.router: (g.experts, g.hidden) for layer in range(g.layers)}
+        outside = [name for name in (names.embed, names.head) if name == names.embed or not self._is_tied()]
+        return found | {name.removesuffix(".weight"): (g.vocab, g.hidden) for name in outside}
+
+    def _is_tied(self) -> bool:
+        """Whether the embeddings are the head, too."""
+        return bool(self.config.get("tie_word_embeddings")) and self.names.head not in self.tensors
 
     def _extra(self, name: str) -> bool:
         """A tensor that nothing depends on; the scales of a cache that config.json names are none."""
@@ -82,6 +96,9 @@ class QuantizedFolder:
         likely = scheme_for(self.book, name, parts)
         if likely is None or fits(likely, shape, parts):
             return likely
+        found = {suffix: (info.dtype, info.shape) for suffix, info in parts.items()}
+        if (derived := self.book.derived(name, found, shape)) is not None:
+            return derived
         others = (scheme for _, scheme in self.book.readings(name) if scheme is not None)
         return next((scheme for scheme in others if fits(scheme, shape, parts)), likely)
 
@@ -119,6 +136,7 @@ class QuantizedFolder:
             expected |= dict(plain_shapes(self.geometry, layer))
         if (head := self.names.head) in self.tensors:
             expected[head] = global_shapes(self.geometry)[head]
+        expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in self.matrices}
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
@@ -169,8 +187,8 @@ class QuantizedFolder:
         stem = name.removesuffix(".weight")
         if stem in self.matrices:
             return self.dequantize(stem)
-        if name == self.names.head and name not in self.tensors and self.config.get("tie_word_embeddings"):
-            name = self.names.embed
+        if name == self.names.head and self._is_tied():
+            return self.read(self.names.embed)
         if name not in self.tensors:
             raise InputError(f"{self.label}: {name} is missing")
         self.schedule.reading(name)

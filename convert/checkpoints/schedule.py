@@ -72,7 +72,8 @@ def step_of(name: str, geometry: Geometry) -> int:
     layer = geometry.names.layer_of(name)
     if layer is not None:
         return layer + 1
-    return 0 if name == geometry.names.embed else geometry.layers + 1
+    embed = geometry.names.embed.removesuffix(".weight")
+    return 0 if embed in (name, name.rpartition(".")[0]) else geometry.layers + 1
 
 
 class Schedule:

@@ -26,6 +26,8 @@ def form(parts: Parts) -> str:
     scale = next((suffix for suffix in SCALES if suffix in parts), None)
     if "weight" in parts:
         dtype = parts["weight"].dtype
+        if "scales" in parts:
+            return f"MLX words ({', '.join(sorted(parts))})"
         return ("FP8" if dtype.startswith("F8") else dtype) + (f" with {scale}" if scale else "")
     if "weight_packed" in parts:
         return "packed words (weight_packed)"
@@ -37,12 +39,12 @@ def scheme_for(book: SchemeBook | None, name: str, parts: Parts) -> Scheme | Non
     if book is None:
         return None
     plain = is_plain(parts)
-    if plain and book.derives():
+    if plain and book.derives(name):
         return None
     for _, scheme in book.readings(name):
         if (scheme is None) == plain:
             return scheme
-    return book.reading(name, VLLM)
+    return book.reading(name, book.engines[0])
 
 
 def words(scheme: Scheme | None) -> str:
@@ -85,11 +87,11 @@ def engine_notes(label: str, book: SchemeBook | None, found: Mapping[str, tuple[
     if book is None:
         return []
     notes: list[str] = []
-    for engine in (VLLM, SGLANG):
-        if engine == VLLM and book.derives():
-            continue
+    for engine in (engine for engine in (VLLM, SGLANG) if engine in book.engines):
         names = [
-            name for name, (_, scheme) in found.items() if (book.reading(name, engine) is None) != (scheme is None)
+            name
+            for name, (_, scheme) in found.items()
+            if (book.reading(name, engine) is None) != (scheme is None) and not (engine == VLLM and book.derives(name))
         ]
         if names:
             here = words(found[names[0]][1])

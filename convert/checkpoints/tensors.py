@@ -27,6 +27,7 @@ TORCH_DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U32": torch.uint32,
 }
 
 

@@ -40,7 +40,7 @@ def check_folder(
     for layer in range(found.geometry.layers):
         check_written_layer(found, layer, source, samples, device)
     for name in global_shapes(found.geometry):
-        if name in found.tensors:
+        if name in found.tensors or name.removesuffix(".weight") in found.matrices:
             check_finite(found.read(name), f"{folder}: {name}")
     return len(found.matrices)
 
@@ -63,7 +63,7 @@ def check_written_layer(
     check_layer(found, layer, device)
     _check_cache_scales(found, layer)
     for name, _ in plain_shapes(found.geometry, layer):
-        if name in found.tensors:
+        if name in found.tensors or name.removesuffix(".weight") in found.matrices:
             check_finite(found.read(name), f"{found.label}: {name}")
     if source is not None:
         _compare(found, source, samples, layer)
@@ -76,7 +76,8 @@ def check_places(found: QuantizedFolder) -> None:
         known |= {name for name, _ in plain_shapes(found.geometry, layer)}
         known |= set(_cache_names(found.names, layer))
     for stored in found.matrices.values():
-        known |= {f"{stored.name}.{suffix}" for suffix in stored.parts}
+        stacked = found.book.stacked
+        known |= {info.name if stacked else f"{stored.name}.{suffix}" for suffix, info in stored.parts.items()}
     strange = sorted(n for n in found.tensors if n not in known and not is_mtp(n, found.geometry))
     if strange:
         raise InputError(f"{found.label}: {strange[0]} has no place in the model")
@@ -108,7 +109,7 @@ def check_engines(found: QuantizedFolder, layer: int) -> None:
     expected = found.matrices[found.names.expert(layer, 0, "gate")].scheme
     for projection in PROJECTIONS:
         name = found.names.expert(layer, 0, projection)
-        for engine in (VLLM, SGLANG):
+        for engine in (engine for engine in (VLLM, SGLANG) if engine in found.book.engines):
             scheme = found.book.reading(name, engine)
             if scheme != expected:
                 said = f"is {words(scheme)} by config.json as {engine} reads it"
@@ -116,7 +117,7 @@ def check_engines(found: QuantizedFolder, layer: int) -> None:
     for expert in range(found.geometry.experts):
         for projection in PROJECTIONS:
             scheme = found.matrices[found.names.expert(layer, expert, projection)].scheme
-            if scheme != expected:
+            if scheme != expected and not found.book.stacked:
                 name = found.names.expert(layer, expert, projection)
                 raise InputError(f"{found.label}: {name} is {words(scheme)}, expert 0 of its layer {words(expected)}")
 

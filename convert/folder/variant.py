@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization_config import QUANTIZATION_KEYS
 from ..formats.spec import TensorSpec
+from ..formats.table import METHODS
 from ..models.rope import DEFAULT
 from ..models.shapes import global_shapes
 from ..remote_code import with_code
@@ -43,6 +44,19 @@ class FolderVariant(Protocol):
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any] | None:
         """config.json's quantization_config; None where nothing is quantized."""
+        ...
+
+
+@runtime_checkable
+class StoresOutside(Protocol):
+    """A variant that quantizes embeddings or head, too."""
+
+    def outside_specs(self, source: Checkpoint) -> list[TensorSpec]:
+        """Tensors of embeddings, final norm and head."""
+        ...
+
+    def outside_tensors(self, source: Checkpoint, first: bool, device: torch.device | str) -> dict[str, Tensor]:
+        """Values of the embeddings' (`first`), or of the other ones'."""
         ...
 
 
@@ -94,4 +108,9 @@ def quantized_config(source: Checkpoint, quantization: dict[str, Any] | None) ->
         config["tie_word_embeddings"] = False
     if quantization is None:
         return config | {("dtype" if "dtype" in config else "torch_dtype"): "bfloat16"}
-    return config | {"quantization_config": quantization}
+    method = METHODS[str(quantization["quant_method"])]
+    if not method.top_key:
+        return config | {"quantization_config": quantization}
+    settings = {key: value for key, value in quantization.items() if key != "quant_method"}
+    wanted = dict(g.architecture.mlx_config)
+    return {**wanted, **config, method.top_key: settings, "quantization_config": settings}

@@ -51,8 +51,11 @@ class Shard:
         return len(self.header) + sum(t.bytes for t in self.tensors)
 
 
-def plan_shards(steps: Iterable[Iterable[TensorSpec]], limit: int = SHARD_LIMIT) -> list[Shard]:
-    """Fill shards with the steps' tensors in order; each holds at most `limit` bytes of data (or one larger tensor)."""
+def plan_shards(steps: Iterable[Iterable[TensorSpec]], limit: int = SHARD_LIMIT, framework: str = "pt") -> list[Shard]:
+    """Fill shards with the steps' tensors in order; each holds at most `limit` bytes of data (or one larger tensor).
+
+    framework: what the headers say of whom they are for.
+    """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in (spec for step in steps for spec in step):
@@ -63,13 +66,13 @@ def plan_shards(steps: Iterable[Iterable[TensorSpec]], limit: int = SHARD_LIMIT)
         size += spec.bytes
     count = len(groups)
     return [
-        Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group), _header(group))
+        Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group), _header(group, framework))
         for i, group in enumerate(groups, 1)
     ]
 
 
-def _header(tensors: list[TensorSpec]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: list[TensorSpec], framework: str) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": framework}}
     position = 0
     for spec in tensors:
         end = position + spec.bytes
@@ -96,10 +99,11 @@ class FolderWriter:
         run: Mapping[str, Any],
         limit: int = SHARD_LIMIT,
         away: Collection[str] = (),
+        framework: str = "pt",
     ) -> None:
         """away: shards that were published and deleted; a run that continues does not look for them."""
         self.folder, self.away = folder, away
-        self.shards = plan_shards(steps, limit)
+        self.shards = plan_shards(steps, limit, framework)
         self._step_ends = _cumulative(steps)
         self._shard, self._tensor, self._file = 0, 0, None
         self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)

@@ -5,7 +5,7 @@ Shapes are logical: a matrix is [O, I], outputs by inputs. Stacks of matrices ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ from mmquant.errors import InputError
 
 from ...quantize.integer.grid import IntWeight
 from ..models.names import TensorNames
+from .skip_lists import ENGINES
 from .spec import TensorSpec
 
 Shape = tuple[int, int]  # (outputs, inputs)
+Found = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape of a module's tensors by suffix
 Fetch = Callable[[str], Tensor]  # a part by its suffix, on the device, with any leading dimensions
 FLOATS = ("BF16", "F16", "F32")  # what scales may be
 
@@ -81,6 +83,13 @@ class Method:
     fused     q, k and v are looked up as qkv_proj
     list_key  the key whose absence makes vLLM go by the dtypes in the files
     files     (quantization_config) -> objects of further JSON files by name, which engines look for
+    engines   who reads it
+    top_key   the key of config.json that stands for quant_method and holds the settings (copied in quantization_config)
+    stacked   the experts of a layer lie in one tensor a projection; router, embeddings and head may be quantized
+    named     whether its settings name a module; others are as their tensors are
+    derive    (its formats, a module's tensors, shape) -> scheme of a module that is not named
+    entry     scheme -> what the settings say of a module
+    framework what the headers of its shards say of whom they are for
     """
 
     names: tuple[str, ...]
@@ -89,6 +98,13 @@ class Method:
     fused: bool = False
     list_key: str | None = None
     files: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    engines: tuple[str, ...] = ENGINES
+    top_key: str = ""
+    stacked: bool = False
+    named: Callable[[Mapping[str, Any], str], bool] | None = None
+    derive: Callable[[Sequence[Format], Found, Shape], Scheme | None] | None = None
+    entry: Callable[[Scheme], dict[str, Any]] | None = None
+    framework: str = "pt"
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,6 +128,7 @@ class Format:
     pack: Callable[[list[str], IntWeight], dict[str, Tensor]] | None = None
     group: Callable[[list[str], Scheme], dict[str, Any]] | None = None
     config: Callable[[Scheme, bool, TensorNames], dict[str, Any]] | None = None
+    kind: str = ""  # what the settings call it, where not by its name
     label: str = ""  # of its config group, {bits} filled in
     manifest: str = "safetensors"  # the manifest's format
     command: str = ""  # the command that writes it, and the word of its --format or --scheme
@@ -123,6 +140,7 @@ class Format:
     beside: tuple[str, ...] = ()  # more suffixes that may lie beside its parts
     requantizable: bool = False  # FP8: close enough to the original to be quantized again
     fuses: bool = False  # gate and up, and q, k and v, share scales of the whole matrix
+    experts_only: bool = False  # engines have it for experts alone
     activations: tuple[int, ...] = (16,)  # bits that may be written
     block_scales: Callable[[Fetch], BlockScales] | None = None  # of matrices [n, ...], where they are E4M3
     input_scale: Callable[[Tensor], dict[str, Tensor]] | None = None  # largest inputs [E] -> tensors [E, ...] of them

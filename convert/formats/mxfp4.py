@@ -33,29 +33,34 @@ def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
     exponents = fetch("weight_scale").view(torch.uint8)
     if bool((exponents == NOT_A_NUMBER).any()):
         raise PartError("weight_scale", "is not finite")
-    scales = _power(exponents.int() - BIAS).repeat_interleave(GROUP, -1)[..., : shape[1]]
+    scales = power(exponents.int() - BIAS).repeat_interleave(GROUP, -1)[..., : shape[1]]
     return from_nibbles(fetch("weight_packed"), shape[1]) / 2 * scales
 
 
 def _pack(names: list[str], weight: IntWeight) -> dict[str, Tensor]:
     del names
+    return {"weight_packed": to_nibbles(weight.codes), "weight_scale": exponents_of(weight)}
+
+
+def exponents_of(weight: IntWeight) -> Tensor:
+    """The stored scales U8."""
     _, exponent = torch.frexp(weight.scales)  # half scales: 2^(exponent - 1)
-    stored = (exponent + BIAS).clamp(0, NOT_A_NUMBER - 1).to(torch.uint8)
-    return {"weight_packed": to_nibbles(weight.codes), "weight_scale": stored}
+    return (exponent + BIAS).clamp(0, NOT_A_NUMBER - 1).to(torch.uint8)
 
 
-def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def rounded(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """Weights [E, O, I] rounded to nearest by the module's rule -> tensors [E, ...] by suffix."""
     del names, scheme
     groups = torch.unflatten(weights.float(), -1, (-1, GROUP))
     mantissa, exponent = torch.frexp(groups.abs().amax(-1))  # mantissa in [0.5, 1): 0.875 stands for 1.75
-    power = (exponent - 1 + (mantissa >= 0.875).int() - 2).clamp(-BIAS, BIAS)
-    power = torch.where(mantissa == 0, torch.full_like(power, -BIAS), power)
-    codes = nearest(2 * groups / _power(power).unsqueeze(-1))
+    scale = (exponent - 1 + (mantissa >= 0.875).int() - 2).clamp(-BIAS, BIAS)
+    scale = torch.where(mantissa == 0, torch.full_like(scale, -BIAS), scale)
+    codes = nearest(2 * groups / power(scale).unsqueeze(-1))
     packed = to_nibbles(codes.flatten(-2))
-    return {"weight_packed": packed, "weight_scale": (power + BIAS).to(torch.uint8)}
+    return {"weight_packed": packed, "weight_scale": (scale + BIAS).to(torch.uint8)}
 
 
-def _power(exponent: Tensor) -> Tensor:
+def power(exponent: Tensor) -> Tensor:
     """2^exponent in float32, exact from 2^-127 (a subnormal) to 2^127."""
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
 
@@ -71,7 +76,7 @@ FORMAT = Format(
     (4,),
     _parts,
     _unpack,
-    _nearest,
+    rounded,
     _pack,
     _group,
     ct.one_group,

@@ -4,6 +4,7 @@ Engines look matrices up under names of their own and match lists by rules of th
 vLLM      fp8: whole names, for experts any entry that contains its own name of them; AWQ: an entry inside the name
 SGLang    fp8: an entry that is a run of whole parts of the name; AWQ: an entry inside the name
 transformers  an entry (a pattern) that begins the name, or that ends it
+mlx_lm    module names alone; an architecture's experts of a layer are one module a projection
 compressed-tensors (`ignore`, `targets`): whole names, or patterns after `re:` from the start, in all of them.
 Source: vLLM quant_utils.py (is_layer_skipped), compressed_tensors/utils.py; SGLang quantization/utils.py
 (_module_path_match), awq.py; transformers quantizers_utils.py (should_convert_module).
@@ -19,7 +20,7 @@ from mmquant.errors import InputError
 from ..files.parse import are, is_list
 from ..models.names import TensorNames
 
-VLLM, SGLANG, TRANSFORMERS = "vLLM", "SGLang", "transformers"
+VLLM, SGLANG, TRANSFORMERS, MLX = "vLLM", "SGLang", "transformers", "mlx_lm"
 ENGINES = (VLLM, SGLANG, TRANSFORMERS)
 _FUSED = re.compile(r"\.[qkv]_proj$")
 
@@ -33,6 +34,8 @@ def names_of(names: TensorNames, name: str, engine: str, single: bool = False, f
     fused   q, k and v are looked up as qkv_proj
     """
     found = names.expert_of(name)
+    if engine == MLX:
+        return (name if found is None else names.stack(found.layer, found.projection),)
     if found is None:
         return (_FUSED.sub(".qkv_proj", name),) if fused and engine != TRANSFORMERS else (name,)
     last, vllm = names.projections[found.projection], f"{found.stem}.{names.vllm_moe}.experts"

@@ -11,6 +11,7 @@ from . import (
     fp8_native,
     gptq_v1,
     int_quantized,
+    mlx,
     modelopt,
     mxfp4,
     nvfp4,
@@ -29,6 +30,7 @@ FORMATS: tuple[Format, ...] = (
     mxfp4.FORMAT,
     nvfp4.FORMAT,
     modelopt.FORMAT,
+    *mlx.FORMATS,
 )
 METHODS: Mapping[str, Method] = {name: row.method for row in FORMATS for name in row.method.names}
 

@@ -63,3 +63,4 @@ class Architecture:
         default_factory=dict[str, dict[str, Any]]
     )  # ORG/NAME -> config.json, known offline
     serving: Serving | None = None
+    mlx_config: Mapping[str, Any] = field(default_factory=dict[str, Any])  # keys that mlx_lm wants in config.json

@@ -35,6 +35,7 @@ class TensorNames:
     ignore       compressed-tensors' skip list of a folder whose experts and attention are quantized
     sglang       gate, down, up -> last part of the name under which SGLang looks an expert up
     vllm_moe     the module as vLLM and transformers 5 call it
+    mlx_experts  the module inside it in which mlx_lm stacks all experts of a projection, called as in `sglang`
     """
 
     moe: str
@@ -44,6 +45,7 @@ class TensorNames:
     ignore: tuple[str, ...]
     sglang: Mapping[str, str]
     vllm_moe: str = "mlp"
+    mlx_experts: str = "switch_mlp"
     embed: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     final_norm: str = "model.norm.weight"
@@ -61,6 +63,27 @@ class TensorNames:
     def expert(self, layer: int, expert: int, projection: str) -> str:
         """Name of an expert's matrix, without the suffix .weight."""
         return f"{self.layers}.{layer}.{self.moe}.experts.{expert}.{self.projections[projection]}"
+
+    def stack(self, layer: int, projection: str) -> str:
+        """Name of a layer's stacked experts in mlx_lm, without a suffix."""
+        return f"{self.layers}.{layer}.{self.moe}.{self.mlx_experts}.{self.sglang[projection]}"
+
+    @cached_property
+    def _stack(self) -> re.Pattern[str]:
+        last = "|".join(map(re.escape, self.sglang.values()))
+        inside = rf"{re.escape(self.moe)}\.{re.escape(self.mlx_experts)}"
+        return re.compile(rf"{re.escape(self.layers)}\.(\d+)\.{inside}\.({last})")
+
+    def stack_of(self, name: str) -> tuple[int, str] | None:
+        """(layer, projection) of a name of `stack`; None for any other."""
+        match = self._stack.fullmatch(name)
+        if match is None:
+            return None
+        return int(match[1]), next(key for key, last in self.sglang.items() if last == match[2])
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor is an expert's, or a stack of them."""
+        return ".experts." in name or f".{self.moe}.{self.mlx_experts}." in name
 
     @property
     def router(self) -> str:
@@ -99,11 +122,11 @@ class TensorNames:
     def kind_of(self, name: str) -> str:
         """Census kind of a tensor: expert and its projection, attention, router, norm, embedding, head, scale."""
         stem, _, part = name.rpartition(".")
-        if "scale" in part or part in SCALES:
+        if "scale" in part or part in (*SCALES, "biases"):
             return "scale"
-        if name in (self.embed, self.head):
-            return "embedding" if name == self.embed else "head"
-        if ".experts." in name:
+        if f"{stem}.weight" in (self.embed, self.head):
+            return "embedding" if f"{stem}.weight" == self.embed else "head"
+        if self.is_expert(name):
             return "expert " + stem.rsplit(".", 1)[-1]
         if "norm" in name:
             return "norm"

@@ -29,6 +29,7 @@ def descend(weight: Tensor, solved: Solved, second: Tensor, grid: Grid, passes: 
     """
     found, n = solved.weight, weight.shape[-1]
     codes, scales, error = found.codes.clone(), found.scales.clone(), weight - dequantize(found)
+    biases = None if found.biases is None else found.biases.clone()
     size = groups_of(n, grid.group_size)
     step = max(size, PANEL // size * size)
     damping = DAMPING * second.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -39,10 +40,12 @@ def descend(weight: Tensor, solved: Solved, second: Tensor, grid: Grid, passes: 
         better, moved, target = _round_panel(weight, error, second, damping, part, grid, keep)
         codes[..., part] = torch.where(better, moved.codes, codes[..., part])
         scales[..., groups] = torch.where(better, moved.scales, scales[..., groups])
+        if biases is not None and moved.biases is not None:
+            biases[..., groups] = torch.where(better, moved.biases, biases[..., groups])
         error[..., part] = torch.where(better, weight[..., part] - dequantize(moved), error[..., part])
         if solved.compensated is not None and target is not None:
             solved.compensated[..., part] = torch.where(better, target, solved.compensated[..., part])
-    return replace(solved, weight=grid.finish(codes, scales, None))
+    return replace(solved, weight=grid.finish(codes, scales, biases))
 
 
 def _round_panel(
@@ -61,7 +64,8 @@ def _round_panel(
         target = weight[..., part] + across @ inv(own)
         swept = gptq_sweep(target, known, grid, size)
         codes, rounded = restore(swept, known, keep)
-        moved = IntWeight(codes, swept.scales.mT.contiguous(), None, grid.bits)
+        biases = None if swept.zeros is None else swept.zeros.mT.contiguous()
+        moved = IntWeight(codes, swept.scales.mT.contiguous(), None, grid.bits, biases=biases)
         new = weight[..., part] - dequantize(moved)
         rise = ((new @ own + 2 * across) * new - (here @ own + 2 * across) * here).sum(-1, keepdim=True)
     return rise < 0, moved, rounded

@@ -54,7 +54,7 @@ class Grid(Protocol):
 
     bits        of a code
     group_size  weights that share a scale; -1: a row
-    symmetric   no zero points
+    symmetric   neither zero points nor biases
     """
 
     @property
@@ -129,13 +129,12 @@ class GptqGrid:
         place = panel.place[:, 0]
         if search:
             scale, zero = _search_group(panel.part, panel.importance, self)
-            _put(found, place, scale)
+            put(found, place, scale)
             if zeros is not None and zero is not None:
-                _put(zeros, place, zero)
-        grids = (_take(found, place), None if zeros is None else _take(zeros, place))
+                put(zeros, place, zero)
+        grids = (take(found, place), None if zeros is None else take(zeros, place))
         assert panel.triangle is not None
         assert panel.errors is not None
-        sweep_block = _fused().sweep_block if panel.part.is_cuda else sweep_block_torch
         sweep_block(panel.part, panel.columns, panel.triangle, grids, self.bits, panel.codes, panel.errors)
 
     def finish(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> IntWeight:
@@ -308,6 +307,23 @@ def blocks(n: int, size: int) -> list[tuple[int, int]]:
     return [(max(0, stop - size), stop) for stop in stops]
 
 
+def sweep_block(
+    part: Tensor,
+    columns: Tensor,
+    triangle: Tensor,
+    grids: tuple[Tensor, Tensor | None],
+    bits: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
+    """Columns of one block [E, B, O], one by one: part becomes what was rounded, codes and errors are filled.
+
+    grids: scales [E, O], and the codes, whole or not, whose value is zero.
+    """
+    sweep = _fused().sweep_block if part.is_cuda else sweep_block_torch
+    sweep(part, columns, triangle, grids, bits, codes, errors)
+
+
 def sweep_block_torch(
     part: Tensor,
     columns: Tensor,
@@ -317,7 +333,7 @@ def sweep_block_torch(
     codes: Tensor,
     errors: Tensor,
 ) -> None:
-    """Columns of one block, one by one: part [E, B, O] becomes what was rounded, codes and errors are filled."""
+    """`sweep_block` as its definition."""
     low, high = code_range(bits)
     scale, zero = grids
     shift = torch.zeros_like(scale) if zero is None else zero
@@ -354,12 +370,13 @@ def _search_rows(weight: Tensor, known: Feedback, grid: Grid, found: Tensor, zer
         zeros.copy_(zero.mT)
 
 
-def _take(table: Tensor, place: Tensor) -> Tensor:
+def take(table: Tensor, place: Tensor) -> Tensor:
     """Row place[e] of each expert's table [E, G, O] -> [E, O]."""
     return table[torch.arange(len(place), device=place.device), place]
 
 
-def _put(table: Tensor, place: Tensor, values: Tensor) -> None:
+def put(table: Tensor, place: Tensor, values: Tensor) -> None:
+    """Row place[e] of each expert's table [E, G, O] becomes values [E, O]."""
     table[torch.arange(len(place), device=place.device), place] = values
 
 

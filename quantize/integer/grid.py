@@ -30,6 +30,8 @@ class IntWeight:
     zeros   [..., O, G] int8, None for symmetric grids
     levels  the codes' values in rising order, where they are not all the integers of `bits` (quantize/fp4)
     unit    [..., O, 1] float32: what the stored scales of a row are multiples of (NVFP4's global scale); else None
+    biases  [..., O, G] float32, exact in bfloat16: the lowest code's values; the values are then
+            (codes + 2^(bits-1)) * scales + biases (quantize/affine); else None
     """
 
     codes: Tensor
@@ -38,6 +40,7 @@ class IntWeight:
     bits: int
     levels: tuple[int, ...] | None = None
     unit: Tensor | None = None
+    biases: Tensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -68,14 +71,19 @@ def dequantize(weight: IntWeight) -> Tensor:
     codes = torch.unflatten(weight.codes.float(), -1, (weight.scales.shape[-1], -1))
     if weight.zeros is not None:
         codes = codes - weight.zeros.float().unsqueeze(-1)
+    if weight.biases is not None:
+        values = (codes + (1 << (weight.bits - 1))) * weight.scales.unsqueeze(-1)
+        return (values + weight.biases.unsqueeze(-1)).flatten(-2)
     return (codes * weight.scales.unsqueeze(-1)).flatten(-2)
 
 
 def map_parts(weight: IntWeight, change: Callable[[Tensor], Tensor]) -> IntWeight:
-    """`change` applied to codes, scales, zeros and units."""
-    zeros = None if weight.zeros is None else change(weight.zeros)
-    unit = None if weight.unit is None else change(weight.unit)
-    return replace(weight, codes=change(weight.codes), scales=change(weight.scales), zeros=zeros, unit=unit)
+    """`change` applied to codes, scales, zeros, units and biases."""
+    zeros, unit, biases = (
+        None if part is None else change(part) for part in (weight.zeros, weight.unit, weight.biases)
+    )
+    found = replace(weight, codes=change(weight.codes), scales=change(weight.scales))
+    return replace(found, zeros=zeros, unit=unit, biases=biases)
 
 
 def rows_of(weight: IntWeight, rows: slice) -> IntWeight:
@@ -92,12 +100,14 @@ def join_weights(parts: list[IntWeight]) -> IntWeight:
     """Batches of matrices one after another."""
     zeros = [p.zeros for p in parts if p.zeros is not None]
     units = [p.unit for p in parts if p.unit is not None]
+    biases = [p.biases for p in parts if p.biases is not None]
     return replace(
         parts[0],
         codes=torch.cat([p.codes for p in parts]),
         scales=torch.cat([p.scales for p in parts]),
         zeros=torch.cat(zeros) if zeros else None,
         unit=torch.cat(units) if units else None,
+        biases=torch.cat(biases) if biases else None,
     )
 
 

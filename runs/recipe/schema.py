@@ -16,6 +16,7 @@ from ..options import (
     Fp8Options,
     GgufOptions,
     Int4Options,
+    MlxOptions,
     Mxfp4Options,
     Nvfp4Options,
     PushOptions,
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type[Checked]] = {
     "int4": Int4Options,
     "nvfp4": Nvfp4Options,
     "mxfp4": Mxfp4Options,
+    "mlx": MlxOptions,
     "gguf": GgufOptions,
     "calibrate": CalibrateOptions,
 }

@@ -24,4 +24,5 @@ ARCHITECTURE = Architecture(
     serving=SERVING,
     licence=LICENCE,
     releases=RELEASES,
+    mlx_config={"shared_intermediate_size": 0},
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.paths import SOURCE
-from mmquant.commands import fp8, int4, mxfp4, nvfp4
+from mmquant.commands import fp8, int4, mlx, mxfp4, nvfp4
 from mmquant.convert.folder.writer import DTYPE_NAMES
 from mmquant.convert.formats.format import FLOATS, Format, Scheme, check_writable, specs
 from mmquant.convert.formats.table import FORMATS, METHODS, choices, formats_of
@@ -19,7 +19,8 @@ from mmquant.convert.models.minimax_m2.names import NAMES as TENSORS
 from mmquant.errors import InputError
 
 PACKAGES = ("mmquant", "commands", "runs", "calibration", "convert")
-GENERAL = {"safetensors", "block", "channel", "fp8"}  # words of other things too: tiles, an FP8 KV cache
+# Words of other things too: tiles, an FP8 KV cache, commands.
+GENERAL = {"safetensors", "block", "channel", "fp8"} | {row.command for row in FORMATS}
 NAMES = {word for row in FORMATS for word in (row.name, *row.method.names, row.manifest, row.choice) if word} - GENERAL
 
 
@@ -69,6 +70,7 @@ def words_of(command: click.Command, option: str) -> tuple[tuple[str, ...], Any]
         (int4.command, "int4", "format"),
         (nvfp4.command, "nvfp4", "format"),
         (mxfp4.command, "mxfp4", "format"),
+        (mlx.command, "mlx", "mode"),
     ],
 )
 def test_commands_offer_what_the_table_has(command: click.Command, name: str, option: str) -> None:
