@@ -107,8 +107,8 @@ dev-model: $(READY) ## train the development model that bench/domains.py judges 
 	$(BIN)/python bench/dev_model/train_model.py $(DEV_MODEL)/text $(DEV_MODEL)
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
-	rm -rf notebooks/m27-demo
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	rm -rf notebooks/m27-*
+	PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 docs: $(READY) ## the documentation site, into build/site; no network is needed
 	$(BIN)/python docs/figures/draw.py

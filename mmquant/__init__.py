@@ -19,6 +19,7 @@ from mmquant.errors import FitError, GateError, InputError, MmquantError, Partia
 from mmquant.monitor import Bar, Monitor
 
 if TYPE_CHECKING:
+    from mmquant.calibration.statistics.store import open_statistics
     from mmquant.convert.hub.store import FetchOptions
     from mmquant.runs.bf16 import dequantize_bf16
     from mmquant.runs.calibrate import Calibration, calibrate
@@ -84,6 +85,7 @@ _PUBLIC = {
     "evaluate": ("runs.evaluation.run", "evaluate"),
     "inspect": ("runs.inspect", "inspect"),
     "open_model": ("runs.models", "open_any"),
+    "open_statistics": ("calibration.statistics.store", "open_statistics"),
     "plan": ("runs.plan", "plan"),
     "pull": ("runs.pull", "pull"),
     "push": ("runs.push", "push"),
@@ -144,6 +146,7 @@ __all__ = [
     "fit",
     "inspect",
     "open_model",
+    "open_statistics",
     "plan",
     "pull",
     "push",

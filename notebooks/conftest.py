@@ -1,4 +1,4 @@
-"""Delete the notebooks' artifacts before a test run, so that they are written afresh."""
+"""Delete the notebooks' artifacts before a test run, so that they are written afresh; mark those of minutes slow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
+QUICK = ("01_quickstart.ipynb", "03_fit_my_machine.ipynb")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # once, not in every process of xdist
-        shutil.rmtree(Path(__file__).parent / "m27-demo", ignore_errors=True)
+        for folder in Path(__file__).parent.glob("m27-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.suffix == ".ipynb" and item.path.name not in QUICK:
+            item.add_marker(pytest.mark.slow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -172,3 +173,22 @@ def test_the_site_builds_and_asks_nobody(tmp_path: Path) -> None:
             link for tag in re.findall(r"<link\b[^>]*>", html) for link in re.findall(r"href=[\"']?([^\"' >]+)", tag)
         ]
         assert not [one for one in loaded if re.match(r"(https?:)?//", one)], path.name
+
+
+@pytest.mark.parametrize("name", ["01_quickstart", "03_fit_my_machine"])
+def test_chinese_notebooks_run_the_same_code(name: str) -> None:
+    books = [json.loads((ROOT / "notebooks" / f"{name}{end}.ipynb").read_text("utf-8")) for end in ("", ".zh")]
+    english, chinese = ([(cell["cell_type"], cell["source"]) for cell in book["cells"]] for book in books)
+    assert [kind for kind, _ in english] == [kind for kind, _ in chinese]
+    assert [s for kind, s in english if kind == "code"] == [s for kind, s in chinese if kind == "code"]
+
+
+def test_notebooks_use_the_public_api_and_hold_their_outputs() -> None:
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert len(paths) >= 6
+    for path in paths:
+        assert "site-packages" not in path.read_text("utf-8"), path.name  # a warning, with a machine's path
+        cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+        code = "\n".join("".join(cell["source"]) for cell in cells)
+        assert not re.search(r"mmquant\.(commands|runs|calibration|convert|quantize)\b", code), path.name
+        assert sum(bool(cell["outputs"]) for cell in cells) >= len(cells) // 2, path.name

@@ -217,8 +217,12 @@ def _read_moments(file: safe_open, names: set[str], name: str, second: bool) -> 
     return Moments(second=whole, **values)
 
 
-def open_statistics(folder: Path) -> StoredStatistics:
-    """Open what `mmquant calibrate --out` wrote. Raises InputError when it is not such a folder."""
+def open_statistics(folder: str | Path) -> StoredStatistics:
+    """Open what `mmquant calibrate --out` wrote: `layer(number)` reads the sums of one layer.
+
+    Raises InputError when it is not such a folder.
+    """
+    folder = Path(folder)
     if folder.is_file():
         raise InputError(
             f"{folder}: a file, expected the folder of `mmquant calibrate --out` (an imatrix serves gguf --effort fast)"
