@@ -72,7 +72,7 @@ class CalibratedWeights(WeightsVariant):
 
         Every rank must call it; only the first gets tensors.
         """
-        _layer, weights = inputs.layer, inputs.weights
+        weights = inputs.weights
         quantized = self.solved(inputs, source)
         # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
         inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
