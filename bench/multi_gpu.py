@@ -46,11 +46,11 @@ from mmquant.calibration.model.distributed import (
     leave,
     rank_device,
     rank_share,
-    read_layer_shared,
     sum_everywhere,
     world,
 )
 from mmquant.calibration.model.hidden import HiddenStates
+from mmquant.calibration.model.reading import read_layer_shared
 from mmquant.calibration.model.stream import Stream
 from mmquant.calibration.statistics.collector import Collect
 from mmquant.calibration.statistics.layer import LayerStatistics
@@ -103,6 +103,9 @@ class Clock:
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*values: Any, **named: Any) -> object:  # noqa: ANN401
+            if named.get("async_op"):  # goes on beside other work: only its bytes are counted
+                self.sent += sent_bytes(function.__name__, values, named)
+                return function(*values, **named)
             start, self._depth = self.now(), self._depth + 1
             found = function(*values, **named)
             if function.__name__ == "batch_isend_irecv":
@@ -234,7 +237,8 @@ class Worker:
             state.all().copy_(entering)
         del entering
         both = Streams(states[0], states[1], batch, self.device, memory)
-        gguf_experts.solve_part = self.clock.timed("gguf:   of it solves of experts", gguf_experts.solve_part)
+        rounded = self.clock.timed("gguf:   of it solves of experts", gguf_experts.rounded_part)
+        gguf_experts.rounded_part = rounded
         gguf_layer.solve = self.clock.timed("gguf:   of it solves of attention", gguf_layer.solve)
         Pair.over_ranks = self.clock.timed("gguf:   of it sums to owners", Pair.over_ranks)  # type: ignore[method-assign]
         kind = {name + ".weight": self.a.kind for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}

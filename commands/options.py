@@ -159,7 +159,7 @@ def begin(out: Path, dry_run: bool) -> Path | None:
     """The folder in which the command may work from now on: cleared for --fresh, None for a dry run."""
     if dry_run:
         return None
-    if click.get_current_context().meta["mmquant.fresh"] and os.environ.get("RANK", "0") == "0":
+    if click.get_current_context().meta["mmquant.fresh"] and first_process():
         from ..runs.place import start_over
 
         start_over(out)
@@ -177,14 +177,20 @@ def several(
         raise InputError("--fresh: for one variant; expected it without, or the folder deleted")
     variants = tuple(Variant(word, command, options) for word, options in every.items())
     made = run(Recipe(model, variants), out, device=device, fetch=fetch, dry_run=dry_run)
-    click.echo("\n".join(made.lines()))
+    if first_process():
+        click.echo("\n".join(made.lines()))
     if made.refusal is not None:
         raise made.refusal
 
 
+def first_process() -> bool:
+    """Whether this process speaks for all: under torchrun the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def show(result: Quantized) -> None:
     """The line of a result on stdout, once under torchrun; then, of a dry run, what the real run would stop at."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         click.echo(result.line)
     if result.refusal is not None:
         raise result.refusal

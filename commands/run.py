@@ -10,7 +10,7 @@ import click
 
 from mmquant.errors import GateError, InputError
 
-from .options import DEFAULT_MODEL, device_option, dry_run_option, json_option
+from .options import DEFAULT_MODEL, device_option, dry_run_option, first_process, json_option
 from .options_fetch import fetch_options
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def command(
     from ..runs.run import run
 
     made = run(recipe, out, device=device, fetch=fetch, replace=replace, dry_run=dry_run)
-    click.echo(json.dumps(made.to_dict(), indent=1) if as_json else "\n".join(made.lines()))
+    if first_process():
+        click.echo(json.dumps(made.to_dict(), indent=1) if as_json else "\n".join(made.lines()))
     if made.refusal is not None:
         raise made.refusal
     if made.failure is not None:

@@ -14,6 +14,7 @@ from mmquant.monitor import current
 
 if TYPE_CHECKING:
     from ..convert.checkpoints.checkpoint import Checkpoint
+    from ..convert.hub.elsewhere import Facts
     from ..convert.hub.store import FetchOptions
     from ..convert.source import Source
 
@@ -35,11 +36,33 @@ def open_model(model: str, fetch: FetchOptions, out: Path | None = None) -> Chec
         say_notes(source)
         return source
     if out is not None and (out.is_dir() or not out.exists()):
-        rank = os.environ.get("RANK", "0")  # under torchrun every process has a folder of its own
-        fetch = replace(fetch, work=out / (WORK if rank == "0" else f"{WORK}-{rank}"))
-    source = open_native(model, fetch)
+        fetch = replace(fetch, work=out / WORK)
+    source = _open_once(model, fetch) if several_ranks() else open_native(model, fetch)
     say_notes(source)
     return source
+
+
+def several_ranks() -> bool:
+    """Whether torchrun started more processes than this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _open_once(model: str, fetch: FetchOptions) -> Checkpoint:
+    """A hub's model that the first rank fetches and reads for all (calibration/model/reading.py)."""
+    from ..calibration.model.distributed import world
+    from ..calibration.model.divided import from_owner
+    from ..convert.hub.elsewhere import RemoteCheckpoint, facts_of
+    from ..convert.open import open_native
+
+    if world()[0] != 0:
+        return RemoteCheckpoint(from_owner(_not_here))
+    source = open_native(model, fetch)
+    from_owner(lambda: facts_of(source))
+    return source
+
+
+def _not_here() -> Facts:
+    raise AssertionError("the first rank's")
 
 
 @contextmanager
@@ -64,10 +87,19 @@ def say_notes(source: Source) -> None:
 
 
 def open_any(model: str | Path, fetch: FetchOptions | None = None) -> Source:
-    """Open a model or artifact that is only read (`eval`); shards of a hub's pass through the user's cache."""
-    from ..convert.open import open_source
+    """Open a model or artifact that is only read (`eval`); shards of a hub's pass through the user's cache.
 
-    return open_source(model, fetch)
+    Under torchrun the first rank alone fetches.
+    """
+    from ..convert.hub.address import parse_address
+    from ..convert.open import DEMO, open_source
+
+    if not several_ranks() or str(model) == DEMO or parse_address(str(model)).spec is None:
+        return open_source(model, fetch)
+    from ..calibration.model.distributed import world
+    from ..calibration.model.reading import FirstReads
+
+    return FirstReads(open_source(model, fetch) if world()[0] == 0 else None)
 
 
 def close_model(source: Source, out: Path | None = None, finished: bool = False) -> None:

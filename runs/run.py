@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mmquant.errors import FitError, InputError, MmquantError, PartialError, naming
+from mmquant.errors import FitError, MmquantError, PartialError, naming
 from mmquant.monitor import Monitor, current, watching
 from mmquant.tables import table
 
@@ -19,17 +19,16 @@ from ..calibration.model.distributed import world
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.lock import hold
 from ..convert.hub.http import TransferError
-from ..convert.source import SharedLayer
-from .artifacts import asked_of, bytes_of, check_variant, job_of, streams_of
+from .artifacts import asked_of, bytes_of, check_variant, streams_of
 from .engine import Job, run_jobs
 from .folder import check_disk, written_bytes
 from .journal import CHECKED, JOURNAL, LOG, PUSHED, STATES, STREAMS, WRITING, WRITTEN, Entry, Journal, read_journal
 from .models import choose_device, opened
-from .passes import Passes
-from .recipe.read import Push, Recipe, Variant, read_recipe
+from .recipe.read import Push, Recipe, read_recipe
 from .results import Result
-from .run_check import Alongside, check_artifacts, forget_other_scores, is_away, note_kept_scores, readable
+from .run_check import Alongside, check_artifacts, forget_other_scores, is_away, note_kept_scores
 from .run_needs import changes, check_out, check_run, run_needs
+from .run_ranks import Order, alongside, announce, follow, jobs_of, sharing
 from .uploads import LostError, Piecewise, Uploads
 from .watch import Watch
 
@@ -96,11 +95,12 @@ def run(
         check_variant(variant)
     if not dry_run:
         check_out(out)
-    if world()[1] > 1:
-        raise InputError("mmquant run: works in one process, expected no torchrun; int4, gguf and calibrate take it")
     with watching(monitor), _limited(chosen, place):
         if dry_run:
             return _planned(chosen, out, place, fetch, replace)
+        if world()[0] != 0:
+            follow(chosen, out, place, _fetch(chosen, fetch))
+            return Made(out, [], False, [])
         out.mkdir(parents=True, exist_ok=True)
         with hold(out), partial():
             return Run(chosen, out, place, _fetch(chosen, fetch), replace).go()
@@ -151,8 +151,11 @@ class Run:
                     self._write(source)
                 except LostError as error:
                     self._begin_again(error.names)
+                    if world()[1] > 1:  # the other ranks are in the midst of the check
+                        raise PartialError(f"{self.out}: a check has to begin anew; run again to continue") from None
                     self._write(source)
                 failure = self._check()
+                announce(None)
                 self._push()
                 source.close(finished=True)
         except BaseException as error:
@@ -202,7 +205,9 @@ class Run:
         todo = [v for v in recipe.variants if STATES.index(journal.artifacts[v.name].state) < STATES.index(WRITTEN)]
         if not todo:
             return
-        jobs = self._jobs(source, todo)
+        names = tuple(variant.name for variant in todo)
+        announce(Order(write=names))
+        jobs = jobs_of(source, recipe, self.out, self.device, names)
         uploads = self._uploads(jobs)
         self._check_room(source, jobs)
         for name in jobs:
@@ -211,17 +216,12 @@ class Run:
             if orders:
                 journal.artifacts[name].facts["early"] = [where_of(order) for order in orders]
         journal.save()
-        check, models = None, readable(jobs)
-        if recipe.check is not None and models and not any(job.finished for job in models.values()):
-            check = Alongside(recipe, source, models, self.device, self.out / STREAMS / "check", uploads.guard)
+        check = alongside(recipe, source, jobs, self.device, self.out)
+        if check is not None:
+            check.guard = uploads.guard
         hooks = Hooks(check, uploads)
-        source.shared = SharedLayer()
-        try:
-            with uploads:
-                shared = [source.shared]
-                run_jobs(list(jobs.values()), "run", shared, hooks.before, hooks.after, Watch(journal, len(jobs)))
-        finally:
-            source.shared = None
+        with sharing(source) as shared, uploads:
+            run_jobs(list(jobs.values()), "run", [shared], hooks.before, hooks.after, Watch(journal, len(jobs)))
         for name, job in jobs.items():
             size = max(_bytes(job.path), getattr(job, "bytes", 0))
             journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=size)
@@ -235,17 +235,6 @@ class Run:
         note_kept_scores(self.recipe, self.journal, self.out, self.out / STREAMS / "check")
         written = {n: e for n, e in self.journal.artifacts.items() if e.state == WRITTEN and "scores" not in e.facts}
         return [name for name in written if is_away(self.out / name)]
-
-    def _jobs(self, source: Checkpoint, todo: Sequence[Variant]) -> dict[str, Job]:
-        """Variants as jobs, by name."""
-        passes = Passes(source, self.device, self.out / STREAMS)
-        streams = {variant.name: streams_of(source, variant) for variant in todo}
-        jobs: dict[str, Job] = {}
-        for variant in todo:
-            passes.others = sum(streams.values()) - streams[variant.name]
-            jobs[variant.name] = job_of(source, variant, self.recipe.model, self.out / variant.name, passes)
-            jobs[variant.name].label = variant.name
-        return jobs
 
     def _uploads(self, jobs: Mapping[str, Job]) -> Uploads:
         """What leaves while it is made."""
@@ -267,7 +256,7 @@ class Run:
 
     def _check(self) -> str | None:
         """Score what has not been scored; the first gate that fails."""
-        return check_artifacts(self.recipe, self.out, self.journal, self.device)
+        return check_artifacts(self.recipe, self.out, self.journal, self.device, lambda p: announce(Order(score=p)))
 
     def _push(self) -> None:
         """Publish what is written and passed; what is on a hub already is found whole."""

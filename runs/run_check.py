@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mmquant.monitor import current
 
-from ..calibration.evaluate.streamed import Scoring
+from ..calibration.evaluate.streamed import Outcome, Scoring
+from ..calibration.model.distributed import current_ranks
+from ..calibration.model.divided import from_owner
+from ..calibration.model.reading import FirstReads
 from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.files.atomic import write_whole
@@ -85,9 +88,10 @@ class Alongside:
 
     def _begin(self) -> None:
         names = " ".join(f"{name} {sorted(job.run.items())}" for name, job in self.jobs.items())
-        candidates = [job.growing() for job in self.jobs.values()]
+        candidates = [read_by_first(job) for job in self.jobs.values()]
         identity = f"{self.sample.fingerprint()} {self.source.fingerprint} {self.settings.dtype} {names}"
-        self.scoring = Scoring(self.source, candidates, self.sample, self.settings, identity=identity)
+        ranks = current_ranks()
+        self.scoring = Scoring(self.source, candidates, self.sample, self.settings, ranks=ranks, identity=identity)
         self.scoring.state.every = 0.0
         self.guard(self.scoring.state.newest(self.scoring.ranks))
         self.layer = self.scoring.begin()
@@ -101,7 +105,14 @@ class Alongside:
 
     def _conclude(self) -> None:
         assert self.scoring is not None
-        outcomes, check = self.scoring.finish(keep=True), self.recipe.check
+        outcomes = self.scoring.finish(keep=True)
+        if self.scoring.ranks.first:
+            self._keep(outcomes)
+        self.scoring.forget()
+
+    def _keep(self, outcomes: list[Outcome]) -> None:
+        """Scores, durable before any artifact goes."""
+        check = self.recipe.check
         made_of = {"label": self.source.label, "fingerprint": self.source.fingerprint, "stored": None}
         dtype, seed = str(self.settings.dtype).removeprefix("torch."), check.seed if check else 0
         settings = {"seed": seed, "dtype": dtype, "activations": self.settings.activations}
@@ -109,15 +120,27 @@ class Alongside:
         found = document(outcomes, self.sample, candidates, made_of, **settings)
         kept = {"check": asked_check(self.recipe), "runs": {name: job.run for name, job in self.jobs.items()}}
         write_whole(self.folder / SCORES, json.dumps(kept | {"document": found}).encode())
-        self.scoring.forget()
+
+    def catch_up(self) -> bool:
+        """Whether there are scores; they are made where a run was killed between the last step and them."""
+        if self.scoring is None or self.layer != self.source.geometry.layers:
+            return False
+        if not from_owner((self.folder / SCORES).is_file):
+            self._conclude()
+        return True
 
     def finish(self, out: Path, journal: Journal) -> None:
         """Scores into journal and manifests, of finished artifacts."""
-        if self.scoring is None or self.layer != self.source.geometry.layers:
-            return
-        if not (self.folder / SCORES).is_file():  # killed between the last step and its scores
-            self._conclude()
-        note_kept_scores(self.recipe, journal, out, self.folder)
+        if self.catch_up():
+            note_kept_scores(self.recipe, journal, out, self.folder)
+
+
+def read_by_first(job: Readable) -> Source:
+    """An artifact on its way, which the rank that writes it reads for all."""
+    ranks = current_ranks()
+    if ranks.world == 1:
+        return job.growing()
+    return FirstReads(job.growing() if ranks.first else None)
 
 
 def note_kept_scores(recipe: Recipe, journal: Journal, out: Path, folder: Path) -> None:
@@ -143,8 +166,13 @@ def asked_check(recipe: Recipe) -> dict[str, Any]:
     return {f.name: plain(getattr(recipe.check, f.name)) for f in fields(recipe.check)} if recipe.check else {}
 
 
-def check_artifacts(recipe: Recipe, out: Path, journal: Journal, device: str) -> str | None:
-    """Score what has not been scored in this way; the first gate that fails, over all artifacts."""
+def check_artifacts(
+    recipe: Recipe, out: Path, journal: Journal, device: str, announce: Callable[[tuple[str, ...]], None]
+) -> str | None:
+    """Score what has not been scored in this way; the first gate that fails, over all artifacts.
+
+    announce: hears which paths are scored, before they are.
+    """
     if recipe.check is None:
         return None
     scored = {v.name: v for v in recipe.variants if v.command != "calibrate"}
@@ -156,6 +184,7 @@ def check_artifacts(recipe: Recipe, out: Path, journal: Journal, device: str) ->
         del scored[name]
     if missing:
         paths = [str(out / journal.artifacts[name].facts["path"]) for name in missing]
+        announce(tuple(paths))
         found = evaluate(paths, recipe.model, recipe.check, device=device)
         if found is None:
             return None

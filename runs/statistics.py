@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmquant.errors import InputError
 
+from ..calibration.model.distributed import world
+from ..calibration.model.divided import from_owner
 from ..calibration.model.stream import forget
 from ..calibration.statistics.live import PassOptions, SharedPass
 from ..calibration.statistics.run import writer_of
@@ -37,7 +39,8 @@ class StatisticsJob:
         self.steps, self.bytes = source.geometry.layers + 2, 0
         writer = self._writer()
         missing = [p for p in (out / "report.html", self.imatrix) if p is not None and not p.is_file()]
-        self.finished = writer.done == source.geometry.layers and not missing
+        self.first = world()[0] == 0  # the rank that writes
+        self.finished = from_owner(lambda: writer.done == source.geometry.layers and not missing)
         self.provider: SharedPass = passes.reference_pass(self.corpus, self.settings, out / ".mmquant-streams")
         self.run = {"command": "calibrate", "identity": writer.identity}
         self.done = 0
@@ -56,10 +59,10 @@ class StatisticsJob:
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"{self.out}: a file, expected a folder or nothing")
         self.out.mkdir(parents=True, exist_ok=True)
-        with hold(self.out):
+        with hold(self.out) if self.first else nullcontext():
             self.writer = self._writer()
             self.writer.commit()
-            self.done = self.writer.done + 1 if self.writer.done else 0
+            self.done = from_owner(lambda: self.writer.done + 1 if self.writer.done else 0)
             yield
 
     def step(self, step: int) -> None:
@@ -71,6 +74,9 @@ class StatisticsJob:
 
     def finish(self) -> Path:
         """Report and importance matrix."""
+        if not self.first:
+            forget(self.out)
+            return self.path
         write_report(self.out, self.corpus, self.source)
         if self.imatrix is not None:
             export_imatrix(self.out, self.imatrix)

@@ -20,10 +20,13 @@ from mmquant.errors import InputError
 
 from ...convert.models.layer import Globals, LayerWeights
 from ...convert.source import Source
-from ..model.distributed import Ranks, read_layer_shared
+from ..model.distributed import Ranks
+from ..model.divided import from_owner
+from ..model.embedded import embedded
 from ..model.engine_like import Like, like_of
-from ..model.forward import Observer, Routing, embed, final_logits, layer_forward
+from ..model.forward import Observer, Routing, final_logits, layer_forward
 from ..model.hidden import RAM_LIMIT, HiddenStates, leaving, place_of
+from ..model.reading import FirstReads, read_layer_shared
 from ..text.sample import Sample
 from ..text.vocabulary import check_same_model
 from .floors import ShuffledSums, window_order
@@ -207,17 +210,10 @@ def _start(subjects: list[Subject], own: Sample, settings: Settings, state: Stat
     if layer:
         return layer
     for subject in subjects:
-        table = subject.source.read(subject.source.geometry.names.embed).to(subject.dtype)
-        model = Globals(embed=table, norm=table[:0], head=table[:0])
-        for start, tokens in _batches(own.tokens, settings.tokens):
-            subject.hidden.put(start, embed(model, tokens))
+        step = max(1, settings.tokens // own.context)
+        for start, values in embedded(subject.source, own.tokens, step):
+            subject.hidden.put(start, values.to(subject.dtype).float())
     return 0
-
-
-def _batches(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    step = max(1, size // tokens.shape[1])
-    for start in range(0, len(tokens), step):
-        yield start, tokens[start : start + step]
 
 
 def _advance(subjects: list[Subject], has_reference: bool, layer: int, own: Sample, settings: Settings) -> None:
@@ -299,9 +295,15 @@ def _finish(
 
 def _head(subject: Subject, device: str) -> Globals:
     """Final norm and head; the embeddings are not needed again."""
-    names = subject.source.geometry.names
-    norm = subject.source.read(names.final_norm).to(device)
-    return Globals(embed=norm[:0], norm=norm, head=subject.source.read(names.head).to(subject.dtype).to(device))
+    source, dtype = subject.source, subject.dtype
+    names = source.geometry.names
+
+    def read() -> tuple[Tensor, Tensor]:
+        return source.read(names.final_norm), source.read(names.head).to(dtype)
+
+    # One rank's host memory holds the head in float32 on its way, not every rank's.
+    norm, head = from_owner(read) if not isinstance(source, FirstReads) else read()
+    return Globals(embed=norm[:0], norm=norm.to(device), head=head.to(device))
 
 
 def _logits(subject: Subject, model: Globals, window: int, first: int, stop: int, settings: Settings) -> Tensor:

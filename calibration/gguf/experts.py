@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,15 +11,17 @@ from torch import Tensor
 
 from mmquant.errors import naming
 
+from ...convert.checkpoints.batches import to_host
 from ...convert.gguf.names import EXPERT_TENSORS
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
+from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
 from ...quantize.overflow import rescale_exponents
-from ..model.distributed import rank_shares
+from ..model.distributed import rank_shares, world
 from ..model.divided import divided, owned_ranges
 from .moments import Pair, each_pooled
-from .solve import Method, Report, solve_part
+from .solve import Method, Report, rounded_part
 from .streams import (
     Streams,
     experts_of,
@@ -36,6 +39,7 @@ class Experts:
 
     largest  [E] the reference's largest sums of 32 inputs of down, known when all inputs were collected
     plain    by short name, the experts that were rounded without feedback after all
+    copier   copies bytes to the host; copies: what it was given
     """
 
     streams: Streams
@@ -46,6 +50,8 @@ class Experts:
     method: Method
     out: dict[str, np.ndarray]
     largest: Tensor
+    copier: ThreadPoolExecutor
+    copies: list[Future[None]] = field(default_factory=list)
     plain: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -83,30 +89,46 @@ class Experts:
 
     def _solve(self, names: tuple[str, ...], kept: range, pair: Pair) -> None:
         roles, step = [EXPERT_TENSORS[name] for name in names], self.streams.plan(self.g).step
-        dtype = getattr(self.new, roles[0]).dtype
 
-        def solve(piece: range) -> tuple[np.ndarray, Tensor, Tensor]:
-            """Bytes, values, and which of a piece's matrices were rounded without feedback."""
+        def solve(piece: range) -> tuple[Tensor, Tensor]:
+            """Bytes, and which of a piece's matrices were rounded without feedback."""
             few = slice(piece.start, piece.stop)
             source = rescaled(experts_of(self.weights, piece), self.exponents[few])
             part = slice(few.start - kept.start, few.stop - kept.start)
             weight = torch.cat([getattr(source, role) for role in roles], 1)
             with naming(" and ".join(names)):
-                found = solve_part(weight, self.kinds[names[0]], pair, part, self.method, len(names))
-            return found[0], found[1].to(dtype), found[2]
+                found = rounded_part(weight, self.kinds[names[0]], pair, part, self.method, len(names))
+            return found[0], found[2]
 
         pieces = [range(start, min(kept.stop, start + step)) for start in range(kept.start, kept.stop, step)]
         owners = None
         if pair.owned is not None:  # a matrix is solved where its sums are
             shares = [range(kept.start + s.start, kept.start + s.stop) for s in rank_shares(len(kept))]
             pieces, owners = owned_ranges(shares, step)
-        for number, found in divided(pieces, solve, owners):
+        for number, (stored, worse) in divided(pieces, solve, owners):
             few = slice(pieces[number].start, pieces[number].stop)
-            data, values = np.split(found[0], len(names), 1), found[1].chunk(len(names), 1)
+            self._keep(names, few, stored)
             for index, (name, role) in enumerate(zip(names, roles, strict=True)):
-                self.out[name][few], getattr(self.new, role)[few] = data[index], values[index]
-                if len(worse := found[2][:, index].nonzero().flatten().tolist()):
-                    self.plain.setdefault(name, []).extend(few.start + expert for expert in worse)
+                into = getattr(self.new, role)
+                data = stored.chunk(len(names), 1)[index]
+                values = decode(data.flatten(0, 1), self.kinds[name], into.shape[2])
+                into[few] = values.view_as(into[few]).to(into.dtype)
+                if len(plain := worse[:, index].nonzero().flatten().tolist()):
+                    self.plain.setdefault(name, []).extend(few.start + expert for expert in plain)
+
+    def _keep(self, names: tuple[str, ...], few: slice, stored: Tensor) -> None:
+        """Bytes go to the host where they are written, from a card while the next experts are solved."""
+        if world()[0] != 0:
+            return
+
+        def copy() -> None:
+            for name, data in zip(names, np.split(to_host(stored).numpy(), len(names), 1), strict=True):
+                self.out[name][few] = data
+
+        if stored.is_cuda:
+            self.copies.append(self.copier.submit(copy))
+        else:
+            copy()
 
 
 def quantize_experts(
@@ -125,15 +147,18 @@ def quantize_experts(
     Experts are taken in chunks where the device cannot hold all their moments; each chunk's are computed twice then.
     """
     empty = {role: torch.empty_like(getattr(weights, role)) for role in EXPERT_TENSORS.values()}
-    for name, role in EXPERT_TENSORS.items():
+    for name, role in EXPERT_TENSORS.items() if world()[0] == 0 else ():  # the first rank writes
         out[name] = np.empty((*empty[role].shape[:2], kinds[name].row_bytes(empty[role].shape[2])), np.uint8)
     new, largest = replace(new, **empty), torch.zeros(g.experts, device=streams.device)
-    experts = Experts(streams, weights, new, g, kinds, method, out, largest)
     chunks = streams.plan(g).chunks(g.experts)
-    rows = each_pooled(chunks, experts.inputs, experts.solve_inputs)
+    with ThreadPoolExecutor(1) as copier:
+        experts = Experts(streams, weights, new, g, kinds, method, out, largest, copier)
+        rows = each_pooled(chunks, experts.inputs, experts.solve_inputs)
+        each_pooled(chunks, experts.leaving if len(chunks) == 1 else experts.middle, experts.solve_middle)
+        for copied in experts.copies:
+            copied.result()
     report.unseen |= {(layer, e) for e, count in enumerate(rows.tolist()) if count == 0}
     report.rescaled |= {(layer, e): int(k) for e, k in enumerate(experts.exponents.tolist()) if k > 0}
-    each_pooled(chunks, experts.leaving if len(chunks) == 1 else experts.middle, experts.solve_middle)
     report.plain |= {(layer, name): sorted(found) for name, found in experts.plain.items()}
     if len(chunks) > 1:
         pass_experts(streams, streams.reference, weights, g)

@@ -24,11 +24,12 @@ from ...convert.gguf.plan import GgufPlan
 from ...convert.models.geometry import Geometry
 from ...quantize.ggml.codec import decode
 from ...quantize.ggml.types import GGMLType
-from ..model.distributed import rank_share, rank_shares, read_layer_shared, world
+from ..model.distributed import rank_share, rank_shares, world
 from ..model.divided import from_owner
 from ..model.embedded import embedded
 from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving
 from ..model.parts import drop_parts, save_part, take_part
+from ..model.reading import read_layer_shared
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest
 from .layer import head_pair, quantize_head, quantize_layer
@@ -127,7 +128,7 @@ class CalibratedRun(TensorProvider):
         """(name, bytes) of the tensors of one step, in order."""
         self.streams = replace(self.streams, reference=self.reference.enter(step))
         data = self._values(step)
-        for tensor in self.plan.steps[step] if data else ():  # the first rank writes
+        for tensor in self.plan.steps[step] if world()[0] == 0 else ():  # the rank that writes
             yield tensor.name, data.pop(tensor.name)
 
     def save(self, step: int) -> None:

@@ -34,6 +34,7 @@ from ...quantize.moments import Moments, check_moments, shrunk_diagonal
 from ...quantize.overflow import rescale_exponents
 from ..model.distributed import world
 from ..model.divided import divided
+from ..model.reading import is_shared, read_layer_shared
 from ..statistics.imatrix_export import moments_of
 from ..statistics.live import default_dtype
 from ..statistics.store import StoredStatistics, open_statistics
@@ -186,12 +187,20 @@ def encode_layer(
     report.rescaled |= {(layer, e): int(k) for e, k in enumerate(exponents.tolist()) if k > 0}
     report.unseen |= {(layer, e) for e, count in enumerate(middle.count.tolist()) if count == 0}
 
+    # Of a hub's model the first rank reads for all: then the layer is read whole.
+    whole = None if is_shared(source) or world()[1] == 1 else read_layer_shared(source, layer, device, dtype)
+
     def read(name: str, part: range) -> Tensor:
         if name in ATTENTION_TENSORS:
+            if whole is not None:
+                return getattr(whole, ROLES[ATTENTION_TENSORS[name]]).unsqueeze(0)
             weight = source.read(g.names.attention(layer, ATTENTION_TENSORS[name]) + ".weight").unsqueeze(0)
             return weight.to(device=device, dtype=dtype)
         role = EXPERT_TENSORS[name]
-        weight = source.read_experts(layer, role, part, device, dtype)
+        if whole is None:
+            weight = source.read_experts(layer, role, part, device, dtype)
+        else:
+            weight = getattr(whole, role)[part.start : part.stop].clone()
         if role not in RESCALED:
             return weight
         own = factors[part.start : part.stop]

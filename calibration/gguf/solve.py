@@ -133,6 +133,20 @@ def solve_part(
     matrices: int = 1,
     share: Tensor | None = None,
 ) -> tuple[np.ndarray, Tensor, Tensor]:
+    """`rounded_part` with the bytes on the host."""
+    stored, values, plain = rounded_part(weight, kind, pair, part, method, matrices, share)
+    return to_host(stored).numpy(), values, plain
+
+
+def rounded_part(
+    weight: Tensor,
+    kind: GGMLType,
+    pair: Pair,
+    part: slice,
+    method: Method,
+    matrices: int = 1,
+    share: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Bytes [E, O, b] uint8 and values [E, O, n] float32 of the matrices `part` of a pair, all at once.
 
     Also [E, matrices] which were rounded plainly after all (Held.worse); matrices: how many are stacked by rows; share
@@ -142,14 +156,14 @@ def solve_part(
     if kind in PLAIN_TYPES:
         stored = encode(weight.float().flatten(0, 1), kind).view(*weight.shape[:2], -1)
         values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(weight)
-        return to_host(stored).numpy(), values, none
+        return stored, values, none
     block = rows_at_once(weight)
     if len(weight) == 1 and block < weight.shape[1]:  # larger than the working memory
         share = correction_share(weight, block, pair, part, method)
         blocks = [slice(start, start + block) for start in range(0, weight.shape[1], block)]
-        pieces = [solve_part(weight[:, b], kind, pair.outputs(b), part, method, share=share) for b in blocks]
+        pieces = [rounded_part(weight[:, b], kind, pair.outputs(b), part, method, share=share) for b in blocks]
         data, values, plain = zip(*pieces, strict=True)
-        return np.concatenate(data, 1), torch.cat(values, 1), torch.stack(plain).any(0)
+        return torch.cat(data, 1), torch.cat(values, 1), torch.stack(plain).any(0)
     own, cross = method.moments(pair, part)
     if not bool(torch.isfinite(own.diagonal(dim1=1, dim2=2)).all()):
         raise InputError("its input holds NaN or infinity in the calibration pass, expected finite activations")
@@ -165,7 +179,7 @@ def solve_part(
     values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(target)
     if held is not None:
         none = replace_worse(exact, kind, (held, part), own, (stored, values), matrices)
-    return to_host(stored).numpy(), values, none
+    return stored, values, none
 
 
 def correction_share(weight: Tensor, block: int, pair: Pair, part: slice, method: Method) -> Tensor | None:

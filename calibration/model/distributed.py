@@ -15,10 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...convert.models.layer import LayerWeights, layer_weights
-from ...convert.models.names import ATTENTION
-from ...convert.models.shapes import attention_shapes, expert_shape
-from ...convert.source import SharedLayer, Source, read_layer
 from .watchdog import Watchdog, end_process, rank_timeout
 
 T = TypeVar("T")
@@ -82,49 +78,19 @@ def broadcast(tensor: Tensor, owner: int) -> None:
             tensor.copy_(moved)
 
 
+def broadcast_later(tensor: Tensor, owner: int) -> Callable[[], object]:
+    """`broadcast` that is begun, where NCCL goes on by itself; to be called for its end."""
+    if tensor.is_cuda and tensor.numel():
+        work = dist.broadcast(tensor.view(-1).view(torch.uint8), src=owner, async_op=True)
+        assert work is not None
+        return work.wait
+    broadcast(tensor, owner)
+    return lambda: None
+
+
 def movable(tensor: Tensor) -> Tensor:
     """The tensor itself, or its copy on this rank's card: NCCL moves only what lies there."""
     return tensor.cuda() if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor
-
-
-def read_layer_shared(
-    source: Source, layer: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> LayerWeights:
-    """`read_layer` with every rank reading its share of the experts and of the attention matrices, then gathered."""
-    if world()[1] == 1:
-        return read_layer(source, layer, device, dtype)
-    shared: SharedLayer | None = getattr(source, "shared", None)
-    if shared is not None:
-        return shared.take(layer, device, dtype, lambda: _read_share(source, layer, device, dtype))
-    return _read_share(source, layer, device, dtype)
-
-
-def _read_share(source: Source, layer: int, device: torch.device | str, dtype: torch.dtype) -> LayerWeights:
-    rank, size = world()
-    g = source.geometry
-    experts, shapes = rank_share(g.experts, rank, size), attention_shapes(g)
-
-    def plain(name: str) -> Tensor:
-        return source.read(g.names.prefix(layer) + name).to(device)
-
-    def matrix(name: str) -> Tensor:
-        owner = ATTENTION.index(name) % size
-        value = torch.empty(shapes[name], dtype=dtype, device=device)
-        if owner == rank:
-            value.copy_(source.read(g.names.attention(layer, name) + ".weight"))
-        broadcast(value, owner)
-        return value
-
-    def stacked(projection: str) -> Tensor:
-        whole = torch.empty(g.experts, *expert_shape(g, projection), dtype=dtype, device=device)
-        if len(experts):
-            whole[experts.start : experts.stop] = source.read_experts(layer, projection, experts, device, dtype)
-        for owner in range(size):
-            part = rank_share(g.experts, owner, size)
-            broadcast(whole[part.start : part.stop], owner)
-        return whole
-
-    return layer_weights(g.names, plain, matrix, stacked)
 
 
 def _fold(tensor: Tensor, owner: int, combine: Callable[..., Tensor]) -> Tensor:

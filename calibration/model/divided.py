@@ -65,12 +65,13 @@ def from_owner(make: Callable[[], Result], owner: int = 0) -> Result:
         return make()
     value = make() if rank == owner else None
     tensors: list[Tensor] = []
-    frame = [_packed(value, tensors) if rank == owner else None]
+    frame: list[Any] = [None, None]
+    if rank == owner:
+        frame[0] = _packed(value, tensors)
+        frame[1] = [(tuple(t.shape), t.dtype, t.device.type) for t in tensors]
     dist.broadcast_object_list(frame, src=owner)
-    shapes: list[Any] = [[(tuple(t.shape), t.dtype, t.device.type) for t in tensors]]
-    dist.broadcast_object_list(shapes, src=owner)
     if rank != owner:
-        tensors = [torch.empty(shape, dtype=dtype, device=kind) for shape, dtype, kind in shapes[0]]
+        tensors = [torch.empty(shape, dtype=dtype, device=kind) for shape, dtype, kind in frame[1]]
     tensors = [_sent(tensor, owner) for tensor in tensors]
     return value if rank == owner else _unpacked(frame[0], tensors)  # type: ignore[return-value]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...convert.source import Source
 from .distributed import current_ranks, movable, world
+from .reading import FirstReads
 
 
 def embedded(source: Source, tokens: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:
@@ -23,7 +24,9 @@ def embedded(source: Source, tokens: Tensor, batch: int) -> Iterator[tuple[int, 
         return
     asked = current_ranks().gather(tokens)
     if rank == 0:
-        table = source.read(source.geometry.names.embed)
+        inner = source.inner if isinstance(source, FirstReads) else source
+        assert inner is not None
+        table = inner.read(inner.geometry.names.embed)
         for other in range(1, size):
             for _, values in looked_up(table, asked[other], batch):
                 dist.send(movable(values), dst=other)

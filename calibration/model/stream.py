@@ -13,11 +13,12 @@ from mmquant.errors import InputError
 from ...convert.files.atomic import is_temporary
 from ...convert.models.layer import LayerWeights
 from ...convert.source import Source
-from .distributed import current_ranks, rank_device, rank_share, read_layer_shared, world
+from .distributed import current_ranks, rank_device, rank_share, world
 from .embedded import embedded
 from .forward import Observer, layer_forward
 from .hidden import RAM_LIMIT, HiddenStates, leaving, place_of
 from .parts import Saved, find_parts, load_parts, part_path, save_part
+from .reading import read_layer_shared
 
 DISK_LIMIT = 64 << 30
 

@@ -14,9 +14,9 @@ from mmquant.errors import FitError, InputError
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.models.layer import LayerWeights
-from ...convert.source import read_layer
 from ..model.distributed import barrier, rank_share, world
 from ..model.hidden import RAM_LIMIT, place_of
+from ..model.reading import read_layer_shared
 from ..model.stream import DISK_LIMIT, Stream
 from ..text.corpus import Corpus
 from .collector import Collect
@@ -228,7 +228,7 @@ class StoredPass:
 
     def layer(self, layer: int) -> LayerInputs:
         """The layer's weights and stored statistics."""
-        weights = read_layer(self.source, layer, self.options.device, self.options.dtype)
+        weights = read_layer_shared(self.source, layer, self.options.device, self.options.dtype)
         return LayerInputs(layer, weights, self.stored.layer(layer), None)
 
     def quantized(self, layer: int, weights: LayerWeights) -> None:

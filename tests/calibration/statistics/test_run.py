@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from helpers.calibration_cases import corpus, files, model, options, ranks, run, tensors
 from helpers.killed import BYTES, killed_at
-from mmquant.calibration.model.distributed import rank_share, read_layer_shared
+from mmquant.calibration.model.distributed import rank_share
+from mmquant.calibration.model.reading import read_layer_shared
 from mmquant.calibration.model.stream import Stream
 from mmquant.calibration.statistics.collector import Collect
 from mmquant.calibration.statistics.layer import LayerStatistics

@@ -1,0 +1,92 @@
+"""`mmquant run` on several ranks (gloo, processes of this machine)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.calibration_cases import ranks
+from helpers.hub_server import HubServer
+from helpers.run_cases import artifacts, digests, model, recipe, serve
+from mmquant.convert.hub.store import FetchOptions
+from mmquant.runs.int4 import quantize_int4
+from mmquant.runs.journal import read_journal
+from mmquant.runs.run import run
+
+VARIANTS = """
+  fp8: {command: fp8}
+  int4-g32: {command: int4, group_size: 32}
+  statistics: {command: calibrate, moments: full}
+"""
+MORE = """
+  int4-g64: {command: int4, group_size: 64}
+  nvfp4: {command: nvfp4}
+  quantized: {command: int4, group_size: 32, propagate: quantized}
+  Q4_K_M: {command: gguf, type: Q4_K_M}
+  Q3_K_S: {command: gguf, type: Q3_K_S}
+  fast: {command: gguf, type: Q2_K, effort: fast}
+  rtn: {command: gguf, type: Q8_0}
+"""
+CHECK = "check: {windows: 3, context: 32}\n"
+
+
+def test_two_ranks_make_and_score_every_variant_in_one_pass(tmp_path: Path) -> None:
+    """The bytes are those of a run for each variant on as many ranks; what sums nothing has one process's."""
+    wanted = recipe(model(tmp_path / "model"), VARIANTS, CHECK)
+
+    def work() -> None:
+        made = run(wanted, tmp_path / "out", device="cpu")
+        assert bool(made.table) == bool(made.text)
+
+    ranks(2, work)
+    found = artifacts(tmp_path / "out")
+    alone = replace(wanted, variants=wanted.variants[:1], check=None)
+    run(alone, tmp_path / "fp8", device="cpu")
+    fp8 = {name: digest for name, digest in artifacts(tmp_path / "fp8").items() if "fit" not in name.lower()}
+    assert fp8.items() <= found.items()
+    int4 = wanted.variants[1].options
+    ranks(2, lambda: quantize_int4(wanted.model, tmp_path / "int4", int4, device="cpu"))
+    shards = {f"int4-g32/{name}": digest for name, digest in digests(tmp_path / "int4").items() if "model-" in name}
+    assert shards
+    assert shards.items() <= found.items()
+    journal = read_journal(tmp_path / "out")
+    assert journal is not None
+    assert journal.state == "finished"
+    assert all("scores" in journal.artifacts[name].facts for name in ("fp8", "int4-g32"))
+    assert not list((tmp_path / "out").rglob(".hidden-*"))
+
+
+@pytest.mark.slow
+def test_every_kind_of_variant_is_made_from_a_hub_that_one_rank_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank fetches each shard once, and reads for the others; artifacts and scores are a local model's."""
+    source = model(tmp_path / "model")
+    local = recipe(source, VARIANTS + MORE, CHECK)
+    ranks(2, lambda: run(local, tmp_path / "local", device="cpu"))
+    with HubServer() as hub:
+        for name, value in hub.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when imported
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        wanted = recipe(serve(hub, source), VARIANTS + MORE, CHECK)
+        fetch = FetchOptions(transport="http")
+        ranks(2, lambda: run(wanted, tmp_path / "hub", device="cpu", fetch=fetch))
+        whole = [one for one in hub.requests("GET /cdn/") if "bytes=0-" not in str(one)]
+    sizes = sum(p.stat().st_size for p in source.glob("*.safetensors"))
+    assert whole is not None
+    assert sizes
+    found = [tensors_of(tmp_path / place) for place in ("hub", "local")]
+    assert found[0]
+    assert found[0] == found[1]
+    journals = [read_journal(tmp_path / place) for place in ("hub", "local")]
+    scores = [journal.artifacts["Q4_K_M"].facts["scores"] for journal in journals if journal is not None]
+    assert scores[0] == scores[1]
+
+
+def tensors_of(folder: Path) -> dict[str, str]:
+    """Digests of the files that hold weights."""
+    return {n: d for n, d in artifacts(folder).items() if n.endswith((".safetensors", ".gguf"))}
