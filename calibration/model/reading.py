@@ -78,9 +78,7 @@ class FirstReads:
 
     def scheme(self, name: str) -> Scheme | None:
         """How a matrix is stored is not handed over: InputError."""
-        raise InputError(
-            f"{self.label}: {name}: activations as an engine rounds them need one process, or pulled files"
-        )
+        raise InputError(f"{self.label}: {name}: activations as an engine rounds them need one process")
 
     def validate(self) -> None:
         """Hold names, shapes and dtypes against the geometry."""
