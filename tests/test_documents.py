@@ -26,7 +26,11 @@ from helpers.paths import ROOT
 from mmquant.commands.cli import COMMANDS, cli
 from mmquant.convert.open import demo_folder
 
-DOCUMENTS = ["README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md")))]
+DOCUMENTS = [
+    "README.md",
+    "README.zh.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
+]
 PLACEHOLDER = re.compile(r"\b(?:MODEL|DIR|FILE|OUT|ARTIFACT|ARGUMENTS|ORG/NAME)\b|\.\.\.|\[")
 REPOSITORIES = ("MiniMaxAI/MiniMax-M2.7", "ORG/MiniMax-M2.7")
 
@@ -46,7 +50,13 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-ALL = [(name, line) for name in DOCUMENTS for line in commands(read(name))]
+def under_torchrun(text: str) -> list[str]:
+    """The mmquant commands of `torchrun ... -m mmquant ...` lines."""
+    lines = re.findall(r"^ {4}.*torchrun .* -m (mmquant .+)$", text.replace("\\\n", " "), flags=re.M)
+    return [line.strip() for line in lines if not PLACEHOLDER.search(line)]
+
+
+ALL = [(name, line) for name in DOCUMENTS for line in (*commands(read(name)), *under_torchrun(read(name)))]
 
 
 @pytest.mark.parametrize(("name", "line"), ALL)

@@ -13,6 +13,7 @@ import pytest
 import mmquant
 from mmquant import FitOptions
 from mmquant.commands.cli import COMMANDS, cli
+from mmquant.convert.fitting.targets import read_targets
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,6 +85,7 @@ def test_the_readme_is_short_and_names_every_command() -> None:
 def test_the_machines_table_is_what_fit_says() -> None:
     rows = tables(README.split("## Your machine")[1].split("\n## ")[0])[1:]
     assert len(rows) >= 8
+    assert f"which knows {len(read_targets())} machines" in README
     for machine, file, context, make, serve in rows:
         target = re.findall(r"`(\S+)`", machine)[0]
         kind, size = file.split(", ")

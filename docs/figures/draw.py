@@ -103,7 +103,7 @@ def convert() -> Figure:
     """How bytes come and go."""
     f = Figure(760, 250, "Shards arrive in verified ranges and leave after their layer")
     f.box(20, 40, 110, 60, "shard on\nthe hub", "file")
-    f.box(170, 40, 130, 60, "ranges of 64 MiB\nNAME.part + journal", "convert")
+    f.box(170, 40, 130, 60, "ranges of 32 MiB\nNAME.part + journal", "convert")
     f.box(340, 40, 120, 60, "SHA-256\nequals the listing's", "convert")
     f.box(500, 40, 110, 60, "shard on disk\n--max-disk", "file")
     f.box(650, 40, 90, 60, "layer l\nin memory", "convert")
