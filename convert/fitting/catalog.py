@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mmquant.errors import InputError, suggest
 
+from ..folder.mlx import EIGHT_BIT
 from ..folder.weights import ATTENTION_FP8, GROUP_SIZES
 from ..formats.format import Format, Scheme
 from ..formats.fp8_block import TILE
@@ -16,7 +17,6 @@ from ..models.geometry import Geometry
 from .weights import Weights, folder_weights, mix_weights
 
 GGUF, MLX, FOLDER = "gguf", "mlx", "folder"  # families: which engines run a row
-EVERY_WIDTH = ("mlx",)  # commands that let the user choose among all the bits of their format
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,29 @@ def _folder_rows() -> Iterator[Row]:
         if storage.requantizable:
             yield _fp8_row(storage)
             continue
-        widths = storage.bits if storage.command in EVERY_WIDTH else storage.bits[:1]
-        for bits in widths:
-            for group in storage.group_sizes or sorted(GROUP_SIZES, reverse=True):
-                for attention in _attentions(storage):
-                    yield _weights_row(storage, bits, group, attention)
+        if storage.command == "mlx":
+            for bits in sorted(storage.bits):
+                for group in sorted(storage.group_sizes or (), reverse=True):
+                    yield _mlx_row(storage, bits, group)
+            continue
+        for group in storage.group_sizes or sorted(GROUP_SIZES, reverse=True):
+            for attention in _attentions(storage):
+                yield _weights_row(storage, storage.bits[0], group, attention)
+
+
+def _mlx_row(storage: Format, bits: int, group: int) -> Row:
+    """Experts in a mode of MLX; attention, embeddings and head at eight bits, as its command writes them."""
+    experts, several = Scheme(storage, bits, group, storage.symmetric[0]), len(storage.bits) > 1
+    mode, eight, size = EIGHT_BIT
+    row = choices("mlx")[mode]
+    beside = Scheme(row, eight, size, row.symmetric[0])
+
+    def weigh(g: Geometry) -> Weights:
+        return folder_weights(g, experts, beside, tables=beside)
+
+    words = ("--bits", str(bits), "--group-size", str(group)) if several else ("--mode", storage.choice)
+    name = f"mlx-{bits}-g{group}" if several else f"mlx-{storage.choice}"
+    return Row(name, MLX, storage.manifest, ("mlx", *words), weigh)
 
 
 def _attentions(storage: Format) -> tuple[str, ...]:
@@ -113,13 +131,10 @@ def _weights_row(storage: Format, bits: int, group: int, attention: str) -> Row:
     name = [storage.command if storage.choice in ("", default) else storage.choice]
     if name[0] != storage.command and not several:  # a word that says no number of bits
         name.insert(0, storage.command)
-    name += [str(bits)] * (storage.command in EVERY_WIDTH)
     name += [f"g{group}"] * several
     word = storage.command if attention == "same" else attention
     name += [f"attention-{word}"] * (attention != "bf16")
     command = [storage.command, *(("--format", storage.choice) if storage.choice else ())]
-    command += ["--bits", str(bits)] * (storage.command in EVERY_WIDTH)
     command += ["--group-size", str(group)] * several
     command += ["--attention", word] * (attention != "bf16")
-    family = MLX if storage.command == "mlx" else FOLDER
-    return Row("-".join(name), family, storage.manifest, tuple(command), weigh, group, family == FOLDER)
+    return Row("-".join(name), FOLDER, storage.manifest, tuple(command), weigh, group, cuda=True)

@@ -56,10 +56,12 @@ def matrix_bytes(scheme: Scheme | None, shape: tuple[int, int], scale_dtype: str
     return sum(spec.bytes for spec in specs(scheme, "", shape, scale_dtype))
 
 
-def folder_weights(g: Geometry, experts: Scheme, attention: Scheme | None, release: bool = False) -> Weights:
+def folder_weights(
+    g: Geometry, experts: Scheme, attention: Scheme | None, release: bool = False, tables: Scheme | None = None
+) -> Weights:
     """Of a folder whose experts and attention lie in these schemes (None: bfloat16), the rest as released.
 
-    release: FP8 tiles carry the release's own float32 scales.
+    release: FP8 tiles carry the release's own float32 scales. tables: how embeddings and head lie.
     """
 
     def scales(scheme: Scheme | None) -> str | None:
@@ -67,7 +69,7 @@ def folder_weights(g: Geometry, experts: Scheme, attention: Scheme | None, relea
 
     layer = g.experts * sum(matrix_bytes(experts, expert_shape(g, p), scales(experts)) for p in PROJECTIONS)
     dense = sum(matrix_bytes(attention, shape, scales(attention)) for shape in attention_shapes(g).values())
-    table = g.vocab * g.hidden * DTYPE_BYTES["BF16"]
+    table = matrix_bytes(tables, (g.vocab, g.hidden))
     norm = g.hidden * DTYPE_BYTES["BF16"]
     resident = g.layers * (dense + plain_bytes(g)) + 2 * table + norm
     return Weights(resident, (layer,) * g.layers, table, table)

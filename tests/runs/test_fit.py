@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import mmquant
 from helpers.m27 import M27
 from helpers.sparse_gguf import write_sparse
-from mmquant import FitOptions
+from mmquant import FitOptions, MlxOptions
 from mmquant.commands.cli import cli
 from mmquant.convert.fitting.commands import below
 from mmquant.convert.fitting.targets import read_targets
@@ -151,3 +151,32 @@ def test_the_regular_expression_of_layers(count: int) -> None:
 
     found = [n for n in range(120) if re.fullmatch(below(count), str(n))]
     assert found == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("type", "options"),
+    [
+        ("mlx-3-g128", {"bits": 3, "group_size": 128}),
+        ("mlx-8-g32", {"bits": 8, "group_size": 32}),
+        ("mlx-mxfp4", {"mode": "mxfp4"}),
+        ("mlx-nvfp4", {"mode": "nvfp4"}),
+    ],
+)
+def test_rows_of_mlx_are_what_its_command_writes(type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    found = mmquant.fit(options=FitOptions(type=type, target="128GB-unified"), model="demo").fits[0]
+    made = mmquant.quantize_mlx("demo", tmp_path / "o", MlxOptions(method="rtn", **options), dry_run=True, device="cpu")
+    assert found.weights.total == made.bytes
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+    assert " ".join(found.row.command) == " ".join(["mlx", *words])
+
+
+def test_macs_alone_run_mlx() -> None:
+    found = mmquant.fit(options=FitOptions(type="mlx"))
+    bits = {row.row.id.split("-")[1] for row in found.fits}
+    assert bits == {"2", "3", "4", "5", "6", "8", "mxfp4", "nvfp4"}
+    for one in found.fits:
+        engines = [command.engine for command in found.commands(one)]
+        assert engines == (["mlx_lm"] if one.verdict != "no" else [])
+        assert one.verdict == "no" or one.target.unified
+    others = mmquant.fit(options=FitOptions(target="512GB-unified"))
+    assert {c.engine for f in others.fits if f.row.family != "mlx" for c in others.commands(f)} & {"mlx_lm"} == set()

@@ -40,7 +40,7 @@ def test_a_type_is_found_by_name_family_and_first_word() -> None:
     assert [row.id for row in find_rows("Q4_K")] == ["Q4_K_M"]
     assert {row.family for row in find_rows("gguf")} == {"gguf"}
     assert all(row.id.startswith("int4") for row in find_rows("int4"))
-    with pytest.raises(InputError, match="--type Q4_KM: unknown, did you mean q4_k_m"):
+    with pytest.raises(InputError, match="--type Q4_KM: unknown, did you mean Q4_K_M"):
         find_rows("Q4_KM")
 
 
