@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmquant.stages import stage
+
 from .checkpoints.census import Kind
 from .checkpoints.store import Origin
 from .formats.format import Scheme
@@ -166,7 +168,8 @@ def _read_layer(
     def stacked(projection: str) -> Tensor:
         return source.read_experts(layer, projection, chosen, device, dtype)
 
-    return layer_weights(names, plain, matrix, stacked)
+    with stage("read"):
+        return layer_weights(names, plain, matrix, stacked)
 
 
 def read_globals(source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Globals:

@@ -7,13 +7,16 @@ whole, so a run that was killed takes up each one where it stood, at the cost of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from mmquant.errors import naming
 from mmquant.monitor import Bar, Monitor, current, phase, watching
+from mmquant.stages import Stages, stage, timing
 
 from .memory import memory_for
 
@@ -47,7 +50,7 @@ class Job(Protocol):
 
     @property
     def done(self) -> int:
-        """Steps that are durable."""
+        """Steps that are made; at first those that are durable."""
         ...
 
     def open(self) -> AbstractContextManager[None]:
@@ -55,7 +58,11 @@ class Job(Protocol):
         ...
 
     def step(self, step: int) -> None:
-        """Make the tensors of one step, durable when it returns."""
+        """Make the tensors of one step. They become durable behind it, at the latest while the next one is made."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until every step that was made is durable; raises what went wrong behind."""
         ...
 
     def finish(self) -> Path:
@@ -69,11 +76,11 @@ class Watcher(Protocol):
     def begin(self, first: int, steps: int) -> None:
         """The first step that is missing, and how many there are."""
 
-    def job_done(self, label: str, step: int, seconds: float) -> None:
-        """An artifact's step is durable."""
+    def job_done(self, label: str, step: int, seconds: float, stages: Mapping[str, float]) -> None:
+        """An artifact's step is made; the seconds of its stages."""
 
-    def step_done(self, step: int) -> None:
-        """Every artifact's is."""
+    def step_done(self, step: int, behind: Mapping[str, float]) -> None:
+        """Every artifact's is; seconds that writing, hashing and checking took meanwhile, by stage."""
 
 
 def step_name(step: int, layers: int) -> str:
@@ -98,7 +105,8 @@ def run_jobs(
     todo = [job for job in jobs if not job.finished]
     if not todo:
         return
-    with ExitStack() as stack:
+    stages = Stages(settled)
+    with ExitStack() as stack, timing(stages):
         for job in todo:
             stack.enter_context(job.open())
         steps, first = todo[0].steps, min(job.done for job in todo)
@@ -108,13 +116,17 @@ def run_jobs(
             before(first)
         with phase(label or todo[0].label, steps, "step", first) as bar:
             for step in range(first, steps):
-                _take_turns([job for job in todo if job.done == step], step, len(jobs) > 1, watch)
+                _take_turns([job for job in todo if job.done == step], step, len(jobs) > 1, stages, watch)
                 if after is not None:
-                    after(step)
+                    _settle(todo, len(jobs) > 1)
+                    with stage("evaluate"):
+                        after(step)
                 for shared in always:
                     shared.release()
                 if watch is not None:
-                    watch.step_done(step)
+                    watch.step_done(
+                        step, {**stages.take(), **{f"behind: {n}": s for n, s in stages.take(True).items()}}
+                    )
                 bar.advance()
         for job in todo:
             with _named(job.label) if len(jobs) > 1 else nullcontext():
@@ -141,14 +153,27 @@ def _named(label: str) -> Iterator[None]:
         yield
 
 
-def _take_turns(jobs: Sequence[Job], step: int, several: bool, watch: Watcher | None) -> None:
+def settled() -> None:
+    """Wait for what this thread has given a CUDA device to do."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+
+
+def _settle(jobs: Sequence[Job], several: bool) -> None:
+    for job in jobs:
+        with _named(job.label) if several else nullcontext():
+            job.settle()
+
+
+def _take_turns(jobs: Sequence[Job], step: int, several: bool, stages: Stages, watch: Watcher | None) -> None:
     """One step of each job; what they share goes with its last user."""
     for number, job in enumerate(jobs):
         with memory_for(step_name(step, job.steps - 2)), _named(job.label) if several else nullcontext():
             began = time.monotonic()
-            job.step(step)
+            with stage("other"):
+                job.step(step)
         if watch is not None:
-            watch.job_done(job.label, step, time.monotonic() - began)
+            watch.job_done(job.label, step, time.monotonic() - began, stages.take())
         later = {id(shared) for other in jobs[number + 1 :] for shared in other.uses}
         for shared in job.uses:
             if id(shared) not in later:

@@ -6,9 +6,9 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from mmquant import __version__
 from mmquant.errors import FitError, InputError
 from mmquant.monitor import phase
+from mmquant.stages import stage
 
 from ..calibration.model.distributed import world
 from ..calibration.model.divided import from_owner
@@ -26,13 +27,13 @@ from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.growing import GrowingFolder
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
-from ..convert.checkpoints.store import INDEX
+from ..convert.checkpoints.store import INDEX, LocalFolder
 from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
 from ..convert.files.progress import Progress, unfinished_run
 from ..convert.fitting.weights import Weights
-from ..convert.folder.bf16 import check_bf16, check_bf16_layer
-from ..convert.folder.check import check_folder, check_headers, check_written_layer
+from ..convert.folder.bf16 import check_bf16_layer, compare_bf16
+from ..convert.folder.check import check_headers, check_outside, check_written_layer, compare_layer
 from ..convert.folder.native_copy import check_native, copy_native
 from ..convert.folder.variant import (
     FolderVariant,
@@ -47,6 +48,7 @@ from ..convert.formats.spec import TensorSpec
 from ..convert.formats.table import METHODS
 from ..convert.hub.ledger import sent
 from ..convert.manifest import Artifact, FileEntry
+from ..convert.models.shapes import global_shapes
 from ..convert.open import open_store
 from .engine import run_jobs
 from .made import command_line
@@ -158,15 +160,37 @@ class FolderJob:
                     yield
             finally:
                 self.writer.close()
+                if self.provider is not None:
+                    self.provider.stop()
 
     def step(self, step: int) -> None:
-        """Make the tensors of one step, and write them durably. Other ranks help where there is something to solve."""
+        """Make the tensors of one step; they are written and checked behind it. Other ranks help to solve."""
         if self.first:
-            self.writer.write(step, step_tensors(self.source, self.variant, step, self.device, self.provider))
+            tensors = step_tensors(self.source, self.variant, step, self.device, self.provider)
+            self.writer.write(step, tensors, partial(self._end_step, step))
+            if world()[1] > 1:
+                self.settle()
             return
         if self.provider is not None and 1 <= step <= self.source.geometry.layers:
             step_tensors(self.source, self.variant, step, self.device, self.provider)
         self._done = step + 1
+
+    def settle(self) -> None:
+        """Wait until what was made is durable."""
+        if self.first:
+            self.writer.settle()
+
+    def _end_step(self, step: int) -> None:
+        """Before a written step counts: its values are read as an engine will, its streams are durable."""
+        on_cuda, layers = torch.device(self.device).type == "cuda", self.source.geometry.layers
+        with torch.cuda.stream(torch.cuda.Stream(self.device)) if on_cuda else nullcontext():
+            if 1 <= step <= layers:
+                self._check([step - 1], step == 1, None)
+            elif isinstance(self.variant, StoresOutside) and isinstance(found := self._read_back, QuantizedFolder):
+                embed = found.names.embed
+                check_outside(found, [n for n in global_shapes(found.geometry) if (n == embed) == (step == 0)])
+        if self.provider is not None:
+            self.provider.settle()
 
     def finish(self) -> Path:
         """Index and small files, the check as an engine reads, the manifest."""
@@ -177,7 +201,9 @@ class FolderJob:
         if self.away:
             self.check(range(source.geometry.layers), headers=True)
         else:
-            check_written(out, source, self.device, variant.quantization_config(source) is not None)
+            check_written(out, source, variant.quantization_config(source) is not None)
+        if self.provider is not None:
+            self.provider.settle()
         sizes |= {name: (out / name).stat().st_size for name in names if name not in sizes}
         entries = tuple(FileEntry(n, sizes[n], self.writer.sha256[n]) for n in names)
         weights = self.prepared.weights
@@ -228,7 +254,10 @@ class FolderJob:
         away = self.away
         gone = {tensor.name for shard in self._shards if shard.name in away for tensor in shard.tensors}
         here = [n for n in layers if gone.isdisjoint(spec.name for spec in self.prepared.steps[n + 1])]
-        original, found = self.source if self.source.store.is_local else None, self._read_back
+        self._check(here, headers, self.source if self.source.store.is_local else None)
+
+    def _check(self, here: Sequence[int], headers: bool, original: Checkpoint | None) -> None:
+        found = self._read_back
         if isinstance(found, Checkpoint):
             if headers:
                 found.validate(scales=False)
@@ -294,16 +323,23 @@ def framework_of(quantization: Mapping[str, Any] | None) -> str:
     return "pt" if quantization is None else METHODS[str(quantization["quant_method"])].framework
 
 
-def check_written(out: Path, source: Checkpoint, device: torch.device | str, quantized: bool = True) -> None:
-    """InputError unless an engine reads from the folder what was meant.
+def check_written(out: Path, source: Checkpoint, quantized: bool = True) -> None:
+    """InputError unless an engine finds in the folder what was meant; its values were read when they were written.
 
     A hub's shards were verified on their way and are gone: fetching them again to compare would double the traffic.
     """
-    original = source if source.store.is_local else None
-    if quantized:
-        check_folder(out, original, device=device)
+    original, store = source if source.store.is_local else None, LocalFolder(out)
+    found = QuantizedFolder(store) if quantized else Checkpoint(store)
+    if isinstance(found, QuantizedFolder):
+        check_headers(found)
     else:
-        check_bf16(out, original)
+        found.validate()
+    for layer in range(source.geometry.layers if original is not None else 0):
+        assert original is not None
+        if isinstance(found, QuantizedFolder):
+            compare_layer(found, original, SAMPLES, layer)
+        else:
+            compare_bf16(found, original, SAMPLES, layer)
 
 
 def step_tensors(
@@ -316,7 +352,8 @@ def step_tensors(
             return variant.outside_tensors(source, step == 0, device)
         return global_tensors(source, first=step == 0)
     if provider is None:
-        return variant.layer(source, step - 1, device)
+        with stage("encode"):
+            return variant.layer(source, step - 1, device)
     calibrated = cast("CalibratedVariant", variant)
     tensors, quantized = calibrated.calibrated_layer(source, provider.layer(step - 1), device)
     if quantized is not None:

@@ -7,6 +7,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -189,15 +190,21 @@ class GgufJob:
                 yield
             finally:
                 writer.close()
+                self.provider.stop()
 
     def step(self, step: int) -> None:
-        """Make the tensors of one step, and write them durably."""
+        """Make the tensors of one step; they are written behind it."""
         assert self.provider is not None
         if self.first:
             write_step(self.writer, self.provider, step)
         elif not isinstance(self.provider, NearestRun):
             help_step(self.provider, step)
         self.done = step + 1
+
+    def settle(self) -> None:
+        """Wait until what was made is durable."""
+        if self.first:
+            self.writer.settle()
 
     def growing(self) -> Source:
         """The model as far as it is written, to be read."""
@@ -237,6 +244,8 @@ class GgufJob:
             return self.path
         source, out, plan = self.source, self.out, self.plan
         paths, sizes = self.writer.finish(), self.sizes
+        if self.provider is not None:
+            self.provider.settle()
         entries = [FileEntry(p.name, sizes[p.name], self.writer.sha256[p.name]) for p in paths]
         entries += carry_licence(source, out)
         away = sent(out) & sizes.keys()
@@ -294,17 +303,20 @@ def provider_of(
 
 
 def write_step(writer: GgufWriter, provider: TensorProvider, step: int) -> None:
-    """Write one step, made durable, and say what was done beyond rounding."""
+    """Hand one step to the writer, to be made durable, and say what was done beyond rounding."""
     for name, data in provider.tensors(step):
         writer.write(name, data)
     provider.save(step + 1)
-    helped = not isinstance(provider, NearestRun)
-    if helped:
-        barrier()  # all ranks have kept what the next step needs
-    writer.checkpoint()
-    if helped:
-        barrier()
-    provider.forget(step)
+    if world()[1] == 1:
+        writer.commit(provider.settle, partial(provider.forget, step))
+    else:
+        helped = not isinstance(provider, NearestRun)
+        if helped:
+            barrier()  # all ranks have kept what the next step needs
+        writer.checkpoint()
+        if helped:
+            barrier()
+        provider.forget(step)
     for line in provider.report.of_layer(step - 1):
         current().message(line)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mmquant.errors import FitError, MmquantError, PartialError, naming
 from mmquant.monitor import Monitor, current, watching
+from mmquant.stages import stage_of
 from mmquant.tables import table
 
 from ..calibration.model.distributed import world
@@ -159,9 +160,11 @@ class Run:
                 self._push()
                 source.close(finished=True)
         except BaseException as error:
-            self.journal.state = f"stopped: {type(error).__name__}: {error}"[:300]
+            while_ = f" (while in {stage_of(error)})" if stage_of(error) else ""
+            self.journal.state = f"stopped: {type(error).__name__}: {error}"[:300] + while_
             self.journal.save()
-            self.journal.log({"event": "stopped", "error": self.journal.state, "time": time.time()})
+            facts = {"error": self.journal.state, "stage": stage_of(error), "time": time.time()}
+            self.journal.log({"event": "stopped", **facts})
             raise
         self.journal.state = "finished" if failure is None else f"gate: {failure}"
         self.journal.save()
@@ -220,8 +223,9 @@ class Run:
         if check is not None:
             check.guard = uploads.guard
         hooks = Hooks(check, uploads)
+        after = hooks.after if check is not None or uploads.jobs else None  # it waits for what is written
         with sharing(source) as shared, uploads:
-            run_jobs(list(jobs.values()), "run", [shared], hooks.before, hooks.after, Watch(journal, len(jobs)))
+            run_jobs(list(jobs.values()), "run", [shared], hooks.before, after, Watch(journal, len(jobs)))
         for name, job in jobs.items():
             size = max(_bytes(job.path), getattr(job, "bytes", 0))
             journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=size)

@@ -72,6 +72,9 @@ class StatisticsJob:
             self.writer.commit()
         self.done = step + 1
 
+    def settle(self) -> None:
+        """Every step is durable when it is made."""
+
     def finish(self) -> Path:
         """Report and importance matrix."""
         if not self.first:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from mmquant.monitor import current
 
@@ -30,22 +33,31 @@ class Watch:
             current().message("continues behind the last layer")
         self._log("begin", step=first, steps=steps, artifacts=self.artifacts)
 
-    def job_done(self, label: str, step: int, seconds: float) -> None:
-        """An artifact's step is durable."""
+    def job_done(self, label: str, step: int, seconds: float, stages: Mapping[str, float]) -> None:
+        """An artifact's step is made."""
         self.seconds[label] = self.seconds.get(label, 0.0) + seconds
-        self._log("artifact", name=label, step=step, seconds=round(seconds, 3))
+        self._log("artifact", name=label, step=step, seconds=round(seconds, 3), stages=dict(stages))
 
-    def step_done(self, step: int) -> None:
-        """Every artifact's step is durable: rates and what is left."""
+    def step_done(self, step: int, behind: Mapping[str, float]) -> None:
+        """Every artifact's step is made: rates and what is left."""
         done = step + 1 - self._first
         each = (time.monotonic() - self._began) / done
         left = each * (self.steps - step - 1)
         free = shutil.disk_usage(self.journal.folder).free
         facts = {"seconds_per_step": round(each, 3), "seconds_left": round(left), "disk_free": free}
-        self._log("step", step=step, memory=resident(), **facts)
+        self._log("step", step=step, memory=resident(), gpu=gpu_peak(), behind=dict(behind), **facts)
 
     def _log(self, event: str, **facts: object) -> None:
         self.journal.event(event, **facts)
+
+
+def gpu_peak() -> int:
+    """The most bytes of a GPU that this process had allocated since it was last asked; 0 without one."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return 0
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def resident() -> int:

@@ -3,6 +3,7 @@
     python -m bench.rehearsal serve [--layers 3]          # prints the environment; ends with its stdin
     python -m bench.rehearsal run [--layers 3] -- mmquant fp8 --model MODEL --out OUT ...
     python -m bench.rehearsal imatrix --layers 3 imatrix.gguf
+    python -m bench.rehearsal whole DIR                   # all layers to FP8, compared, output discarded; continues
     python -m bench.rehearsal digests                     # once: SHA-256 of 230 GB, ten minutes of a core
 
 `run` puts the repository's name in place of MODEL, and reports time, peak resident memory and peak disk of OUT.
@@ -18,6 +19,7 @@ from .measure import measured
 from .model import LAYERS, Model
 from .serve import serve
 from .shard import KNOWN, Digests, Shard
+from .whole import product, whole
 
 
 def compute_digests(options: argparse.Namespace) -> None:
@@ -34,6 +36,8 @@ def main() -> None:
         ("serve", serve),
         ("run", measured),
         ("digests", compute_digests),
+        ("whole", whole),
+        ("product", product),
         ("imatrix", imatrix.write),
     ):
         one = commands.add_parser(name)
@@ -43,7 +47,9 @@ def main() -> None:
         one.add_argument("--digests", type=Path, default=KNOWN, help="Where further digests are kept.")
         if name == "imatrix":
             one.add_argument("file", type=Path)
-        if name == "run":
+        if name in ("whole", "product"):
+            one.add_argument("folder", type=Path)
+        if name in ("run", "product"):
             one.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     options.function(options)

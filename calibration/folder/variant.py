@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
+from mmquant.stages import stage
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.folder.kinds import Kind
@@ -73,16 +74,19 @@ class CalibratedWeights(WeightsVariant):
         Every rank must call it; only the first gets tensors.
         """
         weights = inputs.weights
-        quantized = self.solved(inputs, source)
+        with stage("solve"):
+            quantized = self.solved(inputs, source)
         # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
         inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
         if self.options.sign_rounded:
-            quantized = learned(source, inputs, quantized, (self.learning, self.streams), self.report)
+            with stage("learn"):
+                quantized = learned(source, inputs, quantized, (self.learning, self.streams), self.report)
         for line in quantized.report.lines():
             self.report(line)
         read_back = as_read_back(weights, quantized) if inputs.continued else None
         first = world()[0] == 0  # the rank that writes
-        return self._tensors(source, inputs, quantized, device) if first else {}, read_back
+        with stage("encode"):
+            return self._tensors(source, inputs, quantized, device) if first else {}, read_back
 
     def _tensors(
         self, source: Checkpoint, inputs: LayerInputs, quantized: QuantizedLayer, device: torch.device | str

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import naming
+from mmquant.stages import stage
 
 from ...convert.gguf.names import EXPERT_TENSORS, release_name, split_block
 from ...convert.gguf.writer import TensorInfo
@@ -60,6 +61,11 @@ def encode_tensors(
 
 def encode_nearest(matrices: Matrices, device: torch.device | str, importance: Tensor | None = None) -> np.ndarray:
     """uint8 bytes of a tensor, every weight at its nearest point of the grid that is searched under importance [in]."""
+    with stage("encode"):
+        return _encode_nearest(matrices, device, importance)
+
+
+def _encode_nearest(matrices: Matrices, device: torch.device | str, importance: Tensor | None) -> np.ndarray:
     info, kind = matrices.info, GGMLType[matrices.info.type]
     out = np.empty((info.bytes // kind.row_bytes(info.shape[-1]), kind.row_bytes(info.shape[-1])), np.uint8)
     rows = info.shape[-2]

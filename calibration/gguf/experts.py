@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import naming
+from mmquant.stages import stage
 
 from ...convert.checkpoints.batches import to_host
 from ...convert.gguf.names import EXPERT_TENSORS
@@ -65,17 +66,20 @@ class Experts:
     def inputs(self, kept: range) -> Pair:
         """Sums of what gate and up see."""
         part = experts_of(self.weights, kept)
-        pair, self.largest[kept.start : kept.stop] = input_pairs(self.streams, part, self.g, kept)
+        with stage("moments"):
+            pair, self.largest[kept.start : kept.stop] = input_pairs(self.streams, part, self.g, kept)
         return pair
 
     def middle(self, kept: range) -> Pair:
         """Sums of what down sees."""
         old, new = experts_of(self.weights, kept), experts_of(self.new, kept)
-        return middle_pairs(self.streams, old, new, self.g, kept, self.exponents)
+        with stage("moments"):
+            return middle_pairs(self.streams, old, new, self.g, kept, self.exponents)
 
     def leaving(self, kept: range) -> Pair:
         """The same for all experts; the reference leaves the layer."""
-        return leaving_pairs(self.streams, self.weights, self.new, self.g, self.exponents)
+        with stage("moments"):
+            return leaving_pairs(self.streams, self.weights, self.new, self.g, self.exponents)
 
     def solve_inputs(self, kept: range, pair: Pair) -> None:
         """gate and up: of one type, they share a factorization and a sweep."""
@@ -88,6 +92,10 @@ class Experts:
         self._solve(("ffn_down_exps",), kept, pair)
 
     def _solve(self, names: tuple[str, ...], kept: range, pair: Pair) -> None:
+        with stage("solve"):
+            self._solve_parts(names, kept, pair)
+
+    def _solve_parts(self, names: tuple[str, ...], kept: range, pair: Pair) -> None:
         roles, step = [EXPERT_TENSORS[name] for name in names], self.streams.plan(self.g).step
 
         def solve(piece: range) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import naming
+from mmquant.stages import stage
 
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, PLAIN_TENSORS
 from ...convert.models.geometry import Geometry
@@ -64,11 +65,13 @@ def quantize_attention(
     """
     new = weights
     for names in (("attn_q", "attn_k", "attn_v"), ("attn_output",)):
-        pair = output_pair(streams, weights, new, g) if names == ("attn_output",) else input_pair(streams, weights, g)
+        with stage("moments"):
+            last = names == ("attn_output",)
+            pair = output_pair(streams, weights, new, g) if last else input_pair(streams, weights, g)
 
         def solve_one(name: str, pair: Pair = pair) -> tuple[np.ndarray, Tensor, list[int]]:
             noted: list[int] = []
-            with naming(name):
+            with naming(name), stage("solve"):
                 matrix = getattr(weights, ROLES[ATTENTION_TENSORS[name]]).unsqueeze(0)
                 return *solve(matrix, kinds[name], pair, method, plain=noted), noted
 
@@ -81,7 +84,8 @@ def quantize_attention(
 
 def repaired_router(streams: Streams, weights: LayerWeights, g: Geometry, method: Method) -> Tensor:
     """The router (float32 in the file) that on the quantized stream gives scores nearest to the reference's."""
-    pair, exact = router_pair(streams, weights, g), weights.router.float().unsqueeze(0)
+    with stage("moments"):
+        pair, exact = router_pair(streams, weights, g), weights.router.float().unsqueeze(0)
 
     def repaired() -> Tensor:
         better = corrected(exact, *method.moments(pair, slice(None)), method.damping)

@@ -26,7 +26,13 @@ class TensorProvider(Protocol):
         ...
 
     def save(self, step: int) -> None:
-        """Make durable what enters `step`; the writer has everything before it, and does not say so yet."""
+        """Keep what enters `step`, as it is now; it is durable after `settle`, before the writer has `step`."""
+
+    def settle(self) -> None:
+        """Wait until what was kept is durable; called by the writing thread."""
+
+    def stop(self) -> None:
+        """Keep nothing more: the run has failed or ended."""
 
     def forget(self, step: int) -> None:
-        """Delete what entered `step`: the writer has gone past it."""
+        """Delete what entered `step`: the writer, whose thread calls this, has gone past it."""

@@ -13,7 +13,7 @@ import torch
 
 from ..model.distributed import rank_share, world
 from ..model.hidden import HiddenStates
-from ..model.parts import drop_parts, save_part, take_part
+from ..model.parts import Saver, drop_parts, take_part
 
 
 class SharedReference:
@@ -29,7 +29,7 @@ class SharedReference:
         self._reached: dict[int, int] = {}  # user -> the step that it does next
         self._entering: HiddenStates | None = None
         self._leaving: HiddenStates | None = None
-        self._step = -1
+        self._step, self._saver = -1, Saver()
 
     def join(self) -> int:
         """The number of a new user."""
@@ -54,9 +54,17 @@ class SharedReference:
         return self._leaving
 
     def save(self, step: int) -> None:
-        """Keep the stream as it enters `step`, which a user has just reached."""
+        """Keep the stream as it enters `step`, which a user has just reached; `settle` waits for it."""
         if self._leaving is not None:
-            save_part(self.folder, self._stem(step), self._named(self._leaving), self.own, self.windows)
+            self._saver.save(self.folder, self._stem(step), self._named(self._leaving), self.own, self.windows)
+
+    def settle(self) -> None:
+        """Wait until what was saved is durable."""
+        self._saver.settle()
+
+    def stop(self) -> None:
+        """Save nothing more."""
+        self._saver.stop()
 
     def forget(self, user: int, step: int, last: int) -> None:
         """A user has gone past `step`: what nobody will enter any more is deleted."""

@@ -28,7 +28,7 @@ from ..model.distributed import rank_share, rank_shares, world
 from ..model.divided import from_owner
 from ..model.embedded import embedded
 from ..model.hidden import RAM_LIMIT, HiddenStates, check_activations, leaving
-from ..model.parts import drop_parts, save_part, take_part
+from ..model.parts import Saver, drop_parts, take_part
 from ..model.reading import read_layer_shared
 from ..statistics.live import default_dtype
 from .encode import Matrices, encode_nearest
@@ -113,7 +113,7 @@ class CalibratedRun(TensorProvider):
         self.memory = from_owner(lambda: plan_memory(source.geometry, most, length, device, others))
         shape = (windows, length, source.geometry.hidden)
         self.reference = reference or SharedReference(shape, self.memory.place, folder)
-        self.user = self.reference.join()
+        self.user, self._saver = self.reference.join(), Saver()
 
     def begin(self, step: int) -> None:
         """Both streams as they enter `step`. InputError when their files are damaged or gone."""
@@ -136,7 +136,17 @@ class CalibratedRun(TensorProvider):
         if step < len(self.plan.steps):
             self.reference.save(step)
             states = {"written": self.streams.quantized}
-            save_part(self.folder, self._stem(step), states, self.own, self.windows)
+            self._saver.save(self.folder, self._stem(step), states, self.own, self.windows)
+
+    def settle(self) -> None:
+        """Wait until both are durable."""
+        self.reference.settle()
+        self._saver.settle()
+
+    def stop(self) -> None:
+        """Save nothing more."""
+        self.reference.stop()
+        self._saver.stop()
 
     def forget(self, step: int) -> None:
         """Delete the streams that entered `step`."""

@@ -77,6 +77,16 @@ class FastPass:
         if 1 < step <= self.source.geometry.layers + 1:
             self.stream.save()
 
+    def settle(self) -> None:
+        """Wait until what was saved is durable."""
+        if "stream" in self.__dict__:
+            self.stream.settle()
+
+    def stop(self) -> None:
+        """Save nothing more."""
+        if "stream" in self.__dict__:
+            self.stream.stop()
+
     def reach(self, user: int, step: int) -> None:
         """A run does `step` next: what lies before every run's goes."""
         self._reached[user] = step
@@ -126,6 +136,14 @@ class FastRun(TensorProvider):
     def save(self, step: int) -> None:
         """The stream as it leaves the layer before `step`."""
         self.passes.save(step)
+
+    def settle(self) -> None:
+        """Wait until it is durable."""
+        self.passes.settle()
+
+    def stop(self) -> None:
+        """Save nothing more."""
+        self.passes.stop()
 
     def forget(self, step: int) -> None:
         """Delete the streams that entered the layers up to that of `step`, unless another run needs them."""

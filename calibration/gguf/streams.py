@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmquant.stages import stage
+
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ..model.distributed import max_everywhere
@@ -107,8 +109,9 @@ def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: G
 
 def pass_attention(streams: Streams, new: LayerWeights, g: Geometry) -> None:
     """Move the quantized stream past attention."""
-    for start, quantized in streams.quantized.batches(streams.batch, streams.device):
-        streams.quantized.put(start, quantized + attention(new, g, quantized, Observer()))
+    with stage("forward"):
+        for start, quantized in streams.quantized.batches(streams.batch, streams.device):
+            streams.quantized.put(start, quantized + attention(new, g, quantized, Observer()))
 
 
 def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
@@ -249,10 +252,11 @@ def add_rows(
 
 def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, g: Geometry) -> None:
     """Move one of the streams past the experts, with its own routing."""
-    for start, hidden in states.batches(streams.batch, streams.device):
-        x = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1).to(weights.gate.dtype)
-        routing = route(x, weights.router, weights.router_bias, g)
-        states.put(start, hidden + run_experts(weights, x, routing, Observer()).view(hidden.shape))
+    with stage("forward"):
+        for start, hidden in states.batches(streams.batch, streams.device):
+            x = rms_norm(hidden, weights.post_norm, g.norm_eps).flatten(0, 1).to(weights.gate.dtype)
+            routing = route(x, weights.router, weights.router_bias, g)
+            states.put(start, hidden + run_experts(weights, x, routing, Observer()).view(hidden.shape))
 
 
 def scales(exponents: Tensor) -> Tensor | None:

@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmquant.errors import InputError
+from mmquant.stages import stage
 
+from ...convert.checkpoints.batches import to_host
 from ...convert.checkpoints.write import Entry, write_tensors
 from ...convert.files.atomic import whole_file
 from ...convert.files.progress import damaged
@@ -92,6 +94,14 @@ class HiddenStates:
             check_activations(values, where, start)
         self._values[start : start + values.shape[0]].copy_(values)
 
+    def apart(self) -> HiddenStates | None:
+        """A copy in host memory to be saved while these move on; None of states that lie there already."""
+        if not self._values.is_cuda:
+            return None
+        copy = HiddenStates(0, *self.shape[1:])
+        copy.shape, copy.bytes, copy._values = self.shape, self.bytes, to_host(self._values)
+        return copy
+
     def all(self) -> Tensor:
         """The stored tensor itself [W, T, H]."""
         return self._values
@@ -112,11 +122,8 @@ def save_states(path: Path, states: Mapping[str, HiddenStates], others: Mapping[
     """
     parts = [_states_entry(name, found) for name, found in states.items()]
     parts += [_tensor_entry(name, value) for name, value in sorted((others or {}).items())]
-    digest = hashlib.sha256()
-    for value in (value for part in parts for value in part.values()):
-        digest.update(_bytes(value))
-    with whole_file(path) as file:
-        write_tensors(file, parts, {"sha256": digest.hexdigest()})
+    with stage("streams"), whole_file(path) as file:
+        write_tensors(file, parts, seal="sha256")
 
 
 def load_states(

@@ -7,10 +7,14 @@ Where every rank has all windows, each writes STEM.wholeR.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from mmquant.stages import stage
+
+from ...convert.files.behind import Behind
 from ...convert.files.progress import damaged
 from .distributed import all_have, rank_share, world
 from .hidden import HiddenStates, load_states, save_states
@@ -74,9 +78,39 @@ def drop_parts(folder: Path, name: str, oldest: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def save_part(folder: Path, stem: str, states: Mapping[str, HiddenStates], own: range, windows: int) -> None:
-    """Write this rank's windows, unless they are there."""
-    path = part_path(folder, stem, own, windows)
-    if not path.exists():
+class Saver:
+    """Saves hidden states in order behind the pass that moves them: copies in host memory of what lies on a device.
+
+    In a group of ranks, and of what lies in host memory, a state is saved when `save` returns.
+    """
+
+    def __init__(self) -> None:
+        self._behind, self._last = Behind(1 << 62), ""  # what waits is bounded by whoever saves: a step or two
+
+    def save(self, folder: Path, stem: str, states: Mapping[str, HiddenStates], own: range, windows: int) -> None:
+        """Write this rank's windows as they are now, unless they are there."""
+        path = part_path(folder, stem, own, windows)
+        if stem == self._last or path.exists():
+            return
+        self._last = stem
         folder.mkdir(parents=True, exist_ok=True)
-        save_states(path, states)
+        with stage("copy"):
+            copies = {name: found.apart() for name, found in states.items()}
+        whole = {name: copy for name, copy in copies.items() if copy is not None}
+        self._behind.put(partial(save_states, path, {**states, **whole}))
+        if len(whole) < len(copies) or world()[1] > 1:
+            self._behind.wait()
+
+    def then(self, work: Callable[[], object]) -> None:
+        """Do something when all that was handed in is saved."""
+        self._behind.put(work)
+        if world()[1] > 1:
+            self._behind.wait()
+
+    def settle(self) -> None:
+        """Wait until what was handed in is durable; raises what failed."""
+        self._behind.wait()
+
+    def stop(self) -> None:
+        """Drop what waits; nothing is at work afterwards."""
+        self._behind.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
+from mmquant.stages import stage
 
 from ...convert.files.atomic import is_temporary
 from ...convert.models.layer import LayerWeights
@@ -17,7 +19,7 @@ from .distributed import current_ranks, rank_device, rank_share, world
 from .embedded import embedded
 from .forward import Observer, layer_forward
 from .hidden import RAM_LIMIT, HiddenStates, leaving, place_of
-from .parts import Saved, find_parts, load_parts, part_path, save_part
+from .parts import Saved, Saver, find_parts, load_parts, part_path
 from .reading import read_layer_shared
 
 DISK_LIMIT = 64 << 30
@@ -56,7 +58,7 @@ class Stream:
         self.hidden = HiddenStates(windows, length, channels, ram_limit, folder, place)
         kept = 2 * 4 * self.windows * length * channels  # by all ranks
         self.folder = folder if kept <= disk_limit else None
-        self.layer = -1
+        self.layer, self._saver = -1, Saver()
 
     def start(self, layer: int, replay: bool = True) -> None:
         """Be ready to enter `layer`: from its checkpoint, else replaying layers from an earlier one or the embedding.
@@ -96,21 +98,35 @@ class Stream:
     def advance(self, weights: LayerWeights, observer: Observer | None = None) -> None:
         """Move through one layer with these weights."""
         for start, values in self.hidden.batches(self.batch, self.device):
-            after = layer_forward(weights, self.source.geometry, values, observer)
+            with stage("forward"):
+                after = layer_forward(weights, self.source.geometry, values, observer)
             self.hidden.put(start, after, leaving(self.source.label, self.layer))
         self.layer += 1
 
     def save(self) -> None:
-        """Checkpoint the stream as it enters `layer`; nothing at the embedding or beyond the disk limit."""
+        """Checkpoint the stream as it enters `layer`; nothing at the embedding or beyond the disk limit.
+
+        From a device it is saved behind the pass: `settle` waits for it.
+        """
         if self.folder is not None and self.layer > 0:
-            save_part(self.folder, _stem(self.layer), {"hidden": self.hidden}, self.own, self.windows)
+            self._saver.save(self.folder, _stem(self.layer), {"hidden": self.hidden}, self.own, self.windows)
+
+    def settle(self) -> None:
+        """Wait until what was saved is durable."""
+        self._saver.settle()
+
+    def stop(self) -> None:
+        """Save nothing more; a run that failed goes on from what is there."""
+        self._saver.stop()
 
     def keep_from(self, layer: int) -> None:
         """Delete checkpoints of layers before `layer`, and unfinished ones: this rank's; the first rank's call, all."""
-        if self.folder is None:
-            return
-        first, mine = world()[0] == 0, part_path(self.folder, "", self.own, self.windows).name
-        for path in self.folder.glob(".hidden-*"):
+        if self.folder is not None:
+            self._saver.then(partial(self._delete, self.folder, layer))
+
+    def _delete(self, folder: Path, layer: int) -> None:
+        first, mine = world()[0] == 0, part_path(folder, "", self.own, self.windows).name
+        for path in folder.glob(".hidden-*"):
             number = re.match(r"\.hidden-(\d+)(?!.*-)", path.name)
             if number is None or not (first or mine in path.name):
                 continue

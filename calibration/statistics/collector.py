@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmquant.errors import InputError
+from mmquant.stages import stage
 
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
@@ -99,7 +100,8 @@ class Collector(Observer):
     def attention_input(self, x: Tensor) -> None:
         """Sum what q, k and v see."""
         if self.first:
-            self._single(self.attention_in, x, "input of q, k, v", self.held.get("attention_in"))
+            with stage("moments"):
+                self._single(self.attention_in, x, "input of q, k, v", self.held.get("attention_in"))
 
     def keys_values(self, k: Tensor, v: Tensor) -> None:
         """Keep the largest magnitudes that a KV cache stores."""
@@ -112,7 +114,8 @@ class Collector(Observer):
     def attention_output(self, x: Tensor) -> None:
         """Sum what o sees."""
         if self.first:
-            self._single(self.attention_out, x, "input of o_proj", self.held.get("attention_out"))
+            with stage("moments"):
+                self._single(self.attention_out, x, "input of o_proj", self.held.get("attention_out"))
 
     def _single(self, sums: Sums, x: Tensor, what: str, held: HeldRows | None = None) -> None:
         """Rows that the one matrix of `sums` sees, unweighted; some of them go to `held` instead."""
@@ -224,6 +227,11 @@ class Collector(Observer):
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
         """Sum what the experts see, and their outputs' norms."""
+        with stage("moments"):
+            self._routed(x, h, y, (token, slot, offsets))
+
+    def _routed(self, x: Tensor, h: Tensor, y: Tensor, place: tuple[Tensor, Tensor, list[int]]) -> None:
+        token, slot, offsets = place
         counts = torch.tensor(offsets, device=x.device).diff()
         owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), counts, output_size=len(token))
         row_weight = self._hold(x, h, self.row_weight[token, slot], offsets)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import FitError
+from mmquant.stages import stage
 
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
@@ -159,7 +160,8 @@ def calibrate_layer(
         for start, values in stream.hidden.batches(stream.batch, stream.device):
             count = values.shape[0]
             collector.begin(first_window + start, values.shape[1], domain[start : start + count])
-            out = layer_forward(weights, g, values, collector)
+            with stage("forward"):
+                out = layer_forward(weights, g, values, collector)
             if advance and number == len(chunks) - 1:
                 stream.hidden.put(start, out, None if collect.skip_nonfinite else left)
         part = collector.statistics()

@@ -180,7 +180,18 @@ class LivePass:
         if self.folder is not None:
             self.stream.save()
             barrier()  # before the layer counts, and before any rank's older state goes
-            self.stream.keep_from(self.stream.layer - 1)
+            # What is written may be a step behind, and so is where a killed run goes on.
+            self.stream.keep_from(self.stream.layer - (2 if self.options.propagate == "quantized" else 1))
+
+    def settle(self) -> None:
+        """Wait until the saved streams are durable."""
+        if "stream" in self.__dict__:
+            self.stream.settle()
+
+    def stop(self) -> None:
+        """Save nothing more."""
+        if "stream" in self.__dict__:
+            self.stream.stop()
 
 
 class SharedPass:
@@ -206,6 +217,14 @@ class SharedPass:
 
     def quantized(self, layer: int, weights: LayerWeights) -> None:
         """The next layer sees the reference; nothing to do."""
+
+    def settle(self) -> None:
+        """Wait until the saved stream is durable."""
+        self.inner.settle()
+
+    def stop(self) -> None:
+        """Save nothing more."""
+        self.inner.stop()
 
     def release(self) -> None:
         """Nobody asks for the layer any more."""
@@ -233,3 +252,9 @@ class StoredPass:
 
     def quantized(self, layer: int, weights: LayerWeights) -> None:
         """Stored statistics are of the reference; nothing to do."""
+
+    def settle(self) -> None:
+        """There is no stream."""
+
+    def stop(self) -> None:
+        """There is no stream."""

@@ -51,6 +51,14 @@ class Provider(Protocol):
         """The quantized layer's values, for `--propagate quantized`; ignored otherwise."""
         ...
 
+    def settle(self) -> None:
+        """Wait until the streams that a run would continue from are durable."""
+        ...
+
+    def stop(self) -> None:
+        """Save nothing more: the run has failed or ended."""
+        ...
+
 
 class CalibratedVariant(FolderVariant, Protocol):
     """A folder artifact whose layers are computed from statistics."""

@@ -134,6 +134,7 @@ def calibrate_into(
                 stream.advance(read_layer(through, layer, stream.device, stream.dtype))
             writer.write(found)
             stream.save()
+            stream.settle()
             barrier()  # every rank's checkpoint is safe before the layer counts
             writer.commit()
             barrier()
@@ -141,3 +142,4 @@ def calibrate_into(
             yield found
         if last == source.geometry.layers:
             stream.keep_from(last + 1)
+        stream.settle()

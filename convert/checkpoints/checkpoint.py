@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
+from mmquant.stages import stage
 
 from ...quantize.fp8 import E4M3_MAX, dequantize_tiles
 from ..formats.format import Scheme
@@ -162,7 +163,8 @@ class Checkpoint:
     def raw(self, name: str) -> Tensor:
         """A tensor as stored; InputError when there is none of that name, or when it holds NaN or infinity."""
         info = self._scheduled(name)
-        values = read_tensor(self.store, info)
+        with stage("read"):
+            values = read_tensor(self.store, info)
         check_finite(values, f"{info.shard}: {name}")
         return values
 
@@ -212,19 +214,20 @@ class Checkpoint:
             return torch.stack([self.read(name + ".weight").to(device) for name in names])
         weights = [self._info(name + ".weight") for name in names]
         codes = read_batch(self.store, weights, TORCH_DTYPES[weights[0].dtype], device)
-        if first_bad(codes) is not None:
-            for info, values in zip(weights, codes, strict=True):
-                check_finite(values, f"{info.shard}: {info.name}")
-        if scheme is None:
-            return codes.float()
-        infos = [self._info(self.scale_name(name)) for name in names]
-        scales = read_batch(self.store, infos, TORCH_DTYPES[infos[0].dtype], device).float()
-        if not _usable(scales):
-            for name in names:
-                self.read_scales(self.scale_name(name))
-        if scheme.block is not None:
-            return dequantize_tiles(codes, scales, scheme.block)
-        return codes.float() * scales.reshape(len(names), -1, 1)
+        infos = [] if scheme is None else [self._info(self.scale_name(name)) for name in names]
+        scales = read_batch(self.store, infos, TORCH_DTYPES[infos[0].dtype], device) if infos else None
+        with stage("dequantize"):
+            if first_bad(codes) is not None:
+                for info, values in zip(weights, codes, strict=True):
+                    check_finite(values, f"{info.shard}: {info.name}")
+            if scheme is None or scales is None:
+                return codes.float()
+            if not _usable(scales := scales.float()):
+                for name in names:
+                    self.read_scales(self.scale_name(name))
+            if scheme.block is not None:
+                return dequantize_tiles(codes, scales, scheme.block)
+            return codes.float() * scales.reshape(len(names), -1, 1)
 
     def _scheduled(self, name: str) -> TensorInfo:
         info = self._info(name)

@@ -32,11 +32,29 @@ class Entry:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def write_tensors(file: BinaryIO, parts: list[Entry], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    file: BinaryIO, parts: list[Entry], metadata: Mapping[str, str] | None = None, seal: str | None = None
+) -> str:
     """A safetensors file (https://github.com/huggingface/safetensors#format), tensor by tensor; its SHA-256.
 
+    seal: the key of the metadata under which the file carries the SHA-256 of its values, which is returned then.
     InputError names an entry that holds NaN or infinity.
     """
+    metadata = dict(metadata or {})
+    digest = hashlib.sha256()
+    file.write(header := _header(parts, metadata | ({seal: digest.hexdigest()} if seal else {})))
+    if not seal:
+        digest.update(header)
+    for data in _bytes(parts):
+        digest.update(data)
+        file.write(data)
+    if seal:
+        file.seek(0)
+        file.write(_header(parts, metadata | {seal: digest.hexdigest()}))
+    return digest.hexdigest()
+
+
+def _header(parts: list[Entry], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for entry in parts:
@@ -48,16 +66,11 @@ def write_tensors(file: BinaryIO, parts: list[Entry], metadata: Mapping[str, str
         offset += entry.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    for data in _bytes(struct.pack("<Q", len(text)) + text, parts):
-        digest.update(data)
-        file.write(data)
-    return digest.hexdigest()
+    return struct.pack("<Q", len(text)) + text
 
 
-def _bytes(head: bytes, parts: list[Entry]) -> Iterator[bytes]:
-    yield head
+def _bytes(parts: list[Entry]) -> Iterator[memoryview]:
     for entry in parts:
         for value in entry.values():
             check_finite(value, entry.name)
-            yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -8,7 +8,6 @@ are carried as they are stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from mmquant.errors import InputError
 from ..checkpoints.batches import batches
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.finite import check_finite
-from ..checkpoints.store import LocalFolder
 from ..formats.plain import plain_spec, plain_tensor
 from ..formats.spec import TensorSpec
 from ..models.names import ATTENTION, PROJECTIONS
@@ -78,23 +76,16 @@ def _matrices(source: Checkpoint, names: list[str], device: torch.device | str) 
     return tensors | {f"{name}.weight": source.raw(f"{name}.weight") for name in names if name not in quantized}
 
 
-def check_bf16(folder: Path, source: Checkpoint | None, samples: int = 4) -> None:
-    """Read a BF16 folder back: names, shapes and dtypes, no NaN, and `samples` experts of every layer bit for bit.
-
-    source: what it was made of, None where that would have to be fetched again. Raises InputError.
-    """
-    found = Checkpoint(LocalFolder(folder))
-    found.validate()
-    for layer in range(found.geometry.layers):
-        check_bf16_layer(found, layer, source, samples)
-
-
 def check_bf16_layer(found: Checkpoint, layer: int, source: Checkpoint | None, samples: int) -> None:
-    """What one layer's values are; see `check_bf16`."""
+    """What one layer's values are: no NaN; `samples` experts are compared with the source's. InputError."""
     for name, _ in matrix_shapes(found.geometry, layer):
         check_finite(found.raw(name + ".weight"), f"{found.label}: {name}")
-    if source is None:
-        return
+    if source is not None:
+        compare_bf16(found, source, samples, layer)
+
+
+def compare_bf16(found: Checkpoint, source: Checkpoint, samples: int, layer: int) -> None:
+    """`samples` experts of a layer bit for bit. InputError."""
     experts = found.geometry.experts
     chosen = sorted({round(i * (experts - 1) / max(1, samples - 1)) for i in range(samples)})
     for name in (found.names.expert(layer, e, projection) for e in chosen for projection in PROJECTIONS):

@@ -39,10 +39,15 @@ def check_folder(
     check_headers(found)
     for layer in range(found.geometry.layers):
         check_written_layer(found, layer, source, samples, device)
-    for name in global_shapes(found.geometry):
-        if name in found.tensors or name.removesuffix(".weight") in found.matrices:
-            check_finite(found.read(name), f"{folder}: {name}")
+    check_outside(found, list(global_shapes(found.geometry)))
     return len(found.matrices)
+
+
+def check_outside(found: QuantizedFolder, names: list[str]) -> None:
+    """Embeddings, final norm or head hold no NaN and no infinity."""
+    for name in names:
+        if name in found.tensors or name.removesuffix(".weight") in found.matrices:
+            check_finite(found.read(name), f"{found.label}: {name}")
 
 
 def check_headers(found: QuantizedFolder) -> None:
@@ -66,7 +71,7 @@ def check_written_layer(
         if name in found.tensors or name.removesuffix(".weight") in found.matrices:
             check_finite(found.read(name), f"{found.label}: {name}")
     if source is not None:
-        _compare(found, source, samples, layer)
+        compare_layer(found, source, samples, layer)
 
 
 def check_places(found: QuantizedFolder) -> None:
@@ -135,7 +140,7 @@ def check_layer(found: QuantizedFolder, layer: int, device: torch.device | str) 
 
 def _check_values(found: QuantizedFolder, names: list[str], values: Tensor) -> None:
     """No matrix [O, I] of the stack [n, O, I] is zero throughout or holds NaN or infinity."""
-    largest = [float(most) for most in values.abs().amax((1, 2))]  # NaN stays NaN
+    largest = [float(most) for most in values.abs().amax((1, 2)).cpu()]  # NaN stays NaN
     for index, (name, most) in enumerate(zip(names, largest, strict=True)):
         if not math.isfinite(most):
             check_finite(values[index], f"{found.label}: {name}")
@@ -143,7 +148,7 @@ def _check_values(found: QuantizedFolder, names: list[str], values: Tensor) -> N
             raise InputError(f"{found.label}: {name} is zero throughout")
 
 
-def _compare(found: QuantizedFolder, source: Source, samples: int, layer: int) -> None:
+def compare_layer(found: QuantizedFolder, source: Source, samples: int, layer: int) -> None:
     """Some experts of a layer against the originals, up to a scale per row or column (equalization moves those)."""
     experts = found.geometry.experts
     chosen = sorted({round(i * (experts - 1) / max(1, samples - 1)) for i in range(samples)})

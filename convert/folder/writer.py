@@ -12,9 +12,10 @@ import hashlib
 import json
 import struct
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
+from mmquant.stages import stage
 
 from ..checkpoints.checkpoint import TORCH_DTYPES
 from ..checkpoints.finite import check_finite
 from ..checkpoints.store import INDEX
 from ..files.atomic import replace_whole, sync_file, temporary_of, write_whole
+from ..files.behind import Behind
+from ..files.digest import SideDigest
 from ..files.growing import begin, go_on
 from ..files.progress import Progress
 from ..formats.spec import TensorSpec
@@ -90,7 +94,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 class FolderWriter:
-    """Writes the planned tensors step by step; `done` steps are on disk already when a run continues."""
+    """Writes the planned tensors step by step, on a thread of its own: `done` steps are handed in.
+
+    A run that continues finds those that are durable done. At most one step waits while the next one is made.
+    """
 
     def __init__(
         self,
@@ -106,16 +113,11 @@ class FolderWriter:
         self.shards = plan_shards(steps, limit, framework)
         self._step_ends = _cumulative(steps)
         self._shard, self._tensor, self._file = 0, 0, None
-        self._digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
-        self._hashing: list[Future[None]] = []
+        self._digest, self._behind = SideDigest(), Behind()
         plan = hashlib.sha256(b"".join(shard.name.encode() + shard.header for shard in self.shards)).hexdigest()
         self.progress = Progress(folder, run, plan, len(steps))
+        self.done = self.progress.done
         self._resume()
-
-    @property
-    def done(self) -> int:
-        """Steps that are on disk."""
-        return self.progress.done
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -128,41 +130,41 @@ class FolderWriter:
         return sum(shard.bytes for shard in self.shards)
 
     def whole(self) -> dict[str, int]:
-        """Shards that are whole, with durable digests, and the step that filled each; after `write`."""
-        self._wait_for_hash()
+        """Shards that are whole, with durable digests, and the step that filled each; waits for what was handed in."""
+        self.settle()
         self.progress.checked()
         self.progress.save()
         shards = self.shards[: self._shard]
         ends = accumulate(len(shard.tensors) for shard in shards)
         return {shard.name: bisect_left(self._step_ends, end) for shard, end in zip(shards, ends, strict=True)}
 
-    def write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Append one step's tensors and make them durable. Every planned tensor must be there as planned.
+    def write(self, step: int, tensors: Mapping[str, Tensor], check: Callable[[], object] | None = None) -> None:
+        """Hand in one step's tensors, as planned; `settle` says when they are durable.
 
-        InputError names a tensor with NaN or infinity; the folder then stays unfinished.
+        check: reads what was written, before the step counts as done. The next call raises what failed, and the
+        folder stays unfinished: InputError names a tensor with NaN or infinity.
         """
         assert step == self.done, (step, self.done)
-        self._wait_for_hash()  # of the step before: hashing goes on beside the work between two steps
+        self.settle()
         expected = self._step_ends[step] - (self._step_ends[step - 1] if step else 0)
         assert len(tensors) == expected, (len(tensors), expected)
-        try:
-            for _ in range(expected):
-                self._append(tensors)
-            self._flush()
-        except InputError:
-            self.close()
-            raise
-        except OSError as error:
-            self.close()
-            raise OSError(error.errno, f"{self.folder}: {error.strerror} while writing step {step}") from None
-        self.progress.done = step + 1
-        self.progress.save()
+        for spec in self._planned(self._step_ends[step] - expected, self._step_ends[step]):
+            tensor = tensors[spec.name]
+            found = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+            assert found == (spec.dtype, spec.shape), (spec, found)
+            self._behind.put(partial(self._append, step, spec, tensor.detach().cpu()), spec.bytes)
+        self._behind.put(partial(self._end_step, step, check))
+        self.done = step + 1
+
+    def settle(self) -> None:
+        """Wait until what was handed in is durable; raises what failed."""
+        self._behind.wait()
 
     def finish(self, files: Mapping[str, bytes]) -> list[str]:
         """Write the index and the small files; returns all names, shards first. The caller writes the manifest last."""
         assert self.done == len(self._step_ends)
+        self.settle()
         assert self._file is None
-        self._wait_for_hash()
         self.progress.checked()
         everything = {**files, INDEX: self.index()}
         for name, data in everything.items():
@@ -183,47 +185,73 @@ class FolderWriter:
         self.progress.clear()
 
     def close(self) -> None:
-        """Leave the open shard as it is (its durable part is recorded)."""
+        """Drop what waits to be written; leave the open shard as it is (its durable part is recorded)."""
+        self._behind.close()
+        self._leave()
+        self._digest.close()
+
+    # -- on the writing thread -------------------------------------------------------------------------------------
+
+    def _append(self, step: int, spec: TensorSpec, tensor: Tensor) -> None:
+        shard = self.shards[self._shard]
+        assert shard.tensors[self._tensor] == spec
+        with self._naming(step):
+            check_finite(tensor, f"{self.folder}: {spec.name}")
+            if self._file is None:
+                self._file = begin(self.folder / shard.name)
+                self._digest.begin()
+                self._put(shard.header)
+            self._put(tensor_bytes(tensor))
+            self._tensor += 1
+            if self._tensor == len(shard.tensors):
+                self._leave()
+                with stage("sync"):
+                    replace_whole(temporary_of(self.folder / shard.name), self.folder / shard.name)
+                self.sha256[shard.name] = self._digest.hexdigest()
+                self._shard, self._tensor = self._shard + 1, 0
+
+    def _end_step(self, step: int, check: Callable[[], object] | None) -> None:
+        with self._naming(step):
+            if self._file is not None:
+                self._file.flush()
+            if check is not None:
+                with stage("check"):
+                    check()
+            if self._file is not None:
+                with stage("sync"):
+                    sync_file(self._file)
+        self.progress.done = step + 1
+        self.progress.save()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        assert self._file is not None
+        self._digest.update(data)
+        with stage("write"):
+            self._file.write(data)
+
+    @contextmanager
+    def _naming(self, step: int) -> Generator[None]:
+        """What the disk refuses names the step; the open shard is left."""
+        try:
+            yield
+        except InputError:
+            self._leave()
+            raise
+        except OSError as error:
+            self._leave()
+            raise OSError(error.errno, f"{self.folder}: {error.strerror} while writing step {step}") from None
+
+    def _leave(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    # -- one tensor ------------------------------------------------------------------------------------------------
-
-    def _append(self, tensors: Mapping[str, Tensor]) -> None:
-        shard = self.shards[self._shard]
-        spec = shard.tensors[self._tensor]
-        tensor = tensors[spec.name]
-        found = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-        assert found == (spec.dtype, spec.shape), (spec, found)
-        check_finite(tensor, f"{self.folder}: {spec.name}")
-        if self._file is None:
-            self._file = begin(self.folder / shard.name)
-            self._put(shard.header)
-        self._put(tensor_bytes(tensor))
-        self._tensor += 1
-        if self._tensor == len(shard.tensors):
-            self.close()
-            replace_whole(temporary_of(self.folder / shard.name), self.folder / shard.name)
-            self._hashing.append(self._hasher.submit(self._keep_digest, shard.name, self._digest.hexdigest))
-            self._shard, self._tensor, self._digest = self._shard + 1, 0, hashlib.sha256()
-
-    def _put(self, data: bytes | memoryview) -> None:
-        assert self._file is not None
-        self._hashing.append(self._hasher.submit(self._digest.update, data))  # beside the writing, in order
-        self._file.write(data)
-
-    def _keep_digest(self, name: str, digest: Callable[[], str]) -> None:
-        self.sha256[name] = digest()
-
-    def _wait_for_hash(self) -> None:
-        for part in self._hashing:
-            part.result()
-        self._hashing = []
-
-    def _flush(self) -> None:
-        if self._file is not None:
-            sync_file(self._file)
+    def _planned(self, first: int, last: int) -> Iterator[TensorSpec]:
+        """Tensors first..last-1 of all shards."""
+        at = 0
+        for shard in self.shards:
+            yield from shard.tensors[max(0, first - at) : max(0, last - at)]
+            at += len(shard.tensors)
 
     def _resume(self) -> None:
         """Take up an unfinished run behind its last whole step."""
@@ -238,7 +266,7 @@ class FolderWriter:
         if tensors:
             shard = self.shards[self._shard]
             length = len(shard.header) + sum(t.bytes for t in shard.tensors[:tensors])
-            self._file = go_on(self.folder / shard.name, length, self._digest.update)
+            self._file = go_on(self.folder / shard.name, length, self._digest.seen)
 
 
 def _cumulative(steps: list[list[TensorSpec]]) -> list[int]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,9 +22,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmquant.errors import InputError
+from mmquant.stages import stage
 
 from ...quantize.ggml.types import GGMLType
 from ..files.atomic import replace_whole, sync_file, temporary_of
+from ..files.behind import Behind
+from ..files.digest import SideDigest
 from ..files.growing import begin, go_on
 from ..files.progress import Progress
 from .finite import check_stored
@@ -109,11 +113,11 @@ def plan_parts(stem: str, metadata: Metadata, tensors: tuple[TensorInfo, ...], l
 
 
 class GgufWriter:
-    """Writes a set of parts into `folder`, tensor by tensor in the planned order.
+    """Writes a set of parts into `folder`, tensor by tensor in the planned order, on a thread of its own.
 
-    A part carries its final name only when it is whole. `checkpoint()` makes what is written durable. A writer opened
-    again on the same plan continues behind the last checkpoint (`done` tensors); the finished set has the same bytes
-    as an uninterrupted one.
+    `done` tensors are handed in. A part carries its final name only when it is whole. `checkpoint()` makes what is
+    written durable. A writer opened again on the same plan continues behind the last checkpoint; the finished set has
+    the same bytes as an uninterrupted one.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class GgufWriter:
         self.tensors = [(index, tensor) for index, part in enumerate(parts) for tensor in part.tensors]
         self._file: BinaryIO | None = None
         self._part = -1
-        self._digest = hashlib.sha256()
+        self._digest, self._behind = SideDigest(), Behind()
         folder.mkdir(parents=True, exist_ok=True)
         self.progress = Progress(folder, run or {}, digest.hexdigest(), len(self.tensors))
         self.done = self.progress.done
@@ -153,7 +157,8 @@ class GgufWriter:
         return [tensor.name for _, tensor in self.tensors[self.done :]]
 
     def whole(self) -> dict[str, int]:
-        """Parts that are whole, with how many tensors of the set end with them; after `checkpoint`."""
+        """Parts that are whole, with how many tensors of the set end with them; waits for what was handed in."""
+        self.settle()
         self.progress.checked()
         self.progress.save()
         part = self.tensors[self.done][0] if self.done < len(self.tensors) else len(self.parts)
@@ -161,9 +166,9 @@ class GgufWriter:
         return {item.name: end for item, end in zip(self.parts[:part], ends, strict=True)}
 
     def write(self, name: str, data: bytes | np.ndarray) -> None:
-        """Append the next tensor. Name and size must be the planned ones (a slip of ours: AssertionError).
+        """Hand in the next tensor, which must stay as it is. Name and size must be the planned ones.
 
-        InputError names a tensor that holds NaN or infinity; the set then stays unfinished.
+        InputError, of a later call, names a tensor that holds NaN or infinity; the set then stays unfinished.
         """
         part, tensor = self.tensors[self.done]
         view = (
@@ -171,23 +176,26 @@ class GgufWriter:
         )
         assert name == tensor.name, f"{name} written, {tensor.name} is next"
         assert len(view) == tensor.bytes, f"{name}: {len(view)} bytes, expected {tensor.bytes}"
-        check_stored(np.frombuffer(view, np.uint8), GGMLType[tensor.type], f"{self.parts[part].name}: {name}")
-        self._open(part)
-        self._put(view)
-        self._put(bytes(-len(view) % ALIGNMENT))
         self.done += 1
-        if self.done == len(self.tensors) or self.tensors[self.done][0] != part:
-            self._finish_part()
+        last = self.done == len(self.tensors) or self.tensors[self.done][0] != part
+        self._behind.put(partial(self._append, part, tensor, view, last), len(view))
 
     def checkpoint(self) -> None:
-        """Make what is written durable and remember it: call after each layer."""
-        if self._file is not None:
-            sync_file(self._file)
-        self.progress.done = self.done
-        self.progress.save()
+        """Make what was handed in durable and remember it."""
+        self.commit()
+        self.settle()
+
+    def commit(self, before: Callable[[], object] | None = None, after: Callable[[], object] | None = None) -> None:
+        """The same behind the caller: call after each layer. `before` and `after` what is remembered, do these."""
+        self._behind.put(partial(self._commit, self.done, before, after))
+
+    def settle(self) -> None:
+        """Wait until what was handed in is written; raises what failed."""
+        self._behind.wait()
 
     def finish(self) -> list[Path]:
         """Paths of the finished parts."""
+        self.settle()
         assert self.done == len(self.tensors), f"{len(self.tensors) - self.done} tensors are missing"
         self.progress.checked()
         return [self.folder / part.name for part in self.parts]
@@ -197,30 +205,56 @@ class GgufWriter:
         self.progress.clear()
 
     def close(self) -> None:
-        """Leave the files as they are (after an error); what was checkpointed is found again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Drop what waits to be written and leave the files as they are; what was checkpointed is found again."""
+        self._behind.close()
+        self._leave()
+        self._digest.close()
 
-    def _open(self, part: int) -> None:
-        """Begin a part with its header, unless it is open or `_resume` left it half written."""
+    # -- on the writing thread -------------------------------------------------------------------------------------
+
+    def _append(self, part: int, tensor: TensorInfo, view: memoryview, last: bool) -> None:
+        with stage("write"):
+            check_stored(
+                np.frombuffer(view, np.uint8), GGMLType[tensor.type], f"{self.parts[part].name}: {tensor.name}"
+            )
+        if self._file is None:  # not open, and not left half written by an earlier run
+            self._part = part
+            self._digest.begin()
+            self._file = begin(self.folder / self.parts[part].name)
+            self._put(self.parts[part].header)
+        self._put(view)
+        self._put(bytes(-len(view) % ALIGNMENT))
+        if last:
+            self._finish_part()
+
+    def _commit(self, done: int, before: Callable[[], object] | None, after: Callable[[], object] | None) -> None:
+        if before is not None:
+            before()
         if self._file is not None:
-            return
-        self._part, self._digest = part, hashlib.sha256()
-        self._file = begin(self.folder / self.parts[part].name)
-        self._put(self.parts[part].header)
+            with stage("sync"):
+                sync_file(self._file)
+        self.progress.done = done
+        self.progress.save()
+        if after is not None:
+            after()
 
     def _put(self, data: bytes | memoryview) -> None:
         assert self._file is not None
-        self._file.write(data)
         self._digest.update(data)
+        with stage("write"):
+            self._file.write(data)
 
     def _finish_part(self) -> None:
-        assert self._file is not None
-        self.close()
+        self._leave()
         path = self.folder / self.parts[self._part].name
-        replace_whole(temporary_of(path), path)
+        with stage("sync"):
+            replace_whole(temporary_of(path), path)
         self.sha256[path.name] = self._digest.hexdigest()
+
+    def _leave(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _resume(self) -> None:
         """Take up an unfinished run behind its last checkpoint; what lies behind that is cut off."""
@@ -230,4 +264,4 @@ class GgufWriter:
         if inside:
             size = len(self.parts[part].header) + sum(padded(tensor.bytes) for tensor in inside)
             self._part = part
-            self._file = go_on(self.folder / self.parts[part].name, size, self._digest.update)
+            self._file = go_on(self.folder / self.parts[part].name, size, self._digest.seen)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mmquant.errors import InputError
 from mmquant.monitor import current
+from mmquant.stages import stage
 
 from ..checkpoints.store import Origin, TensorInfo, header_length, parse_header, shard_names
 from ..files.atomic import write_whole
@@ -106,7 +107,8 @@ class HubFolder:
         """The local file of a shard, fetched when it is not there."""
         self._file(shard)
         self._hold()
-        return self._prefetch.path(shard)
+        with stage("fetch"):
+            return self._prefetch.path(shard)
 
     def plan(self, shards: list[str]) -> None:
         """Fetch shards ahead in this order. InputError when the largest does not fit the disk limit."""

@@ -30,7 +30,7 @@ def test_every_pattern_of_a_narrow_type(dtype: torch.dtype) -> None:
 def test_the_first_bad_value_is_named(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: float, at_once: int
 ) -> None:
-    monkeypatch.setattr(finite, "AT_ONCE", at_once)
+    monkeypatch.setitem(finite.AT_ONCE, "cpu", at_once)
     values = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
     values[0, 0, 0] = torch.finfo(dtype).max
     values[0, 0, 1] = -torch.finfo(dtype).tiny

@@ -35,6 +35,7 @@ def start_folder(folder: Path) -> None:
     writer = folder_writer(folder)
     for step in range(3):
         writer.write(step, {f"t{step}": torch.full((8,), float(step))})
+    writer.settle()
     writer.close()
 
 

@@ -116,6 +116,7 @@ def test_killed_between_rename_and_journal(tmp_path: Path) -> None:
         writer.write(tensor.name, content(tensor))
         if index == 2:
             writer.checkpoint()
+    writer.settle()
     assert (tmp_path / "cut" / "m.gguf").exists()
     assert [p.read_bytes() for p in write(tmp_path / "cut")] == whole
 
