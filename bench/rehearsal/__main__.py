@@ -2,6 +2,7 @@
 
     python -m bench.rehearsal serve [--layers 3]          # prints the environment; ends with its stdin
     python -m bench.rehearsal run [--layers 3] -- mmquant fp8 --model MODEL --out OUT ...
+    python -m bench.rehearsal speed                       # the server's rate, apart from any client
     python -m bench.rehearsal imatrix --layers 3 imatrix.gguf
     python -m bench.rehearsal whole DIR                   # all layers to FP8, compared, output discarded; continues
     python -m bench.rehearsal digests                     # once: SHA-256 of 230 GB, ten minutes of a core
@@ -17,7 +18,7 @@ from pathlib import Path
 from . import imatrix
 from .measure import measured
 from .model import LAYERS, Model
-from .serve import serve
+from .serve import serve, speed
 from .shard import KNOWN, Digests, Shard
 from .whole import product, whole
 
@@ -36,6 +37,7 @@ def main() -> None:
         ("serve", serve),
         ("run", measured),
         ("digests", compute_digests),
+        ("speed", speed),
         ("whole", whole),
         ("product", product),
         ("imatrix", imatrix.write),

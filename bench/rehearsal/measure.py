@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from .serve import REPOSITORY, started
+from .stages import GpuWatch, events_of, table_of
 
 MODEL = f"hf:{REPOSITORY}"
 
@@ -59,10 +60,13 @@ def measured(options: argparse.Namespace) -> None:
     """Run options.command; its exit code is ours. The measurements are one line of JSON on stdout."""
     command = [MODEL if word == "MODEL" else word for word in options.command if word != "--"]
     server, environment = started(options.layers, options.digests, options.seed)
-    start = time.perf_counter()
-    with DiskWatch(out_of(command)) as disk:
+    start, gpu, out = time.perf_counter(), GpuWatch(), out_of(command)
+    with DiskWatch(out) as disk:
         code = subprocess.run(command, env=environment).returncode
     seconds = time.perf_counter() - start
+    gpu.stop()
+    for line in table_of(events_of(out), gpu) if out is not None else ():
+        print(line, flush=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the command: the server is still running
     found = {
         "command": " ".join(command),

@@ -6,6 +6,9 @@ import argparse
 import os
 import subprocess
 import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .model import LAYERS, Model
@@ -18,6 +21,7 @@ from helpers.hub_server import HubServer
 
 REPOSITORY = "rehearsal/MiniMax-M2.7"
 PIECE = 1 << 20  # bytes that are made and sent at once
+PART, CONNECTIONS = 64 << 20, 8  # of one measurement of the server
 READY = "the checkpoint is served"
 
 
@@ -42,6 +46,32 @@ def serve(options: argparse.Namespace) -> None:
             print(f"{name}={value}", flush=True)
         print(READY, flush=True)
         sys.stdin.read()
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Fetch the first shards over as many connections as a client opens, and say at what rate they come."""
+    server, environment = started(options.layers, options.digests, options.seed)
+    layouts, url = Model(options.layers).layouts[:2], environment["HF_ENDPOINT"]
+
+    def read(part: tuple[str, int, int]) -> int:
+        name, first, last = part
+        request = urllib.request.Request(f"{url}/{REPOSITORY}/resolve/main/{name}")
+        request.add_header("Range", f"bytes={first}-{last}")
+        got = 0
+        with urllib.request.urlopen(request) as answer:
+            while data := answer.read(PIECE):
+                got += len(data)
+        return got
+
+    parts = [(a.name, at, min(at + PART, a.bytes) - 1) for a in layouts for at in range(0, a.bytes, PART)]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        size = sum(pool.map(read, parts))
+    seconds = time.perf_counter() - began
+    print(f"{size:,} bytes in {seconds:.2f} s: {size / seconds / 1e9:.2f} GB/s over {CONNECTIONS} connections")
+    assert server.stdin is not None
+    server.stdin.close()
+    server.wait()
 
 
 def started(layers: int = LAYERS, digests: Path = KNOWN, seed: int = 0) -> tuple[subprocess.Popen[str], dict[str, str]]:

@@ -15,7 +15,7 @@ _EXPONENT = {  # dtype -> (integer view, mask of the bits that are all set in Na
     torch.float8_e5m2: (torch.uint8, 0x7C),
     torch.float8_e8m0fnu: (torch.uint8, 0xFF),
 }
-AT_ONCE = {"cpu": 1 << 18}  # elements looked at together: on a CPU what its cache holds
+AT_ONCE = {"cpu": 1 << 20}  # elements looked at together: on a CPU what its cache holds
 MANY = 1 << 26  # elsewhere
 
 

@@ -11,11 +11,11 @@ from contextvars import copy_context
 from mmquant.stages import behind, stage
 
 MOST = 4 << 30
-SHARE = 32  # of the machine's memory, at most one such part waits
+SHARE = 16  # of the machine's memory, at most one such part waits
 
 
 def waiting_bytes() -> int:
-    """Bytes that may wait to be written by one thread: 4 GiB, on small machines a 32nd of their memory."""
+    """Bytes that may wait to be written by one thread: 4 GiB, on small machines a 16th of their memory."""
     try:
         return min(MOST, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // SHARE)
     except (AttributeError, ValueError, OSError):  # Windows

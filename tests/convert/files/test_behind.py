@@ -105,9 +105,14 @@ def test_stages_count_themselves_alone_and_apart_from_those_behind(monkeypatch: 
                 with stage("innermost"):
                     later(4)
             later(8)
-        with pytest.raises(ValueError, match="x"), stage("outer"):
-            later(16)
-            raise ValueError("x")
+
+        def fail() -> None:
+            with stage("outer"):
+                later(16)
+                raise ValueError("x")
+
+        with pytest.raises(ValueError, match="x"):
+            fail()
         behind = Behind()
 
         def write() -> None:
