@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # A package may import itself and every package to its right.
 PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")
 # Modules of the package itself that every package may import: they import nothing.
-SHARED = ("mmquant", "mmquant.errors", "mmquant.monitor", "mmquant.tables")
+SHARED = ("mmquant", "mmquant.errors", "mmquant.monitor", "mmquant.stages", "mmquant.tables")
 # Third-party libraries of each package. What is not listed is a decision that has not been made yet.
 LIBRARIES = {
     "quantize": {"torch", "numpy", "numba", "llvmlite", "triton"},
