@@ -2,7 +2,8 @@
 
     python bench/int4_layer.py [--experts 256] [--chunk 128] [--group 128] [--tune]
 
-Prints seconds and parts beside their floors, the allocator's peak, and checks the codes against the CPU's.
+Prints seconds and parts beside their floors, the guard's (calibration/folder/guard.py), the allocator's peak, and
+checks the codes against the CPU's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import _path  # noqa: F401
 import torch
 from torch import Tensor
 
+from mmquant.calibration.folder.guard import guarded
+from mmquant.calibration.statistics.held import HELD
 from mmquant.quantize.integer import gptq, gptq_triton
 from mmquant.quantize.integer.gptq import GptqGrid
 from mmquant.quantize.integer.grid import dequantize, search_weights
@@ -33,13 +36,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def rows(count: int, n: int) -> Tensor:
+    """Inputs [R, n] with a decaying, correlated spectrum."""
+    x = torch.randn(count, n, device="cuda") * torch.linspace(0.3, 2.0, n, device="cuda")
+    x[:, 1:] += 0.5 * x[:, :-1]
+    return x
+
+
 def moments(experts: int, n: int) -> Tensor:
-    """Mean second moments with a decaying, correlated spectrum [E, n, n]."""
+    """Mean second moments of such inputs [E, n, n]."""
     second = torch.empty(experts, n, n, device="cuda")
     torch.backends.cuda.matmul.allow_tf32 = True
     for e in range(experts):
-        x = torch.randn(n + 256, n, device="cuda") * torch.linspace(0.3, 2.0, n, device="cuda")
-        x[:, 1:] += 0.5 * x[:, :-1]
+        x = rows(n + 256, n)
         torch.mm(x.mT, x, out=second[e])
     torch.backends.cuda.matmul.allow_tf32 = False
     return second.add_(second.mT.clone()).div_(2 * (n + 256))
@@ -49,6 +58,26 @@ def solve(weight: Tensor, second: Tensor, group: int, chunk: int) -> list[gptq.S
     """The layer's experts, `chunk` at a time."""
     parts = range(0, weight.shape[0], chunk)
     return [gptq.gptq_quantize(weight[s : s + chunk], second[s : s + chunk], GptqGrid(4, group)) for s in parts]
+
+
+def guard(weight: Tensor, second: Tensor, a: argparse.Namespace) -> None:
+    """Seconds of the comparison with a plain search, for held-out rows of the moments' kind and for rows of noise."""
+    experts, outputs, n = weight.shape
+    grid, diagonal = GptqGrid(4, a.group), second.diagonal(dim1=-2, dim2=-1)
+    for kind in ("as the moments", "noise"):
+        held = torch.stack([rows(HELD, n) if kind != "noise" else torch.randn(HELD, n, device="cuda") for _ in weight])
+        taken, plain = 0.0, 0
+        for start in range(0, experts, a.chunk):
+            part = slice(start, start + a.chunk)
+            solved = gptq.gptq_quantize(weight[part], second[part], grid)
+            seen, found = (diagonal[part], held[part]), []
+
+            def work(part: slice = part, solved: gptq.Solved = solved, seen: tuple[Tensor, Tensor] = seen) -> None:
+                found.append(guarded(weight[part], solved, grid, seen, 2 if outputs == n else 1))  # noqa: B023
+
+            taken += seconds(work)
+            plain += int(found[0].plain.any(1).sum())
+        print(f"  guard, held rows {kind}: {taken:.3f} s, {plain} of {experts} experts rounded plainly after all")
 
 
 def parts_of(weight: Tensor, second: Tensor, group: int) -> dict[str, float]:
@@ -133,6 +162,7 @@ def measure(name: str, outputs: int, n: int, a: argparse.Namespace) -> None:
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9
     shape = f"{a.experts} experts [{outputs}, {n}] g{a.group}"
     print(f"{name}: {shape}: {taken:.3f} s, {peak:.1f} GB beside weights and moments")
+    guard(weight, second, a)
     if a.group == 128:
         share = a.experts / a.chunk
         for part, value in parts_of(weight[: a.chunk], second[: a.chunk], a.group).items():

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ...quantize.integer.gptq import Grid, Solved
-from ...quantize.integer.grid import IntWeight, dequantize
+from ...quantize.integer.grid import IntWeight, dequantize, select
 from ...quantize.linear_algebra import full_float32
 
 SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compared
+TOGETHER = 8  # matrices that are rounded plainly at once: each is a float32 copy
+PARTS = ("codes", "scales", "zeros", "unit", "biases")
 
 
 def guarded(weight: Tensor, solved: Solved, grid: Grid, seen: tuple[Tensor, Tensor], stacked: int) -> Solved:
@@ -32,24 +34,25 @@ def guarded(weight: Tensor, solved: Solved, grid: Grid, seen: tuple[Tensor, Tens
             ((some - dequantize(way)) @ rows.mT).square().sum(-1).view(experts, stacked, -1).sum(-1) for way in ways
         )
     worse = found > simple
-    for expert in worse.any(1).nonzero().flatten().tolist():
-        one = slice(expert, expert + 1)
-        plain = grid.round_nearest(weight[one], importance[one].contiguous())
-        for matrix in worse[expert].nonzero().flatten().tolist():
-            put_rows(solved.weight, plain, expert, slice(matrix * each, (matrix + 1) * each))
+    for few in worse.any(1).nonzero().flatten().split(TOGETHER):
+        plain = grid.round_nearest(weight[few], importance[few].contiguous())
+        for place, expert in enumerate(few.tolist()):
+            for matrix in worse[expert].nonzero().flatten().tolist():
+                rows = slice(matrix * each, (matrix + 1) * each)
+                put_rows(solved.weight, expert, select(plain, place), rows)
     return replace(solved, plain=worse)
 
 
 def of_rows(weight: IntWeight, chosen: Tensor) -> IntWeight:
     """Some outputs [R] of every matrix."""
-    parts = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "unit", "biases")}
+    parts = {name: getattr(weight, name) for name in PARTS}
     taken = {name: None if part is None else part[:, chosen] for name, part in parts.items()}
     return replace(weight, **taken)
 
 
-def put_rows(weight: IntWeight, plain: IntWeight, expert: int, rows: slice) -> None:
-    """Some outputs of one matrix, in place, from those of the only one of `plain`."""
-    for name in ("codes", "scales", "zeros", "unit", "biases"):
+def put_rows(weight: IntWeight, expert: int, plain: IntWeight, rows: slice) -> None:
+    """Some outputs of one matrix, in place, from those of `plain` [O, I]."""
+    for name in PARTS:
         into, part = getattr(weight, name), getattr(plain, name)
         if into is not None and part is not None:
-            into[expert, rows] = part[0, rows]
+            into[expert, rows] = part[rows]

@@ -29,7 +29,8 @@ from .overlap import Words
 from .tokens import tokens_of
 
 DEFAULT = "default"
-COUNTED = 4 << 20  # characters of a set that are counted in tokens; beyond, its length is estimated
+CHATS = "chat"  # the folder of the bundled set that needs a chat template
+COUNTED = 1 << 17  # characters of a set that are counted in tokens; beyond, its length is estimated
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def bundled(side: str) -> Path:
 def read_sets(specs: list[str], template: ChatTemplate | None = None, notes: list[str] | None = None) -> list[TextSet]:
     """Sets of PATH, PATH=WEIGHT or `default` (the bundled calibration text); a folder is one set for each domain.
 
+    Without a template the bundled chats are left out.
+
     Every document is looked at once and read again when it is used; `notes` takes what was changed or left out.
     Raises InputError for a path that is missing or empty, a weight that is none, a wrong row, a file that is no text.
     """
@@ -119,8 +122,11 @@ def _by_domain(path: Path, template: ChatTemplate | None, notes: list[str]) -> l
     documents: dict[str, StoredDocuments] = {}
     digests: dict[str, Any] = {}
     characters: dict[str, int] = {}
+    without = CHATS if template is None and path == bundled("calibration") else None
     for name in _files(path, notes):
         inner = name.relative_to(path).parts if path.is_dir() else ()
+        if without in inner:
+            continue
         domain = inner[0] if len(inner) > 1 else name.stem
         file = open_file(name, template)
         for index, count, one, says in file.scan():

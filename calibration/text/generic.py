@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .corpus import DEFAULT, Corpus, bundled
+from .corpus import Corpus
 
 SHARE = 1.0  # windows of bundled text for one of the user's
 
@@ -17,13 +17,6 @@ SHARE = 1.0  # windows of bundled text for one of the user's
 def generic_windows(own: int) -> int:
     """Windows of bundled text at most that go with so many of the user's."""
     return max(1, round(SHARE * own))
-
-
-def generic_texts(chats: bool) -> list[str]:
-    """The bundled text, without its chats where there is no template for them."""
-    if chats:
-        return [DEFAULT]
-    return [str(path) for path in sorted(bundled("calibration").iterdir()) if path.suffix != ".jsonl"]
 
 
 def together(own: Corpus, generic: Corpus) -> Corpus:

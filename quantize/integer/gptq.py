@@ -20,7 +20,7 @@ from mmquant.errors import InputError
 
 from ..linear_algebra import cholesky, full_float32, permute_both
 from ..refit import refit_scales
-from .grid import IntWeight, code_range, groups_of, search_scales, search_weights
+from .grid import IntWeight, code_range, groups_of, round_to_codes, search_scales, search_weights
 from .rtn import rtn_int
 
 DAMPING = 0.03
@@ -143,6 +143,9 @@ class GptqGrid:
 
     def round_nearest(self, weight: Tensor, importance: Tensor | None) -> IntWeight:
         """See `Grid`."""
+        size = groups_of(weight.shape[-1], self.group_size)
+        if weight.is_cuda and self.symmetric and importance is not None and size <= BLOCK:
+            return _nearest_fused(weight, importance, size, self.bits)
         return rtn_int(weight, self.bits, self.group_size, self.symmetric, importance=importance)
 
     def refit(self, weight: Tensor, solved: Solved, second: Tensor) -> Solved:
@@ -352,6 +355,16 @@ def _search_group(part: Tensor, importance: Tensor, grid: GptqGrid) -> tuple[Ten
         return _fused().search_group(part, search_weights(importance), grid.bits), None
     scale, zero = search_scales(part.mT, importance, grid.bits, -1, grid.symmetric)
     return scale.squeeze(-1), None if zero is None else zero.squeeze(-1).float()
+
+
+def _nearest_fused(weight: Tensor, importance: Tensor, size: int, bits: int) -> IntWeight:
+    """As `rtn_int` for groups that a CUDA kernel holds: one launch for a group of all matrices [E, O, I]."""
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+    columns, spread = weight.float().mT.contiguous(), torch.unflatten(importance.float(), -1, (-1, size))
+    weighing = search_weights(spread)
+    found = [_fused().search_group(part, weighing[:, group], bits) for group, part in enumerate(columns.split(size, 1))]
+    return round_to_codes(weight, torch.stack(found, -1), None, bits)
 
 
 def _fused() -> ModuleType:

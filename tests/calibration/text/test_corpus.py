@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -254,11 +255,49 @@ def test_chinese_is_compared_by_character() -> None:
 
 def test_the_bundled_sets_are_disjoint_and_speak_several_languages() -> None:
     calibration, evaluation = read_sets(["default"], TEMPLATE), read_sets([str(bundled("evaluation"))], TEMPLATE)
-    names = {"chat", "code", "docs", "prose", "zh"}
-    assert {s.name for s in calibration} == names == {s.name for s in evaluation}
+    judged = {"chat", "code", "docs", "prose", "zh"}
+    assert {s.name for s in evaluation} == judged
+    assert {s.name for s in calibration} == judged | {"data", "dialogue", "languages", "mathematics"}
     known = np.concatenate([shingles(d.text) for s in calibration for d in s.documents])
     check_disjoint(((d.origin, d.parts()) for s in evaluation for d in s.documents), known)
     assert sum(len(d.text) for s in calibration if s.name == "zh" for d in s.documents) > 9000
     chats = "".join(d.text for s in calibration if s.name == "chat" for d in s.documents)
-    for sign in ("<think>", "<minimax:tool_call>", "]~b]tool", "的", "です", "что", " und ", " que ", " est "):
+    for sign in ("<think>", "<minimax:tool_call>", "]~b]tool", "的", "です", "что", " und ", " que ", " est ", "니다"):
         assert sign in chats
+
+
+def test_every_bundled_text_names_its_origin_and_licence() -> None:
+    """Rows of JSONL by their source, text files by name; each licence is known, and its text and notice are there."""
+    folder = bundled("calibration").parent
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (folder / "SOURCES.md").read_text("utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    sources = {cells[0]: cells for cells in lines if len(cells) == 5}
+    files = [re.findall(r"`([^`]+)`", cells[0]) for cells in lines if len(cells) == 3 and cells[2]]
+    named = {name for found in files for name in [found[0] if found else "", *found[1:]]}
+    used: set[str] = set()
+    for path in sorted(bundled("calibration").rglob("*")):
+        if path.suffix == ".jsonl":
+            used |= {json.loads(line)["source"] for line in path.read_text("utf-8").splitlines()}
+        elif path.is_file():
+            inside = path.relative_to(folder).as_posix()
+            assert inside in named or path.name in named or f"{inside.rpartition('/')[0]}/*.txt" in named, inside
+    assert used == set(sources) - {"source", "---"}
+    notices = (folder / "LICENSES.md").read_text("utf-8")
+    for source in used:
+        _, what, _, licence, holder = sources[source]
+        assert what
+        assert licence in ("MIT", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0", "PSF-2.0", "public domain"), source
+        if licence != "public domain" and source != "mmquant":
+            assert f"\n## {licence}\n" in notices
+            assert f"- {source}: Copyright (c) {holder}\n" in notices
+
+
+def test_the_bundled_text_is_small_in_a_wheel_and_broad() -> None:
+    paths = [path for path in sorted(bundled("calibration").rglob("*")) if path.is_file()]
+    assert sum(len(zlib.compress(path.read_bytes())) for path in paths) < 1_500_000
+    rows = [json.loads(line) for line in (bundled("calibration") / "code" / "packages.jsonl").open(encoding="utf-8")]
+    assert max(len(row["text"]) for row in rows) <= 6000
+    assert len({row["source"] for row in rows}) >= 20

@@ -260,7 +260,7 @@ def test_overlap_is_the_same_in_parts() -> None:
 
 def big(path: Path, megabytes: int) -> Path:
     """Prose without a line break, as a text or as JSONL."""
-    words = (bundled("calibration") / "prose.txt").read_text("utf-8")[:60_000].replace("\n", " ") + " "
+    words = (bundled("evaluation") / "prose.txt").read_text("utf-8")[:60_000].replace("\n", " ") + " "
     line = words if path.suffix == ".txt" else json.dumps({"text": words[:1000]}) + "\n"
     path.write_text(line * (megabytes * 1_000_000 // len(line)))
     return path

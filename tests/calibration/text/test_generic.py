@@ -11,7 +11,7 @@ import torch
 
 from mmquant.calibration.gguf.run import Calibration
 from mmquant.calibration.text.corpus import DEFAULT, pack_windows, read_sets
-from mmquant.calibration.text.generic import generic_texts, generic_windows, together
+from mmquant.calibration.text.generic import generic_windows, together
 from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.convert.open import open_native
 from mmquant.monitor import Silent, watching
@@ -49,9 +49,9 @@ def test_no_bundled_text_twice_and_none_where_it_is_unwanted(tmp_path: Path) -> 
 
 
 def test_without_a_template_the_chats_stay_out() -> None:
-    corpus = pack_windows(read_sets(generic_texts(chats=False)), load_tokenizer(open_native("demo")), 64, 40)
+    corpus = pack_windows(read_sets([DEFAULT]), load_tokenizer(open_native("demo")), 64, 40)
     assert "chat" not in corpus.domains
-    assert {"code", "docs", "prose", "laozi"} <= set(corpus.domains)
+    assert {"code", "docs", "prose", "zh", "languages"} <= set(corpus.domains)
     both = together(corpus, corpus)
     assert both.describe()["windows"] == sum(both.describe()["windows_by_domain"].values()) == 2 * len(corpus.tokens)
 
