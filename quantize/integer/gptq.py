@@ -145,7 +145,7 @@ class GptqGrid:
         """See `Grid`."""
         size = groups_of(weight.shape[-1], self.group_size)
         if weight.is_cuda and self.symmetric and importance is not None and size <= BLOCK:
-            return _nearest_fused(weight, importance, size, self.bits)
+            return nearest_fused(weight, importance, size, self.bits)
         return rtn_int(weight, self.bits, self.group_size, self.symmetric, importance=importance)
 
     def refit(self, weight: Tensor, solved: Solved, second: Tensor) -> Solved:
@@ -357,13 +357,17 @@ def _search_group(part: Tensor, importance: Tensor, grid: GptqGrid) -> tuple[Ten
     return scale.squeeze(-1), None if zero is None else zero.squeeze(-1).float()
 
 
-def _nearest_fused(weight: Tensor, importance: Tensor, size: int, bits: int) -> IntWeight:
+def nearest_fused(weight: Tensor, importance: Tensor, size: int, bits: int) -> IntWeight:
     """As `rtn_int` for groups that a CUDA kernel holds: one launch for a group of all matrices [E, O, I]."""
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
-    columns, spread = weight.float().mT.contiguous(), torch.unflatten(importance.float(), -1, (-1, size))
-    weighing = search_weights(spread)
-    found = [_fused().search_group(part, weighing[:, group], bits) for group, part in enumerate(columns.split(size, 1))]
+    columns, weighing = (
+        weight.float().mT.contiguous(),
+        search_weights(torch.unflatten(importance.float(), -1, (-1, size))),
+    )
+    groups = range(weight.shape[-1] // size)
+    parts = [columns[:, group * size : (group + 1) * size] for group in groups]
+    found = [_fused().search_group(parts[group], weighing[:, group], bits) for group in groups]
     return round_to_codes(weight, torch.stack(found, -1), None, bits)
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from mmquant.quantize.integer import gptq, gptq_triton  # noqa: E402
 from mmquant.quantize.integer.gptq import GptqGrid  # noqa: E402
 from mmquant.quantize.integer.grid import dequantize, search_scales, search_weights  # noqa: E402
+from mmquant.quantize.integer.rtn import rtn_int  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -34,6 +35,19 @@ def test_search(experts: int, columns: int, outputs: int) -> None:
     assert (ours != plain).float().mean() < 0.05
     assert torch.isfinite(ours).all()
     assert (ours != 0).all()
+
+
+def test_nearest_by_groups() -> None:
+    """As the search of whole matrices: other experts, groups and columns than the kernel was given would show."""
+    columns, importance = values(2, 64, 21, 3)
+    weight = columns.mT.contiguous() * torch.tensor([1.0, 3.0], device=DEVICE).view(2, 1, 1)
+    ours, plain = gptq.nearest_fused(weight, importance, 32, 4), rtn_int(weight, 4, 32, importance=importance)
+    assert ours.codes.shape == plain.codes.shape
+    assert ours.scales.shape == plain.scales.shape
+    same = ours.scales == plain.scales
+    assert same.float().mean() > 0.95
+    agreed = same.unsqueeze(-1).expand(2, 21, 2, 32).flatten(-2)
+    assert torch.equal(ours.codes[agreed], plain.codes[agreed])
 
 
 @pytest.mark.parametrize("zero_points", [False, True])
