@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..runs.options import Bf16Options
-from .options import begin, dry_run_option, fresh_option, model_option, options_of, out_option, show
+from .options import begin, dry_run_option, fresh_option, model_option, options_of, out_option, result_json_option, show
 from .options_fetch import fetch_options
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @fetch_options()
 @fresh_option()
 @dry_run_option()
+@result_json_option()
 def command(model: str, out: Path, options: Bf16Options, device: str, fetch: FetchOptions, dry_run: bool) -> None:
     """Write the model in BF16, what fine-tuning starts from.
 

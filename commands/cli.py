@@ -36,6 +36,7 @@ COMMANDS = {
     "report": "One HTML page of a folder of artifacts.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
+    "completion": "Completes commands and options in your shell.",
 }
 
 # What the system says of a path that the user chose wrongly.
@@ -72,7 +73,9 @@ class Commands(click.Group):
         """Import a command when it is used."""
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"mmquant.commands.{cmd_name}").command
+        from .verbosity import with_verbosity
+
+        return with_verbosity(importlib.import_module(f"mmquant.commands.{cmd_name}").command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing any."""
@@ -88,11 +91,12 @@ def watched(ctx: click.Context) -> None:
 
     from .terminal import Terminal
 
-    ctx.with_resource(watching(Terminal()))
+    ctx.obj = Terminal()
+    ctx.with_resource(watching(ctx.obj))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="mmquant")
+@click.version_option(__version__, "-V", "--version", prog_name="mmquant")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Quantize and convert MiniMax-M2.7 to FP8, INT4, NVFP4, MXFP4 and GGUF, checked against the reference.

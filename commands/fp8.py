@@ -16,6 +16,7 @@ from .options import (
     options_of,
     out_option,
     refuse_without_effect,
+    result_json_option,
     show,
 )
 from .options_backend import backend_option
@@ -36,6 +37,7 @@ PRUNING = ("experts_kept", "experts", "statistics")
 @fetch_options()
 @fresh_option()
 @dry_run_option()
+@result_json_option()
 def command(
     model: str, out: Path, options: Fp8Options, backend: str, device: str, fetch: FetchOptions, dry_run: bool
 ) -> None:

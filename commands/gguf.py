@@ -19,6 +19,7 @@ from .options import (
     out_option,
     refuse_idle_plan,
     refuse_without_effect,
+    result_json_option,
     several,
     show,
 )
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @fetch_options()
 @fresh_option()
 @dry_run_option()
+@result_json_option()
 def command(
     model: str,
     out: Path,

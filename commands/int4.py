@@ -21,6 +21,7 @@ from .options import (
     refuse_idle_plan,
     refuse_idle_text,
     refuse_without_effect,
+    result_json_option,
     several,
     show,
 )
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @fetch_options()
 @fresh_option()
 @dry_run_option()
+@result_json_option()
 def command(
     model: str,
     out: Path,

@@ -17,6 +17,7 @@ from .options import (
     out_option,
     refuse_idle_plan,
     refuse_idle_text,
+    result_json_option,
     show,
 )
 from .options_fetch import fetch_options
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @fetch_options()
 @fresh_option()
 @dry_run_option()
+@result_json_option()
 def command(model: str, out: Path, options: Mxfp4Options, device: str, fetch: FetchOptions, dry_run: bool) -> None:
     """Write MXFP4 experts (E2M1, a power of two per 32 inputs) for vLLM and SGLang, calibrated in the same pass.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -178,7 +179,7 @@ def several(
     variants = tuple(Variant(word, command, options) for word, options in every.items())
     made = run(Recipe(model, variants), out, device=device, fetch=fetch, dry_run=dry_run)
     if first_process():
-        click.echo("\n".join(made.lines()))
+        click.echo(json.dumps(made.to_dict()) if _as_json() else "\n".join(made.lines()))
     if made.refusal is not None:
         raise made.refusal
 
@@ -191,7 +192,7 @@ def first_process() -> bool:
 def show(result: Quantized) -> None:
     """The line of a result on stdout, once under torchrun; then, of a dry run, what the real run would stop at."""
     if first_process():
-        click.echo(result.line)
+        click.echo(json.dumps(result.to_dict()) if _as_json() else result.line)
     if result.refusal is not None:
         raise result.refusal
 
@@ -230,6 +231,20 @@ def refuse_idle_plan(options: PlannedOptions, *chosen: str) -> None:
 def json_option() -> Decorator:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
+def result_json_option() -> Decorator:
+    """--json of a command whose result `show` or `several` prints."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta["mmquant.json"] = value
+
+    text = "One JSON document on stdout."
+    return click.option("--json", is_flag=True, expose_value=False, callback=remember, help=text)
+
+
+def _as_json() -> bool:
+    return bool(click.get_current_context().meta.get("mmquant.json"))
 
 
 def dry_run_option() -> Decorator:

@@ -7,6 +7,7 @@ Redirects are followed here, by hand, so that what crosses to another host is de
 from __future__ import annotations
 
 import email.utils
+import logging
 import random
 import re
 import threading
@@ -28,6 +29,7 @@ NETWORK_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions
 MAX_REDIRECTS = 8
 UNRESOLVED = "the host name does not resolve"
 LONGEST_WAIT = 1800.0  # seconds; ModelScope's own client waits as long
+log = logging.getLogger("mmquant.hub")
 AGENT = {"User-Agent": "mmquant; python-requests", "Accept-Encoding": "identity"}
 
 
@@ -164,6 +166,7 @@ class Client:
                 auth=_no_netrc,
             )
             self._session.cookies.clear()
+            log.debug("%s %s: %d", method, urlsplit(url)._replace(query="").geturl(), response.status_code)
             if response.status_code not in (301, 302, 303, 307, 308):
                 return response
             response.close()
