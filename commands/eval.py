@@ -26,6 +26,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--max-ppl-ratio", type=float, help="Gate: PPL over the reference's.")
 @click.option("--max-kld", type=float, help="Gate: mean KLD in nats.")
 @click.option("--gate", "gate_file", type=FILE, help="Gates in a YAML or JSON file (docs/eval.md).")
+@click.option("--dry-run", is_flag=True, help="Only what would be run, and its memory.")
 @click.option("--html", type=FILE, help="Write a report (with plots, if matplotlib is installed).")
 @fetch_options()
 @json_option()
@@ -36,6 +37,7 @@ def command(
     max_ppl_ratio: float | None,
     max_kld: float | None,
     gate_file: Path | None,
+    dry_run: bool,
     html: Path | None,
     device: str,
     fetch: FetchOptions,
@@ -50,10 +52,15 @@ def command(
     import json
 
     from ..calibration.model.distributed import leave
+    from ..runs.evaluation.plan import plan_evaluation
     from ..runs.evaluation.result import read_gate
     from ..runs.evaluation.run import evaluate
     from ..runs.output import check_output
 
+    if dry_run:
+        planned = plan_evaluation(artifacts, reference, options, device=device, fetch=fetch)
+        click.echo(json.dumps(planned.to_dict(), indent=1) if as_json else planned.table())
+        return
     check_output("--html", html)
     gates = read_gate(gate_file) if gate_file is not None else {}
     named = {"max_ppl_ratio": max_ppl_ratio, "max_kld": max_kld}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmquant.runs.bf16 import dequantize_bf16
     from mmquant.runs.calibrate import Calibration, calibrate
     from mmquant.runs.doctor import Diagnosis, doctor
+    from mmquant.runs.evaluation.plan import EvaluationPlan, plan_evaluation
     from mmquant.runs.evaluation.run import Evaluation, evaluate
     from mmquant.runs.fit import Fits, fit
     from mmquant.runs.fp4 import quantize_mxfp4, quantize_nvfp4
@@ -71,6 +72,7 @@ _PUBLIC = {
     "Census": ("runs.inspect", "Census"),
     "Diagnosis": ("runs.doctor", "Diagnosis"),
     "Evaluation": ("runs.evaluation.run", "Evaluation"),
+    "EvaluationPlan": ("runs.evaluation.plan", "EvaluationPlan"),
     "FetchOptions": ("convert.hub.store", "FetchOptions"),
     "Made": ("runs.run", "Made"),
     "Planned": ("runs.plan", "Planned"),
@@ -87,6 +89,7 @@ _PUBLIC = {
     "open_model": ("runs.models", "open_any"),
     "open_statistics": ("calibration.statistics.store", "open_statistics"),
     "plan": ("runs.plan", "plan"),
+    "plan_evaluation": ("runs.evaluation.plan", "plan_evaluation"),
     "pull": ("runs.pull", "pull"),
     "push": ("runs.push", "push"),
     "Status": ("runs.status", "Status"),
@@ -113,6 +116,7 @@ __all__ = [
     "DoctorOptions",
     "EvalOptions",
     "Evaluation",
+    "EvaluationPlan",
     "FetchOptions",
     "FitError",
     "FitOptions",
@@ -148,6 +152,7 @@ __all__ = [
     "open_model",
     "open_statistics",
     "plan",
+    "plan_evaluation",
     "pull",
     "push",
     "quantize_fp8",

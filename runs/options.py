@@ -322,7 +322,6 @@ class EvalOptions(Checked):
         "Claim to prove (else exit 4): nearer than this ARTIFACT, or than those of an eval --json file.",
         metavar="RIVAL",
     )
-    dry_run: bool = option(False, "Only what would be run, and its memory.")
     save_reference: Path | None = option(None, "Store the reference's distributions in this file.", kind="path")
     reference_logits: Path | None = option(None, "Take them from such a file.", kind="path")
     engine: str = option("mmquant", "Run this engine too, if installed.", choices=("mmquant", "llama.cpp", "vllm"))

@@ -8,7 +8,7 @@ reference's, which says where a variant loses; after the last, its next-token di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,18 @@ class Scoring:
 
 
 def _subjects(source: Source | None, candidates: list[Source], own: Sample, settings: Settings) -> list[Subject]:
+    chosen = models_of(source, candidates, own, settings)
+    limit = settings.ram_limit // max(1, len(chosen))
+    shape = (own.windows, own.context)
+    place = place_of(settings.device, 4 * own.tokens.numel() * sum(one["source"].geometry.hidden for one in chosen))
+    return [
+        Subject(hidden=HiddenStates(*shape, one["source"].geometry.hidden, limit, settings.folder, place), **one)
+        for one in chosen
+    ]
+
+
+def models_of(source: Source | None, candidates: list[Source], own: Sample, settings: Settings) -> list[dict[str, Any]]:
+    """The models that go through the layers together, as a Subject's fields: first the reference, if it is live."""
     every = None if settings.activations == "exact" else like_of(settings.activations)
     chosen: list[dict[str, Any]] = []
     if source is not None:
@@ -174,16 +186,19 @@ def _subjects(source: Source | None, candidates: list[Source], own: Sample, sett
     for number, candidate in enumerate(candidates):
         one = {"label": candidate.label, "source": candidate, "of": number}
         chosen.append({**one, "like": every})
-        chosen += [{**one, "like": like, "kind": like.name} for like in settings.likes if like.opens(candidate)]
-    limit = settings.ram_limit // max(1, len(chosen))
-    shape = (own.windows, own.context)
-    place = place_of(settings.device, 4 * own.tokens.numel() * sum(one["source"].geometry.hidden for one in chosen))
+        chosen += [{**one, **like} for like in _likes(candidate, settings.likes)]
+    return [{"dtype": settings.dtype, "kind": "exact", "like": None, **one} for one in chosen]
+
+
+def _likes(candidate: Source, likes: tuple[Like, ...]) -> list[dict[str, Any]]:
+    """The engines that open a candidate; those that compute it alike as one."""
+    alike: dict[tuple[str, ...], list[Like]] = {}
+    for like in likes:
+        if like.opens(candidate):
+            alike.setdefault(like.same_as(candidate), []).append(like)
     return [
-        Subject(
-            hidden=HiddenStates(*shape, one["source"].geometry.hidden, limit, settings.folder, place),
-            **{"dtype": settings.dtype, **one},
-        )
-        for one in chosen
+        {"like": first, "kind": first.name, "also": tuple(like.name for like in others)}
+        for first, *others in alike.values()
     ]
 
 
@@ -289,7 +304,10 @@ def _finish(
             for kept, part in zip(scores, found, strict=True):
                 kept.append(part)
     domains = len(own.domains)
-    outcomes = [_gathered(s, part, ranks, domains) for s, part in zip(subjects[skip:], scores, strict=True)]
+    outcomes = []
+    for subject, part in zip(subjects[skip:], scores, strict=True):
+        found = _gathered(subject, part, ranks, domains)
+        outcomes += [found, *(replace(found, kind=name) for name in subject.also)]
     return sorted(outcomes, key=lambda outcome: (outcome.of < 0, outcome.kind != "exact"))  # stable
 
 

@@ -29,6 +29,7 @@ class Subject:
     """A model on its way through the layers: the reference, a candidate, the same like an engine, or a noise floor.
 
     kind   "exact", the name of an engine's profile, or what a floor varies
+    also   names of profiles that compute it alike
     of     the number of the candidate; -1: the reference
     like   how an engine or a floor computes it; None: exactly
     order  the windows in the order in which they are computed; None: as they are
@@ -42,6 +43,7 @@ class Subject:
     of: int = -1
     like: Like | ShuffledSums | None = None
     order: Tensor | None = None
+    also: tuple[str, ...] = ()
     layers: list[Tensor] = field(default_factory=list)
 
     def weights(self, layer: int, weights: LayerWeights) -> LayerWeights:

@@ -108,8 +108,13 @@ class Like:
         return self.profile.name if self.cache is None else f"{self.profile.name} {self.cache}"
 
     def opens(self, source: Source) -> bool:
-        """Whether the engine takes such an artifact: llama.cpp takes what is no GGUF as its BF16 conversion."""
-        return self.profile.engine == LLAMA or source.ggml_type(TOKEN_EMBD) is None
+        """Whether the engine takes such an artifact: llama.cpp takes GGUF files, vLLM all others."""
+        return (self.profile.engine == LLAMA) == (source.ggml_type(TOKEN_EMBD) is not None)
+
+    def same_as(self, source: Source) -> tuple[str, ...]:
+        """Equal for profiles that compute this artifact alike, whatever hardware they stand for."""
+        said = self.describe(source)
+        return self.profile.engine, *said.values(), str(self.profile.query and said["cache"] == "fp8")
 
     def cache_of(self, source: Source) -> str:
         """The cache under which the artifact runs."""

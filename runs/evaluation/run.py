@@ -48,6 +48,19 @@ class Evaluation(Result):
 
         return table(self.document)
 
+    def compare(self, first: str, second: str) -> dict[str, Any]:
+        """How much nearer candidate `first` is than `second`, by label: a paired bootstrap over the same positions.
+
+        `verdict` is better, worse, or no difference shown. InputError for a label that no candidate has.
+        """
+        from .claims import paired
+
+        by_label = {candidate["label"]: candidate for candidate in self.document["candidates"]}
+        for label in (first, second):
+            if label not in by_label:
+                raise InputError(f"compare: no candidate {label}, expected one of {', '.join(by_label)}")
+        return paired(by_label[first], by_label[second], self.document["sample"]["interval"]["seed"])
+
     @property
     def failure(self) -> str | None:
         """The first quality gate that failed; positions that are not finite always fail."""
@@ -110,18 +123,13 @@ def run(
 ) -> dict[str, Any] | None:
     """The result document of `mmquant eval`; None on every rank but the first, and where there was only to save."""
     from ...calibration.model.distributed import current_ranks, rank_device
-    from ...calibration.text.vocabulary import check_same_model, check_same_tokenizer
     from .claims import make_claims
     from .text import make_eval_sample
 
-    _check_asked(artifacts, reference, options)
+    check_asked(artifacts, reference, options)
     with ExitStack() as stack:
-        candidates = [_opened(artifact, fetch, stack) for artifact in artifacts]
-        truth = _opened(reference, fetch, stack) if reference is not None else None
+        truth, candidates = opened_all(artifacts, reference, fetch, stack)
         basis = truth if truth is not None else candidates[0]
-        for candidate in candidates:
-            check_same_model(basis.geometry, candidate)
-            check_same_tokenizer(basis, candidate)
         sample = make_eval_sample(basis, artifacts, options)
         settings = settings_of(str(rank_device(device)), options)
         check_likes(settings.likes, candidates)
@@ -141,7 +149,7 @@ def run(
         return result if ranks.first and candidates else None
 
 
-def _check_asked(artifacts: tuple[str, ...], reference: str | None, options: EvalOptions) -> None:
+def check_asked(artifacts: tuple[str, ...], reference: str | None, options: EvalOptions) -> None:
     """InputError for what cannot be done, before any work."""
     from .claims import check_rivals
 
@@ -156,6 +164,21 @@ def _check_asked(artifacts: tuple[str, ...], reference: str | None, options: Eva
         check_engine(options.engine, artifacts, options.tensor_parallel, options.cache)
     elif options.tensor_parallel is not None:
         raise InputError("--tensor-parallel: of an engine, expected --engine vllm beside it")
+
+
+def opened_all(
+    artifacts: tuple[str, ...], reference: str | None, fetch: FetchOptions | None, stack: ExitStack
+) -> tuple[Source | None, list[Source]]:
+    """The reference (None: only its stored logits) and the candidates, of one model; closed with the stack."""
+    from ...calibration.text.vocabulary import check_same_model, check_same_tokenizer
+
+    candidates = [_opened(artifact, fetch, stack) for artifact in artifacts]
+    truth = _opened(reference, fetch, stack) if reference is not None else None
+    basis = truth if truth is not None else candidates[0]
+    for candidate in candidates:
+        check_same_model(basis.geometry, candidate)
+        check_same_tokenizer(basis, candidate)
+    return truth, candidates
 
 
 def _check_bytes(artifacts: tuple[str, ...]) -> None:
@@ -277,7 +300,8 @@ def check_likes(likes: tuple[Like, ...], candidates: list[Source]) -> None:
     """InputError for a profile whose engine opens none of the artifacts."""
     for like in likes:
         if candidates and not any(like.opens(candidate) for candidate in candidates):
-            raise InputError(f"--engine-like {like.name}: opens no GGUF file, expected llama.cpp")
+            expected = "a GGUF file" if like.profile.engine == "llama.cpp" else "a folder of safetensors"
+            raise InputError(f"--engine-like {like.name}: opens none of the artifacts, expected {expected}")
 
 
 def record(artifacts: tuple[str, ...], result: dict[str, Any]) -> None:

@@ -28,10 +28,10 @@ def table(result: dict[str, Any]) -> str:
     ]
     if domains:
         lines += ["", *aligned(("candidate", "domain", "PPL", "KLD", "top-1 %"), domains, text=("candidate", "domain"))]
-    lines += _position_lines(result)
+    lines += position_lines(result)
     for candidate in result["candidates"]:
         lines += _worst_layer(candidate)
-    lines += [*_floor_lines(result), *_pair_lines(result), *_claim_lines(result)]
+    lines += [*floor_lines(result), *pair_lines(result), *claim_lines(result)]
     if "engine_check" in result:
         lines += ["", *_engine_lines(result["engine_check"])]
     return "\n".join(lines)
@@ -51,7 +51,7 @@ def _floors(result: dict[str, Any]) -> list[dict[str, Any]]:
     return result.get("floors") or [*filter(None, [result.get("floor")])]
 
 
-def _position_lines(result: dict[str, Any]) -> list[str]:
+def position_lines(result: dict[str, Any]) -> list[str]:
     """By position in the window, where more than one range was scored."""
     rows = []
     for c in result["candidates"]:
@@ -64,7 +64,7 @@ def _position_lines(result: dict[str, Any]) -> list[str]:
     return ["", *aligned(head, rows, text=("candidate", "position"))] if rows else []
 
 
-def _floor_lines(result: dict[str, Any]) -> list[str]:
+def floor_lines(result: dict[str, Any]) -> list[str]:
     """What differs beyond the noise floor."""
     rows = [
         (c["label"], row["number"], row["value"], row["floor"], "yes" if row["beyond"] else "no")
@@ -76,7 +76,7 @@ def _floor_lines(result: dict[str, Any]) -> list[str]:
     return ["", "what differs beyond the noise floor:", *aligned(head, rows, text=text)] if rows else []
 
 
-def _pair_lines(result: dict[str, Any]) -> list[str]:
+def pair_lines(result: dict[str, Any]) -> list[str]:
     """Pairs of candidates on the same positions."""
     pairs = [pair for pair in result.get("comparisons", ()) if "kld" in pair][:MOST_PAIRS]
     rows = [_pair_row(pair, pair["verdict"]) for pair in pairs]
@@ -84,7 +84,8 @@ def _pair_lines(result: dict[str, Any]) -> list[str]:
     return ["", *aligned(head, rows, text=("first", "second", "first is"))] if rows else []
 
 
-def _claim_lines(result: dict[str, Any]) -> list[str]:
+def claim_lines(result: dict[str, Any]) -> list[str]:
+    """Claims of --better-than: which hold."""
     rows = [_pair_row(claim, "holds" if claim["holds"] else "refused") for claim in result.get("claims", ())]
     head = ("claim: this", "is better than", "KLD difference", "95 %", "p", "claim")
     return ["", *aligned(head, rows, text=("claim: this", "is better than", "claim"))] if rows else []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.tables import Size, percent
 
-from ..evaluation.table import table
+from ..evaluation.table import claim_lines, floor_lines, pair_lines, position_lines, table
 from . import plots
 from .page import Grid, Listing, Part, Plot, Section, Text, Verbatim, render, write
 
@@ -43,10 +44,20 @@ def write_report(path: Path, result: dict[str, Any]) -> None:
     if any(candidate["layers"] for candidate in result["candidates"]):
         sections.append(Section("Where it is lost", [layer_plot(result)]))
         sections.append(Section("Chosen experts", [overlap_plot(result)]))
+    sections += [Section(title, [Verbatim("\n".join(lines))]) for title, lines in _more(result) if lines]
     sections.append(Section("What was measured", [Verbatim(json.dumps(result["sample"], indent=1))]))
     sections.append(Section("As text", [Verbatim(table(result))]))
     title = f"Distance to {result['reference']['label']}"
     write(path, render(title, [*_summary(result), _numbers(result)], sections))
+
+
+def _more(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    return [
+        ("By position in the window", position_lines(result)),
+        ("Beyond the noise floor", floor_lines(result)),
+        ("Pairs on the same positions", pair_lines(result)),
+        ("Claims", claim_lines(result)),
+    ]
 
 
 def _summary(result: dict[str, Any]) -> list[Part]:
@@ -65,8 +76,9 @@ def _summary(result: dict[str, Any]) -> list[Part]:
 
 def _numbers(result: dict[str, Any]) -> Grid:
     head = ("candidate", "GB", "bits/weight", "PPL", "ratio", "KLD", "95 %", "99.9 %", "max", "top-1 %", "non-finite")
-    rows = []
-    for c in [*result["candidates"], *filter(None, [result["floor"]])]:
+    rows, colours = [], []
+    for c, colour in _models(result):
+        colours.append(colour)
         kld, ci = c["kld"], c["kld"]["mean_ci95"]
         rows.append(
             (
@@ -78,8 +90,17 @@ def _numbers(result: dict[str, Any]) -> Grid:
                 *(_form(kld["p999"], ".4f"), _form(kld["max"], ".3f"), percent(c["top1"]), c["nonfinite"]),
             )
         )
-    colours = [plots.colour(i) for i in range(len(result["candidates"]))]
-    return Grid(head, rows, [*colours, ""][: len(rows)])
+    return Grid(head, rows, colours)
+
+
+def _models(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Candidates, under each the same as engines compute it, and the noise floors, with their colours."""
+    for i, candidate in enumerate(result["candidates"]):
+        yield candidate, plots.colour(i)
+        for like in candidate.get("engine_like", ()):
+            yield {**like, "label": f"{candidate['label']} ({like['profile']})"}, ""
+    for floor in result.get("floors") or [*filter(None, [result["floor"]])]:
+        yield floor, ""
 
 
 def _form(value: float | None, form: str) -> str | None:

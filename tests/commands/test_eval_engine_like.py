@@ -132,7 +132,7 @@ def test_fp4_inputs_cost_on_the_card_that_has_them(tmp_path: Path) -> None:
 
 def test_what_is_refused(int4: Path, gguf: Path, tmp_path: Path) -> None:
     assert "expected exact or one of vllm-h100" in refusal(int4, "--engine-like", "vllm-v100")
-    assert "opens no GGUF file, expected llama.cpp" in refusal(gguf, "--engine-like", "vllm-h100")
+    assert "opens none of the artifacts, expected a folder" in refusal(gguf, "--engine-like", "vllm-h100")
     assert "--cache q4_0: vllm-h100 has none" in refusal(int4, "--engine-like", "vllm-h100", "--cache", "q4_0")
     assert "expected --engine or --engine-like beside it" in refusal(int4, "--cache", "fp8")
     assert "expected float32" in refusal(int4, "--engine-like", "vllm-h100", "--dtype", "bfloat16")
