@@ -11,7 +11,7 @@ QUICK = ("01_quickstart.ipynb", "03_fit_my_machine.ipynb")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # once, not in every process of xdist
+    if not config.option.collectonly and not hasattr(config, "workerinput"):  # once, not in every process of xdist
         for folder in Path(__file__).parent.glob("m27-*"):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 import yaml
 
 import mmquant
 from helpers.paths import ROOT
 from mmquant import FitOptions
+from mmquant.commands.cli import cli
 from mmquant.convert.formats.format import Scheme
 from mmquant.convert.formats.table import FORMATS
 from mmquant.quantize.ggml.types import GGMLType
@@ -86,6 +88,17 @@ def test_serving_commands_are_those_of_fit() -> None:
     blocks = [line.strip() for line in re.findall(r"^ {4}(.+)$", text, re.M) if line.strip().startswith(ENGINES)]
     assert len(blocks) >= 8
     assert set(blocks) <= fitted(text), set(blocks) - fitted(text)
+
+
+def test_every_type_of_fit_is_made_by_a_command() -> None:
+    """What `mmquant fit` says a type is made by is a command line that is taken."""
+    fits = mmquant.fit(options=FitOptions(target="512GB-unified"))
+    assert len(fits.fits) > 60
+    for found in fits.fits:
+        _, name, *arguments = fits.made_by(found)
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        command.make_context(name, list(arguments))
 
 
 def test_sizes_and_contexts_of_recipes_are_those_of_fit() -> None:
