@@ -21,6 +21,7 @@ import mmquant
 from mmquant import EvalOptions, Int4Options, Mxfp4Options, Nvfp4Options, PlanOptions
 from mmquant.calibration.plan.sensitivity import read_sensitivity
 from mmquant.convert.open import open_native
+from mmquant.errors import FitError
 from mmquant.runs.int4 import layers_of
 
 WRITE = {
@@ -94,7 +95,10 @@ def main() -> None:
         units = kinds(a.format, rule, layers)
         folders[label] = plain, sum(known.groups[name].cost(kind) for name, kind in units.items())
         options = PlanOptions(size=shards(plain), format=a.format, sensitivity=path)
-        plan = mmquant.plan(a.model, a.folder / f"{label}-plan", options)
+        try:
+            plan = mmquant.plan(a.model, a.folder / f"{label}-plan", options)
+        except FitError:  # the rule is the smallest that there is
+            continue
         folders[f"{label} planned"] = write(a, f"{label}-planned", plan=plan.path), plan.plan.kld
     chosen = EvalOptions(text=tuple(a.judge), windows=a.judge_windows, context=a.context)
     found = mmquant.evaluate([path for path, _ in folders.values()], a.model, chosen)

@@ -65,7 +65,7 @@ class FolderPlanner:
                 data, headers = 0, 0
                 for count, specs in unit_specs(self.source, self.row, name, kind):
                     data += count * sum(spec.bytes for spec in specs)
-                    headers += count * header_bytes(specs)
+                    headers += count * header_bytes(self.source, specs)
                 found[name].append((kind, data, data + headers))
         return found
 

@@ -12,7 +12,7 @@ from .kinds import EMBEDDINGS, EXPERT_FIELDS, HEAD, Kind, PlanRow
 from .variant import global_specs, plain_specs
 from .weights import scheme_specs
 
-ENTRY = len('"":{"dtype":"","shape":[],"data_offsets":[,]},') + 2 * 13  # of a header, offsets below 10^13
+ENTRY = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')  # of a header, without names and numbers
 
 
 def unit_specs(source: Checkpoint, row: PlanRow, group: str, kind: Kind) -> Iterator[tuple[int, list[TensorSpec]]]:
@@ -35,7 +35,10 @@ def unit_specs(source: Checkpoint, row: PlanRow, group: str, kind: Kind) -> Iter
 
 
 def fixed_bytes(source: Checkpoint, row: PlanRow, headers: bool = True) -> int:
-    """Bytes of what has no choice: norms, routers, embeddings, head; with headers also theirs and a cache's scales."""
+    """Bytes of what has no choice: norms, routers, embeddings, head; with headers also theirs and a cache's scales.
+
+    An FP8 cache's scales are few, and may be asked for when the plan is written.
+    """
     chosen = {EMBEDDINGS: source.names.embed, HEAD: source.names.head}
     specs = [spec for spec in global_specs(source) if all(spec.name != chosen.get(unit) for unit in row.units)]
     extra: list[TensorSpec] = []
@@ -43,9 +46,12 @@ def fixed_bytes(source: Checkpoint, row: PlanRow, headers: bool = True) -> int:
         specs += plain_specs(source, plain_shapes(source.geometry, layer))
         extra += cache_specs(*(source.names.attention(layer, name) for name in ("k_proj", "v_proj")))
     size = sum(spec.bytes for spec in specs)
-    return size + header_bytes([*specs, *extra]) + sum(spec.bytes for spec in extra) if headers else size
+    if not headers:
+        return size
+    return size + header_bytes(source, [*specs, *extra]) + sum(spec.bytes for spec in extra)
 
 
-def header_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Of their entries in a safetensors header, at most."""
-    return sum(ENTRY + len(spec.name) + len(spec.dtype) + len(",".join(map(str, spec.shape))) for spec in specs)
+def header_bytes(source: Checkpoint, specs: Sequence[TensorSpec]) -> int:
+    """Of their entries in a safetensors header, at most: no offset lies beyond the model in bfloat16."""
+    entry = ENTRY + 2 * len(str(2 * source.geometry.parameters))
+    return sum(entry + len(spec.name) + len(spec.dtype) + len(",".join(map(str, spec.shape))) for spec in specs)
