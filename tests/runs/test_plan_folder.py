@@ -19,11 +19,13 @@ from helpers.tiny import write_tiny
 from mmquant import (
     InputError,
     Int4Options,
+    MlxOptions,
     Mxfp4Options,
     Nvfp4Options,
     PlanOptions,
     plan,
     quantize_int4,
+    quantize_mlx,
     quantize_mxfp4,
     quantize_nvfp4,
 )
@@ -279,3 +281,23 @@ def test_a_bfloat16_release_pays_for_fp8(tmp_path: Path) -> None:
 def test_a_plan_is_drawn(made: dict[str, Path], tmp_path: Path) -> None:
     draw(read_plan_file(made["int4"] / "plan.json"), tmp_path / "plan.svg")
     assert (tmp_path / "plan.svg").read_text().count("experts") >= 1
+
+
+def test_mlx_takes_widths_by_module(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmquant.convert.folder.kinds.MLX_BITS", (2, 8))
+    monkeypatch.setattr("mmquant.convert.folder.kinds.MLX_GROUPS", (64,))
+    done = plan(model, tmp_path / "plan", options(model, format="mlx", bits=6.0, windows=4, judged_windows=1))
+    chosen = done.plan
+    assert {"embeddings", "head", "layers.0.gate", "layers.2.attention"} <= set(chosen.tensors)
+    assert {"mlx-2-g64", "mlx-8-g64"} == set(chosen.tensors.values())
+    out = quantize_mlx(model, tmp_path / "out", MlxOptions(plan=done.path, method="rtn")).path
+    assert sum(tensor.nbytes for tensor in ct_reader.tensors_of(out).values()) == chosen.bytes
+    assert (
+        sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        <= 6.0 * open_native(str(model)).geometry.parameters / 8
+    )
+    source, found = open_native(str(model)), open_source(out)
+    for unit, name in (("up", "block_sparse_moe.experts.1.w3"), ("down", "block_sparse_moe.experts.1.w2")):
+        full = f"model.layers.1.{name}.weight"
+        error = float((found.read(full) - source.read(full)).norm() / source.read(full).norm())
+        assert (error < 0.02) == (chosen.tensors[f"layers.1.{unit}"] == "mlx-8-g64")
