@@ -54,7 +54,5 @@ def command(
         refuse_without_effect("with --target, which says how many cards there are", "tp")
     found = plan(model, out, options, device=device, fetch=fetch)
     if plot is not None:
-        from ..runs.plan_plot import draw
-
-        draw(found.plan, plot)
+        found.plot(plot)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines(explain)))

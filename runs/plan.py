@@ -64,6 +64,12 @@ class Planned(Result):
             found += ["", *(f"{name}: {value:,}" for name, value in plan.placement.items())]
         return [*found, "", *self._explained()] if explain else found
 
+    def plot(self, path: str | Path) -> None:
+        """Draw the plan to a .png, .svg or .pdf file. InputError where matplotlib is not installed."""
+        from .plan_plot import draw
+
+        draw(self.plan, Path(path))
+
     def _explained(self) -> list[str]:
         rows = []
         for name, kind in self.plan.tensors.items():

@@ -19,12 +19,17 @@ def budgets_of(target: str, g: Geometry, context: int) -> tuple[int | None, int]
     InputError for a target that is none and a context that the model does not have, FitError where nothing is left.
     """
     found = target_of(target)
-    if context > g.max_context:
-        raise InputError(f"--target-context {context}: the model has at most {g.max_context}")
+    check_context(context, g)
     left = weight_budgets(g, found, context)
     if left.total <= 0 or (found.cards is not None and not (left.cards and left.ram)):
         raise FitError(f"--target {target}: cache and runtime of {context} tokens leave no room for weights")
     return (None if found.cards is None else left.cards), left.ram
+
+
+def check_context(context: int, g: Geometry) -> None:
+    """InputError for more tokens than the model takes."""
+    if context > g.max_context:
+        raise InputError(f"--target-context {context}: the model has at most {g.max_context}")
 
 
 def target_of(text: str) -> Target:

@@ -18,7 +18,7 @@ from ..convert.fitting.budgets import folder_budget, unified_budget
 from ..convert.folder.kinds import Kind, plan_row
 from ..convert.folder.unit_bytes import fixed_bytes, header_bytes, unit_specs
 from .options import PlanOptions
-from .plan_target import target_of
+from .plan_target import check_context, target_of
 from .planner import size_of, too_small
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class FolderPlanner:
     def _budget(self, options: PlanOptions) -> tuple[int, str]:
         if self.target is None:
             return size_of(options, self.weights), ""
+        check_context(options.target_context, self.g)
         room = unified_budget if self.format == "mlx" else folder_budget
         return room(self.g, self.target, options.target_context), f"--target {options.target}"
 

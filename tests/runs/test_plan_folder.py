@@ -242,6 +242,8 @@ def test_targets_without_cards_hold_no_folders(model: Path, made: dict[str, Path
     )
     with pytest.raises(InputError, match="vLLM needs cards"):
         plan(model, tmp_path, chosen)
+    with pytest.raises(InputError, match="--target-context 513: the model has at most 512"):
+        plan(model, tmp_path, dataclasses.replace(chosen, target="2xA100-80GB", target_context=513))
     found = plan(model, tmp_path, dataclasses.replace(chosen, target="2xA100-80GB"))
     assert found.plan.placement == {"tensor_parallel": 2}
     with pytest.raises(InputError, match="need CUDA"):
