@@ -92,6 +92,7 @@ def watched(ctx: click.Context) -> None:
     from .terminal import Terminal
 
     ctx.obj = Terminal()
+    ctx.with_resource(ctx.obj.warnings())
     ctx.with_resource(watching(ctx.obj))
 
 

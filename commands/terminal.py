@@ -1,18 +1,20 @@
-"""Show progress and messages on stderr: bars on a terminal, lines in a pipe."""
+"""Show progress and messages on stderr: live lines on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .display import Display, Phase
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from mmquant.monitor import Bar
 
-DELAY = 1.0  # seconds: what is done sooner shows no bar
 EVERY = 10.0  # seconds between two lines of a phase, where stderr is no terminal
 
 
@@ -21,104 +23,85 @@ class Terminal:
 
     def __init__(self) -> None:
         self.quiet = False
+        self._display: Display | None = None
+        self._heard = Heard(self)
 
     def start(self, phase: str, total: int | None, unit: str, done: int = 0) -> Bar:
-        """A bar on a terminal, lines elsewhere."""
+        """Live lines on a terminal, lines now and then elsewhere."""
         if self.quiet or os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false"):
             from mmquant.monitor import SilentBar
 
             return SilentBar()
         if not sys.stderr.isatty():
             return Lines(phase, total, unit, done)
-        return Drawn(phase, total, unit, done)
+        if self._display is None:
+            self._display = Display(sys.stderr)
+        return self._display.start(phase, total, unit, done)
 
     def message(self, text: str) -> None:
-        """Write a line to stderr, above a bar that is drawn."""
-        if self.quiet:
-            return
+        """Write a line to stderr, above what is drawn."""
+        if not self.quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """The same, also with `quiet`."""
         line = f"mmquant: {text}"
-        if "tqdm" not in sys.modules:
-            print(line, file=sys.stderr)
-            return
-        from tqdm import tqdm
+        if self._display is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._display.message(line)
 
-        tqdm.write(line, file=sys.stderr)  # above the bars that are drawn
+    def verbose(self) -> None:
+        """Show what the modules log of their work."""
+        self._heard.setLevel(logging.DEBUG)
+        logging.getLogger("mmquant").setLevel(logging.DEBUG)
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Log lines of modules and libraries are messages like ours; what is drawn goes at the end."""
+        root = logging.getLogger()
+        root.addHandler(self._heard)
+        try:
+            yield
+        finally:
+            root.removeHandler(self._heard)
+            if self._display is not None:
+                self._display.close()
 
 
-class Drawn:
-    """A tqdm bar."""
+class Heard(logging.Handler):
+    """Hands lines of the logging module to a terminal."""
 
-    def __init__(self, phase: str, total: int | None, unit: str, done: int) -> None:
-        from tqdm import tqdm
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self.terminal = terminal
 
-        self._bar: tqdm[NoReturn] = tqdm(
-            total=total, desc=phase, unit=unit, initial=done, unit_scale=unit == "B", delay=DELAY, leave=unit != "B"
-        )
-
-    def advance(self, count: int = 1) -> None:
-        """More units are done."""
-        self._bar.update(count)
-
-    def expect(self, total: int) -> None:
-        """The total is known now."""
-        self._bar.total = total
-
-    def finish(self) -> None:
-        """The phase is over."""
-        self._bar.close()
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line, whoever logs it."""
+        self.terminal.warn(" ".join(record.getMessage().removeprefix("mmquant: ").split()))
 
 
 class Lines:
     """A line now and then: a log file is read by its lines."""
 
     def __init__(self, phase: str, total: int | None, unit: str, done: int) -> None:
-        self._phase, self._total, self._unit, self._done = phase, total, unit, done
-        self._started, self._before = time.monotonic(), done
-        self._last = self._started
+        self._last = time.monotonic()
+        self._phase = Phase(phase, total, unit, done, self._last)
 
     def advance(self, count: int = 1) -> None:
         """More units are done."""
-        self._done += count
+        self._phase.done += count
         if time.monotonic() - self._last >= EVERY:
             self._last = time.monotonic()
-            line = progress_line(self._phase, self._unit, self._done, self._total, self._rate())
-            print(f"mmquant: {line}", file=sys.stderr, flush=True)
+            print(f"mmquant: {self._phase.line(self._last)}", file=sys.stderr, flush=True)
 
     def expect(self, total: int) -> None:
         """The total is known now."""
-        self._total = total
+        self._phase.total = total
+
+    def tell(self, note: str) -> None:
+        """What it does now; the next line has it."""
+        self._phase.note = note
 
     def finish(self) -> None:
         """The phase is over."""
-
-    def _rate(self) -> float:
-        """Units a second of this run."""
-        return (self._done - self._before) / max(time.monotonic() - self._started, 1e-9)
-
-
-def progress_line(phase: str, unit: str, done: int, total: int | None, rate: float) -> str:
-    """One line of a phase: what is done, of how much, at which rate (units a second), and how long the rest takes.
-
-    >>> progress_line("pull", "B", 5_000_000_000, 10_000_000_000, 1e8)
-    'pull: 5.00 of 10.00 GB, 0.10 GB/s, 0:50 left'
-    >>> progress_line("Q4_K_M", "layer", 3, 62, 0.05)
-    'Q4_K_M: layer 3 of 62, 20 s each, 19:40 left'
-    """
-    amount, each = _amounts(unit, done, total, rate)
-    left = f", {_clock((total - done) / rate)} left" if total is not None and rate > 0 else ""
-    return f"{phase}: {amount}{each}{left}"
-
-
-def _amounts(unit: str, done: int, total: int | None, rate: float) -> tuple[str, str]:
-    if unit == "B":
-        of = f" of {total / 1e9:.2f}" if total is not None else ""
-        return f"{done / 1e9:.2f}{of} GB", f", {rate / 1e9:.2f} GB/s"
-    of = f" of {total}" if total is not None else ""
-    speed = f", {1 / rate:.3g} s each" if 0 < rate < 1 else f", {rate:.3g}/s" if rate else ""
-    return f"{unit} {done}{of}", speed
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

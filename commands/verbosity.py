@@ -30,10 +30,7 @@ def _quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if not value:
-        return
-    import logging
-
-    logging.basicConfig(format="mmquant: %(message)s")
-    logging.getLogger("mmquant").setLevel(logging.DEBUG)
-    os.environ["MMQUANT_DEBUG"] = "1"
+    terminal = ctx.find_object(Terminal)
+    if value and terminal is not None:
+        terminal.verbose()
+        os.environ["MMQUANT_DEBUG"] = "1"

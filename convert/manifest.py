@@ -196,3 +196,15 @@ def set_quality(folder: Path, quality: dict[str, Any]) -> None:
         for artifact in manifest["artifacts"]:
             artifact["quality"] = quality
         write(folder, manifest)
+
+
+def set_targets(folder: Path, blocks: list[dict[str, Any]]) -> None:
+    """Put blocks of machines into a folder's manifest and FIT.md, first and in place of those of the same machines."""
+    with hold(folder, wait=QUALITY_WAIT):
+        manifest = read(folder)
+        if manifest is None:
+            raise InputError(f"{folder}: {MANIFEST} is missing, expected a finished artifact")
+        known = {block["id"] for block in blocks}
+        targets = [*blocks, *(target for target in manifest["targets"] if target["id"] not in known)]
+        if targets != manifest["targets"]:
+            write(folder, {**manifest, "targets": targets})

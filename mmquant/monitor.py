@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class Bar(Protocol):
-    """One phase of a run on its way."""
+    """One phase of a run on its way. One that also has `tell(note)` hears what the phase does now."""
 
     def advance(self, count: int = 1) -> None:
         """So many more units are done."""
@@ -68,6 +68,7 @@ class Silent:
         del text
 
 
+_PHASE: ContextVar[Bar | None] = ContextVar("mmquant.phase", default=None)
 _CURRENT: ContextVar[Monitor] = ContextVar("mmquant.monitor", default=Silent())  # noqa: B039  it has no state
 
 
@@ -98,7 +99,31 @@ def watching(monitor: Monitor | None) -> Iterator[None]:
 def phase(name: str, total: int | None, unit: str, done: int = 0) -> Iterator[Bar]:
     """A phase of the current run, finished in any case."""
     bar = current().start(name, total, unit, done)
+    token = _PHASE.set(bar)
     try:
         yield bar
     finally:
+        _PHASE.reset(token)
         bar.finish()
+
+
+def tell(note: str) -> None:
+    """Say beside the innermost phase of this thread what it does now, to a monitor that shows such notes."""
+    hears = getattr(_PHASE.get(), "tell", None)
+    if hears is not None:
+        hears(note)
+
+
+def counted(kind: str, count: int) -> None:
+    """So many more of a `KINDS`, for a monitor that keeps such numbers."""
+    hears = getattr(current(), "counted", None)
+    if hears is not None and count:
+        hears(kind, count)
+
+
+RESCUED, UNSEEN, PLAIN = "rescued", "unseen", "plain"
+KINDS = {
+    RESCUED: "experts rescaled that overflowed float16",
+    UNSEEN: "experts that saw no token",
+    PLAIN: "matrices rounded without error feedback",
+}

@@ -48,6 +48,13 @@ def cells(rows: Sequence[Sequence[object]]) -> list[list[str]]:
     return [[_gigabytes(v, d) if isinstance(v, Size) else cell(v) for v, d in row] for row in pairs]
 
 
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:30 or 3:20:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, text: Sequence[str] = ()) -> list[str]:
     """The lines of a table, none wider than WIDTH.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mmquant.errors import InputError
 
+from ..calibration.model.distributed import world
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.bf16 import Bf16Variant
 from ..convert.folder.fp8 import Fp8Variant
@@ -35,7 +36,10 @@ from .options import (
     WeightsOptions,
 )
 from .passes import Passes
+from .plan import SENSITIVITY
+from .plan_first import WORK, with_plan
 from .recipe.read import Variant
+from .run_fit import Shape
 from .weights import check_mixture, make_job
 
 if TYPE_CHECKING:
@@ -43,9 +47,9 @@ if TYPE_CHECKING:
     from ..convert.folder.variant import FolderVariant
     from ..convert.folder.weights import WeightsVariant
 
-    Shape = Callable[[Checkpoint, Any, Path], WeightsVariant | MlxVariant]
+    Make = Callable[[Checkpoint, Any, Path], WeightsVariant | MlxVariant]
 
-WEIGHTS: dict[type[Checked], tuple[str, Shape]] = {
+WEIGHTS: dict[type[Checked], tuple[str, Make]] = {
     Int4Options: ("int4", int4.variant_of),
     Nvfp4Options: ("nvfp4", fp4.nvfp4_variant),
     Mxfp4Options: ("mxfp4", fp4.mxfp4_variant),
@@ -57,13 +61,9 @@ def check_variant(variant: Variant) -> None:
     """InputError for options that contradict each other, or that one pass for many cannot do."""
     options = variant.options
     if isinstance(options, Fp8Options) and choices("fp8")[options.scheme].nearest is None:
-        raise InputError(f"{variant.name}: scheme native copies the shards as they are, expected block or channel")
+        raise InputError("scheme native copies the shards as they are, expected block or channel")
     if isinstance(options, PruneOptions) and (options.experts or options.experts_kept):
-        raise InputError(
-            f"{variant.name}: a recipe's variants keep all experts, expected mmquant {variant.command} alone"
-        )
-    if isinstance(options, PlannedOptions) and (options.size is not None or options.target is not None):
-        raise InputError(f"{variant.name}: size and target are planned before a run, expected plan: plan.json")
+        raise InputError(f"a recipe's variants keep all experts, expected mmquant {variant.command} alone")
     if isinstance(options, Int4Options):
         int4.check_options(options)
     elif isinstance(options, MlxOptions):
@@ -74,16 +74,50 @@ def check_variant(variant: Variant) -> None:
         gguf.check_options(options)
 
 
-def bytes_of(source: Checkpoint, variant: Variant, model: str, out: Path) -> tuple[str, int]:
-    """Label and bytes of an artifact, from headers alone. InputError for what does not suit the model."""
+def shape_of(source: Checkpoint, variant: Variant, model: str, out: Path) -> Shape | None:
+    """What an artifact will be, by headers; None for statistics. InputError for what does not suit the model."""
     options = variant.options
     if isinstance(options, GgufOptions):
         shape = gguf.variant_of(source, options, model)
-        return shape.label, gguf.make_plan(source, shape, None).bytes
+        plan = gguf.make_plan(source, shape, None)
+        return Shape(shape.label, plan.bytes, plan.weights(), "gguf", shape.run())
     if isinstance(options, CalibrateOptions):
-        return "statistics", 0
+        return None
     made = folder_variant(source, options, out)
-    return made.label, prepare(source, made).bytes
+    found = prepare(source, made)
+    return Shape(made.label, found.bytes, found.weights, made.format, made.run())
+
+
+class Plans:
+    """Plans of variants that name a size or a machine; what was measured for one serves all of its kind.
+
+    folder: of the run. passes: how many measurements there are, each a pass over the source.
+    """
+
+    def __init__(self, source: Checkpoint, out: Path, device: str) -> None:
+        self.source, self.out, self.device = source, out, device
+        self._measured: dict[tuple[object, ...], Path] = {}
+
+    def is_measured(self, out: Path) -> bool:
+        """Whether what the plan of an artifact needs is there."""
+        return (out / WORK / SENSITIVITY).exists()
+
+    def planned(self, variant: Variant, dry_run: bool = False) -> Variant:
+        """The variant with a plan in place of its size or machine; unchanged where it names none."""
+        options = variant.options
+        if not isinstance(options, PlannedOptions) or (options.size is None and options.target is None):
+            return variant
+        if world()[1] > 1:
+            raise InputError("size and target are planned without torchrun, expected plan: as mmquant plan makes it")
+        texts = tuple(str(getattr(options, field.name)) for field in dataclasses.fields(TextOptions))
+        kind = (variant.command, options.judged_windows, getattr(options, "tp", None), *texts)
+        if options.sensitivity is None and kind in self._measured:
+            options = dataclasses.replace(options, sensitivity=self._measured[kind])
+        out = self.out / variant.name
+        made = with_plan(self.source, options, out, self.device, dry_run, variant.command)
+        if options.sensitivity is None:
+            self._measured[kind] = out / WORK / SENSITIVITY
+        return dataclasses.replace(variant, options=made)
 
 
 def streams_of(source: Checkpoint, variant: Variant) -> int:

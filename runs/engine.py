@@ -76,6 +76,15 @@ class Watcher(Protocol):
     def begin(self, first: int, steps: int) -> None:
         """The first step that is missing, and how many there are."""
 
+    def job_begins(self, label: str, step: int) -> None:
+        """An artifact's step is made now."""
+
+    def message(self, text: str) -> None:
+        """A line that an artifact told the user."""
+
+    def counted(self, label: str, kind: str, count: int) -> None:
+        """So many of a kind (mmquant/monitor.py) in an artifact's step."""
+
     def job_done(self, label: str, step: int, seconds: float, stages: Mapping[str, float]) -> None:
         """An artifact's step is made; the seconds of its stages."""
 
@@ -116,7 +125,8 @@ def run_jobs(
             before(first)
         with phase(label or todo[0].label, steps, "step", first) as bar:
             for step in range(first, steps):
-                _take_turns([job for job in todo if job.done == step], step, len(jobs) > 1, stages, watch)
+                ready = [job for job in todo if job.done == step]
+                _take_turns(ready, step, len(jobs) > 1 or watch is not None, stages, watch)
                 if after is not None:
                     _settle(todo, len(jobs) > 1)
                     with stage("evaluate"):
@@ -136,20 +146,26 @@ def run_jobs(
 class _Prefixed:
     """Puts an artifact's name before its messages."""
 
-    def __init__(self, inner: Monitor, name: str) -> None:
-        self.inner, self.name = inner, name
+    def __init__(self, inner: Monitor, name: str, watch: Watcher | None = None) -> None:
+        self.inner, self.name, self.watch = inner, name, watch
 
     def start(self, phase: str, total: int | None, unit: str, done: int = 0) -> Bar:
         return self.inner.start(phase, total, unit, done)
 
     def message(self, text: str) -> None:
         self.inner.message(f"{self.name}: {text}")
+        if self.watch is not None:
+            self.watch.message(f"{self.name}: {text}")
+
+    def counted(self, kind: str, count: int) -> None:
+        if self.watch is not None:
+            self.watch.counted(self.name, kind, count)
 
 
 @contextmanager
-def _named(label: str) -> Iterator[None]:
+def _named(label: str, watch: Watcher | None = None) -> Iterator[None]:
     """Errors and messages inside name the artifact."""
-    with naming(label), watching(_Prefixed(current(), label)):
+    with naming(label), watching(_Prefixed(current(), label, watch)):
         yield
 
 
@@ -168,7 +184,9 @@ def _settle(jobs: Sequence[Job], several: bool) -> None:
 def _take_turns(jobs: Sequence[Job], step: int, several: bool, stages: Stages, watch: Watcher | None) -> None:
     """One step of each job; what they share goes with its last user."""
     for number, job in enumerate(jobs):
-        with memory_for(step_name(step, job.steps - 2)), _named(job.label) if several else nullcontext():
+        if watch is not None:
+            watch.job_begins(job.label, step)
+        with memory_for(step_name(step, job.steps - 2)), _named(job.label, watch) if several else nullcontext():
             began = time.monotonic()
             with stage("other"):
                 job.step(step)

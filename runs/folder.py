@@ -378,6 +378,14 @@ def finish_folder(
     manifest.write(out, manifest.build(source, artifact, __version__))
 
 
+class OccupiedError(InputError):
+    """A folder holds a finished artifact of another run; difference: in words."""
+
+    def __init__(self, message: str, difference: str | None) -> None:
+        super().__init__(message)
+        self.difference = difference
+
+
 def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
     """Whether `out` holds this very run, whole. InputError when it holds another finished one or is not a folder."""
     if out.exists() and not out.is_dir():
@@ -387,7 +395,7 @@ def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
         return False
     found = done["artifacts"][0].get("provenance", {}).get("run")
     if found != dict(run):
-        raise InputError(occupied(out, found or {}, run, "finished"))
+        raise OccupiedError(occupied(out, found or {}, run, "finished"), first_difference(found or {}, run))
     manifest.check_sizes(out, done)
     return True
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mmquant.errors import InputError
-from mmquant.monitor import Monitor, current, watching
+from mmquant.monitor import Monitor, counted, current, watching
 
 from ..calibration.gguf.provider import TensorProvider
 from ..calibration.gguf.run import CalibratedRun, Calibration, plan_memory
@@ -319,6 +319,8 @@ def write_step(writer: GgufWriter, provider: TensorProvider, step: int) -> None:
         provider.forget(step)
     for line in provider.report.of_layer(step - 1):
         current().message(line)
+    for kind, count in provider.report.counts(step - 1).items():
+        counted(kind, count)
 
 
 def help_step(provider: TensorProvider, step: int) -> None:

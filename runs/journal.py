@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmquant.errors import InputError
+
 from ..convert.files.atomic import append_line, write_whole
-from ..convert.files.parse import parse_json, take, take_map
+from ..convert.files.parse import parse_any, parse_json, take, take_list, take_map
 from ..convert.files.progress import damaged
 
 JOURNAL, LOG = "mmquant-run.json", "mmquant-run.log.jsonl"
 STREAMS = ".mmquant-streams"  # hidden states and scores on their way, in the run's folder
 FORMAT = 1
+LINES = 1 << 14  # of a log's end that are read
 # States of an artifact, in order.
 STATES = ("waiting", "writing", "written", "checked", "pushed")
 WAITING, WRITING, WRITTEN, CHECKED, PUSHED = STATES
@@ -45,12 +49,13 @@ class Journal:
     state: str = "running"  # finished, or what it failed with
     artifacts: dict[str, Entry] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)
+    fits: list[str] = field(default_factory=list)  # what fits the recipe's machines, in words
 
     def save(self) -> None:
         """Make it durable."""
         artifacts = {n: {"state": e.state, "asked": e.asked, "facts": e.facts} for n, e in self.artifacts.items()}
         data = {"format": FORMAT, "model": self.model, "layers": self.layers, "state": self.state}
-        whole = data | {"artifacts": artifacts, "check": self.check}
+        whole = data | {"artifacts": artifacts, "check": self.check, "fits": self.fits}
         write_whole(self.folder / JOURNAL, (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
 
     def set(self, name: str, state: str, **facts: object) -> None:
@@ -79,7 +84,26 @@ def read_journal(folder: Path) -> Journal | None:
         raise damaged(path, f"format {data['format']}", f"format {FORMAT}", "choose another folder")
     found = Journal(folder, take(data, "model", str, str(path)), take(data, "layers", int, str(path)))
     found.state, found.check = take(data, "state", str, str(path)), take(data, "check", dict, str(path))
+    found.fits = take_list(data, "fits", str, str(path), [])
     for name, entry in take_map(data, "artifacts", dict, str(path)).items():
         asked, facts = take(entry, "asked", dict, str(path)), take(entry, "facts", dict, str(path))
         found.artifacts[name] = Entry(asked, take(entry, "state", str, str(path)), facts)
+    return found
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The events at the end of a folder's log; lines that a power failure cut are left out."""
+    path = folder / LOG
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = deque(file, maxlen=LINES)
+    found = []
+    for line in lines:
+        try:
+            event = parse_any(line, str(path))
+        except InputError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            found.append(event)
     return found

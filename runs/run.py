@@ -11,26 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mmquant.errors import FitError, MmquantError, PartialError, naming
+from mmquant.errors import FitError, InputError, MmquantError, PartialError, naming
 from mmquant.monitor import Monitor, current, watching
 from mmquant.stages import stage_of
-from mmquant.tables import table
 
 from ..calibration.model.distributed import world
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
+from ..convert.files.progress import unfinished_run
 from ..convert.hub.http import TransferError
-from .artifacts import asked_of, bytes_of, check_variant, streams_of
+from .artifacts import Plans, asked_of, check_variant, job_of
 from .engine import Job, run_jobs
-from .folder import check_disk, written_bytes
-from .journal import CHECKED, JOURNAL, LOG, PUSHED, STATES, STREAMS, WRITING, WRITTEN, Entry, Journal, read_journal
+from .folder import OccupiedError
+from .journal import JOURNAL, LOG, PUSHED, STATES, STREAMS, WRITING, WRITTEN, Entry, Journal, read_journal
 from .models import choose_device, opened
-from .recipe.read import Push, Recipe, read_recipe
+from .outlook import Outlook, lines, needs, outlook, rows_of
+from .passes import Passes
+from .plan_first import WORK
+from .recipe.read import Recipe, Variant, read_recipe
 from .results import Result
-from .run_check import Alongside, check_artifacts, forget_other_scores, is_away, note_kept_scores
-from .run_needs import changes, check_out, check_run, run_needs
+from .run_check import check_artifacts, forget_other_scores, is_away, note_kept_scores
+from .run_fit import lines_of, note_fits
+from .run_needs import changes, check_out, check_run
 from .run_ranks import Order, alongside, announce, follow, jobs_of, sharing
-from .uploads import LostError, Piecewise, Uploads
+from .summary import summary, table_of
+from .uploads import Hooks, LostError, Piecewise, Uploads, deletes, deletes_early, where_of
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -93,7 +99,8 @@ def run(
     chosen = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     out, place = Path(out), choose_device(device or chosen.device)
     for variant in chosen.variants:
-        check_variant(variant)
+        with chosen.at("variants", variant.name):
+            check_variant(variant)
     if not dry_run:
         check_out(out)
     with watching(monitor), _limited(chosen, place):
@@ -109,10 +116,12 @@ def run(
 
 @contextmanager
 def _limited(recipe: Recipe, device: str) -> Iterator[None]:
-    """Plan memory within the recipe's limits."""
+    """Plan memory within the recipe's limits; a GPU gives no more than its own."""
+    from ..calibration.model.gpu import at_most
     from ..calibration.statistics.layer_pass import memory_limits
 
-    with memory_limits({"cpu": recipe.limits.ram, "cuda": recipe.limits.gpu if device != "cpu" else None}):
+    gpu = recipe.limits.gpu if device != "cpu" else None
+    with memory_limits({"cpu": recipe.limits.ram, "cuda": gpu}), at_most(device, gpu):
         yield
 
 
@@ -205,14 +214,30 @@ class Run:
         forget_other_scores(recipe, journal)
         if names := self._unreadable():
             self._begin_again(names)
-        todo = [v for v in recipe.variants if STATES.index(journal.artifacts[v.name].state) < STATES.index(WRITTEN)]
-        if not todo:
-            return
-        names = tuple(variant.name for variant in todo)
-        announce(Order(write=names))
-        jobs = jobs_of(source, recipe, self.out, self.device, names)
+        done = [v for v in recipe.variants if STATES.index(journal.artifacts[v.name].state) >= STATES.index(WRITTEN)]
+        found = outlook(recipe, source, self.out, Plans(source, self.out, self.device), done={v.name for v in done})
+        todo = [variant for variant in found.variants if variant.name not in found.done]
+        if todo:
+            if found.refusal is not None:
+                raise found.refusal
+            self._write_all(source, todo)
+        self._note_fits(source, found)
+
+    def _note_fits(self, source: Checkpoint, found: Outlook) -> None:
+        """The recipe's machines into manifests, and into the summary."""
+        self.journal.fits = lines_of(found.fits)
+        self.journal.save()
+        if self.recipe.fit is not None:
+            for name, shape in found.shapes.items():
+                note_fits(self.recipe.fit, self.out / name, shape, source.geometry)
+
+    def _write_all(self, source: Checkpoint, todo: Sequence[Variant]) -> None:
+        """One pass over the source."""
+        recipe, journal = self.recipe, self.journal
+        announce(Order(write=tuple(todo)))
+        make = self._job if world()[1] == 1 else job_of  # several ranks make every job together
+        jobs = jobs_of(source, recipe, self.out, self.device, todo, make)
         uploads = self._uploads(jobs)
-        self._check_room(source, jobs)
         for name in jobs:
             journal.artifacts[name].state = WRITING
         for name, orders in uploads.orders.items():
@@ -225,7 +250,8 @@ class Run:
         hooks = Hooks(check, uploads)
         after = hooks.after if check is not None or uploads.jobs else None  # it waits for what is written
         with sharing(source) as shared, uploads:
-            run_jobs(list(jobs.values()), "run", [shared], hooks.before, after, Watch(journal, len(jobs)))
+            watch = Watch(journal, len(jobs), recipe.limits)
+            run_jobs(list(jobs.values()), "run", [shared], hooks.before, after, watch)
         for name, job in jobs.items():
             size = max(_bytes(job.path), getattr(job, "bytes", 0))
             journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=size)
@@ -240,23 +266,32 @@ class Run:
         written = {n: e for n, e in self.journal.artifacts.items() if e.state == WRITTEN and "scores" not in e.facts}
         return [name for name in written if is_away(self.out / name)]
 
+    def _job(self, source: Checkpoint, variant: Variant, model: str, out: Path, passes: Passes) -> Job:
+        """A variant's job; what was made of other texts, plans or statistics by the same options is made again."""
+        with self.recipe.at("variants", variant.name):
+            try:
+                job = job_of(source, variant, model, out, passes)
+            except OccupiedError as error:
+                if not self.replace:
+                    raise InputError(f"{error}, or --replace makes it again") from None
+                difference = error.difference
+            else:
+                unfinished = unfinished_run(out) if not job.finished else None
+                made = getattr(job, "run", None)
+                if unfinished is None or made is None or unfinished == made:
+                    return job
+                difference = first_difference(unfinished, made)
+            current().message(f"{variant.name}: {difference}: made again")
+            clear(out)
+            return job_of(source, variant, model, out, passes)
+
     def _uploads(self, jobs: Mapping[str, Job]) -> Uploads:
         """What leaves while it is made."""
         orders = {name: [o for o in self.recipe.push if name in o.variants] for name in jobs}
         early = {name: [o for o in found if o.as_completed] for name, found in orders.items()}
         chosen = {name: cast("Piecewise", job) for name, job in jobs.items() if early[name] and not job.finished}
-        deleted = frozenset(name for name in chosen if early[name] == orders[name] and deletes(orders[name]))
+        deleted = frozenset(name for name in chosen if deletes_early(self.recipe, name))
         return Uploads(chosen, early, deleted, self.journal.event)
-
-    def _check_room(self, source: Checkpoint, jobs: dict[str, Job]) -> None:
-        """FitError, before anything is written, when the disk or its limit does not hold all artifacts."""
-        have = sum(written_bytes(self.out / name) for name in jobs if (self.out / name).is_dir())
-        whole = sum(getattr(job, "room", None) or getattr(job, "bytes", 0) for job in jobs.values())
-        check_disk(self.out, max(0, whole - have), source)
-        limit = self.recipe.limits.disk
-        if limit is not None and whole + source.store.in_flight() > limit:
-            needed = whole + source.store.in_flight()
-            raise FitError(f"limits.disk {limit:,}: artifacts and shards take {needed:,} bytes")
 
     def _check(self) -> str | None:
         """Score what has not been scored; the first gate that fails."""
@@ -280,34 +315,12 @@ class Run:
             self.journal.set(name, PUSHED if last else entry.state, pushed=pushed, url=found.url)
 
 
-class Hooks:
-    """What happens around the steps of all artifacts: the check reads them, then what is whole may leave."""
-
-    def __init__(self, check: Alongside | None, uploads: Uploads) -> None:
-        self.check, self.uploads = check, uploads
-
-    def before(self, first: int) -> None:
-        """Artifacts are open; `first` is their first step that is missing."""
-        if self.check is not None:
-            self.check.before(first)
-        if self.uploads.jobs:
-            self.uploads.begin()
-
-    def after(self, step: int) -> None:
-        """Every artifact has the step."""
-        if self.check is not None:
-            self.check.after(step)
-        self.uploads.after(step)
-
-
-def deletes(orders: Sequence[Push]) -> bool:
-    """Whether an artifact goes once it is in all of its repositories."""
-    return any(order.options.delete_after_upload for order in orders)
-
-
-def where_of(order: Push) -> str:
-    """A repository, in the journal."""
-    return f"{order.options.hub}:{order.repo}"
+def clear(out: Path) -> None:
+    """Remove what was made of an artifact; its plan, which was made now, stays."""
+    for path in out.iterdir():
+        if path.name == WORK:
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _bytes(path: Path) -> int:
@@ -319,63 +332,11 @@ def _planned(recipe: Recipe, out: Path, device: str, fetch: FetchOptions | None,
     """What a run would make, from headers alone."""
     with opened(recipe.model, fetch) as source:
         source.validate()
-        rows, refusal = [], None
-        for variant in recipe.variants:
-            label, size = bytes_of(source, variant, recipe.model, out / variant.name)
-            rows.append({"name": variant.name, "command": variant.command, "label": label, "bytes": size})
-        streams = sum(streams_of(source, variant) for variant in recipe.variants)
-        needs = run_needs(recipe, out, source, sum(row["bytes"] for row in rows), streams, device)
+        found = outlook(recipe, source, out, Plans(source, out, device), dry_run=True)
+        takes, refusal = needs(recipe, source, out, device, found), found.refusal
         try:
-            check_run(recipe, out, source, needs, replace)
+            check_run(recipe, out, source, takes, replace)
         except MmquantError as error:
-            refusal = error if isinstance(error, FitError) else FitError(str(error))
-        head = ("variant", "command", "artifact", "bytes")
-        facts = needs.lines("no" if refusal else "yes")
-        return Made(
-            out, rows, True, [*table(head, _cells(rows), text=head[:3]), "", *facts], refusal=refusal, needs=needs
-        )
-
-
-def _cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    return [(row["name"], row["command"], row["label"], f"{row['bytes']:,}") for row in rows]
-
-
-def table_of(journal: Journal) -> list[dict[str, Any]]:
-    """One row for each artifact of a journal."""
-    return [
-        {"name": name, "command": entry.asked["command"], "state": entry.state, **entry.facts}
-        for name, entry in journal.artifacts.items()
-    ]
-
-
-def summary(journal: Journal, seconds: float) -> list[str]:
-    """What a finished run says."""
-    rows: list[tuple[str, ...]] = []
-    for row in table_of(journal):
-        scores = row.get("scores", {})
-        numbers = [number(scores.get(n)) for n in ("bits", "kld", "top1")]
-        rows.append((row["name"], row["state"], f"{row.get('bytes', 0):,}", *numbers, row.get("path", "-")))
-    unpushed = [name for name, entry in journal.artifacts.items() if entry.state in (WRITTEN, CHECKED)]
-    head = ("artifact", "state", "bytes", "bits", "KLD", "top-1", "path")
-    lines = table(head, rows, text=("artifact", "state", "path"))
-    for entry in journal.artifacts.values():
-        lines += [f"failed: {text}" for text in entry.facts.get("failures", [])]
-    lines += [f"{name}: weights are in {where} without card and manifest" for name, where in half_published(journal)]
-    if unpushed:
-        lines.append(f"next: mmquant push {journal.folder / unpushed[0]} --repo ORG/NAME")
-    return [*lines, f"{journal.model}: {len(rows)} artifacts in {seconds:.0f} s; log in {journal.folder / LOG}"]
-
-
-def half_published(journal: Journal) -> list[tuple[str, str]]:
-    """Artifacts that failed a gate after weights of theirs had left, and the repositories that hold them."""
-    failed = {name: entry for name, entry in journal.artifacts.items() if entry.facts.get("failures")}
-    there = {
-        name: set(entry.facts.get("early", [])) - set(entry.facts.get("pushed", [])) for name, entry in failed.items()
-    }
-    return [(name, where) for name, places in there.items() for where in sorted(places)]
-
-
-def number(value: object) -> str:
-    """A score as the summary shows it; of a KL divergence its mean."""
-    found = value.get("mean") if isinstance(value, dict) else value
-    return f"{found:.4g}" if isinstance(found, int | float) else "-"
+            refusal = refusal or (error if isinstance(error, FitError) else FitError(str(error)))
+        text = lines(recipe, source, found, takes, refusal)
+        return Made(out, rows_of(found), True, text, refusal=refusal, needs=takes)

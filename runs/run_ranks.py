@@ -6,7 +6,7 @@ these artifacts. In between all take part in the same passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from .engine import Job, run_jobs
 from .evaluation.run import evaluate
 from .models import opened
 from .passes import Passes
-from .recipe.read import Recipe
+from .recipe.read import Recipe, Variant
 from .run_check import STREAMS, Alongside, readable
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Order:
-    """Write variants by name, or score artifacts by path."""
+    """Write variants, or score artifacts by path."""
 
-    write: tuple[str, ...] = ()
+    write: tuple[Variant, ...] = ()
     score: tuple[str, ...] = ()
 
 
@@ -70,15 +70,21 @@ def sharing(source: Checkpoint) -> Iterator[SharedLayer]:
         source.shared = None
 
 
-def jobs_of(source: Checkpoint, recipe: Recipe, out: Path, device: str, names: Sequence[str]) -> dict[str, Job]:
+def jobs_of(
+    source: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    device: str,
+    todo: Sequence[Variant],
+    make: Callable[[Checkpoint, Variant, str, Path, Passes], Job] = job_of,
+) -> dict[str, Job]:
     """Variants as jobs, by name; every rank makes all."""
-    todo = [variant for variant in recipe.variants if variant.name in names]
     passes = Passes(source, device, out / STREAMS)
     streams = {variant.name: streams_of(source, variant) for variant in todo}
     jobs: dict[str, Job] = {}
     for variant in todo:
         passes.others = sum(streams.values()) - streams[variant.name]
-        jobs[variant.name] = job_of(source, variant, recipe.model, out / variant.name, passes)
+        jobs[variant.name] = make(source, variant, recipe.model, out / variant.name, passes)
         jobs[variant.name].label = variant.name
     return jobs
 

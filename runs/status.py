@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmquant.errors import InputError
-from mmquant.tables import table
+from mmquant.tables import clock, table
 
 from ..convert.files.lock import HOLDER
-from ..convert.files.parse import parse_any
 from .engine import step_name
-from .journal import LOG, Journal, read_journal
+from .journal import Journal, read_journal, read_log
 from .results import Result
+from .summary import number, remarks, totals
 
-LINES = 4096  # of the log's end that are read
+HEAD = ("artifact", "state", "last step", "time", "bits", "KLD", "uploaded")
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,22 @@ class Status(Result):
             f"{self.model}: {where} done",
         ]
         if self.state == "running" and self.facts:
-            rate = f"{self.facts['seconds_per_step']:.1f} s a step, about {self.facts['seconds_left']:,} s left"
+            rate = f"{self.facts['seconds_per_step']:.3g} s a step, about {clock(self.facts['seconds_left'])} left"
             memory, disk = self.facts["memory"] / 1e9, self.facts["disk_free"] / 1e9
             lines.append(f"{rate}; {memory:.1f} GB in memory, {disk:.1f} GB of disk free")
-        cells = [(row["name"], row["state"], row["last"], f"{row['seconds']:.1f}") for row in self.table]
-        lines += table(("artifact", "state", "last step", "seconds"), cells, text=("artifact", "state", "last step"))
+        lines += table(HEAD, [_cells(row) for row in self.table], text=HEAD[:3])
+        for row in self.table:
+            lines += [f"{row['name']}: {remark}" for remark in remarks(row)]
+            lines += [f"failed: {text}" for text in row.get("failures", [])]
         if self.state in ("stopped", "killed"):
             lines.append("run the same command again to continue")
         return lines
+
+
+def _cells(row: dict[str, Any]) -> tuple[object, ...]:
+    scores = row.get("scores", {})
+    shown = [number(scores.get(name)) for name in ("bits", "kld")]
+    return row["name"], row["state"], row["last"], clock(row["seconds"]), *shown, row.get("uploaded")
 
 
 def status(folder: str | Path) -> Status:
@@ -75,7 +82,7 @@ def status(folder: str | Path) -> Status:
     journal = read_journal(folder)
     if journal is None:
         raise InputError(f"{folder}: no run of mmquant, expected a folder of mmquant run --out")
-    events = read_log(folder / LOG)
+    events = read_log(folder)
     begin = next((e for e in reversed(events) if e["event"] == "begin"), {})
     last = next((e for e in reversed(events) if e["event"] == "step"), {})
     state, reason = state_of(journal, folder)
@@ -91,8 +98,9 @@ def rows_of(journal: Journal, events: list[dict[str, Any]], steps: int) -> list[
     for name, entry in journal.artifacts.items():
         own = [e for e in events if e["event"] == "artifact" and e.get("name") == name]
         last = step_name(own[-1]["step"], steps - 2) if own else "-"
-        seconds = sum(e["seconds"] for e in own)
-        rows.append({"name": name, "state": entry.state, "last": last, "seconds": seconds, **entry.facts})
+        left = len({e["file"] for e in events if e["event"] == "uploaded" and e.get("name") == name})
+        more = totals(events, name) | ({"uploaded": left} if left else {})
+        rows.append({"name": name, "state": entry.state, "last": last, **more, **entry.facts})
     return rows
 
 
@@ -116,23 +124,6 @@ def is_held(folder: Path) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The events of a log's end; lines that a power failure cut are left out."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = deque(file, maxlen=LINES)
-    found = []
-    for line in lines:
-        try:
-            event = parse_any(line, str(path))
-        except InputError:
-            continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            found.append(event)
-    return found
 
 
 def as_text(found: Status, as_json: bool) -> str:

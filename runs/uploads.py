@@ -22,7 +22,8 @@ from ..convert.licence import LICENSE_FILES
 
 if TYPE_CHECKING:
     from ..convert.hub.push import Publisher
-    from .recipe.read import Push
+    from .recipe.read import Push, Recipe
+    from .run_check import Alongside
 
 FILES = 3  # the largest files of an artifact that its disk holds at once: one grows, one is new, one is on its way
 COMMIT_BYTES = 20 * 10**9  # that wait for a commit; hubs take about a hundred commits an hour
@@ -256,3 +257,39 @@ def room_of(job: Piecewise) -> int:
     largest = max(job.sizes.values())
     step = -(-2 * job.bytes // max(1, job.steps - 2))  # a layer is less than twice its share
     return min(job.bytes, FILES * largest + step)
+
+
+def deletes_early(recipe: Recipe, name: str) -> bool:
+    """Whether an artifact's files are deleted while later layers are made: it leaves early to all of its places."""
+    orders = [order for order in recipe.push if name in order.variants]
+    return bool(orders) and all(order.as_completed for order in orders) and deletes(orders)
+
+
+def deletes(orders: Sequence[Push]) -> bool:
+    """Whether an artifact goes once it is in all of its repositories."""
+    return any(order.options.delete_after_upload for order in orders)
+
+
+def where_of(order: Push) -> str:
+    """A repository, in the journal."""
+    return f"{order.options.hub}:{order.repo}"
+
+
+class Hooks:
+    """What happens around the steps of all artifacts: the check reads them, then what is whole may leave."""
+
+    def __init__(self, check: Alongside | None, uploads: Uploads) -> None:
+        self.check, self.uploads = check, uploads
+
+    def before(self, first: int) -> None:
+        """Artifacts are open; `first` is their first step that is missing."""
+        if self.check is not None:
+            self.check.before(first)
+        if self.uploads.jobs:
+            self.uploads.begin()
+
+    def after(self, step: int) -> None:
+        """Every artifact has the step."""
+        if self.check is not None:
+            self.check.after(step)
+        self.uploads.after(step)

@@ -33,7 +33,7 @@ LIBRARIES = {
     },
     "calibration": {"triton", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "gguf"},
     "runs": {"torch", "numpy", "yaml", "jinja2", "jsonschema", "tokenizers", "safetensors", "gguf"},
-    "commands": {"click", "tqdm"},
+    "commands": {"click"},
 }
 # Libraries that single modules may import besides: optional ones, and tables that upstream publishes.
 MODULES = {

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mmquant.monitor import PLAIN, RESCUED, UNSEEN
+
 from ...convert.models.names import EXPERT_STACKS
 from ...quantize.integer.gptq import Solved
 from ..statistics.layer import LayerStatistics
@@ -30,6 +32,10 @@ class LayerReport:
     rounded: tuple[str, ...] = ()
     rescaled: dict[int, int] = field(default_factory=dict)
     plain: tuple[str, ...] = ()
+
+    def counts(self) -> dict[str, int]:
+        """How many of each kind of finding that a run adds up."""
+        return {RESCUED: len(self.rescaled), UNSEEN: len(self.unseen), PLAIN: len(self.plain)}
 
     def lines(self) -> Iterator[str]:
         """One line per finding."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
+from mmquant.monitor import counted
 from mmquant.stages import stage
 
 from ...convert.checkpoints.checkpoint import Checkpoint
@@ -83,6 +84,8 @@ class CalibratedWeights(WeightsVariant):
                 quantized = learned(source, inputs, quantized, (self.learning, self.streams), self.report)
         for line in quantized.report.lines():
             self.report(line)
+        for kind, count in quantized.report.counts().items():
+            counted(kind, count)
         read_back = as_read_back(weights, quantized) if inputs.continued else None
         first = world()[0] == 0  # the rank that writes
         with stage("encode"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
+from mmquant.monitor import PLAIN, RESCUED, UNSEEN
 
 from ...convert.checkpoints.batches import to_host
 from ...quantize.ggml.codebook import ldlq as iquant_feedback
@@ -74,6 +75,13 @@ class Report:
     rescaled: dict[tuple[int, int], int] = field(default_factory=dict)
     unseen: set[tuple[int, int]] = field(default_factory=set)
     plain: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+
+    def counts(self, layer: int) -> dict[str, int]:
+        """How many of each kind of finding that a run adds up."""
+        plain = sum(len(experts) for (place, _), experts in self.plain.items() if place == layer)
+        places = (self.rescaled, self.unseen)
+        rescued, unseen = (sum(place == layer for place, _ in found) for found in places)
+        return {RESCUED: rescued, UNSEEN: unseen, PLAIN: plain}
 
     def of_layer(self, layer: int) -> Iterator[str]:
         """What the user should know of a layer, a line each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..hub.layout import split_of
@@ -20,17 +20,39 @@ FAMILIES = {"gguf": GGUF, "mlx": MLX}
 
 
 def target_blocks(
-    artifact: str, storage: str, entry: str, weights: Weights, g: Geometry, run: Mapping[str, Any]
+    artifact: str,
+    storage: str,
+    entry: str,
+    weights: Weights,
+    g: Geometry,
+    run: Mapping[str, Any],
+    targets: Sequence[Target] | None = None,
+    context: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One block for each machine of the package's table, in the schema's form. What does not fit has no command."""
-    row = Row(artifact, FAMILIES.get(storage, FOLDER), storage, (), lambda _: weights, group_of(run), _needs_cuda(run))
-    cache, parts = cache_of_run(run), split_of(entry)[2] if storage == "gguf" else 1
-    found: list[dict[str, Any]] = []
-    for target in read_targets().values():
-        fits = fit(row, g, target, cache=cache)
+    """One block for each machine (by default of the package's table), in the schema's form.
+
+    context: tokens that must fit; None: the largest that does. What does not fit has no command.
+    """
+    parts, found = split_of(entry)[2] if storage == "gguf" else 1, list[dict[str, Any]]()
+    for target in targets if targets is not None else read_targets().values():
+        fits = fit_of(artifact, storage, weights, g, run, target, context)
         lines = commands(fits, g.architecture, entry, parts)
         found.append(_block(artifact, fits, g, target, lines))
     return found
+
+
+def fit_of(
+    artifact: str,
+    storage: str,
+    weights: Weights,
+    g: Geometry,
+    run: Mapping[str, Any],
+    target: Target,
+    context: int | None = None,
+) -> Fit:
+    """How an artifact fits a machine. run: what its manifest says of how it was made."""
+    row = Row(artifact, FAMILIES.get(storage, FOLDER), storage, (), lambda _: weights, group_of(run), _needs_cuda(run))
+    return fit(row, g, target, context=context, cache=cache_of_run(run))
 
 
 def cache_of_run(run: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -157,8 +156,7 @@ class Repository:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars
 
-        if not sys.stderr.isatty():
-            disable_progress_bars()
+        disable_progress_bars()  # the run shows its own
         self.client, self.spec = client, spec
         self._api = HfApi(endpoint=client.endpoint.url, token=client.endpoint.token or False)
         self._ready: dict[str, Any] = {}

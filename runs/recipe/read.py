@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import jsonschema
 import yaml
 
-from mmquant.errors import InputError, suggest
+from mmquant.errors import FitError, InputError, suggest
 
 from ...convert.files.parse import DEEPEST, one_line, short
 from ...convert.files.sizes import parse_size
-from ...convert.hub.hubs import HUBS, expected
+from ...convert.fitting.targets import Target, find_target, read_targets
+from ...convert.hub.hubs import DEFAULT_HUB, HUBS, SPEC, expected
 from ..options import Checked, EvalOptions, PushOptions, TextOptions
 from .schema import COMMANDS, recipe_schema
 
@@ -54,19 +56,6 @@ class Limits:
     shards: int | None = None
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What `mmquant run` is asked for. check: how artifacts are scored in the same pass; None: not at all."""
-
-    model: str
-    variants: tuple[Variant, ...]
-    device: str | None = None
-    check: EvalOptions | None = None
-    gates: Mapping[str, float] = field(default_factory=dict)
-    push: tuple[Push, ...] = ()
-    limits: Limits = Limits()
-
-
 class Marks:
     """A recipe's text with the line of every key."""
 
@@ -76,12 +65,52 @@ class Marks:
 
     def fault(self, key: Key, text: str) -> InputError:
         """The error of one key: file, line, key, what is wrong."""
+        return InputError(self.where_of(key, text))
+
+    def where_of(self, key: Key, text: str) -> str:
+        """File, line and key before a text."""
         at = key
         while at and at not in self.lines:
             at = at[:-1]
         line = self.lines.get(at, 1)
         name = ".".join(str(part) for part in key)
-        return InputError(f"{self.where}:{line}: {name + ': ' if name else ''}{text}")
+        return f"{self.where}:{line}: {name + ': ' if name else ''}{text}"
+
+
+@dataclass(frozen=True)
+class FitTargets:
+    """Machines that the artifacts are for; context: tokens that must fit, None: the largest that does."""
+
+    targets: tuple[Target, ...]
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `mmquant run` is asked for. check: how artifacts are scored in the same pass; None: not at all.
+
+    marks: where everything stands, for errors that are found later.
+    """
+
+    model: str
+    variants: tuple[Variant, ...]
+    device: str | None = None
+    check: EvalOptions | None = None
+    gates: Mapping[str, float] = field(default_factory=dict)
+    push: tuple[Push, ...] = ()
+    limits: Limits = Limits()
+    fit: FitTargets | None = None
+    marks: Marks | None = field(default=None, compare=False)
+
+    @contextmanager
+    def at(self, *key: str | int) -> Iterator[None]:
+        """An InputError or FitError inside names file, line and key."""
+        try:
+            yield
+        except (InputError, FitError) as error:
+            if self.marks is None:
+                raise
+            raise type(error)(self.marks.where_of(key, str(error))) from None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -199,7 +228,33 @@ def build(document: dict[str, Any], marks: Marks) -> Recipe:
         for number, entry in enumerate(document.get("push", []))
     )
     limits = {name: _size(value, ("limits", name), marks) for name, value in document.get("limits", {}).items()}
-    return Recipe(model, variants, document.get("device"), check, gates, pushes, Limits(**limits))
+    machines = _fit(document["fit"], marks) if "fit" in document else None
+    found = Recipe(model, variants, document.get("device"), check, gates, pushes, Limits(**limits), machines, marks)
+    for push in range(len(pushes)):
+        with found.at("push", push, "repo"):
+            check_repository(pushes[push].repo)
+    return found
+
+
+def check_repository(name: str) -> None:
+    """InputError unless `name` is ORG/NAME."""
+    if not SPEC.fullmatch(f"{DEFAULT_HUB.key}:{name}") or "@" in name or ".." in name:
+        raise InputError(f"{short(name)}, expected ORG/NAME")
+
+
+def _fit(entry: dict[str, Any], marks: Marks) -> FitTargets:
+    file = Path(entry["machines"]) if "machines" in entry else None
+    try:
+        known = read_targets(file)
+    except InputError as error:
+        raise marks.fault(("fit", "machines"), str(error)) from None
+    found = []
+    for at, name in enumerate(entry["targets"]):
+        try:
+            found.append(find_target(name, known))
+        except InputError as error:
+            raise marks.fault(("fit", "targets", at), str(error)) from None
+    return FitTargets(tuple(found), entry.get("context"))
 
 
 def _variant(name: str, entry: dict[str, Any], corpora: dict[str, Any], marks: Marks) -> Variant:

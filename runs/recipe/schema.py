@@ -13,6 +13,7 @@ from ..options import (
     CalibrateOptions,
     Checked,
     EvalOptions,
+    FitOptions,
     Fp8Options,
     GgufOptions,
     Int4Options,
@@ -94,6 +95,7 @@ def recipe_schema() -> dict[str, Any]:
     push |= {"as_completed": {"type": "boolean"}}
     limits = {"disk": size, "shards": {"type": "integer", "minimum": 1}, "ram": size, "gpu": size}
     gates = {name: {"type": "number"} for name in GATES}
+    machines = options_schema(FitOptions, ("context",)) | {"targets": names, "machines": {"type": "string"}}
     properties = {
         "model": {"type": "string", "minLength": 1},
         "revision": {"type": "string", "minLength": 1},
@@ -112,6 +114,7 @@ def recipe_schema() -> dict[str, Any]:
         },
         "check": _object(options_schema(EvalOptions, CHECK) | {"gates": {"$ref": "#/$defs/gates"}}),
         "push": {"type": "array", "items": _object(push, required=["repo"])},
+        "fit": _object(machines, required=["targets"]),
         "limits": _object(limits),
     }
     return {

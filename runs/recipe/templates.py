@@ -25,17 +25,24 @@ check:                # scored against the model; leave it out to write only
   gates:
     max_kld: {gate}   # exit code 4 when one fails; what fails is not pushed
 
-# limits:
-#   disk: 300GB       # of artifacts and shards together
+fit:                  # machines that the artifacts are for: in the summary, in mmquant.fit.json and FIT.md
+  targets: [{targets}]
+  # context: 32768    # tokens that must fit; by default the largest that does
+  # machines: my.yaml # more machines, as of mmquant fit --targets
+
+# limits:             # what does not fit ends with exit code 5, before it begins where that can be told
+#   disk: 300GB       # of artifacts, shards and hidden states together
 #   shards: 4         # of the source on disk at once
-#   ram: 64GB
-#   gpu: 80GB
+#   ram: 64GB         # of this process
+#   gpu: 80GB         # of the device
 {push}"""
 PUSH = """
 push:
   - repo: me/MiniMax-M2.7-GGUF
     hub: hf           # or ms
     variants: [{names}]
+    # private: true            # a new repository is private until you open it
+    # as_completed: true       # parts leave as they become whole (with private, pr or a revision)
     delete_after_upload: true
 """
 GGUF = ("Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
@@ -48,9 +55,17 @@ def _gguf(names: tuple[str, ...]) -> str:
 VARIANTS = {
     "publisher": _gguf(GGUF) + "  imatrix: {command: calibrate, moments: diagonal, imatrix: imatrix.gguf}\n",
     "2xa100": "  int4-g32: {command: int4, group_size: 32, attention: bf16}\n"
-    "  int4-g128: {command: int4, group_size: 128, attention: bf16}\n",
-    "24gb": _gguf(("IQ2_XXS", "Q2_K", "IQ3_XXS")),
+    "  int4-g128: {command: int4, group_size: 128, attention: bf16}\n"
+    "  # planned: {command: int4, target: 2xA100-80GB}   # some layers stay wider; measured in a pass before\n",
+    "24gb": _gguf(("IQ2_XXS", "Q2_K", "IQ3_XXS"))
+    + "  # planned: {command: gguf, target: 24GB+96GB}   # its best types; measured in a pass before\n",
     "": "  fp8: {command: fp8}\n  int4: {command: int4, group_size: 32}\n" + _gguf(("Q4_K_M", "IQ2_XXS")),
+}
+TARGETS = {
+    "publisher": "24GB+96GB, 24GB+128GB",
+    "2xa100": "2xA100-80GB",
+    "24gb": "24GB+96GB",
+    "": "24GB+96GB, 2xA100-80GB",
 }
 GATES = {"publisher": 1.0, "2xa100": 0.15, "24gb": 2.0, "": 2.0}
 PURPOSES = tuple(name for name in VARIANTS if name)
@@ -60,4 +75,6 @@ def template(purpose: str | None = None, model: str = MODEL, file: str = "recipe
     """A commented recipe for a purpose: publisher, 2xa100, 24gb, or one of each command."""
     chosen = purpose or ""
     push = PUSH.format(names=", ".join(GGUF)) if chosen == "publisher" else ""
-    return HEAD.format(file=file, model=model, variants=VARIANTS[chosen], gate=GATES[chosen], push=push)
+    return HEAD.format(
+        file=file, model=model, variants=VARIANTS[chosen], gate=GATES[chosen], targets=TARGETS[chosen], push=push
+    )

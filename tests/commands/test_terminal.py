@@ -15,7 +15,7 @@ from helpers.hub_server import HubServer
 from helpers.paths import PACKAGE, ROOT, SOURCE
 from mmquant.commands.cli import COMMANDS, cli
 from mmquant.commands.completion import PLACES, place, shell_of
-from mmquant.commands.terminal import progress_line
+from mmquant.commands.display import progress_line
 from mmquant.errors import InputError
 
 ROOMS = ("commands", "runs", "calibration", "convert", "quantize")

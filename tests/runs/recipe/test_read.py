@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
+import mmquant
 from mmquant.errors import InputError
 from mmquant.runs.options import GgufOptions, Int4Options
 from mmquant.runs.recipe.read import parse_recipe
@@ -41,6 +42,14 @@ WRONG = {
     BASE + "push:\n  - {repo: me/a, variants: [b]}": "r.yaml:5: push.0.variants.0: 'b'; ",
     BASE + "push:\n  - {hub: hf}": "r.yaml:5: push.0: repo is missing",
     BASE + "revision: abc": "r.yaml:4: revision: model is 'demo', expected hf:ORG/NAME",
+    BASE + "push:\n  - {repo: me}": "r.yaml:5: push.0.repo: 'me', expected ORG/NAME",
+    BASE + "push:\n  - {repo: me/a, hub: git}": "r.yaml:5: push.0.hub: 'git', expected hf or ms",
+    BASE + "fit: {}": "r.yaml:4: fit: targets is missing",
+    BASE + "fit:\n  targets: [24GB+96GB,\n   2xA10]": "r.yaml:6: fit.targets.1: --target 2xA10: unknown",
+    BASE + "fit: {targets: [24GB], context: 0}": "r.yaml:4: fit.context: 0, expected at least 1",
+    BASE + "fit: {targets: [24GB], machines: none.yaml}": "r.yaml:4: fit.machines: --targets none.yaml: ",
+    A + "{command: calibrate}\npush:\n  - {repo: me/a, variants: [a]}": "r.yaml:5: push.0.variants.0: 'a'; ",
+    A + "{command: int4, plan: p, size: 1GB}": "r.yaml:3: variants.a: --plan, --size, --target: expected one",
     BASE + "limits: {disk: 0}": "r.yaml:4: limits.disk: 0, expected at least 1",
 }
 
@@ -91,3 +100,8 @@ def test_the_schema_is_one(tmp_path: Path) -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     assert json.loads(json.dumps(schema)) == schema
     jsonschema.validate(yaml.safe_load(template()), schema)
+
+
+def test_the_schema_is_shipped() -> None:
+    path = Path(mmquant.__file__).parent / "data" / "schema" / "mmquant-recipe-1.schema.json"
+    assert json.loads(path.read_text()) == recipe_schema()
