@@ -29,6 +29,7 @@ class Start:
     low, high      the lowest and highest level
     table          [L] float32, the levels in rising order; None: the integers
     learns_scales  whether scales move, exact in bfloat16
+    offsets        [..., O, G] that is added to level * scale; None: nothing
     """
 
     position: Tensor
@@ -37,6 +38,7 @@ class Start:
     high: float
     table: Tensor | None = None
     learns_scales: bool = False
+    offsets: Tensor | None = None
 
     @property
     def width(self) -> float:
@@ -54,18 +56,24 @@ class SignRoundState:
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """levels [..., O, n] int8 and the scales [..., O, G] that they are for."""
+    """levels [..., O, n] int8, the scales [..., O, G] that they are for, and offsets where there are some."""
 
     levels: Tensor
     scales: Tensor
+    offsets: Tensor | None = None
 
 
 def grid_start(rounded: Tensor, weight: IntWeight) -> Start:
-    """Symmetric grids: what was rounded [..., O, I] float32 to `weight`. Scales move on integer grids."""
+    """What was rounded [..., O, I] float32 to `weight`, without zero points. Scales move on symmetric integer grids."""
     scales = weight.scales
-    position = (torch.unflatten(rounded, -1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)).flatten(-2)
+    grouped = torch.unflatten(rounded, -1, (scales.shape[-1], -1))
+    low, high = code_range(weight.bits)
+    if weight.biases is not None:
+        offsets = weight.biases - low * scales  # of code 0
+        position = ((grouped - offsets.unsqueeze(-1)) / scales.unsqueeze(-1)).flatten(-2)
+        return Start(position, scales, float(low), float(high), offsets=offsets)
+    position = (grouped / scales.unsqueeze(-1)).flatten(-2)
     if weight.levels is None:
-        low, high = code_range(weight.bits)
         return Start(position, scales, float(low), float(high), learns_scales=True)
     table = torch.tensor(weight.levels, dtype=torch.float32, device=rounded.device)
     return Start(position, scales, float(weight.levels[0]), float(weight.levels[-1]), table=table)
@@ -94,9 +102,13 @@ def levels_of(start: Start, position: Tensor) -> Tensor:
     return start.table[torch.bucketize(position, middles)]
 
 
-def values_of(levels: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What levels [..., O, n] under scales stand for."""
+def values_of(
+    levels: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, offsets: Tensor | None = None
+) -> Tensor:
+    """What levels [..., O, n] under scales (and offsets) stand for."""
     values = torch.unflatten(levels.float(), -1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)
+    if offsets is not None:
+        values = values + offsets.unsqueeze(-1)
     return values.flatten(-2).to(dtype)
 
 
@@ -107,7 +119,7 @@ def rounded_values(start: Start, state: SignRoundState, dtype: torch.dtype = tor
         from . import signround_triton  # imported where it is needed: triton is not there on every machine
 
         return signround_triton.rounded_values(start, state, scales, dtype)
-    return values_of(levels_of(start, state.position), scales, dtype)
+    return values_of(levels_of(start, state.position), scales, dtype, start.offsets)
 
 
 def move(start: Start, state: SignRoundState, grad: Tensor, rate: float, gain_rate: float) -> None:
@@ -189,6 +201,8 @@ def sign_round(
 
 def _results(starts: Mapping[str, Start], states: Mapping[str, SignRoundState]) -> dict[str, RoundedWeight]:
     return {
-        name: RoundedWeight(levels_of(start, states[name].position).to(torch.int8), scales_of(start, states[name]))
+        name: RoundedWeight(
+            levels_of(start, states[name].position).to(torch.int8), scales_of(start, states[name]), start.offsets
+        )
         for name, start in starts.items()
     }

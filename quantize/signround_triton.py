@@ -42,12 +42,14 @@ def _level(position, table_ptr, low, high, LEVELS: tl.constexpr):
 
 @triton.jit
 def _values_kernel(
-    position_ptr, scale_ptr, table_ptr, out_ptr, groups, size, low, high,
-    LEVELS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    position_ptr, scale_ptr, offset_ptr, table_ptr, out_ptr, groups, size, low, high,
+    LEVELS: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     group, live, at, mask = _tile(groups, size, ROWS, SIZE)
     position = tl.load(position_ptr + at, mask=mask, other=0.0)
     value = _level(position, table_ptr, low, high, LEVELS) * tl.load(scale_ptr + group, mask=live, other=0.0)[:, None]
+    if OFFSET:
+        value += tl.load(offset_ptr + group, mask=live, other=0.0)[:, None]
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -88,8 +90,10 @@ def rounded_values(start: Start, state: SignRoundState, scales: Tensor, dtype: t
     groups, size, rows, wide, grid = _plan(start)
     out = torch.empty(state.position.shape, dtype=dtype, device=state.position.device)
     levels, table = _table(start)
+    offsets = start.scales if start.offsets is None else start.offsets.contiguous()
     _values_kernel[grid](
-        state.position, scales.contiguous(), table, out, groups, size, start.low, start.high, levels, rows, wide,
+        state.position, scales.contiguous(), offsets, table, out, groups, size, start.low, start.high, levels,
+        start.offsets is not None, rows, wide,
     )  # fmt: skip
     return out
 

@@ -198,7 +198,7 @@ def sign_round_chunks(
             dtype=weights.gate.dtype,
         )
         dtype = weights.gate.dtype
-        values = {n: values_of(w.levels, w.scales, dtype) for n, w in rounded.weights.items()}
+        values = {n: values_of(w.levels, w.scales, dtype, w.offsets) for n, w in rounded.weights.items()}
         left = part.target - _outputs(values, tokens, start, batch)
         parts.append(rounded.weights)
         losses.append((rounded.before, rounded.after))
