@@ -24,7 +24,8 @@ from .folder import write_folder, write_native
 from .fp4 import quantize_mxfp4, quantize_nvfp4
 from .gguf import write_gguf
 from .int4 import quantize_int4
-from .options import EvalOptions, Int4Options, Mxfp4Options, Nvfp4Options
+from .mlx import quantize_mlx
+from .options import EvalOptions, Int4Options, MlxOptions, Mxfp4Options, Nvfp4Options
 
 WINDOWS = 16
 CALIBRATION = 64  # windows of calibrated variants
@@ -42,10 +43,12 @@ def variants(device: str) -> dict[str, Callable[[Checkpoint, Path], Path]]:
     }
     int4 = Int4Options(windows=CALIBRATION)
     nvfp4, mxfp4 = Nvfp4Options(windows=CALIBRATION), Mxfp4Options(windows=CALIBRATION)
+    mlx = MlxOptions(bits=3, windows=CALIBRATION)
     table |= {
         "int4-gptq-g128": lambda source, out: quantize_int4(source, out, int4, device=device).path,
         "nvfp4-gptq": lambda source, out: quantize_nvfp4(source, out, nvfp4, device=device).path,
         "mxfp4-gptq": lambda source, out: quantize_mxfp4(source, out, mxfp4, device=device).path,
+        "mlx-gptq-3bit": lambda source, out: quantize_mlx(source, out, mlx, device=device).path,
     }
     for kind in GGUF_TYPES:
         variant = GgufVariant(find_mix(kind), f"demo-{kind}", False)

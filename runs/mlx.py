@@ -12,7 +12,7 @@ from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.mlx import CalibratedMlx
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.kinds import EXPERT_FIELDS, Kind, group_name
-from ..convert.folder.mlx import BF16, EIGHT_BIT, MlxVariant, kind
+from ..convert.folder.mlx import BF16, MlxVariant, kind
 from ..convert.formats.table import choices
 from ..convert.models.geometry import Geometry
 from ..quantize.integer.gptq import GptqGrid
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 COMMAND = "mlx"
+DEFAULT_MODE, DEFAULT_GROUP = "affine", 64  # of what is beside the experts
 
 
 def quantize_mlx(
@@ -59,7 +60,7 @@ def check_options(options: MlxOptions) -> None:
     if options.planned:
         raise InputError(f"{said} with a plan: expected {usual.mode}, whose widths may vary")
     if row.experts_only and COMMAND in (options.attention, options.embeddings):
-        raise InputError(f"{said}: mlx_lm has it for experts alone, expected 8bit or bf16 beside them")
+        raise InputError(f"{said}: mlx_lm has it for experts alone, expected 8bit, bf16 ... beside them")
 
 
 def mlx_variant(source: Checkpoint, options: MlxOptions, out: Path) -> MlxVariant:
@@ -79,7 +80,10 @@ def mlx_variant(source: Checkpoint, options: MlxOptions, out: Path) -> MlxVarian
 
 
 def _beside(word: str, experts: Kind) -> Kind:
-    return {"8bit": kind(*EIGHT_BIT), "bf16": BF16}.get(word, experts)
+    bits = word.removesuffix("bit")
+    if bits != word:
+        return kind(DEFAULT_MODE, int(bits), DEFAULT_GROUP)
+    return BF16 if word == BF16.word else experts
 
 
 def check_groups(g: Geometry, shape: dict[str, Any]) -> None:

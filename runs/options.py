@@ -13,6 +13,7 @@ from ..convert.hub.hubs import DEFAULT_HUB, HUBS
 GIB = 1 << 30
 SEEDS = 2**32 - 1  # what numpy and torch take
 PLAN_FIELDS = ("plan", "size", "target", "target_context", "sensitivity", "judged_windows")
+BESIDE = ("8bit", "6bit", "5bit", "4bit", "3bit", "bf16", "mlx")  # how MLX may have what is beside the experts
 PLANNED = ("gguf", "int4", "nvfp4", "mxfp4", "mlx")  # commands that write a plan
 TEXT_ONLY = "--text alone; by default as many windows of bundled text go with it."
 
@@ -267,8 +268,8 @@ class MlxOptions(CalibratedOptions):
     bits: int = option(4, "Of the experts, in mode affine.", choices=(2, 3, 4, 5, 6, 8))
     group_size: int = option(64, "Inputs that share a scale, in mode affine.", choices=(32, 64, 128))
     mode: str = option("affine", "nvfp4: with a global scale for each expert.", choices=("affine", "mxfp4", "nvfp4"))
-    attention: str = option("8bit", "8bit: affine, groups of 64; mlx: as the experts.", choices=("8bit", "bf16", "mlx"))
-    embeddings: str = option("8bit", "Of the embeddings and the head, likewise.", choices=("8bit", "bf16", "mlx"))
+    attention: str = option("8bit", "3bit to 8bit: affine, groups of 64; mlx: as the experts.", choices=BESIDE)
+    embeddings: str = option("8bit", "Of the embeddings and the head, likewise.", choices=BESIDE)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def agrees(folder: Path) -> float:
 
 KINDS = [
     (["--bits", "3", "--group-size", "32"], "MLX-3bit-g32-gptq"),
-    (["--bits", "2", "--effort", "high", "--attention", "bf16"], "MLX-2bit-g64-gptq-high"),
+    pytest.param(
+        ["--bits", "2", "--effort", "high", "--attention", "bf16"], "MLX-2bit-g64-gptq-high", marks=pytest.mark.slow
+    ),
     (["--mode", "mxfp4", "--attention", "mlx", "--embeddings", "bf16"], "MLX-MXFP4-g32-gptq"),
 ]
 

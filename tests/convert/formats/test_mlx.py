@@ -105,8 +105,15 @@ def test_mlx_reads_what_we_read(written: Callable[[str], Path], name: str) -> No
     assert compare(written(name)) == experts + beside
 
 
-@pytest.mark.parametrize("how", [{"q_bits": 4}, {"quant_predicate": "mixed_3_4", "q_group_size": 64},
-                                 {"q_mode": "nvfp4"}, {"q_mode": "mxfp8"}], ids=lambda how: str(list(how.values())[0]))  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "4 bits": {"q_bits": 4},
+    "mixed_3_4": {"quant_predicate": "mixed_3_4", "q_group_size": 64},
+    "nvfp4": {"q_mode": "nvfp4"},
+    "mxfp8": {"q_mode": "mxfp8"},
+}
+
+
+@pytest.mark.parametrize("how", OWN.values(), ids=OWN)
 def test_mlx_lms_own_folders(tmp_path: Path, how: dict[str, Any]) -> None:
     """Router, embeddings and head quantized, by its recipes: everything is read, and nothing found wrong."""
     pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (extra mlx)")
@@ -211,8 +218,13 @@ def missing(tensors: dict[str, Tensor]) -> None:
     del tensors[STACK + ".biases"]
 
 
-BROKEN = [(shapeless, "expected 4 experts first"), (fewer, "expected 4 experts first"), (empty, "0 bytes for an expert"),
-          (infinite, "scales is not finite"), (missing, "biases is missing")]  # fmt: skip
+BROKEN = [
+    (shapeless, "expected 4 experts first"),
+    (fewer, "expected 4 experts first"),
+    (empty, "0 bytes for an expert"),
+    (infinite, "scales is not finite"),
+    (missing, "biases is missing"),
+]
 
 
 @pytest.mark.parametrize(("spoil", "words"), BROKEN, ids=lambda value: getattr(value, "__name__", "words"))
@@ -230,5 +242,5 @@ def test_broken_tensors_give_one_line(
 
 def test_what_does_not_divide_is_refused() -> None:
     other = MlxVariant(Kind("mlx-4-g96", kind("affine", 4, 64).storage, 4, 96), BF16, BF16)
-    with pytest.raises(InputError, match="groups of 96|group size 96"):
+    with pytest.raises(InputError, match="group size 96 does not divide 256 inputs"):
         write_folder(open_native(MODEL), other, Path("never"))
