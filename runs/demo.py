@@ -19,13 +19,14 @@ from ..convert.folder.weights import WeightsVariant
 from ..convert.gguf.mixes import find_mix
 from ..convert.gguf.variant import GgufVariant
 from ..convert.open import DEMO, open_native
+from .bf16 import dequantize_bf16
 from .evaluation.run import record, run
 from .folder import write_folder, write_native
 from .fp4 import quantize_mxfp4, quantize_nvfp4
-from .gguf import write_gguf
+from .gguf import quantize_gguf, write_gguf
 from .int4 import quantize_int4
 from .mlx import quantize_mlx
-from .options import EvalOptions, Int4Options, MlxOptions, Mxfp4Options, Nvfp4Options
+from .options import EvalOptions, GgufOptions, Int4Options, MlxOptions, Mxfp4Options, Nvfp4Options
 
 WINDOWS = 16
 CALIBRATION = 64  # windows of calibrated variants
@@ -38,6 +39,7 @@ def variants(device: str) -> dict[str, Callable[[Checkpoint, Path], Path]]:
         "fp8-native": write_native,
         "fp8-block": lambda source, out: write_folder(source, Fp8Variant("block"), out, device=device),
         "fp8-channel": lambda source, out: write_folder(source, Fp8Variant("channel"), out, device=device),
+        "bf16": lambda source, out: dequantize_bf16(source, out, device=device).path,
         "int4-rtn-g128": lambda source, out: write_folder(source, WeightsVariant(128), out, device=device),
         "int4-rtn-g32": lambda source, out: write_folder(source, WeightsVariant(32), out, device=device),
     }
@@ -53,6 +55,8 @@ def variants(device: str) -> dict[str, Callable[[Checkpoint, Path], Path]]:
     for kind in GGUF_TYPES:
         variant = GgufVariant(find_mix(kind), f"demo-{kind}", False)
         table[f"gguf-{kind}"] = lambda source, out, v=variant: write_gguf(source, v, out, device=device)
+    gguf = GgufOptions(windows=CALIBRATION)
+    table["gguf-Q4_K_M-calibrated"] = lambda source, out: quantize_gguf(source, out, gguf, device=device).path
     return table
 
 

@@ -137,10 +137,13 @@ IN_README = {
     "INT4 g128, calibrated": ("int4-gptq-g128",),
     "NVFP4, calibrated": ("nvfp4-gptq",),
     "MXFP4, calibrated": ("mxfp4-gptq",),
+    "MLX 3 bits g64, calibrated": ("mlx-gptq-3bit",),
+    "BF16": ("bf16",),
     "GGUF BF16": ("gguf-BF16",),
     "GGUF Q8_0": ("gguf-Q8_0",),
     "GGUF Q6_K": ("gguf-Q6_K",),
     "GGUF Q4_K_M, uncalibrated": ("gguf-Q4_K_M",),
+    "GGUF Q4_K_M, calibrated": ("gguf-Q4_K_M-calibrated",),
 }
 
 

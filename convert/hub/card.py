@@ -74,7 +74,8 @@ def _launch(
             environment |= HUBS[place.hub].llamacpp_environment
         elif word == entry:
             argv[at] = place.repo
-            environment |= HUBS[place.hub].vllm_environment
+            hub = HUBS[place.hub]
+            environment |= hub.mlx_environment if artifact["format"] == "mlx" else hub.vllm_environment
         elif argv[:2] == ["sh", "-c"] and at == 2 and artifact["format"] == "gguf":
             argv[at] = word.replace(entry, moved.get(entry, entry))
     return {"argv": argv, "env": environment}
@@ -107,7 +108,7 @@ def front_matter(
         front.setdefault("base_model_relation", "quantized")
     else:
         front.pop("base_model_relation", None)
-    front.setdefault("library_name", "gguf" if formats == {"gguf"} else "vllm")
+    front.setdefault("library_name", next(iter(formats)) if formats in ({"gguf"}, {"mlx"}) else "vllm")
     front.setdefault("pipeline_tag", "text-generation")
     tags: object = front.get("tags") or []
     tags = tags if is_list(tags) else [tags]

@@ -51,13 +51,20 @@ def _types(manifest: Manifest, repo: str) -> str:
         metrics = a.get("quality", {}).get("metrics", {})
         numbers = [_number(_kld(metrics, "mean"), 3), _number(metrics.get("top1"), 3)]
         size = sum(f["size"] for f in a["files"] if f["path"].endswith((".gguf", ".safetensors")))
-        start = f"`llama-server -hf {repo}:{_label(a)}`" if a["format"] == "gguf" else f"`vllm serve {repo}`"
+        start = f"`{_start(a, repo)}`"
         machines = ", ".join(smallest([t for t in manifest["targets"] if t["artifact"] == a["id"]])) or "-"
         rows.append([_label(a), f"{size / 1e9:.2f}", _number(a.get("bits_per_weight"), 3), *numbers, machines, start])
     table = markdown(["type", "GB", "bits", "KLD", "top-1", "for (context)", "start"], rows)
     after = f"Every machine with its memory, context, placement and complete command: [{FIT_TEXT}]({FIT_TEXT})."
     after += f" The same as a page with plots: [{REPORT}]({REPORT})."
     return f"{table}\n\n{after}"
+
+
+def _start(artifact: Manifest, repo: str) -> str:
+    """The shortest line that serves a type."""
+    if artifact["format"] == "gguf":
+        return f"llama-server -hf {repo}:{_label(artifact)}"
+    return f"mlx_lm.server --model {repo}" if artifact["format"] == "mlx" else f"vllm serve {repo}"
 
 
 def _label(artifact: Manifest) -> str:

@@ -54,6 +54,7 @@ class Hub:
     llamacpp_environment: Mapping[str, str] = field(default_factory=dict[str, str])  # for `llama-server -hf ORG/NAME`
     ollama: str = ""  # its name in `ollama run NAME/ORG/REPO:TYPE`; none where Ollama does not know it
     vllm_environment: Mapping[str, str] = field(default_factory=dict[str, str])  # for `vllm serve ORG/NAME`
+    mlx_environment: Mapping[str, str] = field(default_factory=dict[str, str])  # for `mlx_lm.server --model ORG/NAME`
 
     def page_url(self, endpoint: str, repo: str) -> str:
         """The address of a repository's page."""

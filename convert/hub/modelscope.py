@@ -320,6 +320,7 @@ HUB = Hub(
     ollama="modelscope.cn",
     llamacpp_environment={"MODEL_ENDPOINT": "https://www.modelscope.cn"},
     vllm_environment={"VLLM_USE_MODELSCOPE": "True"},
+    mlx_environment={"MLXLM_USE_MODELSCOPE": "True"},
     account=account,
     list_files=list_files,
     file_url=file_url,
