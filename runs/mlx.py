@@ -12,7 +12,7 @@ from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.mlx import CalibratedMlx
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.kinds import EXPERT_FIELDS, Kind, group_name
-from ..convert.folder.mlx import BF16, MlxVariant, kind
+from ..convert.folder.mlx import BF16, EIGHT_BIT, MlxVariant, kind
 from ..convert.formats.table import choices
 from ..convert.models.geometry import Geometry
 from ..quantize.integer.gptq import GptqGrid
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 COMMAND = "mlx"
-DEFAULT_MODE, DEFAULT_GROUP = "affine", 64  # of what is beside the experts
 
 
 def quantize_mlx(
@@ -82,7 +81,8 @@ def mlx_variant(source: Checkpoint, options: MlxOptions, out: Path) -> MlxVarian
 def _beside(word: str, experts: Kind) -> Kind:
     bits = word.removesuffix("bit")
     if bits != word:
-        return kind(DEFAULT_MODE, int(bits), DEFAULT_GROUP)
+        mode, _, group = EIGHT_BIT
+        return kind(mode, int(bits), group)
     return BF16 if word == BF16.word else experts
 
 
