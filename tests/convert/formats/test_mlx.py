@@ -73,16 +73,15 @@ def values_of_mlx(folder: Path) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if "scales" not in module:
             continue
-        parts = [module[part] if part in module else None for part in ("weight", "scales", "biases", "global_scale")]
-        stacked = parts[0].ndim == 3
-        for expert in range(parts[0].shape[0] if stacked else 1):
-            words, scales, biases, one = (p if p is None or not stacked else p[expert] for p in parts)
-            if biases is not None:
-                scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-            how = {"global_scale": one} if one is not None else {}
-            value = mx.dequantize(
-                words, scales, biases, module.group_size, module.bits, module.mode, dtype=mx.float32, **how
-            )
+        parts: dict[str, Any] = {n: module[n] for n in ("weight", "scales", "biases", "global_scale") if n in module}
+        parts = {n: part for n, part in parts.items() if part is not None}
+        stacked = parts["weight"].ndim == 3
+        for expert in range(parts["weight"].shape[0] if stacked else 1):
+            own = {n: part[expert] if stacked else part for n, part in parts.items()}
+            if "biases" in own:
+                own |= {n: own[n].astype(mx.float32) for n in ("scales", "biases")}
+            how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode, "dtype": mx.float32}
+            value = mx.dequantize(own.pop("weight"), **own, **how)
             found[f"{name}:{expert}" if stacked else name] = torch.from_numpy(np.array(value))
     return found
 
