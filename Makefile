@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 READY := $(VENV)/.installed
 
-.PHONY: help install demo test lint types unit test-slow test-gpu test-peers test-wheel dist bench dev-model notebooks docs constraints clean
+.PHONY: help install demo test lint types unit test-slow test-gpu test-peers test-wheel dist bench results dev-model notebooks docs constraints clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -105,6 +105,9 @@ dev-model: $(READY) ## train the development model that bench/domains.py judges 
 	$(BIN)/python bench/dev_model/collect.py $(DEBS) $(DEV_MODEL)/corpus.json
 	$(BIN)/python bench/dev_model/pack.py $(DEV_MODEL)/corpus.json $(DEV_MODEL)/text
 	$(BIN)/python bench/dev_model/train_model.py $(DEV_MODEL)/text $(DEV_MODEL)
+
+results: $(READY) ## docs/results.md from the stored results in docs/results/
+	$(BIN)/python bench/results.py
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
 	rm -rf notebooks/m27-*

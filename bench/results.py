@@ -31,6 +31,7 @@ from mmquant.convert.gguf.imatrix import Imatrix, read_imatrix
 from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, TOKEN_EMBD
 from mmquant.convert.open import open_source
 from mmquant.convert.source import Source
+from mmquant.errors import InputError
 from mmquant.quantize.ggml.codec import decode
 from mmquant.quantize.ggml.types import GGMLType
 from mmquant.runs.evaluation import llamacpp
@@ -121,12 +122,13 @@ class Rival:
 
 
 def artifact(folder: Path, name: str, model: str) -> Path:
-    """The folder or file of a row; made by its command where it is missing."""
+    """The folder or file of a row; made by its command where it is missing (by one process alone)."""
     out = folder / name
-    if not (out / "mmquant.fit.json").exists() and current_ranks().first:
+    if not (out / "mmquant.fit.json").exists():
+        if current_ranks().world > 1:
+            raise InputError(f"{out}: not finished, expected what `python bench/results.py make` writes")
         line = [sys.executable, "-m", "mmquant", *ROWS[name][0].split(), "--model", model, "--out", str(out)]
         subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
-    current_ranks().gather(None)
     return next(iter(sorted(out.glob("*.gguf"))), out)
 
 
@@ -203,11 +205,17 @@ def model_section(found: dict[str, Any]) -> list[str]:
     by = {(row["file"], row["by"]): row["kld"] for row in found["rows"]}
     for pair in found["pairs"]:
         ratio = by[pair["file"], "mmquant"] / by[pair["file"], pair["by"]]
-        low, high = pair["kld"]["ci95"]
-        holds = {"better": "yes", "worse": "no: farther"}.get(pair["verdict"], "not shown")
-        numbers = f"{ratio:.2f} | {pair['kld']['difference']:+.4f} | {low:+.4f} .. {high:+.4f} | {pair['kld']['p']:.2g}"
-        lines.append(f"| {pair['file']} | {pair['by']} | {numbers} | {holds} |")
+        lines.append(f"| {pair['file']} | {pair['by']} | {ratio:.2f} | {pair_cells(pair)} |")
     return lines
+
+
+def pair_cells(pair: dict[str, Any]) -> str:
+    """Difference, interval, p and what may be claimed."""
+    if "kld" not in pair:
+        return " |  |  | not comparable"
+    low, high = pair["kld"]["ci95"]
+    holds = {"better": "yes", "worse": "no: farther"}.get(pair["verdict"], "not shown")
+    return f"{pair['kld']['difference']:+.4f} | {low:+.4f} .. {high:+.4f} | {pair['kld']['p']:.2g} | {holds}"
 
 
 def numbers_row(row: dict[str, Any]) -> str:
@@ -234,6 +242,7 @@ demo has 14.4 M weights; what it shows is order and sign, not the size of a loss
 RECIPE = """
 ## The same page for MiniMax-M2.7, on a node
 
+    python bench/results.py make hf:MiniMaxAI/MiniMax-M2.7 --folder m27
     torchrun --nproc-per-node 8 bench/results.py measure hf:MiniMaxAI/MiniMax-M2.7 --folder m27 --name m27 \\
       --context 2048 --windows 128 --imatrix m27.imatrix.gguf
     make results
@@ -257,11 +266,12 @@ scores them. Estimates from the speeds in [eval.md](eval.md), none of it measure
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="what")
-    one = parts.add_parser("measure")
-    one.add_argument("model")
-    one.add_argument("--folder", type=Path, required=True)
+    first, one = parts.add_parser("make"), parts.add_parser("measure")
+    for part in (first, one):
+        part.add_argument("model")
+        part.add_argument("--folder", type=Path, required=True)
+        part.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     one.add_argument("--name", help="of the stored result; default: the model")
-    one.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     one.add_argument("--imatrix", type=Path, help="llama-imatrix's file, for stock GGUF")
     one.add_argument("--windows", type=int, default=16)
     one.add_argument("--context", type=int)
@@ -269,6 +279,10 @@ def main() -> None:
     one.add_argument("--floor", action="store_true")
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
+    if given.what == "make":
+        for name in given.rows:
+            print(artifact(given.folder, name, given.model))
+        return
     if given.what == "measure":
         try:
             found = measure_all(given)

@@ -130,9 +130,9 @@ def run(
     with ExitStack() as stack:
         truth, candidates = opened_all(artifacts, reference, fetch, stack)
         basis = truth if truth is not None else candidates[0]
-        sample = make_eval_sample(basis, artifacts, options)
         settings = settings_of(str(rank_device(device)), options)
         check_likes(settings.likes, candidates)
+        sample = make_eval_sample(basis, artifacts, options)
         ranks = current_ranks()
         if ranks.first:
             _check_bytes(artifacts)

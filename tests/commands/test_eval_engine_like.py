@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from mmquant.commands.cli import cli
 from mmquant.errors import GateError, InputError
+from mmquant.runs.evaluation.claims import make_claims
 from mmquant.runs.evaluation.result import validate
+from mmquant.runs.evaluation.table import table
+from mmquant.runs.reports.evaluation import write_report
 
 SMALL = ("--reference", "demo", "--windows", "2", "--context", "136")
 
@@ -72,8 +75,14 @@ def changed(folder: Path, out: Path, config: Callable[[dict[str, Any]], None], *
     return out
 
 
-def test_exact_and_engine_like_stand_side_by_side(int4: Path, gguf: Path, tmp_path: Path) -> None:
-    found = document("demo", int4, gguf, "--engine-like", "vllm-h100", "--engine-like", "vllm-a100")
+@pytest.fixture(scope="module")
+def whole(int4: Path, gguf: Path) -> dict[str, Any]:
+    """The original, INT4 and Q8_0, exactly and as vLLM computes them."""
+    return document("demo", int4, gguf, "--engine-like", "vllm-h100", "--engine-like", "vllm-a100")
+
+
+def test_exact_and_engine_like_stand_side_by_side(whole: dict[str, Any], tmp_path: Path) -> None:
+    found = whole
     fp8, weights_only, file = found["candidates"]
     assert [like["profile"] for like in fp8["engine_like"]] == ["vllm-h100", "vllm-a100"]
     assert file["engine_like"] == []  # vLLM opens no GGUF
@@ -85,11 +94,10 @@ def test_exact_and_engine_like_stand_side_by_side(int4: Path, gguf: Path, tmp_pa
     # weights only: both cards multiply with bfloat16 inputs
     first, second = (like["kld"]["mean"] for like in weights_only["engine_like"])
     assert first == second != weights_only["kld"]["mean"]
-    report = tmp_path / "report.html"
-    table = run("demo", "--engine-like", "vllm-h100", "--html", report).stdout
-    assert "demo (exact)" in table
-    assert "demo (vllm-h100)" in table
-    assert "vllm-h100" in report.read_text()
+    write_report(tmp_path / "report.html", found)
+    assert "demo (exact)" in table(found)
+    assert "demo (vllm-h100)" in table(found)
+    assert "demo (vllm-h100)" in (tmp_path / "report.html").read_text()
 
 
 def test_a_cache_of_the_engine(tmp_path: Path, int4: Path, gguf: Path) -> None:
@@ -130,7 +138,7 @@ def test_fp4_inputs_cost_on_the_card_that_has_them(tmp_path: Path) -> None:
     assert "has no scale of its FP4 inputs" in refusal(missing, "--engine-like", "vllm-b200")
 
 
-def test_what_is_refused(int4: Path, gguf: Path, tmp_path: Path) -> None:
+def test_what_is_refused(int4: Path, gguf: Path) -> None:
     assert "expected exact or one of vllm-h100" in refusal(int4, "--engine-like", "vllm-v100")
     assert "opens none of the artifacts, expected a folder" in refusal(gguf, "--engine-like", "vllm-h100")
     assert "--cache q4_0: vllm-h100 has none" in refusal(int4, "--engine-like", "vllm-h100", "--cache", "q4_0")
@@ -138,18 +146,13 @@ def test_what_is_refused(int4: Path, gguf: Path, tmp_path: Path) -> None:
     assert "expected float32" in refusal(int4, "--engine-like", "vllm-h100", "--dtype", "bfloat16")
     assert "expected --activations exact" in refusal(int4, "--engine-like", "vllm-h100", "--convention", "llama.cpp")
     assert "expected one of several ARTIFACTs" in refusal(int4, "--better-than", int4)
-    broken = tmp_path / "r.json"
-    broken.write_text("{}")
-    assert "not a result of eval --json" in refusal(int4, "--better-than", broken)
 
 
-def test_by_position(int4: Path) -> None:
-    (candidate,) = document(int4)["candidates"]
+def test_by_position(whole: dict[str, Any]) -> None:
+    candidate = whole["candidates"][1]
     first, last = candidate["positions"]
-    assert [(block["from"], block["to"], block["tokens"]) for block in (first, last)] == [
-        (0, 128, 2 * 128),
-        (128, 136, 2 * 7),
-    ]
+    found = [(block["from"], block["to"], block["tokens"]) for block in (first, last)]
+    assert found == [(0, 128, 2 * 128), (128, 136, 2 * 7)]
     mean = (first["kld"] * first["tokens"] + last["kld"] * last["tokens"]) / candidate["tokens"]
     assert mean == pytest.approx(candidate["kld"]["mean"])
     layers = candidate["layers"]
@@ -157,24 +160,31 @@ def test_by_position(int4: Path) -> None:
     assert (first["expert_overlap"] * 128 + last["expert_overlap"] * 8) / 136 == pytest.approx(overlap)
 
 
-def test_claims_are_made_and_refused(int4: Path, gguf: Path, tmp_path: Path) -> None:
-    found = document(gguf, int4, "--better-than", int4)
-    (claim,) = found["claims"]
-    assert (claim["verdict"], claim["holds"]) == ("better", True)
-    assert found["comparisons"][0]["kld"]["difference"] == pytest.approx(
-        found["candidates"][0]["kld"]["mean"] - found["candidates"][1]["kld"]["mean"]
-    )
-    stored = tmp_path / "gguf.json"
-    stored.write_text(json.dumps(document(gguf)))
+def test_claims_are_made_and_refused(whole: dict[str, Any], int4: Path, gguf: Path, tmp_path: Path) -> None:
+    original, worse, better = whole["candidates"]
+    claims = make_claims(whole, (str(int4),))
+    assert [(claim["first"], claim["verdict"], claim["holds"]) for claim in claims] == [
+        ("demo", "better", True),
+        (str(gguf), "better", True),
+    ]
+    last = whole["comparisons"][-1]
+    assert (last["first"], last["second"], last["verdict"]) == (str(int4), str(gguf), "worse")
+    assert last["kld"]["difference"] == pytest.approx(worse["kld"]["mean"] - better["kld"]["mean"])
+    stored = tmp_path / "others.json"
+    stored.write_text(json.dumps({**whole, "candidates": [original, better]}))
     done = run(int4, "--better-than", stored)
     assert isinstance(done.exception, GateError)
-    assert "not better than" in str(done.exception)
-    assert "refused" in done.stdout
-    other = CliRunner().invoke(
-        cli,
-        ["eval", str(int4), "--reference", "demo", "--windows", "3", "--context", "64", "--better-than", str(stored)],
-    )
-    assert "another tokens_sha256" in str(other.exception)
+    assert "not better than demo: worse" in str(done.exception)
+    assert done.stdout.count("refused") == 2
+    for change, words in (
+        ({"sample": {**whole["sample"], "tokens_sha256": "0" * 64}}, "another tokens_sha256"),
+        ({"reference": {**whole["reference"], "fingerprint": "x"}}, "another reference"),
+        ({"candidates": [{"label": "x", "units": {"tokens": [1]}}]}, "not a result of eval --json"),
+        ({"schema": "other"}, "schema 'other'"),
+    ):
+        stored.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(InputError, match=words):
+            make_claims(whole, (str(stored),))
 
 
 def test_what_differs_beyond_the_floor(int4: Path) -> None:
@@ -186,4 +196,4 @@ def test_what_differs_beyond_the_floor(int4: Path) -> None:
     assert all(lost[name]["beyond"] for name in ("kld", "hidden state"))
     assert not any(row["beyond"] for row in itself.values())
     assert lost["kld"]["floor"] == max(floor["kld"]["mean"] for floor in found["floors"])
-    assert "what differs beyond the noise floor" in run(int4, "--floor").stdout
+    assert "what differs beyond the noise floor" in table(found)
