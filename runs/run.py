@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mmquant.errors import FitError, InputError, MmquantError, PartialError, naming
-from mmquant.monitor import Monitor, current, watching
+from mmquant.monitor import Bar, Monitor, current, watching
 from mmquant.stages import stage_of
 
 from ..calibration.model.distributed import world
@@ -301,6 +301,7 @@ class Run:
         """Publish what is written and passed; what is on a hub already is found whole."""
         from .push import push
 
+        said: set[str] = set()
         left = [(order, name) for order in self.recipe.push for name in order.variants]
         for at, (order, name) in enumerate(left):
             entry, where = self.journal.artifacts[name], where_of(order)
@@ -309,10 +310,27 @@ class Run:
             last = all(other != name for _, other in left[at + 1 :])
             delete = last and deletes([order for order, other in left if other == name])
             options = dataclasses.replace(order.options, delete_after_upload=delete)
-            with naming(name):
+            with naming(name), watching(Once(current(), said)):
                 found = push(self.out / name, order.repo, options)
             pushed = [*entry.facts.get("pushed", []), where]
             self.journal.set(name, PUSHED if last else entry.state, pushed=pushed, url=found.url)
+
+
+class Once:
+    """Says every line once: what pushes of many artifacts have in common."""
+
+    def __init__(self, inner: Monitor, said: set[str]) -> None:
+        self.inner, self.said = inner, said
+
+    def start(self, phase: str, total: int | None, unit: str, done: int = 0) -> Bar:
+        """As the inner one."""
+        return self.inner.start(phase, total, unit, done)
+
+    def message(self, text: str) -> None:
+        """Unless it was said."""
+        if text not in self.said:
+            self.said.add(text)
+            self.inner.message(text)
 
 
 def clear(out: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import FitError
+from mmquant.tables import table
 
 from ..convert import manifest
 from ..convert.fitting.manifest import fit_of, target_blocks
 from ..convert.fitting.verdict import NO, Fit
 from ..convert.fitting.weights import Weights
 from ..convert.models.geometry import Geometry
-from .fit_text import context_words, placement_words
+from .fit_text import context_words
 
 if TYPE_CHECKING:
     from .recipe.read import FitTargets
@@ -52,17 +53,22 @@ def refusal(found: Mapping[str, Mapping[str, Fit]]) -> FitError | None:
 
 
 def lines_of(found: Mapping[str, Mapping[str, Fit]]) -> list[str]:
-    """A line for each machine."""
-    return [
-        f"fits {target}: " + "; ".join(f"{name} {_words(fit)}" for name, fit in fits.items())
-        for target, fits in found.items()
-    ]
+    """A table: artifacts by machines, each with the context that fits."""
+    if not found:
+        return []
+    names = list(next(iter(found.values())))
+    head = ("fits", *found)
+    return table(head, [(name, *(_cell(fits[name]) for fits in found.values())) for name in names], text=head)
+
+
+def _cell(fit: Fit) -> str:
+    if fit.verdict == NO:
+        return "no" if fit.reason else f"no, {max(fit.missing / 1e9, 0.01):.2f} GB short"
+    return f"{fit.verdict}, {context_words(fit.context)}"
 
 
 def _words(fit: Fit) -> str:
-    if fit.verdict == NO:
-        return f"no ({fit.reason or f'{fit.missing / 1e9:.2g} GB missing'})"
-    return f"{fit.verdict}, {context_words(fit.context)} ({placement_words(fit)})"
+    return fit.reason or f"{max(fit.missing / 1e9, 0.01):.2f} GB missing"
 
 
 def note_fits(wanted: FitTargets, folder: Path, shape: Shape, g: Geometry) -> None:

@@ -63,7 +63,7 @@ class Status(Result):
             lines.append(f"{rate}; {memory:.1f} GB in memory, {disk:.1f} GB of disk free")
         lines += table(HEAD, [_cells(row) for row in self.table], text=HEAD[:3])
         for row in self.table:
-            lines += [f"{row['name']}: {remark}" for remark in remarks(row)]
+            lines += [f"{row['name']}: {'; '.join(found)}" for found in [remarks(row)] if found]
             lines += [f"failed: {text}" for text in row.get("failures", [])]
         if self.state in ("stopped", "killed"):
             lines.append("run the same command again to continue")

@@ -38,7 +38,7 @@ def summary(journal: Journal, seconds: float) -> list[str]:
     lines = table(("artifact", "state", "GB", "bits", "KLD", "top-1", "time"), rows, text=("artifact", "state"))
     for row in artifacts:
         lines += [f"failed: {text}" for text in row.get("failures", [])]
-        lines += [f"{row['name']}: {remark}" for remark in remarks(row)]
+        lines += [f"{row['name']}: {'; '.join(found)}" for found in [remarks(row)] if found]
     lines += [f"{name}: weights are in {where} without card and manifest" for name, where in half_published(journal)]
     lines += [*journal.fits, *next_steps(journal)]
     return [*lines, f"{journal.model}: {len(rows)} artifacts in {clock(seconds)}; log in {journal.folder / LOG}"]
@@ -49,7 +49,7 @@ def remarks(row: dict[str, Any]) -> list[str]:
     worst = row.get("scores", {}).get("worst_layers", [])
     lines = [f"loses most in layers {', '.join(map(str, worst))}"] if worst else []
     known = [f"{row[kind]} {words}" for kind, words in KINDS.items() if row.get(kind)]
-    return lines + (["; ".join(known)] if known else [])
+    return lines + known
 
 
 def next_steps(journal: Journal) -> list[str]:
