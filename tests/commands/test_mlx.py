@@ -20,6 +20,8 @@ from mmquant.convert.folder.check import check_folder
 from mmquant.convert.folder.doctor import examine_folder
 from mmquant.convert.folder.kinds import plan_row
 from mmquant.convert.folder.unit_bytes import fixed_bytes, unit_specs
+from mmquant.convert.hub.card import Place, front_matter, published
+from mmquant.convert.hub.card_text import generated
 from mmquant.convert.open import demo_folder, open_native, open_source
 from mmquant.convert.plan_file import PlanFile
 from mmquant.convert.source import read_globals, read_layer
@@ -166,4 +168,12 @@ def test_a_recipe_makes_it(tmp_path: Path, model: Path, text: Path) -> None:
     recipe.write_text(json.dumps({"model": str(model), "variants": {"mac": variant}}))
     result = CliRunner().invoke(cli, ["run", str(recipe), "--out", str(tmp_path / "o")])
     assert result.exception is None, result.output
-    assert (tmp_path / "o/mac/mmquant.fit.json").is_file()
+    written = manifest.read(tmp_path / "o/mac")
+    assert written is not None
+    assert front_matter({}, written, [], {})["library_name"] == "mlx"
+    card = generated(written, "hf", "me/m27-mlx", "")
+    assert "`mlx_lm.server --model me/m27-mlx`" in card
+    assert "vllm serve" not in card
+    mac = next(t for t in published(written, Place("ms", "me/m27-mlx"), {})["targets"] if t["id"] == "128GB-unified")
+    assert mac["launch"]["argv"][:3] == ["mlx_lm.server", "--model", "me/m27-mlx"]
+    assert mac["launch"]["env"] == {"MLXLM_USE_MODELSCOPE": "True"}
