@@ -15,8 +15,13 @@ from ..calibration.plan.measure_folder import FolderMeasurement
 from ..calibration.plan.sensitivity import Measured
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.fitting.budgets import folder_budget, unified_budget
-from ..convert.folder.kinds import Kind, plan_row
+from ..convert.folder.kinds import ATTENTION, EMBEDDINGS, EXPERTS, Kind, group_name, plan_row
+from ..convert.folder.mlx import MlxVariant
 from ..convert.folder.unit_bytes import fixed_bytes, header_bytes, unit_specs
+from ..convert.folder.variant import FolderVariant
+from ..convert.folder.weights import WeightsVariant
+from ..convert.folder.writer import plan_shards
+from .folder import prepare
 from .options import PlanOptions
 from .plan_target import check_context, target_of
 from .planner import size_of, too_small
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..calibration.text.corpus import Corpus
+
+
+SEARCHES = 7  # of the bytes by which headers were counted too high
 
 
 class FolderPlanner:
@@ -77,17 +85,49 @@ class FolderPlanner:
         }
 
     def solve(self, groups: Mapping[str, Measured], options: PlanOptions) -> Allocation:
-        """The best choice. FitError that names the smallest that works."""
+        """The best choice. FitError that names the smallest that works.
+
+        Options count headers by what they take at most, so how much more than the budget may be asked for is searched.
+        """
         budget, word = self._budget(options)
-        fixed = fixed_bytes(self.source, self.row)
-        try:
-            return self.within(groups, budget - fixed)
-        except FitError:
-            least = smallest(self.options(groups)) + fixed
+        fixed, choices = fixed_bytes(self.source, self.row), self.options(groups)
+        smallest_types = {name: min(some, key=lambda o: o.bytes).kind for name, some in choices.items()}
+        least = self.exact(smallest_types)
+        if least > budget:
             if self.target is None:
-                raise too_small(options, budget, least) from None
+                raise too_small(options, budget, least)
             left = f"{max(0, budget) / 1e9:.2f} GB are left for weights of {options.target_context} tokens"
-            raise FitError(f"{word}: {left}, the smallest {self.format} takes {least / 1e9:.2f} GB") from None
+            raise FitError(f"{word}: {left}, the smallest {self.format} takes {least / 1e9:.2f} GB")
+        room = max(budget - fixed, smallest(choices))
+        low, high, best = 0, max(0, smallest(choices) + fixed - least), self.within(groups, room)
+        for _ in range(SEARCHES):
+            middle = (low + high + 1) // 2
+            found = self.within(groups, room + middle)
+            if self.exact(found.types) <= budget:
+                low, best = middle, found
+            else:
+                high = middle - 1
+        return best
+
+    def exact(self, types: Mapping[str, str]) -> int:
+        """Bytes of all shards with their headers."""
+        known = {kind.word: kind for unit in self.row.units.values() for kind in unit.kinds}
+        units = {name: known[word] for name, word in types.items()}
+        variant: FolderVariant
+        if self.format == "mlx":
+            outside = units[EMBEDDINGS]
+            variant = MlxVariant(next(iter(units.values())), outside, outside, tuple(units.items()))
+        else:
+            layers = range(self.g.layers)
+            kinds = tuple((units[group_name(n, EXPERTS)], units[group_name(n, ATTENTION)]) for n in layers)
+            groups = [kind.group for kind in units.values() if kind.calibrated] or [self.narrowest.group]
+            variant = WeightsVariant(max(groups), kinds=kinds, command=self.format)
+        return sum(shard.bytes for shard in plan_shards(prepare(self.source, variant).steps))
+
+    @cached_property
+    def narrowest(self) -> Kind:
+        """The smallest kind that there is for everything."""
+        return next(iter(self.allowed.values()))[0]
 
     def _budget(self, options: PlanOptions) -> tuple[int, str]:
         if self.target is None:

@@ -95,6 +95,10 @@ def changed(path: Path, out: Path, **tensors: str) -> Path:
     return out
 
 
+def shards_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 MIXTURES = {
     "int4": {"layers_0_experts": "int8-g128", "layers_1_experts": "fp8", "layers_2_experts": "int4-g32"}
     | {"layers_0_attention": "int8-g128", "layers_1_attention": "bf16", "layers_2_attention": "int4-g64"},
@@ -152,7 +156,9 @@ def test_the_budget_holds_and_more_of_it_costs_less(model: Path, made: dict[str,
         out = quantize_int4(
             model, tmp_path / str(size), options(model, Int4Options, plan=found.path, method="rtn")
         ).path
-        assert sum(path.stat().st_size for path in out.glob("*.safetensors")) <= size
+        assert shards_of(out) <= size
+        again = plan(model, tmp_path / "p", PlanOptions(format="int4", size=shards_of(out), sensitivity=known)).plan
+        assert again.kld <= 1.05 * found.plan.kld + 1e-12, "what a plan takes is enough for it, or for its next kin"
     assert klds == sorted(klds, reverse=True)
 
 
@@ -161,7 +167,9 @@ def test_impossible_budgets_name_the_smallest_that_works(model: Path, made: dict
     with pytest.raises(FitError, match="the smallest takes") as error:
         plan(model, tmp_path, PlanOptions(format="nvfp4", size=1000, sensitivity=known))
     least = int(str(error.value).split("takes ")[1].split(" ")[0].replace(",", ""))
-    plan(model, tmp_path, PlanOptions(format="nvfp4", size=least, sensitivity=known))
+    chosen = plan(model, tmp_path, PlanOptions(format="nvfp4", size=least, sensitivity=known))
+    out = quantize_nvfp4(model, tmp_path / "o", options(model, Nvfp4Options, plan=chosen.path, method="rtn")).path
+    assert shards_of(out) == least, "to the byte"
     with pytest.raises(FitError, match="the smallest takes"):
         plan(model, tmp_path, PlanOptions(format="nvfp4", size=least - 1, sensitivity=known))
 
