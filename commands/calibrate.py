@@ -34,7 +34,6 @@ def command(
     """
     import json
 
-    from ..calibration.model.distributed import leave
     from ..runs.calibrate import calibrate, plan_calibration
     from ..runs.output import check_output
 
@@ -50,4 +49,3 @@ def command(
     if found is not None:
         document = json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines())
         click.echo(document)
-    leave()

@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+from types import ModuleType
 
 import click
 
@@ -136,7 +137,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        cli.main(prog_name="mmquant", standalone_mode=False)
+        together()
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -151,7 +152,37 @@ def main() -> None:
     except MmquantError as error:
         fail(str(error), error.exit_code)
     except Exception as error:
-        fail(*explained(error))
+        try:
+            words, code = explained(error)
+        except Exception:
+            report(1)
+            raise
+        fail(words, code)
+
+
+def together() -> None:
+    """Run the command line, under torchrun with the other ranks: one that is lost to them ends as they do."""
+    try:
+        cli.main(prog_name="mmquant", standalone_mode=False)
+    except Exception as error:
+        group = ranks()
+        if group is not None and group.is_lost(error):
+            group.await_end()
+        raise
+    group = ranks()
+    if group is not None:
+        group.leave()
+
+
+def ranks() -> ModuleType | None:
+    """What this process knows of other ranks; None where it has joined none."""
+    return sys.modules.get("mmquant.calibration.model.distributed")
+
+
+def report(code: int) -> int | None:
+    """Tell the other ranks that this one ends: None where it is the first and speaks, else the first one's code."""
+    group = ranks()
+    return None if group is None else group.fail(code)
 
 
 def explained(error: Exception) -> tuple[str, int]:
@@ -175,10 +206,17 @@ def fail(message: str, code: int) -> None:
         import traceback
 
         traceback.print_exc()
-    if code > 128 and os.environ.get("RANK", "0") != "0":  # torchrun ends every process: the first one says so
-        sys.exit(code)
-    with contextlib.suppress(OSError):  # the terminal may be gone, as after HUP
-        print("mmquant: " + " ".join(message.split()), file=sys.stderr)
+    group = ranks()
+    joined = group is not None and group.is_joined()
+    known = report(code)
+    # Where another rank failed before, that one says why; torchrun interrupts all, and the first speaks for them.
+    silent = known is not None or (code > 128 and not joined and os.environ.get("RANK", "0") != "0")
+    if not silent:
+        with contextlib.suppress(OSError):  # the terminal may be gone, as after HUP
+            print("mmquant: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    code = code if known is None else known
+    if joined:  # a group that has lost a rank may wait for it in its destructor
+        os._exit(code)
     sys.exit(code)
 
 

@@ -51,7 +51,6 @@ def command(
     """
     import json
 
-    from ..calibration.model.distributed import leave
     from ..runs.evaluation.plan import plan_evaluation
     from ..runs.evaluation.result import read_gate
     from ..runs.evaluation.run import evaluate
@@ -65,10 +64,7 @@ def command(
     gates = read_gate(gate_file) if gate_file is not None else {}
     named = {"max_ppl_ratio": max_ppl_ratio, "max_kld": max_kld}
     gates |= {name: limit for name, limit in named.items() if limit is not None}
-    try:
-        found = evaluate(artifacts, reference, options, gates=gates, device=device, fetch=fetch)
-    finally:
-        leave()
+    found = evaluate(artifacts, reference, options, gates=gates, device=device, fetch=fetch)
     if found is None:
         return
     if html is not None:

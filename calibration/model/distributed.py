@@ -7,6 +7,7 @@ all-reduce: they are sent to their owner and added in the order of the ranks, so
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -43,6 +44,33 @@ def leave() -> None:
         _WATCHDOGS.pop().leave()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_joined() -> bool:
+    """Whether this process has joined other ranks, and not left them."""
+    return bool(_WATCHDOGS)
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL")
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: what happened there is to be said, not this."""
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
+    return bool(_WATCHDOGS) and (told or type(error).__name__.startswith("Dist"))
+
+
+def await_end() -> None:
+    """Wait for the watchdog to end this process: it hears within a tenth of its timeout of a rank that failed."""
+    time.sleep(2 * rank_timeout())
+
+
+def fail(code: int) -> int | None:
+    """This rank ends with an exit code: None where it is the first and speaks, else the first one's code."""
+    known = _WATCHDOGS[0].fail(code) if _WATCHDOGS else None
+    if known is None and _WATCHDOGS and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        time.sleep(rank_timeout() / 5)  # the first rank may keep the store in which the others find it
+    return known
 
 
 def rank_device(device: torch.device | str) -> torch.device:

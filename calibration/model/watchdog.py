@@ -1,7 +1,8 @@
-"""End a run of several ranks when one of them no longer answers: collectives alone would wait for it.
+"""End a run of several ranks when one of them fails or no longer answers: collectives alone would wait for it.
 
 Every rank counts upwards in the store through which the ranks met, and looks at the others' counters. A process that
-is gone or stopped, or whose host is, stops counting; the others then end with one line and exit code 3.
+is gone or stopped, or whose host is, stops counting; the others then end with one line and exit code 3. One that fails
+in order says so in the store with its exit code: it alone speaks, the others end with the same code.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 TIMEOUT = 45.0  # seconds without a sign of life
 LEFT = 1 << 40  # added by a rank that ends in order
+FAILED, CODE = "mmquant-failed", "mmquant-exit-code"  # how many have failed, and the first one's exit code
 EXIT = 3  # PartialError's: the same command continues
 
 
@@ -27,10 +29,10 @@ def rank_timeout() -> float:
 class Watchdog:
     """Counts for this rank and watches the others until `leave`.
 
-    `end` is called with the line that says who is lost, or with None where another rank says it.
+    `end` is called with the line that says who is lost, or with None where another rank says it, and the exit code.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float, end: Callable[[str | None], None]) -> None:
+    def __init__(self, rank: int, size: int, timeout: float, end: Callable[[str | None, int], None]) -> None:
         self.rank, self.size, self.timeout, self.end = rank, size, timeout, end
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         wait = timedelta(seconds=timeout)
@@ -38,6 +40,17 @@ class Watchdog:
         self._left = threading.Event()
         self._count(rank, 1)
         threading.Thread(target=self._run, daemon=True).start()
+
+    def fail(self, code: int) -> int | None:
+        """This rank ends with an exit code: None where it is the first that fails, else the first one's code."""
+        self._left.set()
+        try:
+            first = self._store.add(FAILED, 1) == 1
+            if first:
+                self._store.set(CODE, str(code))
+            return None if first else int(self._store.get(CODE))
+        except (RuntimeError, OSError):  # where the ranks met is gone
+            return None
 
     def leave(self) -> None:
         """This rank is done; the others no longer wait for it."""
@@ -53,10 +66,13 @@ class Watchdog:
         while not self._left.wait(self.timeout / 10):
             try:
                 self._count(self.rank, 1)
+                if self._store.add(FAILED, 0):
+                    self.end(None, int(self._store.get(CODE)))
+                    return
                 counts = {other: self._count(other, 0) for other in range(self.size) if other != self.rank}
             except (RuntimeError, OSError):  # dist.DistError is a RuntimeError: where the ranks met is gone
                 if not self._left.is_set():
-                    self.end("the process through which the ranks met no longer answers")
+                    self.end("the process through which the ranks met no longer answers", EXIT)
                 return
             now = time.monotonic()
             for other, count in counts.items():
@@ -69,13 +85,13 @@ class Watchdog:
         if silent:
             speaker = min(r for r in range(self.size) if r not in silent)
             text = f"rank {silent[0]} of {self.size} gave no sign of life for {self.timeout:g} seconds"
-            self.end(text if speaker == self.rank else None)
+            self.end(text if speaker == self.rank else None, EXIT)
 
 
-def end_process(text: str | None) -> None:
+def end_process(text: str | None, code: int) -> None:
     """One line on stderr, and the process ends as it stands: its main thread waits for the lost rank."""
     if text is not None:
         more = "run the same command again to continue, on any number of ranks"
         os.write(2, f"\nmmquant: {text}; {more}\n".encode())
         time.sleep(rank_timeout() / 3)  # the others find out by themselves: rank 0 may keep the store
-    os._exit(EXIT)
+    os._exit(code)
