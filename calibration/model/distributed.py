@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmquant.errors import InputError
+
 from .watchdog import Watchdog, end_process, rank_timeout
 
 T = TypeVar("T")
@@ -84,6 +86,12 @@ def rank_device(device: torch.device | str) -> torch.device:
 def rank_share(count: int, rank: int, size: int) -> range:
     """This rank's contiguous part of `count` things; parts differ by one at most and cover everything once."""
     return range(count * rank // size, count * (rank + 1) // size)
+
+
+def check_alone(what: str) -> None:
+    """InputError under torchrun for what one process does."""
+    if world()[1] > 1:
+        raise InputError(f"{what} is measured in one process, expected no torchrun; other commands take its plan")
 
 
 def rank_shares(count: int) -> list[range]:

@@ -23,6 +23,7 @@ from ...quantize.ggml.types import GGMLType
 from ..gguf.moments import Pair, each_pooled
 from ..gguf.run import MemoryPlan, plan_memory
 from ..gguf.streams import Streams, experts_of, input_pair, input_pairs, middle_pairs, output_pair, pass_experts
+from ..model.distributed import check_alone
 from ..model.forward import rms_norm
 from ..model.hidden import HiddenStates
 from ..statistics.live import default_dtype
@@ -55,7 +56,8 @@ class Measurement:
         folder: Path | None = None,
         probes: tuple[str, ...] = PROBES,
     ) -> None:
-        """FitError when a layer needs more memory than is free."""
+        """FitError when a layer needs more memory than is free, InputError under torchrun."""
+        check_alone("a plan")
         self.source, self.g, self.device, self.probes = source, source.geometry, device, probes
         self.dtype = default_dtype(device)
         windows, length = tokens.shape

@@ -24,6 +24,7 @@ from ...convert.models.names import ATTENTION
 from ...convert.models.shapes import attention_shapes, expert_shape
 from ...quantize.integer.grid import dequantize
 from ..folder.layer import LayerOptions, dequantize_batch, quantize_attention, quantize_layer
+from ..model.distributed import check_alone
 from ..model.forward import layer_forward
 from ..model.hidden import HiddenStates
 from ..model.stream import batch_windows
@@ -47,6 +48,7 @@ class FolderMeasurement:
         self, source: Checkpoint, corpus: Corpus, judged: Tensor, row: PlanRow, device: str, folder: Path | None = None
     ) -> None:
         """FitError when a layer needs more memory than is free."""
+        check_alone("a plan")
         self.source, self.g, self.row, self.device = source, source.geometry, row, device
         chosen = PassOptions(Collect(True), "reference", device, default_dtype(device), hold=True)
         self.calibration = LivePass(source, corpus, chosen, folder=folder)

@@ -101,7 +101,8 @@ def free_memory(device: torch.device | str) -> int:
         used = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used
     else:
-        used, free = _resident(), _available()
+        used = _resident()
+        free = _available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes of this host share
     return free if limit is None else max(0, min(free, limit - used))
 
 
