@@ -1,7 +1,7 @@
 """The one loop that writes artifacts: step by step over the checkpoint, every artifact in turn at each step.
 
 A step is the embeddings, one layer, or the final norm and head. An artifact remembers on disk how many of its steps are
-whole, so a run that was killed takes up each one where it stood, at the cost of one step of one artifact.
+durable, so a run that was killed takes up each one where it stood, at the cost of two steps: one made, one written.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import mmquant
 from helpers.hub_server import HubServer
+from mmquant.convert.hub.store import HEADER_GUESS
 
 BENCH = Path(__file__).parents[1] / "bench"
 SMALL = "--hidden 256 --width 128 --experts 8 --chosen 2 --heads 4 --group-of-heads 2 --head-dim 32"
@@ -76,6 +78,7 @@ def test_two_checkouts_are_compared_by_their_bytes(tmp_path: Path) -> None:
     assert same_bytes.compare(before, after)[1][-1] == "more is in the second alone"
 
 
+SAMPLED = 8  # vectors that tell checkpoints apart, and the tokenizer
 SMALL_MODEL = {
     "hidden_size": 256,
     "intermediate_size": 128,
@@ -115,6 +118,39 @@ def test_a_rehearsed_checkpoint_is_served_and_quantized_as_if_it_were_stored(
     first = source.read("model.layers.0.block_sparse_moe.experts.61.w3.weight")
     assert 0.015 < float(first.std()) < 0.025
     assert float(first.abs().max()) > 4 * float(first.std())
+
+
+def test_steps_from_headers_ask_for_each_shards_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first command fetches the beginning of every shard, those after it none; nothing else of a shard is read."""
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
+    rehearsal, shards = (importlib.import_module(f"bench.rehearsal.{name}") for name in ("serve", "shard"))
+    model = importlib.import_module("bench.rehearsal.model").Model(2, tuple(SMALL_MODEL.items()), 65)
+    name, recipe = f"hf:{rehearsal.REPOSITORY}", tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {name}\nvariants:\n  fp8: {{command: fp8}}\n  Q8_0: {{command: gguf, type: Q8_0}}\n")
+    out = tmp_path / "out"
+    steps: list[Callable[[], object]] = [
+        lambda: mmquant.inspect(name),
+        lambda: mmquant.fit(name),
+        lambda: mmquant.quantize_fp8(name, out, dry_run=True),
+        lambda: mmquant.quantize_int4(name, out, mmquant.Int4Options(method="rtn", group_size=32), dry_run=True),
+        lambda: mmquant.quantize_gguf(name, out, mmquant.GgufOptions(type="Q8_0"), dry_run=True),
+        lambda: mmquant.run(recipe, out, dry_run=True),
+    ]
+    with HubServer() as hub:
+        rehearsal.publish(hub, model, shards.Digests(tmp_path / "digests.json"))
+        for key, value in hub.environment().items():
+            monkeypatch.setenv(key, value)
+        headers = sum(len(layout.header) for layout in model.layouts)
+        for number, step in enumerate(steps):
+            hub.log.clear()
+            hub.sent = 0
+            step()
+            assert len(hub.calls(r"/cdn/")) <= (len(model.layouts) + SAMPLED if number == 0 else 1)
+            assert len(hub.calls("")) <= 2 * len(model.layouts) + 25
+            assert hub.sent <= len(model.layouts) * HEADER_GUESS + 10**6
+        assert headers < len(model.layouts) * HEADER_GUESS
+        assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_the_rehearsal_has_the_releases_size() -> None:
