@@ -183,8 +183,14 @@ def parts(
     variant.packed_experts(solved[0], source.names, 0)  # the first call takes pinned memory that later ones find again
     found["pack"] = clock(lambda: packed.update(variant.packed_experts(solved[0], source.names, 0)))
     steps = [[s for s in variant.specs(source, 0) if s.name in packed]]
-    found["write"] = clock(lambda: FolderWriter(folder, steps, {}).write(0, packed))
+    found["write"] = clock(lambda: written(FolderWriter(folder, steps, {}), 0, packed))
     return found
+
+
+def written(writer: FolderWriter, step: int, tensors: dict[str, torch.Tensor]) -> None:
+    """A step's tensors, durable."""
+    writer.write(step, tensors)
+    writer.settle()
 
 
 def shipped(source: Checkpoint, live: LivePass, variant: CalibratedWeights, folder: Path, clock: Clock) -> float:
@@ -195,8 +201,11 @@ def shipped(source: Checkpoint, live: LivePass, variant: CalibratedWeights, fold
     steps = prepare(source, variant).steps
     writer = FolderWriter(folder, steps, {})
     for step in (0, 1):
-        writer.write(step, step_tensors(source, variant, step, live.options.device, live))
-    return clock(lambda: writer.write(2, step_tensors(source, variant, 2, live.options.device, live)))
+        written(writer, step, step_tensors(source, variant, step, live.options.device, live))
+    seconds = clock(lambda: written(writer, 2, step_tensors(source, variant, 2, live.options.device, live)))
+    writer.close()
+    live.stop()
+    return seconds
 
 
 def show(found: dict[str, float], least: dict[str, float]) -> None:
