@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import subprocess
 from pathlib import Path
 
 import _path  # noqa: F401
@@ -120,8 +121,10 @@ def main() -> None:
             flush=True,
         )
     if a.keep is not None:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         machine = f"{platform.machine()} CPU, torch {torch.__version__}"
-        document = {"windows": a.windows, "judged": a.judge_windows, "machine": machine, "rows": rows}
+        document = {"commit": commit, "windows": a.windows, "judged": a.judge_windows, "machine": machine, "rows": rows}
         a.keep.write_text(json.dumps(document, indent=1) + "\n")
 
 

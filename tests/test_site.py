@@ -199,7 +199,7 @@ def test_chinese_notebooks_run_the_same_code(name: str) -> None:
 
 def test_notebooks_use_the_public_api_and_hold_their_outputs() -> None:
     paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    assert len(paths) >= 6
+    assert len(paths) == 7
     for path in paths:
         assert "site-packages" not in path.read_text("utf-8"), path.name  # a warning, with a machine's path
         cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
