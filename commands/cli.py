@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "The best GGUF types for a size or a machine, measured.",
     "calibrate": "Every expert's statistics in one streamed pass.",
     "eval": "Perplexity, KL divergence and agreement with the reference.",
+    "verify": "Tool calls, thinking, language of a running server.",
     "pull": "Fetch a repository, verified and resumable.",
     "push": "Publish a finished folder to a hub.",
     "doctor": "Finds what breaks a GGUF file or a quantized folder.",

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         PlanOptions,
         PullOptions,
         PushOptions,
+        VerifyOptions,
     )
     from mmquant.runs.plan import Planned, plan
     from mmquant.runs.pull import Pulled, pull
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from mmquant.runs.results import Quantized
     from mmquant.runs.run import Made, run
     from mmquant.runs.status import Status, status
+    from mmquant.runs.verify.run import Verified, verify
 
 __version__ = "0.1.0"
 
@@ -65,7 +67,7 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "quantize").is_dir(
     __path__.append(str(_CHECKOUT))  # in a checkout the packages lie beside this folder, in a wheel inside it
 
 _OPTIONS = "Bf16Options CalibrateOptions DoctorOptions EvalOptions FitOptions Fp8Options GgufOptions Int4Options "
-_OPTIONS += "MlxOptions Mxfp4Options Nvfp4Options PlanOptions PullOptions PushOptions"
+_OPTIONS += "MlxOptions Mxfp4Options Nvfp4Options PlanOptions PullOptions PushOptions VerifyOptions"
 # Public name -> the module that has it, and its name there.
 _PUBLIC = {
     "Calibration": ("runs.calibrate", "Calibration"),
@@ -93,6 +95,8 @@ _PUBLIC = {
     "pull": ("runs.pull", "pull"),
     "push": ("runs.push", "push"),
     "Status": ("runs.status", "Status"),
+    "Verified": ("runs.verify.run", "Verified"),
+    "verify": ("runs.verify.run", "verify"),
     "Reported": ("runs.report", "Reported"),
     "report": ("runs.report", "report"),
     "run": ("runs.run", "run"),
@@ -142,6 +146,8 @@ __all__ = [
     "Quantized",
     "Reported",
     "Status",
+    "Verified",
+    "VerifyOptions",
     "__version__",
     "calibrate",
     "dequantize_bf16",
@@ -164,6 +170,7 @@ __all__ = [
     "report",
     "run",
     "status",
+    "verify",
 ]
 
 

@@ -335,6 +335,24 @@ class EvalOptions(Checked):
 
 
 @dataclass(frozen=True)
+class VerifyOptions(Checked):
+    """Options of `verify`. timeout: seconds."""
+
+    served_model: str | None = option(None, "The model's name at the server; default: the only one it lists.")
+    against: str | None = option(None, "A second server, the reference: compared prompt by prompt.", metavar="URL")
+    language: tuple[str, ...] = option((), "Prompts of this language alone; repeatable.")
+    prompts: Path | None = option(None, "Prompts of your own: YAML in the form of the bundled ones.", kind="path")
+    loops: int = option(1, "How often each prompt is asked; MiniMax asks ten times.", least=1)
+    concurrency: int = option(5, "Requests at a time.", least=1, most=256)
+    timeout: int = option(600, "Seconds for one answer.", least=1)
+    retries: int = option(3, "Further tries of a request that got no answer.", least=0)
+    max_tokens: int = option(8192, "Tokens of one answer at most.", least=1)
+    stream: bool = option(False, "Ask for streams, as agents do.")
+    key_variable: str = option("OPENAI_API_KEY", "The environment variable that holds the server's key.")
+    state: Path | None = option(None, "Folder that keeps the answers: the same command continues there.", kind="path")
+
+
+@dataclass(frozen=True)
 class DoctorOptions(Checked):
     """Options of `doctor`."""
 

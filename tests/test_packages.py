@@ -42,6 +42,10 @@ MODULES = {
     "calibration/plan/knapsack.py": {"scipy"},  # HiGHS
     "runs/evaluation/llamacpp.py": {"xllamacpp"},  # extra: llamacpp
     "runs/evaluation/vllm_engine.py": {"vllm"},  # the user's own installation
+    "runs/verify/client.py": {"requests"},
+    "runs/verify/engine.py": {"requests"},
+    "runs/verify/prompts.py": {"yaml"},
+    "runs/verify/score.py": {"scipy"},  # the exact sign test
     "runs/reports/plots.py": {"matplotlib"},  # extra: report
 }
 NEVER = {"llmcompressor", "auto_gptq", "compressed_tensors", "transformers", "accelerate"}  # tests and peers only

@@ -141,7 +141,24 @@ def _quality(manifest: Manifest) -> str:
             said.setdefault(_measured(quality), []).append(_label(a))
     table = markdown(["type", "status", "PPL", "PPL of the reference", "99.9 % KLD", "non-finite"], rows)
     notes = [f"{', '.join(labels)}: {note}" if len(said) > 1 else note for note, labels in said.items()]
-    return "\n\n".join([table, *notes])
+    return "\n\n".join([table, *notes, *_behaviour(manifest)])
+
+
+def _behaviour(manifest: Manifest) -> list[str]:
+    """What a server of each type did with tools, thinking and language, where it was asked."""
+    asked = [(_label(a), a["behaviour"]) for a in manifest["artifacts"] if "behaviour" in a]
+    if not asked:
+        return []
+    names = list(asked[0][1]["rates"])
+    rows = [[label, *(_share(found["rates"].get(name, {}).get("rate")) for name in names)] for label, found in asked]
+    run = asked[0][1]["run"]
+    asked_for = f"{run.get('prompts')} prompts in several languages, {run.get('loops')} times"
+    said = f"Agents, per cent (`mmquant verify`, {asked_for}):"
+    return [said, markdown(["type", *(name.replace("_", " ") for name in names)], rows)]
+
+
+def _share(value: object) -> str:
+    return f"{100 * value:.1f}" if isinstance(value, int | float) else "-"
 
 
 def _measured(quality: Manifest) -> str:

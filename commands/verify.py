@@ -1,0 +1,69 @@
+"""`mmquant verify`: what an agent needs of a server, measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmquant.errors import InputError
+
+from ..runs.options import VerifyOptions
+from .options import json_option, options_of
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(short_help="Tool calls, thinking, language of a running server.")
+@click.argument("url", required=False)
+@options_of(VerifyOptions, device=False)
+@click.option("--model", type=FILE, help="Instead of URL: serve this GGUF file or folder for the time of the test.")
+@click.option("--engine", type=click.Choice(["llama.cpp", "vllm"]), help="With --model: what serves it.")
+@click.option("--model-context", type=int, default=32768, show_default=True, help="With --model: its context.")
+@click.option("--record", type=FILE, help="Put the rates into the manifest of this artifact's folder, for its card.")
+@click.option("--html", type=FILE, help="Write a report.")
+@click.option("--gate", is_flag=True, help="Exit code 4 when a rate is beyond what MiniMax calls right.")
+@json_option()
+def command(
+    url: str | None,
+    options: VerifyOptions,
+    model: Path | None,
+    engine: str | None,
+    model_context: int,
+    record: Path | None,
+    html: Path | None,
+    gate: bool,
+    as_json: bool,
+) -> None:
+    """Ask an OpenAI-compatible server 63 prompts in ten languages, and count tool calls, schemas, thinking, language.
+
+    URL is http://HOST:PORT or https://HOST/v1. --against compares with a second server prompt by prompt.
+
+    Example: mmquant verify http://127.0.0.1:8000 --loops 10 --html verify.html
+    """
+    import json
+
+    from ..runs.output import check_output
+    from ..runs.verify.engine import serving
+    from ..runs.verify.record import check_folder, put, write_html
+    from ..runs.verify.run import verify
+
+    check_output("--html", html)
+    if record is not None:
+        check_folder(record)
+    if (url is None) == (model is None):
+        raise InputError("expected URL, or --model with --engine")
+    if (model is None) != (engine is None):
+        raise InputError("--engine needs --model, and the other way round")
+    if model is not None and engine is not None:
+        with serving(model, engine, model_context) as address:
+            found = verify(address, options)
+    else:
+        found = verify(str(url), options)
+    if html is not None:
+        write_html(html, found.document)
+    if record is not None:
+        put(record, found.document)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines()))
+    if gate:
+        found.check()

@@ -1,0 +1,1 @@
+"""Ask an OpenAI-compatible server what an agent would, and count what comes back."""
