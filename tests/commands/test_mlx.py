@@ -16,6 +16,7 @@ from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.commands.cli import cli
 from mmquant.convert import manifest
 from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
+from mmquant.convert.fitting.catalog import find_rows
 from mmquant.convert.folder.check import check_folder
 from mmquant.convert.folder.doctor import examine_folder
 from mmquant.convert.folder.kinds import plan_row
@@ -26,6 +27,9 @@ from mmquant.convert.open import demo_folder, open_native, open_source
 from mmquant.convert.plan_file import PlanFile
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.errors import InputError
+from mmquant.runs.folder import prepare
+from mmquant.runs.mlx import mlx_variant
+from mmquant.runs.options import MlxOptions
 
 BAD = [
     (["--mode", "mxfp4", "--bits", "3"], "its bits and groups are fixed"),
@@ -177,3 +181,12 @@ def test_a_recipe_makes_it(tmp_path: Path, model: Path, text: Path) -> None:
     mac = next(t for t in published(written, Place("ms", "me/m27-mlx"), {})["targets"] if t["id"] == "128GB-unified")
     assert mac["launch"]["argv"][:3] == ["mlx_lm.server", "--model", "me/m27-mlx"]
     assert mac["launch"]["env"] == {"MLXLM_USE_MODELSCOPE": "True"}
+
+
+def test_fits_rows_are_the_bytes_that_are_written() -> None:
+    source = open_native("demo")
+    for row in find_rows("mlx"):
+        given = dict(zip(row.command[1::2], row.command[2::2], strict=True))
+        values = {flag[2:].replace("-", "_"): int(v) if v.isdigit() else v for flag, v in given.items()}
+        variant = mlx_variant(source, MlxOptions(method="rtn", **values), Path("never"))  # type: ignore[arg-type]
+        assert prepare(source, variant).bytes == row.weigh(source.geometry).total, row.id
