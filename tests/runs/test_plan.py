@@ -14,18 +14,16 @@ from click.testing import CliRunner
 
 from helpers.killed import killed_at
 from helpers.tiny import write_tiny
-from mmquant import GgufOptions, InputError, Int4Options, Nvfp4Options, PlanOptions, plan, quantize_gguf
+from mmquant import GgufOptions, InputError, PlanOptions, plan, quantize_gguf
 from mmquant.commands.gguf import command as gguf_command
 from mmquant.commands.plan import command
 from mmquant.convert.gguf.reader import GgufSource
 from mmquant.convert.open import demo_folder
 from mmquant.convert.plan_file import read_plan_file
 from mmquant.errors import FitError
-from mmquant.runs.artifacts import check_variant
 from mmquant.runs.plan import SENSITIVITY
 from mmquant.runs.plan_plot import draw
 from mmquant.runs.plan_target import budgets_of
-from mmquant.runs.recipe.read import Variant
 
 SIZE = 1_400_000
 
@@ -203,10 +201,3 @@ def test_words_that_contradict_each_other_are_refused(
         CliRunner().invoke(
             gguf_command, ["--model", str(model), "--out", str(tmp_path / "out"), *arguments], catch_exceptions=False
         )
-
-
-@pytest.mark.parametrize(("command", "kind"), [("gguf", GgufOptions), ("int4", Int4Options), ("nvfp4", Nvfp4Options)])
-def test_a_recipe_takes_plans_that_are_made(command: str, kind: Any) -> None:
-    variant = Variant("small", command, kind(size=5))
-    with pytest.raises(InputError, match=r"small: size and target .* expected plan: plan\.json"):
-        check_variant(variant)
