@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 TIMEOUT = 45.0  # seconds without a sign of life
 LEFT = 1 << 40  # added by a rank that ends in order
+SILENT = "the process through which the ranks met no longer answers"
 FAILED, CODE = "mmquant-failed", "mmquant-exit-code"  # how many have failed, and the first one's exit code
 EXIT = 3  # PartialError's: the same command continues
 
@@ -37,13 +38,16 @@ class Watchdog:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         wait = timedelta(seconds=timeout)
         self._store = TCPStore(host, port, is_master=False, timeout=wait, wait_for_workers=False)
-        self._left = threading.Event()
+        self._left, self._over = threading.Event(), threading.Event()
+        self._heard = time.monotonic()
         self._count(rank, 1)
         threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._oversee, daemon=True).start()
 
     def fail(self, code: int) -> int | None:
         """This rank ends with an exit code: None where it is the first that fails, else the first one's code."""
         self._left.set()
+        self._heard = time.monotonic()
         try:
             first = self._store.add(FAILED, 1) == 1
             if first:
@@ -51,12 +55,16 @@ class Watchdog:
             return None if first else int(self._store.get(CODE))
         except (RuntimeError, OSError):  # where the ranks met is gone
             return None
+        finally:
+            self._over.set()
 
     def leave(self) -> None:
         """This rank is done; the others no longer wait for it."""
         if not self._left.is_set():
             self._left.set()
+            self._heard = time.monotonic()
             self._count(self.rank, LEFT)
+            self._over.set()
 
     def _count(self, rank: int, step: int) -> int:
         return self._store.add(f"mmquant-alive-{rank}", step)
@@ -72,13 +80,19 @@ class Watchdog:
                 counts = {other: self._count(other, 0) for other in range(self.size) if other != self.rank}
             except (RuntimeError, OSError):  # dist.DistError is a RuntimeError: where the ranks met is gone
                 if not self._left.is_set():
-                    self.end("the process through which the ranks met no longer answers", EXIT)
+                    self.end(SILENT, EXIT)
                 return
-            now = time.monotonic()
+            now = self._heard = time.monotonic()
             for other, count in counts.items():
                 if other not in seen or seen[other][0] != count:
                     seen[other] = count, now
             self._judge(seen, now)
+
+    def _oversee(self) -> None:
+        """End this process where the store's own stands still: asking it has no end then."""
+        while not self._over.wait(self.timeout / 10):
+            if time.monotonic() - self._heard > self.timeout:
+                self.end(SILENT, EXIT)
 
     def _judge(self, seen: dict[int, tuple[int, float]], now: float) -> None:
         silent = [r for r, (count, since) in seen.items() if count < LEFT and now - since > self.timeout]
