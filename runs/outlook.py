@@ -153,7 +153,7 @@ def needs(recipe: Recipe, source: Checkpoint, out: Path, device: str, found: Out
     """Download, disk, memory, passes and time of the whole run; a measurement for plans is a pass of its own."""
     plans = Plans(source, out, device)
     measured = any(_unknown(variant, out / variant.name, plans) for variant in recipe.variants)
-    states, size = streams(recipe, source), sum(shape.bytes for shape in found.shapes.values())
+    states, size = streams(recipe, source), sum(row["bytes"] for row in rows_of(found))
     base = run_needs(recipe, out, source, size, states, device)
     disk, passes = found.disk + source.store.in_flight() + states, 1 + measured
     return dataclasses.replace(base, disk=disk, passes=passes, download=base.download * passes)

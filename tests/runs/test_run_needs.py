@@ -96,6 +96,8 @@ def test_a_variant_of_a_size_is_planned_first(source: Path, tmp_path: Path) -> N
     chosen = recipe(source, f"\n  small: {{{options}}}\n  large: {{{options.replace('1100KB', '1500KB')}}}\n")
     dry = run(chosen, tmp_path / "run", device="cpu", dry_run=True)
     assert [(row["label"], row["bytes"]) for row in dry.rows()] == [("planned", 1_100_000), ("planned", 1_500_000)]
+    assert dry.needs is not None
+    assert dry.needs.output == 2_600_000
     run(chosen, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "large" / ".mmquant.plan" / "sensitivity.json").exists()
     alone = chosen.variants[0].options
