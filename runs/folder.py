@@ -195,6 +195,8 @@ class FolderJob:
     def finish(self) -> Path:
         """Index and small files, the check as an engine reads, the manifest."""
         if not self.first:
+            if self.streams is not None:  # on this rank's own disk, perhaps
+                shutil.rmtree(self.streams, ignore_errors=True)
             return self.out
         source, variant, out = self.source, self.variant, self.out
         names, sizes = self.writer.finish(self.small_files()), self.sizes

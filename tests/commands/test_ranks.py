@@ -105,7 +105,7 @@ def test_torchrun_s_own_watch_gives_one_line_too(tmp_path: Path) -> None:
         assert ("out of memory" if kind == "memory" else "run the same command again") in lines[0]
     done = torchrun(3, "mmquant", *words(source, out))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("INT4") == 1
+    assert len(done.stdout.splitlines()) == 1
     whole = torchrun(2, "mmquant", *words(source, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     found = [digests(folder) for folder in (out, tmp_path / "whole")]
@@ -128,7 +128,7 @@ def test_two_hosts_make_what_one_makes(shared: bool, tmp_path: Path) -> None:
         hosts.append(opened(command, environment()))
     texts = [host.communicate() for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], texts
-    assert [text.count("INT4") for text, _ in texts] == [1, 0]
+    assert [len(text.splitlines()) for text, _ in texts] == [1, 0]
     done = torchrun(2, "mmquant", *words(source, alone))
     assert done.returncode == 0, done.stderr
     made = tmp_path / "out" if shared else tmp_path / "first" / "out"
