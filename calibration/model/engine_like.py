@@ -16,6 +16,7 @@ from mmquant.errors import InputError
 
 from ...convert.checkpoints.quantization_config import quantization_of
 from ...convert.formats.format import Scheme
+from ...convert.formats.table import METHODS
 from ...convert.gguf.names import TOKEN_EMBD
 from ...convert.models.layer import LayerWeights
 from ...convert.models.names import ATTENTION, PROJECTIONS
@@ -108,8 +109,11 @@ class Like:
         return self.profile.name if self.cache is None else f"{self.profile.name} {self.cache}"
 
     def opens(self, source: Source) -> bool:
-        """Whether the engine takes such an artifact: llama.cpp takes GGUF files, vLLM all others."""
-        return (self.profile.engine == LLAMA) == (source.ggml_type(TOKEN_EMBD) is not None)
+        """Whether the engine takes such an artifact: llama.cpp takes GGUF files, vLLM all others but mlx_lm's."""
+        if source.ggml_type(TOKEN_EMBD) is not None:
+            return self.profile.engine == LLAMA
+        method = METHODS.get(str((quantization_of(source.config) or {}).get("quant_method")))
+        return self.profile.engine == VLLM and (method is None or not method.top_key)
 
     def same_as(self, source: Source) -> tuple[str, ...]:
         """Equal for profiles that compute this artifact alike, whatever hardware they stand for."""

@@ -138,7 +138,9 @@ def test_fp4_inputs_cost_on_the_card_that_has_them(tmp_path: Path) -> None:
     assert "has no scale of its FP4 inputs" in refusal(missing, "--engine-like", "vllm-b200")
 
 
-def test_what_is_refused(int4: Path, gguf: Path) -> None:
+def test_what_is_refused(int4: Path, gguf: Path, tmp_path: Path) -> None:
+    mlx = made(tmp_path / "mlx", "mlx", "--method", "rtn")
+    assert "opens none of the artifacts, expected a folder" in refusal(mlx, "--engine-like", "vllm-h100")
     assert "expected exact or one of vllm-h100" in refusal(int4, "--engine-like", "vllm-v100")
     assert "opens none of the artifacts, expected a folder" in refusal(gguf, "--engine-like", "vllm-h100")
     assert "--cache q4_0: vllm-h100 has none" in refusal(int4, "--engine-like", "vllm-h100", "--cache", "q4_0")
