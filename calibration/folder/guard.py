@@ -34,7 +34,8 @@ def guarded(weight: Tensor, solved: Solved, grid: Grid, seen: tuple[Tensor, Tens
             ((some - dequantize(way)) @ rows.mT).square().sum(-1).view(experts, stacked, -1).sum(-1) for way in ways
         )
     worse = found > simple
-    for few in worse.any(1).nonzero().flatten().split(TOGETHER):
+    turned = worse.any(1).nonzero().flatten()
+    for few in turned.split(TOGETHER) if len(turned) else ():  # nothing splits into one piece of nothing
         plain = grid.round_nearest(weight[few], importance[few].contiguous())
         for place, expert in enumerate(few.tolist()):
             for matrix in worse[expert].nonzero().flatten().tolist():

@@ -18,7 +18,7 @@ from mmquant.convert.open import open_source
 from mmquant.convert.source import read_layer
 from mmquant.quantize.fp4.grid import NVFP4
 from mmquant.quantize.integer.gptq import GptqGrid, Solved
-from mmquant.quantize.integer.grid import dequantize
+from mmquant.quantize.integer.grid import IntWeight, dequantize
 from mmquant.quantize.moments import Moments
 
 N = 64
@@ -82,6 +82,24 @@ def test_one_of_stacked_matrices_alone() -> None:
     assert list(plainly_rounded([(found, dataclasses.replace(found, plain=torch.zeros(1, 1, dtype=torch.bool)))])) == [
         "up of expert 0"
     ]
+
+
+def test_where_nothing_is_turned_away_nothing_is_rounded_again() -> None:
+    """A batch of no matrices has strides of its own, which the kernels of a GPU refuse."""
+    asked: list[int] = []
+
+    class Counting(GptqGrid):
+        def round_nearest(self, weight: Tensor, importance: Tensor | None) -> IntWeight:
+            asked.append(len(weight))
+            return super().round_nearest(weight, importance)
+
+    grid, x = Counting(4, 32), rows(400)
+    seen = moments_of(x, torch.stack((x[:HELD], x[:HELD])))
+    options = LayerOptions(grid=grid, prior=0.0, floor=0.0, sampling=0.0, damping=1e-3)
+    found = solve(torch.stack((rows(16, seed=4), rows(16, seed=5))), seen, slice(None), options)
+    assert found.plain is not None
+    assert not bool(found.plain.any())
+    assert asked == [2]
 
 
 def test_too_few_rows_decide_nothing() -> None:
