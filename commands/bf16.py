@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="BF16 for fine-tuning.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(Bf16Options)

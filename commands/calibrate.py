@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="Every expert's statistics in one streamed pass.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(CalibrateOptions, skip=("text_only",))

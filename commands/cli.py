@@ -27,18 +27,18 @@ COMMANDS = {
     "gguf": "GGUF for llama.cpp.",
     "run": "Every variant of a recipe in one pass, resumable anywhere.",
     "status": "How far a run is.",
-    "plan": "The best GGUF types for a size or a machine, measured.",
+    "plan": "The best types for a size or a machine, measured.",
     "calibrate": "Every expert's statistics in one streamed pass.",
     "eval": "Perplexity, KL divergence and agreement with the reference.",
     "verify": "Tool calls, thinking, language of a running server.",
     "pull": "Fetch a repository, verified and resumable.",
     "push": "Publish a finished folder to a hub.",
-    "doctor": "Finds what breaks a GGUF file or a quantized folder.",
+    "doctor": "What breaks a GGUF file or a quantized folder.",
     "fit": "What fits on which machine, with context and command.",
     "report": "One HTML page of a folder of artifacts.",
     "inspect": "What is in a checkpoint.",
     "demo": "The whole pipeline on the bundled model.",
-    "completion": "Completes commands and options in your shell.",
+    "completion": "Complete commands and options in your shell.",
 }
 
 # What the system says of a path that the user chose wrongly.
@@ -77,7 +77,9 @@ class Commands(click.Group):
             return None
         from .verbosity import with_verbosity
 
-        return with_verbosity(importlib.import_module(f"mmquant.commands.{cmd_name}").command)
+        found = with_verbosity(importlib.import_module(f"mmquant.commands.{cmd_name}").command)
+        found.short_help = COMMANDS[cmd_name]  # what completion shows
+        return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing any."""
@@ -102,7 +104,7 @@ def watched(ctx: click.Context) -> None:
 @click.version_option(__version__, "-V", "--version", prog_name="mmquant")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Quantize and convert MiniMax-M2.7 to FP8, INT4, NVFP4, MXFP4 and GGUF, checked against the reference.
+    """Quantize and convert MiniMax-M2.7 to FP8, INT4, NVFP4, MXFP4, MLX and GGUF, checked against the reference.
 
     Exit codes: 0 ok, 1 failure, 2 usage or bad input, 3 partial, 4 quality gate, 5 does not fit, 130 interrupted
     (143 by TERM, 129 by HUP).

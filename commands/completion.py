@@ -19,7 +19,7 @@ PLACES = {
 }
 
 
-@click.command(short_help="Completes commands and options in your shell.")
+@click.command()
 @click.argument("shell", type=click.Choice(list(PLACES)), required=False)
 @click.option("--install", is_flag=True, help="Write the script to where the shell looks for it.")
 @json_option()

@@ -9,7 +9,7 @@ import click
 from .options import device_option, json_option
 
 
-@click.command(short_help="The whole pipeline on the bundled model.")
+@click.command()
 @click.option("--out", default="demo-out", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
 @device_option()
 @json_option()

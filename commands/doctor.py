@@ -10,7 +10,7 @@ from ..runs.options import DoctorOptions
 from .options import json_option, options_of, refuse_without_effect
 
 
-@click.command(short_help="Finds what breaks a GGUF file or a quantized folder.")
+@click.command()
 @click.argument("file")
 @options_of(DoctorOptions)
 @json_option()

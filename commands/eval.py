@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 
 
-@click.command(short_help="Perplexity, KL divergence and agreement with the reference.")
+@click.command()
 @click.argument("artifacts", nargs=-1, metavar="ARTIFACT...")
 @click.option("--reference", help="Model to compare with: folder, hf:, ms: or demo.")
 @options_of(EvalOptions)

@@ -8,7 +8,7 @@ from ..runs.options import FitOptions
 from .options import DEFAULT_MODEL, json_option, options_of
 
 
-@click.command(short_help="What fits on which machine, with context and command.")
+@click.command()
 @click.argument("artifact", required=False)
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Model, or its config.json; M2.7 needs no network."

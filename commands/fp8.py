@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PRUNING = ("experts_kept", "experts", "statistics")
 
 
-@click.command(short_help="FP8 for vLLM and SGLang.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(Fp8Options)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="GGUF for llama.cpp.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(GgufOptions, repeat="type")

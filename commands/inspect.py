@@ -7,7 +7,7 @@ import click
 from .options import json_option
 
 
-@click.command(short_help="What is in a checkpoint.")
+@click.command()
 @click.argument("model")
 @json_option()
 def command(model: str, as_json: bool) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="INT4 weights (W4A16) for vLLM and SGLang.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(Int4Options, repeat="group_size")

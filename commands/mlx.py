@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="MLX weights for Macs (mlx_lm), made anywhere.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(MlxOptions)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="MXFP4 weights for vLLM and SGLang.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(Mxfp4Options)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="NVFP4 weights for vLLM, SGLang and TensorRT-LLM.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(Nvfp4Options)

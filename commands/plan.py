@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
-@click.command(short_help="The best types for a size or a machine, measured.")
+@click.command()
 @model_option()
 @out_option()
 @options_of(PlanOptions)
@@ -35,8 +35,9 @@ def command(
 ) -> None:
     """Choose a type for every matrix, so that the predicted distance to the original is least within a budget.
 
-    For int4, nvfp4 and mxfp4: which layers' experts and attention stay wider. What each type costs is measured on the
-    model, once: sensitivity.json in --out. The plan is plan.json there, for `--plan` of the command of --format.
+    For int4, nvfp4 and mxfp4 it chooses which layers' experts and attention stay wider, for mlx a width for each
+    module. What each type costs is measured on the model, once, and kept as sensitivity.json in --out. The plan is
+    plan.json there; `--plan` of the command that --format names writes it.
 
     Example: mmquant plan --model demo --size 7MB --out ./m27-plan
     """

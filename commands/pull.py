@@ -12,7 +12,7 @@ from ..runs.options import PullOptions
 from .options import DEFAULT_MODEL, dry_run_option, json_option, options_of
 
 
-@click.command(short_help="Fetch a repository, verified and resumable.")
+@click.command()
 @click.option("--model", default=None, help=f"hf:ORG/NAME[@REV] or ms:ORG/NAME[@REV].  [default: {DEFAULT_MODEL}]")
 @click.option("--hub", type=click.Choice(list(HUBS)), default=None, help="With --repo, instead of --model.")
 @click.option("--repo", default=None, metavar="ORG/NAME")

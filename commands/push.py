@@ -11,7 +11,7 @@ from ..runs.options import PushOptions
 from .options import dry_run_option, json_option, options_of
 
 
-@click.command(short_help="Publish a finished folder.")
+@click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--repo", required=True, metavar="ORG/NAME", help="Repository; made when it does not exist.")
 @options_of(PushOptions, device=False)

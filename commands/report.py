@@ -11,7 +11,7 @@ from .options import json_option
 FILE = click.Path(path_type=Path)
 
 
-@click.command(short_help="One HTML page of a folder of artifacts.")
+@click.command()
 @click.argument("folder", type=FILE)
 @click.option("--out", type=FILE, help="The page; default mmquant.report.html in FOLDER.")
 @click.option("--eval", "evaluations", type=FILE, multiple=True, help="A result of eval --json (repeatable).")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PURPOSES = ("publisher", "2xa100", "24gb")
 
 
-@click.command(short_help="Every variant of a recipe in one pass.")
+@click.command()
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; each variant has its own in it.")
 @click.option("--init", is_flag=True, help="Print a commented recipe, or write it to RECIPE.")

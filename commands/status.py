@@ -14,7 +14,7 @@ from .options import json_option
 EVERY = 2.0  # seconds between two looks
 
 
-@click.command(short_help="How far a run is.")
+@click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @json_option()
 @click.option("--watch", is_flag=True, help="Show it again every two seconds, until the run ends.")

@@ -14,7 +14,7 @@ from .options import json_option, options_of
 FILE = click.Path(path_type=Path)
 
 
-@click.command(short_help="Tool calls, thinking, language of a running server.")
+@click.command()
 @click.argument("url", required=False)
 @options_of(VerifyOptions, device=False)
 @click.option("--model", type=FILE, help="Instead of URL: serve this GGUF file or folder for the time of the test.")

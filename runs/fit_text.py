@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from ..convert.models.geometry import Geometry
 
 GIB = 1 << 30
-AFTER = (
-    "machines: the smallest that hold it, with the largest context; --target ID, or --gpu and --ram, show one whole."
-)
 PARTS = ("usable", "weights", "kv", "compute", "staging", "runtime", "margin")
 
 

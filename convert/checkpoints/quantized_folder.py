@@ -29,7 +29,7 @@ from .schedule import Schedule
 from .stacked import unstacked
 from .storage import check_storage, engine_notes, scheme_for
 from .store import ShardStore, TensorInfo
-from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_tensor
+from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_scale, read_tensor
 
 SAMPLED = 512  # tensors whose first bytes are in the fingerprint
 SAMPLE = 256
@@ -218,17 +218,8 @@ class QuantizedFolder:
         return self.matrices[name].scheme
 
     def scale_beside(self, name: str) -> Tensor | None:
-        """A scale of a cache or of a matrix's inputs [1] float32 by its full name; None where there is none.
-
-        InputError unless it is one positive number.
-        """
-        info = self.tensors.get(name)
-        if info is None:
-            return None
-        scale = read_tensor(self.store, info).float().flatten()
-        if len(scale) != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise InputError(f"{info.shard}: {name} holds {scale[:2].tolist()}, expected one positive number")
-        return scale
+        """A scale of a cache or of a matrix's inputs [1] float32 by its full name; None where there is none."""
+        return read_scale(self.store, self.tensors.get(name))
 
     def ggml_type(self, name: str) -> None:
         """None: this is no GGUF."""

@@ -42,8 +42,18 @@ def read_tensor(store: ShardStore, info: TensorInfo) -> Tensor:
     return torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
+def read_scale(store: ShardStore, info: TensorInfo | None) -> Tensor | None:
+    """A scale [1] float32 that stands alone; None where there is none. InputError unless it is one positive number."""
+    if info is None:
+        return None
+    scale = read_tensor(store, info).float().flatten()
+    if len(scale) != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise InputError(f"{info.shard}: {info.name} holds {scale[:2].tolist()}, expected one positive number")
+    return scale
+
+
 def read_config(store: ShardStore) -> dict[str, Any]:
-    """config.json of a store; ValueError when it is missing or broken."""
+    """config.json of a store; InputError when it is missing or broken."""
     data = store.small("config.json")
     if data is None:
         raise InputError(f"{store.label}: config.json is missing")

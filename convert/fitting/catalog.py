@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 
-from mmquant.errors import InputError, suggest
+from mmquant.errors import InputError
 
 from ..folder.mlx import EIGHT_BIT
 from ..folder.weights import ATTENTION_FP8, GROUP_SIZES
@@ -55,9 +56,11 @@ def find_rows(name: str | None) -> tuple[Row, ...]:
     found = found or [row for row in everything if wanted in (row.family, row.id.split("-")[0].lower())]
     if not found:
         ids = {row.id.lower(): row.id for row in everything}
-        said = suggest(wanted, ids)
-        near = next((proper for low, proper in ids.items() if said == f"did you mean {low}?"), None)
-        raise InputError(f"--type {name}: unknown, {said if near is None else f'did you mean {near}?'}")
+        near = get_close_matches(wanted, ids, n=1)
+        words = dict.fromkeys(row.id.split("-")[0] if row.family == FOLDER else row.family for row in everything)
+        listed = f"expected one that `mmquant fit` lists, or {', '.join(words)}"
+        said = f"did you mean {ids[near[0]]}?" if near else listed
+        raise InputError(f"--type {name}: unknown, {said}")
     return tuple(found)
 
 

@@ -22,6 +22,7 @@ CARD_SHARE = 0.98  # of an unknown card that its driver leaves
 SOLD_RAM = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # in GB: as makers say GiB
 KEYS = {"id", "card", "count", "ram", "reserved", "bandwidth", "name", "engines", "unified", "ram_bandwidth"}
 MOST_CARDS = 64
+LEAST_MEMORY = 10**6  # less is a number without its unit
 _LABEL = re.compile(r"(\d+) ?GB", re.IGNORECASE)
 _GPUS = re.compile(r"\s*(.+?)\s*(?:[x*]\s*(\d+))?\s*", re.IGNORECASE)
 
@@ -137,7 +138,7 @@ def card_of(text: str) -> Cards:
     label = _LABEL.fullmatch(text.strip())
     known = _table()["cards"].get(f"{label[1]}GB") if label else None
     if known is None:
-        size = parse_size(text)
+        size = memory_bytes(text)
         return Cards(f"{text.strip()} card", 1, size, int(size * CARD_SHARE), parse_size("900GB"))
     sizes = {key: parse_size(known[key]) for key in ("memory", "usable", "bandwidth")}
     return Cards(known["name"], 1, **sizes, amd=bool(known.get("amd")))
@@ -146,7 +147,15 @@ def card_of(text: str) -> Cards:
 def ram_bytes(text: str) -> int:
     """RAM of a size: 96GB, which is sold so, is 96 GiB; 98GB, 98GiB and 98e9 are what they say."""
     label = _LABEL.fullmatch(text.strip())
-    return int(label[1]) << 30 if label and int(label[1]) in SOLD_RAM else parse_size(text)
+    return int(label[1]) << 30 if label and int(label[1]) in SOLD_RAM else memory_bytes(text)
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of a memory. InputError for a size that is none, and for a number that lost its unit."""
+    size = parse_size(text)
+    if size < LEAST_MEMORY:
+        raise InputError(f"{text.strip()} is {size} bytes, expected a size with its unit such as 24GB")
+    return size
 
 
 def machine(gpu: str | None, ram: str | None) -> Target:

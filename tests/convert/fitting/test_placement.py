@@ -156,6 +156,11 @@ def test_sizes_of_machines() -> None:
             machine(bad, None)
     with pytest.raises(InputError, match=r"--ram: 'lots', expected a size"):
         machine(None, "lots")
+    with pytest.raises(InputError, match="--gpu: 24 is 24 bytes, expected a size with its unit such as 24GB"):
+        machine("24", "96GB")
+    with pytest.raises(InputError, match="--ram: 96 is 96 bytes, expected a size with its unit"):
+        machine("24GB", "96")
+    assert machine("1000000", "1MB").ram == 10**6
 
 
 def test_unknown_targets_name_the_close_ones() -> None:

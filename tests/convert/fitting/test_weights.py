@@ -42,6 +42,10 @@ def test_a_type_is_found_by_name_family_and_first_word() -> None:
     assert all(row.id.startswith("int4") for row in find_rows("int4"))
     with pytest.raises(InputError, match="--type Q4_KM: unknown, did you mean Q4_K_M"):
         find_rows("Q4_KM")
+    with pytest.raises(
+        InputError, match=r"--type Q9: unknown, expected one that `mmquant fit` lists, or fp8, .*, mlx, gguf$"
+    ):
+        find_rows("Q9")
 
 
 def test_rows_have_names_of_their_own() -> None:

@@ -19,7 +19,6 @@ from mmquant.runs.reports.evaluation import M27_PARAMETERS, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 LABELS = (HOSTILE, r"$\frac$", "_hidden", "a\x1b[31m\udcff", "</svg><img src=x>", "模型 & 量化")
-EMPTY = {"svg", "path", "use", "image", "rect", "meta"}
 
 
 class Check(HTMLParser):
