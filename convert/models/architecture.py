@@ -35,6 +35,8 @@ class Serving:
 
     vllm, sglang  flags that name the parsers of tool calls and of thinking
     prompt        one turn as the chat template writes it
+    markup        regular expression of the tags of its thinking and tool calls, which a server's parsers take away
+    agents        what its makers measured of agents, rates by the names of runs/verify/score.py; of what; where
     """
 
     vllm: tuple[str, ...]
@@ -42,6 +44,10 @@ class Serving:
     sampling: Mapping[str, float]
     prompt: str
     thinking: str
+    markup: str = ""
+    agents: Mapping[str, float] = field(default_factory=dict[str, float])
+    agents_of: str = ""
+    agents_source: str = ""
 
 
 @dataclass(frozen=True, eq=False)

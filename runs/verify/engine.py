@@ -17,7 +17,8 @@ from mmquant.errors import InputError, MmquantError
 from mmquant.monitor import current
 
 from ...convert.files.child import SAFE_PATH, environment
-from ...convert.models import ARCHITECTURES
+from ...convert.files.parse import parse_json
+from ...convert.models import architecture_of
 
 ENGINES = ("llama.cpp", "vllm")
 READY = 1800.0  # seconds for a large model to load
@@ -73,8 +74,9 @@ def _command(model: Path, engine: str, port: int, context: int) -> list[str]:
     program = shutil.which("vllm")
     if program is None:
         raise InputError("--engine vllm: no program vllm on PATH; pip install vllm")
-    serving_of = ARCHITECTURES["minimax_m2"].serving
-    parsers = list(serving_of.vllm) if serving_of is not None else []
+    config = parse_json((model / "config.json").read_bytes(), str(model / "config.json"))
+    known = architecture_of(config).serving
+    parsers = list(known.vllm) if known is not None else []
     tools = ["--enable-auto-tool-choice", *parsers, "--max-model-len", str(context), "--port", str(port)]
     return [program, "serve", str(model), "--host", "127.0.0.1", *tools]
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...convert.files.parse import is_list, is_object
+from ...convert.models import ARCHITECTURES
 from .prompts import Case
 
-TAGS = re.compile(r"</?(?:think|tool_call|minimax:tool_call|invoke|parameter)\b[^>]*>|\]~!?b[\[\]]|\[e~\[")
+TAGS = re.compile("|".join(row.serving.markup for row in ARCHITECTURES.values() if row.serving and row.serving.markup))
 THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 LOOP = re.compile(r"(.{2,200}?)\1{5,}\s*\Z", re.DOTALL)  # the same piece six times at the end
 SCRIPTS = {"zh": "CJK", "ja": "KANA", "ko": "HANGUL", "ru": "CYRILLIC", "ar": "ARABIC"}

@@ -26,9 +26,9 @@ from ..results import Result
 from .client import AskError, Server, base_url, find_model
 from .judge import Reply, Verdict, judge
 from .prompts import Case, fingerprint, read_prompts
-from .score import PUBLISHED, SOURCE, compare, missed, rates
+from .score import KNOWN, PUBLISHED, compare, missed, rates
 
-SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 40}  # of MiniMax-M2.7's generation_config.json
+SAMPLING = dict(KNOWN.sampling)
 ANSWERS = "answers.jsonl"
 PAUSE = 1.0  # seconds before a second try; doubled for each further one
 
@@ -217,7 +217,7 @@ def _document(
         "rates": found,
         "by_language": {name: rates([v for k, v in ours.items() if k.startswith(f"{name}/")]) for name in languages},
         "missed": missed(found),
-        "published": {"source": SOURCE, "what": "MiniMax-M2.7 at MiniMax, May 2026, other prompts", "rates": PUBLISHED},
+        "published": {"source": KNOWN.agents_source, "what": KNOWN.agents_of, "rates": dict(PUBLISHED)},
         "prompts": {key: None if verdict is None else asdict(verdict) for key, verdict in ours.items()},
         "comparison": comparison,
     }

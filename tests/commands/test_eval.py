@@ -427,8 +427,10 @@ def test_text_that_an_artifact_was_calibrated_on_is_refused(folder: Path, tmp_pa
     mine.write_text("".join(f"the calibration's sentence number {i}, " for i in range(200)))
     fresh.write_text("".join(f"quite another one that bears number {i}, " for i in range(200)))
     page = tmp_path / "page.txt"
-    page.write_text(fresh.read_text() + (bundled("calibration") / "prose.txt").read_text()[5000:6000])
-    (prose,) = read_sets([str(bundled("calibration") / "prose.txt")])
+    lines = (bundled("calibration") / "prose.jsonl").read_text().splitlines()
+    passage = max((str(json.loads(line)["text"]) for line in lines), key=len)[200:1200]
+    page.write_text(fresh.read_text() + passage)
+    (prose,) = read_sets([str(bundled("calibration") / "prose.jsonl")])
     small = ("--reference", "demo", *FEW, "--text")
     for number, (used, refused) in enumerate(((digest([mine.read_text()]), mine), (prose.sha256, page))):
         artifact = tmp_path / f"int4-{number}"

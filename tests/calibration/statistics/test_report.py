@@ -44,7 +44,7 @@ def test_experts_3_and_11_of_the_last_layer_are_named(demo: tuple[Path, dict]) -
     assert "layer 3: the down input of experts 3 and 11 overflows float16" in page
     assert found["layers"][3]["sum32"] > 65504
     assert found["layers"][3]["overflow_channels"] > 0
-    assert found["corpus"]["windows_by_domain"].keys() == {"chat", "code", "docs", "prose", "zh"}
+    assert found["corpus"]["windows_by_domain"].keys() >= {"chat", "code", "docs", "prose", "zh"}
     imatrix = read_imatrix(folder / "i.gguf")
     assert (imatrix.chunk_count, imatrix.chunk_size) == (5, 512)
 

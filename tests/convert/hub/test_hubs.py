@@ -18,7 +18,12 @@ ROOMS = ("mmquant", "commands", "runs", "calibration", "convert", "quantize")
 OWN = {SOURCE / "convert" / "hub" / name for name in ("huggingface.py", "modelscope.py")}
 KEYS = "|".join(re.escape(word) for hub in HUBS.values() for word in (hub.key, hub.manifest_name))
 TELLS = re.compile(rf"(?:{KEYS}):?|.*\((?:\?:)?(?:{'|'.join(HUBS)})[|)].*")
-PRODUCT = [path for room in ROOMS for path in sorted((SOURCE / room).rglob("*.py")) if path not in OWN]
+PRODUCT = [
+    path
+    for room in ROOMS
+    for path in sorted((SOURCE / room).rglob("*.py"))
+    if path not in OWN and "data" not in path.parts
+]
 
 
 def words(text: str) -> list[tuple[int, str]]:
