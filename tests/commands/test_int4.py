@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from mmquant.commands.cli import cli
+from mmquant.convert.open import open_native
 from mmquant.errors import InputError
+from mmquant.runs.artifacts import WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,12 @@ def test_dry_run_writes_nothing(tmp_path: Path, command: list[str]) -> None:
     assert result.exit_code == 0, result.output
     assert "bytes into" in result.output
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_seed_reaches_the_solver(kind: Any) -> None:
+    _, make = WEIGHTS[kind]
+    assert make(open_native("demo"), kind(seed=5), Path("never")).options.seed == 5  # type: ignore[union-attr]
 
 
 def test_fast_takes_diagonal_statistics_and_says_so_when_more_is_needed(tmp_path: Path) -> None:

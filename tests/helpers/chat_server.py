@@ -8,7 +8,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[dict[str, Any]], dict[str, Any] | bytes | int]
+Answer = Callable[[dict[str, Any]], dict[str, Any] | str | bytes | int]
 
 
 def said(content: str = "", reasoning: str = "", calls: list[tuple[str, str]] | None = None) -> dict[str, Any]:
@@ -36,7 +36,10 @@ def events(body: dict[str, Any]) -> bytes:
 
 
 class ChatServer:
-    """answer: a body, raw bytes in its place, or an HTTP status. asked: the requests as they came, with their key."""
+    """answer: a body, text in its place, bytes that are cut, or an HTTP status.
+
+    asked: the requests as they came, with their key.
+    """
 
     def __init__(self, answer: Answer, models: list[str] | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -58,6 +61,8 @@ class ChatServer:
                 made = answer(body)
                 if isinstance(made, int):
                     self.reply(made, b"no")
+                elif isinstance(made, str):
+                    self.reply(200, made.encode())
                 elif isinstance(made, bytes):
                     self.reply(200, made, length=len(made) + 100)  # more is promised than comes
                 else:

@@ -14,6 +14,7 @@ from helpers.paths import ROOT
 from helpers.tiny import write_tiny
 from mmquant.convert.open import demo_folder
 from mmquant.convert.source import CARRIED_FILES
+from mmquant.monitor import Silent
 from mmquant.runs.calibrate import calibrate
 from mmquant.runs.fp4 import quantize_nvfp4
 from mmquant.runs.fp8 import quantize_fp8
@@ -46,6 +47,16 @@ VARIANTS = """
 """
 # Names that say when, who and where: not the artifact's.
 APART = ("generated",)
+
+
+class Notes(Silent):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def model(folder: Path, **changes: Any) -> Path:

@@ -36,6 +36,7 @@ from mmquant.convert.fitting.memory import FREE
 from mmquant.convert.fitting.placement import place_mlx, place_vllm
 from mmquant.convert.fitting.targets import read_targets
 from mmquant.convert.fitting.weights import Weights
+from mmquant.convert.folder import unit_bytes
 from mmquant.convert.folder.check import check_folder
 from mmquant.convert.folder.kinds import plan_row, stored_bits
 from mmquant.convert.open import demo_folder, open_native, open_source
@@ -234,6 +235,13 @@ def test_a_folder_of_the_budget_leaves_a_gibibyte_on_each_card(target: str) -> N
         budget = folder_budget(M27, machine, context)
         found = place_vllm(Weights(budget, ()), M27, machine, context, "f16", 0)
         assert 0 <= found.margin - FREE <= 2
+
+
+def test_the_scales_of_a_cache_are_counted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, row = open_native(model), plan_row("int4")
+    monkeypatch.setattr(unit_bytes, "header_bytes", lambda source, specs: 0)
+    weights = unit_bytes.fixed_bytes(source, row, headers=False)
+    assert unit_bytes.fixed_bytes(source, row) - weights == 2 * 4 * source.geometry.layers  # of k and v, float32
 
 
 def test_an_mlx_folder_of_the_budget_leaves_a_gibibyte() -> None:

@@ -19,12 +19,11 @@ import torch
 
 from helpers.hub_server import HubServer
 from helpers.killed import FORK, change_of, killed_at, until
-from helpers.run_cases import EVALUATION, TEXT, artifacts, model, recipe, serve
+from helpers.run_cases import EVALUATION, TEXT, Notes, artifacts, model, recipe, serve
 from mmquant.convert.files.lock import hold
 from mmquant.convert.hub.http import Retry
 from mmquant.convert.hub.store import FetchOptions
 from mmquant.errors import InputError, PartialError
-from mmquant.monitor import Silent
 from mmquant.runs.recipe.read import Recipe
 from mmquant.runs.run import run
 from mmquant.runs.status import status
@@ -38,16 +37,6 @@ VARIANTS = """
 """
 CHECK = f"check: {{text: {EVALUATION}, windows: 2, context: 32}}\n"
 QUICK = FetchOptions(retry=Retry(1, 0.01, 0.02, 20.0))
-
-
-class Notes(Silent):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")

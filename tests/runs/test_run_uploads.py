@@ -11,10 +11,9 @@ import pytest
 
 from helpers.hub_server import HubServer
 from helpers.killed import killed_at
-from helpers.run_cases import EVALUATION, model, recipe, serve
+from helpers.run_cases import EVALUATION, Notes, model, recipe, serve
 from mmquant.convert.hub.http import Retry
 from mmquant.errors import InputError, PartialError
-from mmquant.monitor import Silent
 from mmquant.runs.recipe.read import Recipe
 from mmquant.runs.run import run
 
@@ -26,16 +25,6 @@ VARIANTS = """
 NAMES = ("fp8", "rtn", "Q8_0")
 CHECK = f"check: {{text: {EVALUATION}, windows: 2, context: 32}}\n"
 EARLY = "as_completed: true, private: true, delete_after_upload: true"
-
-
-class Notes(Silent):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")

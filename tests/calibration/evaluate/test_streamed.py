@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from helpers.eval_cases import CONTEXT, Noisy, make_sample, packed, small, write_model
 from mmquant.calibration.evaluate import state as evaluation_state
+from mmquant.calibration.evaluate import streamed
 from mmquant.calibration.evaluate.metrics import summarise
 from mmquant.calibration.evaluate.reference_store import StoredReference
 from mmquant.calibration.evaluate.streamed import evaluate
 from mmquant.calibration.evaluate.subjects import ENERGY, ERROR, OVERLAP, TOKENS
 from mmquant.calibration.model.forward import Observer, Routing, embed, final_logits, layer_forward
+from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.open import open_native
 from mmquant.convert.source import Source, read_globals, read_layer
@@ -96,6 +99,25 @@ def test_hidden_states_on_disk_and_batches_do_not_change_the_result(model: Check
     ram = evaluate(model, [candidate], sample, small())[0]
     disk = evaluate(model, [candidate], sample, small(ram_limit=0, folder=tmp_path))[0]
     np.testing.assert_array_equal(ram.scores.kld, disk.scores.kld)
+
+
+def test_the_models_of_a_pass_share_the_memory_for_hidden_states(
+    model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[bool] = []
+
+    def noted(*arguments: Any) -> HiddenStates:
+        states = HiddenStates(*arguments)
+        places.append(states.on_disk)
+        return states
+
+    monkeypatch.setattr(streamed, "HiddenStates", noted)
+    sample = make_sample()
+    one = 4 * sample.tokens.numel() * model.geometry.hidden  # bytes of a model's states
+    for limit, on_disk in ((2 * one, False), (2 * one - 1, True)):
+        evaluate(model, [Noisy(model)], sample, small(ram_limit=limit, folder=tmp_path))
+        assert places == [on_disk] * 2
+        places.clear()
 
 
 def test_a_candidate_with_nan_weights_is_counted(model: Checkpoint) -> None:

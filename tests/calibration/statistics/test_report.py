@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from helpers.calibration_cases import corpus, model, options
 from helpers.paths import PACKAGE
+from mmquant.calibration.statistics import live as live_module
 from mmquant.calibration.statistics.live import LivePass
 from mmquant.calibration.statistics.report import domain_balance, findings, summarise, table
 from mmquant.commands.cli import cli
@@ -146,7 +148,9 @@ def test_a_second_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert (code, text) == (0, first)
 
 
-def test_activations_that_are_not_finite_stop_the_run_and_are_named(tmp_path: Path) -> None:
+def test_activations_that_are_not_finite_stop_the_run_and_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import load_file, save_file
 
     path = model(tmp_path)
@@ -157,7 +161,14 @@ def test_activations_that_are_not_finite_stop_the_run_and_are_named(tmp_path: Pa
             tensors[name] = torch.full_like(tensors[name], 1e30)
             tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight_scale_inv"] = torch.full((1, 1), 1e30)
             save_file(tensors, file)
-    live = LivePass(open_native(path), corpus(), options())
-    live.layer(0)
-    with pytest.raises(ValueError, match=r"layer 1, expert 2, token \d+ of window \d+: the input of down holds NaN"):
-        live.layer(1)
+    where, at = r"layer 1, expert 2, token \d+ of window (\d+): the input of down holds NaN", 1
+    for share in (range(1, len(corpus().tokens)), None):  # a rank's, then that of a rank with the named window alone
+        monkeypatch.setattr(live_module, "rank_share", lambda *_, own=share or range(at, at + 1): own)
+        live = LivePass(open_native(path), corpus(), options())
+        live.layer(0)
+        with pytest.raises(ValueError, match=where) as error:
+            live.layer(1)
+        named = re.search(where, str(error.value))
+        assert named is not None
+        assert int(named[1]) == at or (share and int(named[1]) > at)
+        at = int(named[1])

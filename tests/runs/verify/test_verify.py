@@ -130,6 +130,8 @@ CUT = "ChunkedEncodingError|ConnectionError|no JSON|finish"
         (500, False, "HTTP 500"),
         (400, False, "HTTP 400"),
         (b"{not json", False, CUT),
+        ("{not json", False, "no JSON"),
+        ("[" * 100_000, False, "no JSON"),
         (b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n', True, CUT),
         ({"error": "no"}, False, "no choices"),
         ({"choices": [{"message": {"tool_calls": [3]}}]}, False, "without function"),
@@ -276,6 +278,12 @@ def test_llama_cpp_serves_and_is_judged(tmp_path: Path) -> None:
 )
 def test_calls_are_held_against_their_schema(name: str, arguments: str, fits: bool) -> None:
     assert fits_schema(CASES["en/order"], name, arguments) is fits
+
+
+def test_one_call_that_does_not_fit_spoils_its_answer() -> None:
+    good, bad = ("cancel_order", '{"order_id": 1, "reason": "x"}'), ("cancel_order", "{}")
+    for calls, fits in (((good, good), True), ((good, bad), False), ((bad, good), False)):
+        assert judge(CASES["en/order"], Reply("", "", calls, "tool_calls")).schema is fits
 
 
 @pytest.mark.parametrize("language", ["en", "zh", "ja", "ko", "ru", "de", "fr", "es", "pt", "ar"])
