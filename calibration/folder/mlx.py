@@ -23,11 +23,10 @@ from ...convert.models.names import PROJECTIONS
 from ...convert.models.shapes import plain_shapes
 from ...quantize.integer.grid import map_parts
 from ..plan.grids import grid_of
-from ..statistics.layer import without_second
 from ..statistics.provider import LayerInputs
 from .high import SignRoundOptions
-from .layer import LayerOptions, QuantizedLayer, as_read_back, quantize_layer
-from .variant import exact_names, exact_specs, learned, plain_changes, run_settings
+from .layer import LayerOptions, QuantizedLayer, quantize_layer
+from .variant import exact_names, exact_specs, made_layer, plain_changes, run_settings
 
 
 @dataclass(frozen=True)
@@ -57,22 +56,27 @@ class CalibratedMlx(MlxVariant):
     def calibrated_layer(
         self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
     ) -> tuple[dict[str, Tensor], LayerWeights | None]:
-        """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it."""
-        layer, weights, g = inputs.layer, inputs.weights, source.geometry
-        quantized = quantize_layer(layer, weights, inputs.statistics, self.options_of(layer), g)
-        inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
-        if self.options.sign_rounded:
-            quantized = learned(source, inputs, quantized, (self.learning, self.streams), self.report)
-        for line in quantized.report.lines():
-            self.report(line)
-        tensors = plain_tensors(source, plain_shapes(g, layer))
+        """`made_layer`."""
+        return made_layer(self, source, inputs, device)
+
+    def solved(self, inputs: LayerInputs, source: Checkpoint) -> QuantizedLayer:
+        """Codes of every matrix of a layer that is on a grid."""
+        layer = inputs.layer
+        return quantize_layer(layer, inputs.weights, inputs.statistics, self.options_of(layer), source.geometry)
+
+    def packed(
+        self, source: Checkpoint, inputs: LayerInputs, quantized: QuantizedLayer, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """The tensors of `specs`."""
+        layer = inputs.layer
+        tensors = plain_tensors(source, plain_shapes(source.geometry, layer))
         if self.options.sign_rounded:
             tensors |= {name: tensors[name].float() for name in exact_names(source.names, layer)}
         tensors |= plain_changes(source.names, layer, quantized, tensors)
         tensors |= self._attention(source, layer, quantized, device)
         for projection in PROJECTIONS:
             tensors |= self._stack(source, layer, projection, quantized)
-        return tensors, as_read_back(weights, quantized) if inputs.continued else None
+        return tensors
 
     def options_of(self, layer: int) -> LayerOptions:
         """The options with the grids of one layer."""

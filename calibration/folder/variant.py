@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,28 +70,10 @@ class CalibratedWeights(WeightsVariant):
     def calibrated_layer(
         self, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
     ) -> tuple[dict[str, Tensor], LayerWeights | None]:
-        """The tensors of `specs`, and the layer as it will be read back, where the pass continues with it.
+        """`made_layer`."""
+        return made_layer(self, source, inputs, device)
 
-        Every rank must call it; only the first gets tensors.
-        """
-        weights = inputs.weights
-        with stage("solve"):
-            quantized = self.solved(inputs, source)
-        # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
-        inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
-        if self.options.sign_rounded:
-            with stage("learn"):
-                quantized = learned(source, inputs, quantized, (self.learning, self.streams), self.report)
-        for line in quantized.report.lines():
-            self.report(line)
-        for kind, count in quantized.report.counts().items():
-            counted(kind, count)
-        read_back = as_read_back(weights, quantized) if inputs.continued else None
-        first = world()[0] == 0  # the rank that writes
-        with stage("encode"):
-            return self._tensors(source, inputs, quantized, device) if first else {}, read_back
-
-    def _tensors(
+    def packed(
         self, source: Checkpoint, inputs: LayerInputs, quantized: QuantizedLayer, device: torch.device | str
     ) -> dict[str, Tensor]:
         """The tensors of `specs`."""
@@ -155,6 +137,65 @@ class CalibratedWeights(WeightsVariant):
             names = [tensor_names.expert(layer, expert, projection) for expert in range(len(batch.codes))]
             tensors |= batch_tensors(self.storage, names, batch)
         return tensors
+
+
+class Calibrated(Protocol):
+    """A variant whose layers are computed from statistics."""
+
+    @property
+    def options(self) -> LayerOptions:
+        """How a layer is solved."""
+        ...
+
+    @property
+    def learning(self) -> SignRoundOptions:
+        """How rounding is learned, with high effort."""
+        ...
+
+    @property
+    def streams(self) -> Path | None:
+        """Where learning keeps its streams."""
+        ...
+
+    @property
+    def report(self) -> Callable[[str], None]:
+        """Takes lines that a user should see."""
+        ...
+
+    def solved(self, inputs: LayerInputs, source: Checkpoint) -> QuantizedLayer:
+        """Codes of what is on a grid in this layer."""
+        ...
+
+    def packed(
+        self, source: Checkpoint, inputs: LayerInputs, quantized: QuantizedLayer, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """The tensors of `specs`."""
+        ...
+
+
+def made_layer(
+    variant: Calibrated, source: Checkpoint, inputs: LayerInputs, device: torch.device | str
+) -> tuple[dict[str, Tensor], LayerWeights | None]:
+    """The tensors of a layer's `specs`, and the layer as it will be read back, where the pass continues with it.
+
+    Every rank must call it; only the first gets tensors.
+    """
+    weights = inputs.weights
+    with stage("solve"):
+        quantized = variant.solved(inputs, source)
+    # Learning needs the memory of the second moments; whoever called handed them over with `inputs`.
+    inputs = dataclasses.replace(inputs, statistics=without_second(inputs.statistics))
+    if variant.options.sign_rounded:
+        with stage("learn"):
+            quantized = learned(source, inputs, quantized, (variant.learning, variant.streams), variant.report)
+    for line in quantized.report.lines():
+        variant.report(line)
+    for kind, count in quantized.report.counts().items():
+        counted(kind, count)
+    read_back = as_read_back(weights, quantized) if inputs.continued else None
+    first = world()[0] == 0  # the rank that writes
+    with stage("encode"):
+        return variant.packed(source, inputs, quantized, device) if first else {}, read_back
 
 
 def run_settings(o: LayerOptions, learning: SignRoundOptions) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mmquant.convert.plan_file import PlanFile
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.errors import InputError
 from mmquant.runs.folder import prepare
+from mmquant.runs.journal import read_log
 from mmquant.runs.mlx import mlx_variant
 from mmquant.runs.options import MlxOptions
 
@@ -168,10 +169,14 @@ def test_a_plan_gives_every_module_its_width(tmp_path: Path, model: Path, text: 
 
 def test_a_recipe_makes_it(tmp_path: Path, model: Path, text: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    variant = {"command": "mlx", "method": "rtn", "bits": 3}
-    recipe.write_text(json.dumps({"model": str(model), "variants": {"mac": variant}}))
+    corpus = {"text": [str(text)], "text_only": True, "windows": 1, "context": 2}  # some experts see nothing
+    variants = {"mac": {"command": "mlx", "method": "rtn", "bits": 3}, "solved": {"command": "mlx", "bits": 3}}
+    recipe.write_text(json.dumps({"model": str(model), "corpora": {"main": corpus}, "variants": variants}))
     result = CliRunner().invoke(cli, ["run", str(recipe), "--out", str(tmp_path / "o")])
     assert result.exception is None, result.output
+    steps = [event for event in read_log(tmp_path / "o") if event["event"] == "artifact" and event["name"] == "solved"]
+    assert all({"solve", "encode"} <= set(event["stages"]) for event in steps[1:-1])
+    assert any(event.get("unseen") for event in steps)
     written = manifest.read(tmp_path / "o/mac")
     assert written is not None
     assert front_matter({}, written, [], {})["library_name"] == "mlx"
