@@ -7,7 +7,7 @@ import re
 from mmquant.errors import FitError, InputError, suggest
 
 from ..convert.fitting.budgets import weight_budgets
-from ..convert.fitting.targets import Target, machine, read_targets
+from ..convert.fitting.targets import Target, known_target, machine, read_targets
 from ..convert.models.geometry import Geometry
 
 _MACHINE = re.compile(r"(?:(\d{1,2})x)?([\d.]+ ?[kmgt]?i?b?)\+([\d.]+ ?[kmgt]?i?b?)", re.IGNORECASE)
@@ -35,8 +35,7 @@ def check_context(context: int, g: Geometry) -> None:
 def target_of(text: str) -> Target:
     """A target of the table, or CARD+RAM. InputError that names the close ones."""
     known = read_targets()
-    folded = {name.lower(): found for name, found in known.items()}
-    if (found := folded.get(text.strip().lower())) is not None:
+    if (found := known_target(text, known)) is not None:
         return found
     match = _MACHINE.fullmatch(text.strip())
     if match is None:

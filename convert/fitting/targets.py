@@ -24,6 +24,7 @@ KEYS = {"id", "card", "count", "ram", "reserved", "bandwidth", "name", "engines"
 MOST_CARDS = 64
 LEAST_MEMORY = 10**6  # less is a number without its unit
 _LABEL = re.compile(r"(\d+) ?GB", re.IGNORECASE)
+_MAC = re.compile(r"\Amac-(\d+)(?:gb)?\Z")
 _GPUS = re.compile(r"\s*(.+?)\s*(?:[x*]\s*(\d+))?\s*", re.IGNORECASE)
 
 
@@ -178,9 +179,14 @@ def machine(gpu: str | None, ram: str | None) -> Target:
     return Target("+".join(words) or "16GB-RAM", cards, size, size - reserved, bandwidth)
 
 
-def find_target(name: str, targets: Mapping[str, Target]) -> Target:
-    """A target by its name, upper or lower case. InputError that names the close ones."""
+def known_target(name: str, targets: Mapping[str, Target]) -> Target | None:
+    """A target by its name, upper or lower case; mac-128 means 128GB-unified. None for an unknown one."""
     folded = {name.lower(): target for name, target in targets.items()}
-    if (found := folded.get(name.strip().lower())) is None:
+    return folded.get(_MAC.sub(r"\1gb-unified", name.strip().lower()))
+
+
+def find_target(name: str, targets: Mapping[str, Target]) -> Target:
+    """As `known_target`; InputError that names the close ones."""
+    if (found := known_target(name, targets)) is None:
         raise InputError(f"--target {name}: unknown, {suggest(name, targets)}")
     return found

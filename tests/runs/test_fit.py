@@ -62,6 +62,12 @@ def test_a_card_alone_names_the_smallest_that_works() -> None:
     assert "the largest type that fits there is Q3_K_M" in str(done.exception)
 
 
+def test_a_mac_is_named_as_people_name_it() -> None:
+    done = run("--target", "mac-128", "--type", "mlx-3-g128")
+    assert "128GB-unified: 128 GiB unified memory" in done.output
+    assert "fits: yes; context 98,304 tokens" in done.output
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
