@@ -15,7 +15,7 @@ from .options import DEFAULT_MODEL, dry_run_option, json_option, options_of
 @click.command()
 @click.option("--model", default=None, help=f"hf:ORG/NAME[@REV] or ms:ORG/NAME[@REV].  [default: {DEFAULT_MODEL}]")
 @click.option("--hub", type=click.Choice(list(HUBS)), default=None, help="With --repo, instead of --model.")
-@click.option("--repo", default=None, metavar="ORG/NAME")
+@click.option("--repo", default=None, metavar="ORG/NAME", help="With --hub, instead of --model.")
 @click.option("--revision", default=None, help="Branch, tag or commit; with --repo.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @options_of(PullOptions, device=False)

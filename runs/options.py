@@ -15,6 +15,9 @@ SEEDS = 2**32 - 1  # what numpy and torch take
 PLAN_FIELDS = ("plan", "size", "target", "target_context", "sensitivity", "judged_windows")
 BESIDE = ("8bit", "6bit", "5bit", "4bit", "3bit", "bf16", "mlx")  # how MLX may have what is beside the experts
 PLANNED = ("gguf", "int4", "nvfp4", "mxfp4", "mlx")  # commands that write a plan
+METHOD = "gptq: calibrated error feedback; rtn: to nearest, no calibration."
+LAYOUT = "Whose layout the folder has, which decides the engines (docs/formats.md)."
+ATTENTION = "How attention's matrices are stored."
 TEXT_ONLY = "--text alone; by default as many windows of bundled text go with it."
 
 
@@ -61,9 +64,11 @@ class CalibrateOptions(TextOptions):
     """Options of `calibrate`. memory, disk: bytes; layers: only the first ones, as a range from 0."""
 
     moments: str | None = option(None, "What is kept; default: full up to 16 GiB.", choices=("full", "diagonal"))
-    store: str = option("float32", choices=("float32", "bfloat16"))
-    weighting: str = option("router", choices=("router", "uniform"))
-    experts: str = option("routed", choices=("routed", "all"))
+    store: str = option("float32", "Type of the stored second moments.", choices=("float32", "bfloat16"))
+    weighting: str = option(
+        "router", "How an expert's rows count: by router weight, or all alike.", choices=("router", "uniform")
+    )
+    experts: str = option("routed", "Which tokens an expert sees; all: for comparison.", choices=("routed", "all"))
     propagate: str = option("reference", "`reference`, or a quantized artifact.")
     memory: int | None = option(None, "Bytes for accumulators, for example 8GB; default: what is free.", kind="size")
     disk: int = option(64 * GIB, "Bytes for hidden states on disk.", kind="size", shown="64GiB")
@@ -107,7 +112,11 @@ class Bf16Options(PruneOptions):
 class Fp8Options(PruneOptions):
     """Options of `fp8`. max_shard_size: bytes."""
 
-    scheme: str = option("block", choices=("block", "channel", "native"))
+    scheme: str = option(
+        "block",
+        "block: the release's tiles; channel: a scale per output; native: a copy.",
+        choices=("block", "channel", "native"),
+    )
     max_shard_size: int = option(5 * 10**9, "Largest output shard, for example 5GB.", kind="size", shown="5GB")
 
 
@@ -159,7 +168,7 @@ class PlanOptions(BudgetOptions):
 class CalibratedOptions(PlannedOptions):
     """What all commands that write calibrated folders have in common. InputError for what contradicts itself."""
 
-    method: str = option("gptq", choices=("gptq", "rtn"))
+    method: str = option("gptq", METHOD, choices=("gptq", "rtn"))
     effort: str = option(
         "default",
         "fast rounds under diagonal moments, without error feedback; high learns rounding, on four times the windows "
@@ -196,8 +205,8 @@ class CalibratedOptions(PlannedOptions):
 class WeightsOptions(CalibratedOptions):
     """What `int4`, `nvfp4` and `mxfp4` have in common. InputError for what contradicts itself."""
 
-    format: str = option("compressed-tensors", choices=("compressed-tensors",))
-    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel"))
+    format: str = option("compressed-tensors", LAYOUT, choices=("compressed-tensors",))
+    attention: str = option("bf16", ATTENTION, choices=("bf16", "fp8", "fp8-channel"))
     kv_cache: str = option(
         "bf16",
         "fp8: calibrated scales for an FP8 cache, which vLLM and SGLang then use by themselves; it costs quality.",
@@ -222,10 +231,12 @@ class WeightsOptions(CalibratedOptions):
 class Int4Options(WeightsOptions):
     """Options of `int4`. InputError for what contradicts itself (what a format cannot hold: runs/int4.py)."""
 
-    method: str = option("gptq", choices=("gptq", "awq", "rtn"))
-    format: str = option("compressed-tensors", choices=("compressed-tensors", "awq", "gptq"))
-    group_size: int = option(128, choices=(32, 64, 128, -1))
-    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "int4"))
+    method: str = option(
+        "gptq", "gptq, awq: calibrated; rtn: to nearest, no calibration.", choices=("gptq", "awq", "rtn")
+    )
+    format: str = option("compressed-tensors", LAYOUT, choices=("compressed-tensors", "awq", "gptq"))
+    group_size: int = option(128, "Inputs that share a scale; -1: a whole row.", choices=(32, 64, 128, -1))
+    attention: str = option("bf16", ATTENTION, choices=("bf16", "fp8", "fp8-channel", "int4"))
     eight_bit: str | None = option(None, "Layers kept at 8 bits, for example 0,60-61.", metavar="LAYERS")
     effort: str = option(
         "default",
@@ -240,8 +251,8 @@ class Int4Options(WeightsOptions):
 class Nvfp4Options(WeightsOptions):
     """Options of `nvfp4`."""
 
-    format: str = option("compressed-tensors", choices=("compressed-tensors", "modelopt"))
-    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "nvfp4"))
+    format: str = option("compressed-tensors", LAYOUT, choices=("compressed-tensors", "modelopt"))
+    attention: str = option("bf16", ATTENTION, choices=("bf16", "fp8", "fp8-channel", "nvfp4"))
     activations: str = option(
         "bf16",
         "nvfp4: calibrated scales for FP4 activations (W4A4), which Blackwell computes in; others then ignore them.",
@@ -258,7 +269,7 @@ class Nvfp4Options(WeightsOptions):
 class Mxfp4Options(WeightsOptions):
     """Options of `mxfp4`."""
 
-    attention: str = option("bf16", choices=("bf16", "fp8", "fp8-channel", "mxfp4"))
+    attention: str = option("bf16", ATTENTION, choices=("bf16", "fp8", "fp8-channel", "mxfp4"))
 
 
 @dataclass(frozen=True)
@@ -305,7 +316,9 @@ class EvalOptions(Checked):
     context: int | None = option(None, "Tokens in a window; default 512 for the demo, else 2048.", least=2)
     stride: int | None = option(None, "Tokens from one window to the next; default: the context.", least=1)
     windows: int | None = option(None, "Windows in all; default 64 for the demo, else 128.", least=1)
-    convention: str = option("all", choices=("all", "llama.cpp"))
+    convention: str = option(
+        "all", "Which positions of a window are scored (docs/eval.md).", choices=("all", "llama.cpp")
+    )
     activations: str | None = option(
         None,
         "llama.cpp: rounded as its CPU backend rounds them; default with --convention llama.cpp, else exact.",
@@ -381,7 +394,7 @@ class PullOptions(Checked):
     """Options of `pull`."""
 
     include: tuple[str, ...] = option((), "Only files like this; may be repeated.", metavar="GLOB")
-    transport: str = option("http", choices=("http", "xet"))
+    transport: str = option("http", "http: resumable ranges; xet: the hub's accelerated path.", choices=("http", "xet"))
 
 
 @dataclass(frozen=True)
