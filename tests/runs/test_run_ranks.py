@@ -64,7 +64,7 @@ def test_every_kind_of_variant_is_made_from_a_hub_that_one_rank_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first rank fetches each shard once, and reads for the others; artifacts and scores are a local model's."""
-    source = model(tmp_path / "model")
+    source = model(tmp_path / "m")  # a GGUF file is called by it
     local = recipe(source, VARIANTS + MORE, CHECK)
     ranks(2, lambda: run(local, tmp_path / "local", device="cpu"))
     with HubServer() as hub:
