@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 
 from helpers.calibration_cases import ranks
 from helpers.hub_server import HubServer
@@ -90,5 +92,9 @@ def test_every_kind_of_variant_is_made_from_a_hub_that_one_rank_reads(
 
 
 def tensors_of(folder: Path) -> dict[str, str]:
-    """Digests of the files that hold weights."""
-    return {n: d for n, d in artifacts(folder).items() if n.endswith((".safetensors", ".gguf"))}
+    """Digests of weights: of shards as they are, of a GGUF behind its keys, which name where the model came from."""
+    found = {n: d for n, d in artifacts(folder).items() if n.endswith(".safetensors")}
+    for path in sorted(folder.rglob("*.gguf")):
+        tensors = GGUFReader(path).tensors
+        found |= {f"{path.name} {t.name}": sha256(t.data.tobytes()).hexdigest() for t in tensors}
+    return found
