@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmquant.calibration.folder.guard import guarded
+from mmquant.calibration.folder.guard import TOGETHER, guarded
 from mmquant.calibration.folder.layer import LayerOptions, solve
 from mmquant.calibration.folder.report import LayerReport, plainly_rounded
 from mmquant.calibration.model.forward import layer_forward
@@ -82,6 +82,22 @@ def test_one_of_stacked_matrices_alone() -> None:
     assert list(plainly_rounded([(found, dataclasses.replace(found, plain=torch.zeros(1, 1, dtype=torch.bool)))])) == [
         "up of expert 0"
     ]
+
+
+def test_every_matrix_that_is_turned_away_gets_its_own_rounding() -> None:
+    """More of them than are rounded at a time."""
+    grid, count = GptqGrid(4, 32), TOGETHER + 3
+    weight = torch.stack([rows(8, seed=e) for e in range(count)])
+    ones = torch.ones(count, N)
+    nearest = grid.round_nearest(weight, ones)
+    worse = dataclasses.replace(nearest, codes=nearest.codes.clone(), scales=nearest.scales.clone())
+    worse.codes[1:, :, 0] += 1  # the first is as good as the plain one: places and matrices differ
+    solved = Solved(worse, None, torch.zeros(count), torch.zeros(count).bool())
+    held = rows(HELD, seed=8).expand(count, -1, -1)
+    found = guarded(weight, solved, grid, (ones, held), 1)
+    assert found.plain is not None
+    assert found.plain.flatten().tolist() == [False, *[True] * (count - 1)]
+    assert torch.equal(dequantize(found.weight), dequantize(nearest))
 
 
 def test_where_nothing_is_turned_away_nothing_is_rounded_again() -> None:

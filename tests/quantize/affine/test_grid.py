@@ -43,6 +43,24 @@ def test_the_kernel_finds_what_the_definition_finds(seed: int, bits: int, column
     assert float(worse.mean()) < 0.03
 
 
+def test_each_group_of_each_matrix_has_its_own_scale_and_bias() -> None:
+    """Groups whose ranges lie far apart: with a neighbour's scale or bias, or another matrix's weights, all is off."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(2, 5, 96, generator=generator) * 0.02
+    for expert in range(2):
+        for group in range(3):
+            weight[expert, :, 32 * group : 32 * group + 32] += 3.0 * expert - 5.0 * group
+    h = torch.rand(2, 96, generator=generator) ** 4 + 0.001
+    found = AffineGrid(4, 32).round_nearest(weight, h)
+    assert found.biases is not None
+    for group in range(3):
+        columns = slice(32 * group, 32 * group + 32)
+        part, own = weight[:, :, columns].mT.contiguous(), h[:, columns]
+        expected = error(part, own, *search_panel_torch(part, own, 4), 4)
+        off = (weight[:, :, columns] - dequantize(found)[:, :, columns]).double()
+        assert float(((own.double().unsqueeze(1) * off.square()).sum(-1) / expected).max()) < 1.1
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_near_the_best_of_all_ranges(bits: int) -> None:
     """Brute force over 40 x 40 ranges: the search is within 6 %, the range of the extremes far from it."""
