@@ -35,7 +35,7 @@ def command(
     gate: bool,
     as_json: bool,
 ) -> None:
-    """Ask an OpenAI-compatible server 63 prompts in ten languages, and count tool calls, schemas, thinking, language.
+    """Ask an OpenAI-compatible server 53 prompts in ten languages, and count tool calls, schemas, thinking, language.
 
     URL is http://HOST:PORT or https://HOST/v1. --against compares with a second server prompt by prompt.
 

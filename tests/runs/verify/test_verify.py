@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 import mmquant
 from helpers.chat_server import ChatServer, said
+from helpers.paths import ROOT, SOURCE
 from mmquant.errors import GateError, InputError, MmquantError
 from mmquant.runs.options import VerifyOptions
 from mmquant.runs.verify import run as verify_run
@@ -51,6 +53,12 @@ def good(body: dict[str, Any]) -> dict[str, Any]:
         (tool,) = [t["function"] for t in body["tools"] if t["function"]["name"] == name]
         return said(", ".join(tool["parameters"]["properties"]), "In order.")
     return said("", "Look.", [("get_weather", json.dumps({"city": "Lisbon", "day": "tomorrow"}))])
+
+
+def test_the_documents_say_how_many_prompts_there_are() -> None:
+    for place in ("commands/verify.py", "docs/verify.md", "docs/serving.md"):
+        text = ((SOURCE if place.endswith(".py") else ROOT) / place).read_text()
+        assert re.findall(r"(\d+) (?:such )?prompts", text) == [str(len(CASES))], place
 
 
 def schema() -> dict[str, Any]:
