@@ -7,9 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import requests
 
@@ -41,11 +43,14 @@ def serving(model: Path, engine: str, context: int) -> Iterator[str]:
     port = _free_port()
     command = _command(model, engine, port, context)
     current().message(f"starting {engine} with {model}")
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment({})
-    ) as child:
+    with (
+        tempfile.TemporaryFile() as log,  # a pipe that nobody reads would stop a server that says much
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, env=environment({})
+        ) as child,
+    ):
         try:
-            _wait(child, f"http://127.0.0.1:{port}", engine)
+            _wait(child, log, f"http://127.0.0.1:{port}", engine)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             child.terminate()
@@ -81,11 +86,12 @@ def _command(model: Path, engine: str, port: int, context: int) -> list[str]:
     return [program, "serve", str(model), "--host", "127.0.0.1", *tools]
 
 
-def _wait(child: subprocess.Popen[bytes], url: str, engine: str) -> None:
+def _wait(child: subprocess.Popen[bytes], log: IO[bytes], url: str, engine: str) -> None:
     end = time.monotonic() + READY
     while time.monotonic() < end:
         if child.poll() is not None:
-            said = child.stderr.read().decode("utf-8", "replace").strip().splitlines() if child.stderr else []
+            log.seek(0)
+            said = log.read().decode("utf-8", "replace").strip().splitlines()
             raise MmquantError(f"{engine} ended with {child.returncode}: {said[-1] if said else 'without a word'}")
         with contextlib.suppress(requests.RequestException):
             if requests.get(f"{url}/health", timeout=5).ok:

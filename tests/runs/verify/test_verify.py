@@ -19,6 +19,7 @@ from helpers.chat_server import ChatServer, said
 from helpers.paths import ROOT, SOURCE
 from mmquant.errors import GateError, InputError, MmquantError
 from mmquant.runs.options import VerifyOptions
+from mmquant.runs.verify import engine as verify_engine
 from mmquant.runs.verify import run as verify_run
 from mmquant.runs.verify.engine import serving
 from mmquant.runs.verify.judge import Reply, fits_schema, in_order, is_language, judge
@@ -270,6 +271,32 @@ def test_llama_cpp_serves_and_is_judged(tmp_path: Path) -> None:
         streamed = mmquant.verify(url, VerifyOptions(language=("en",), max_tokens=16, retries=0, stream=True)).document
     jsonschema.validate(document, schema())
     assert document["rates"]["success"]["rate"] == streamed["rates"]["success"]["rate"] == 1.0
+
+
+CHATTY = """import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        print("x" * 10**6, file=sys.stderr, flush=True)
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_may_log_what_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chatty(model: Path, engine: str, port: int, context: int) -> list[str]:
+        return [sys.executable, "-c", CHATTY, str(port)]
+
+    monkeypatch.setattr(verify_engine, "_command", chatty)
+    with serving(tmp_path, "vllm", 1) as url:
+        assert url.startswith("http://127.0.0.1:")
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; sys.exit('no such card')"
+    monkeypatch.setattr(verify_engine, "_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(MmquantError, match="vllm ended with 1: no such card"), serving(tmp_path, "vllm", 1):
+        pass
 
 
 @pytest.mark.parametrize(
