@@ -9,16 +9,19 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 READY := $(VENV)/.installed
 
-.PHONY: help install demo test lint types unit test-slow test-gpu test-peers test-wheel dist bench results dev-model notebooks docs constraints clean
+.PHONY: help install demo test lint types unit test-slow test-gpu test-peers test-wheel test-lowest test-newest dist bench results dev-model notebooks docs constraints clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-$(READY): pyproject.toml constraints.txt
+# What pip is held to; none for the newest versions that pyproject.toml allows
+PINS ?= constraints.txt
+
+$(READY): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed, found " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq 'pip==26.3'
-	$(BIN)/python -m pip install -qq --build-constraint constraints.txt -c constraints.txt --group dev -e .
+	$(BIN)/python -m pip install -qq $(addprefix --build-constraint ,$(PINS)) $(addprefix -c ,$(PINS)) --group dev -e .
 	@touch $@
 
 install: $(READY) ## the environment .venv with the pinned versions of constraints.txt
@@ -26,7 +29,11 @@ install: $(READY) ## the environment .venv with the pinned versions of constrain
 demo: $(READY) ## the whole pipeline on the bundled model, into demo-out/
 	$(BIN)/mmquant demo --out demo-out
 
-test: lint types unit ## lint, types and the quick tests
+test: lint types unit ## lint, types, the quick tests, and some of them against the installed wheel
+	$(MAKE) test-wheel TESTS='$(SOME)'
+
+# Some tests of each package
+SOME := tests/test_errors.py tests/commands/test_errors.py tests/runs/recipe tests/calibration/statistics/test_collector.py tests/convert/fitting tests/quantize/test_fp8.py
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -35,7 +42,7 @@ lint: $(READY) ## ruff: rules and format
 types: $(READY) ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-unit: $(READY) ## the quick tests alone
+unit: $(READY) ## the quick tests
 	$(PYTEST) -n 2
 
 test-slow: $(READY) ## tests of minutes: packaging, long comparisons
@@ -77,18 +84,31 @@ dist: $(READY) ## the sdist and the wheel, into dist/
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
-# The dependencies come from .venv by a path file, under which .venv's own link to the checkout is not read.
+# All that git knows but the packages. The dependencies come by a path file from .venv, whose own link to the checkout
+# is not read there. TESTS: a part of them
 WHEEL := build/wheel
-AWAY := tests bench docs notebooks README.md CONTRIBUTING.md Makefile constraints.txt pyproject.toml LICENSE
-NEED_GIT := --ignore=tests/test_packages.py --ignore=tests/test_packaging.py
+AWAY := not slow and not gpu and not peers and not checkout
+PACKAGES := mmquant commands runs calibration convert quantize typings
+SITES := import sys; print(*(path for path in sys.path if path.endswith("site-packages")), sep="\n")
 
 test-wheel: dist ## the quick tests against the installed wheel, away from the checkout
 	rm -rf $(WHEEL) && mkdir -p $(WHEEL)/away
-	$(PYTHON) -m venv $(WHEEL)/venv
-	$(WHEEL)/venv/bin/python -m pip install -qq --no-deps dist/*.whl
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > $$(echo $(WHEEL)/venv/lib/python3*/site-packages)/dev.pth
-	tar c --exclude=__pycache__ $(AWAY) | tar x -C $(WHEEL)/away
-	cd $(WHEEL)/away && $(TEST_ENV) ../venv/bin/python -m pytest -n 2 $(NEED_GIT)
+	$(BIN)/python -m venv --without-pip $(WHEEL)/venv
+	$(BIN)/python -m pip --python $(WHEEL)/venv/bin/python install -qq --no-deps dist/*.whl
+	$(BIN)/python -c '$(SITES)' > $$(echo $(WHEEL)/venv/lib/python3*/site-packages)/dev.pth
+	git ls-files --cached --others --exclude-standard -- . $(PACKAGES:%=':!%') | tar c -T - | tar x -C $(WHEEL)/away
+	cd $(WHEEL)/away && $(TEST_ENV) ../venv/bin/python -m pytest -n 2 -m '$(AWAY)' $(TESTS)
+
+# "click>=8.4.2" -> click==8.4.2, for every range of pyproject.toml
+build/lowest.txt: pyproject.toml
+	mkdir -p build
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9.]+' $< | sed -E 's/"([^[>]+)(\[.*\])?>=/\1==/' | sort -u > $@
+
+test-lowest: build/lowest.txt ## the quick tests with the lowest versions that pyproject.toml allows
+	$(MAKE) unit VENV=build/lowest PINS=$<
+
+test-newest: ## the quick tests with the newest versions that pyproject.toml allows
+	$(MAKE) unit VENV=build/newest PINS=
 
 bench: $(READY) ## what can be measured; make bench NAME=prefetch ARGS="--runs 1" measures it
 ifdef NAME

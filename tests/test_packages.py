@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.checkout
 ROOT = Path(__file__).parent.parent
 # A package may import itself and every package to its right.
 PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")

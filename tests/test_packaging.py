@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 import mmquant
 
+pytestmark = pytest.mark.checkout
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("commands", "runs", "calibration", "convert", "quantize")
 INSTALLED = {"mmquant": "mmquant", **{name: f"mmquant/{name}" for name in PACKAGES}}
@@ -23,6 +25,26 @@ def test_the_version_is_the_same_everywhere() -> None:
     """`mmquant/__init__.py` says it to the build; what people cite and read repeats it."""
     assert f"\nversion: {mmquant.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(rf"^## .*{re.escape(mmquant.__version__)}", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+@pytest.mark.slow
+def test_the_pins_are_to_be_had_without_this_machines_own_wheels(tmp_path: Path) -> None:
+    """torch's usual wheel asks for one version of triton, which its CPU build, that may be installed here, does not."""
+    settings = {name: value for name, value in os.environ.items() if name == "PIP_CERT" or not name.startswith("PIP_")}
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    pins = ["-c", "constraints.txt", "--build-constraint", "constraints.txt", "--group", "dev", "."]
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [*pip, "--report", str(report), *pins],
+        cwd=ROOT,
+        env={**settings, "PIP_CONFIG_FILE": os.devnull},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {one["metadata"]["name"].lower() for one in json.loads(report.read_text())["install"]}
+    pinned = set(re.findall(r"^([^#=]+)==", (ROOT / "constraints.txt").read_text().lower(), re.M))
+    assert {name for name in found - pinned if not re.match("nvidia-|cuda-", name)} == {"mmquant"}
 
 
 def expected_members() -> set[str]:

@@ -39,6 +39,7 @@ def test_examples_parse(example: str) -> None:
     assert {word for word in arguments if word.startswith("--")} <= known
 
 
+@pytest.mark.checkout
 def test_paths_of_the_file_map_exist() -> None:
     """Names at the start of the map's lines, below the folder that the indentation says."""
     block = README.split("## File map")[1].split("## More")[0]
@@ -52,6 +53,7 @@ def test_paths_of_the_file_map_exist() -> None:
             folder = ROOT / text.rstrip("/")
 
 
+@pytest.mark.checkout
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_paths_that_documents_name_exist(name: str) -> None:
     """`convert/hub/` or `quantize/fp8.py` in backquotes, and [links](to/files.md) relative to the document."""

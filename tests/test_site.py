@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import mmquant
-from helpers.paths import ROOT
+from helpers.paths import PACKAGE, ROOT, SOURCE
 from mmquant import FitOptions
 from mmquant.commands.cli import cli
 from mmquant.convert.formats.format import Scheme
@@ -26,7 +26,7 @@ from mmquant.convert.formats.table import FORMATS
 from mmquant.quantize.ggml.types import GGMLType
 
 DOCS = ROOT / "docs"
-SOURCES = ("commands", "runs", "calibration", "convert", "quantize", "mmquant")
+SOURCES = {PACKAGE, *(SOURCE / name for name in ("commands", "runs", "calibration", "convert", "quantize"))}
 ENGINES = (
     "vllm serve",
     "SAFETENSORS_FAST_GPU",
@@ -57,7 +57,7 @@ def table_rows(text: str) -> list[list[str]]:
 @functools.cache
 def sources() -> str:
     """The code's text; strings that go on in the next line are whole."""
-    texts = [path.read_text(encoding="utf-8") for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for folder in SOURCES for path in folder.rglob("*.py")]
     return re.sub(r'"\s*\n\s*f?"', "", "\n".join(texts))
 
 
