@@ -54,7 +54,7 @@ class TextOptions(Checked):
     text: tuple[str, ...] = option((), "Calibration text: file, folder or `default`, PATH[=WEIGHT]; repeatable.")
     evaluation: tuple[str, ...] = option((), "Text that must not overlap; default: the bundled evaluation text.")
     context: int | None = option(None, "Tokens in a window; default 512 for the demo, else 2048.", least=2)
-    windows: int = option(128, "Windows at most.", least=1)
+    windows: int = option(256, "Windows at most.", least=1)
     seed: int = option(0, "Of the documents' order.", least=0, most=SEEDS)
     text_only: bool = option(True, TEXT_ONLY)
 
@@ -175,7 +175,6 @@ class CalibratedOptions(PlannedOptions):
         "(ten times as long).",
         choices=("fast", "default", "high"),
     )
-    windows: int = option(256, "Windows at most.", least=1)
     statistics: Path | None = option(None, "What `calibrate --out` wrote.", kind="path")
     propagate: str | None = option(
         None,

@@ -31,16 +31,20 @@ from .tokens import tokens_of
 DEFAULT = "default"
 CHATS = "chat"  # the folder of the bundled set that needs a chat template
 COUNTED = 1 << 17  # characters of a set that are counted in tokens; beyond, its length is estimated
+# By how much a domain of the bundled set counts more, or less, than its text is long: towards what chat and agent models
+# are used for (docs/lab.md, "Which text, and how much of it").
+EMPHASIS = {"chat": 1.3, "docs": 1.3, "prose": 1.7, "zh": 1.8, "languages": 0.6, "data": 0.6}
 
 
 @dataclass(frozen=True)
 class TextSet:
-    """Documents that share a weight in the mix. `weight` None: as many tokens as it has."""
+    """Documents that share a weight in the mix. `weight` None: as many tokens as it has, times `emphasis`."""
 
     name: str
     documents: Sequence[Document] | Sequence[StoredDocument]
     weight: float | None = None
     known: tuple[str, int] | None = None  # digest and characters, where they were found already
+    emphasis: float = 1.0
 
     @property
     def sha256(self) -> str:
@@ -96,9 +100,15 @@ def read_sets(specs: list[str], template: ChatTemplate | None = None, notes: lis
     for spec in specs or [DEFAULT]:
         path, weight = _parse(spec)
         parts = _by_domain(path, template, notes if notes is not None else [])
+        if path == bundled("calibration"):
+            parts = [replace(part, emphasis=EMPHASIS.get(part.name, 1.0)) for part in parts]
         # A folder's weight is shared by its domains in proportion to their text.
-        total = sum(part.characters for part in parts)
-        found += [p if weight is None else replace(p, weight=weight * p.characters / total) for p in parts]
+        counts = [part.characters * part.emphasis for part in parts]
+        total = sum(counts)
+        found += [
+            p if weight is None else replace(p, weight=weight * count / total)
+            for p, count in zip(parts, counts, strict=True)
+        ]
     return found
 
 
@@ -185,7 +195,7 @@ def pack_windows(
     if not sum(available):
         longest = max((stream.tokens for stream in streams), default=0)
         raise InputError(f"calibration text: {longest} tokens in the longest set, expected one window of {context}")
-    counts = shares(available, [part.weight for part in sets], windows)
+    counts = shares(available, [part.weight for part in sets], windows, [part.emphasis for part in sets])
     domains = tuple(dict.fromkeys(part.name for part in sets))
     placed = []
     for index, (stream, count) in enumerate(zip(streams, counts, strict=True)):
@@ -240,9 +250,15 @@ def _stream(part: TextSet, order: NDArray[np.int64], tokenizer: Tokenizer, neede
     return found
 
 
-def shares(available: list[int], weights: list[float | None], windows: int | None) -> list[int]:
-    """How many windows each set gives: in proportion to its weight (None: to what it has), never more than it has."""
-    needed = [float(a) if w is None else w for a, w in zip(available, weights, strict=True)]
+def shares(
+    available: list[int], weights: list[float | None], windows: int | None, emphasis: list[float] | None = None
+) -> list[int]:
+    """How many windows each set gives: in proportion to its weight, never more than it has.
+
+    Without a weight: to what it has, times its emphasis.
+    """
+    emphasis = emphasis if emphasis is not None else [1.0] * len(available)
+    needed = [a * e if w is None else w for a, e, w in zip(available, emphasis, weights, strict=True)]
     if any(w is not None for w in weights):
         # Sets without a weight among weighted ones count as 1.
         needed = [1.0 if w is None else w for w in weights]

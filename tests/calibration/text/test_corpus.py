@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmquant.calibration.text.chat import ChatTemplate, load_template
-from mmquant.calibration.text.corpus import TextSet, bundled, pack_windows, read_sets, shares
+from mmquant.calibration.text.corpus import EMPHASIS, TextSet, bundled, pack_windows, read_sets, shares
 from mmquant.calibration.text.documents import Document
 from mmquant.calibration.text.overlap import PASSAGE, check_disjoint, overlap, shingles
 from mmquant.calibration.text.rows import Chat, parse_line
@@ -221,6 +222,13 @@ def test_shares_never_exceed_what_there_is_and_use_the_budget(
         assert counts == available
 
 
+def test_emphasis_multiplies_what_a_set_counts_without_a_weight() -> None:
+    assert shares([100, 100], [None, None], 40, [3.0, 1.0]) == [30, 10]
+    assert shares([20, 100], [None, None], 40, [30.0, 1.0]) == [20, 20]  # all that there is, and no more
+    assert shares([100, 100], [1.0, 1.0], 40, [3.0, 1.0]) == [20, 20]  # a weight is a weight
+    assert shares([100, 100], [None, None], None, [3.0, 1.0]) == [100, 100]
+
+
 WORDS = [f"word{i}" for i in range(8000)]
 
 
@@ -264,6 +272,23 @@ def test_the_bundled_sets_are_disjoint_and_speak_several_languages() -> None:
     chats = "".join(d.text for s in calibration if s.name == "chat" for d in s.documents)
     for sign in ("<think>", "<minimax:tool_call>", "]~b]tool", "的", "です", "что", " und ", " que ", " est ", "니다"):
         assert sign in chats
+
+
+def test_bundled_windows_lean_to_chats_prose_and_chinese_from_the_first_on() -> None:
+    """Shares follow text times emphasis, also under a weight; the first quarter of the windows has the same ones."""
+    sets = read_sets(["default"], TEMPLATE)
+    wanted = {s.name: s.characters * EMPHASIS.get(s.name, 1.0) for s in sets}
+    for part in read_sets(["default=0.4"], TEMPLATE):
+        assert part.weight == pytest.approx(0.4 * wanted[part.name] / sum(wanted.values()))
+    corpus = pack_windows(sets, TOKENIZER, 512, 128)
+    counts = corpus.describe()["windows_by_domain"]
+    natural = pack_windows([replace(s, emphasis=1.0) for s in sets], TOKENIZER, 512, 128)
+    before = natural.describe()["windows_by_domain"]
+    assert all(counts[name] > before[name] for name in ("chat", "docs", "prose", "zh"))
+    assert all(counts[name] < before[name] for name in ("data", "languages"))
+    assert min(count for name, count in counts.items() if name != "dialogue") >= 5
+    first = torch.bincount(corpus.domain[:32], minlength=len(corpus.domains)).tolist()
+    assert all(abs(4 * n - counts[name]) <= 4 for n, name in zip(first, corpus.domains, strict=True))
 
 
 def test_every_bundled_text_names_its_origin_and_licence() -> None:
