@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from helpers.calibration_cases import model, run
+from helpers.exl3 import random_parts, write_exl3
 from helpers.fuzz import mutants
 from helpers.tiny import write_tiny
 from mmquant.calibration.evaluate.reference_store import MAGIC, StoredReference
@@ -77,6 +78,13 @@ def index(path: Path) -> None:
 def shard(path: Path) -> None:
     tensors = LocalFolder(path.parent).header(path.name)
     assert sum(t.size for t in tensors) <= path.stat().st_size
+
+
+def trellis(path: Path) -> None:
+    source = open_source(path.parent)
+    source.validate()
+    for name in ("lm_head", "model.layers.0.self_attn.k_proj", "model.layers.0.block_sparse_moe.experts.1.w2"):
+        source.read(f"{name}.weight")
 
 
 class Small:
@@ -151,6 +159,8 @@ KINDS = {
     "push ledger": Kind(f"{LEDGER}.hf.me--m.json", ledger),
     "journal": Kind(JOURNAL, lambda path: interrupted(path.parent)),
     "reference logits": Kind("reference", lambda path: StoredReference(path).rows(0, 4), len),
+    "EXL3 header": Kind("exl3/model.safetensors", trellis, lambda data: 8 + word(data), share=4),
+    "EXL3 config": Kind("exl3/config.json", trellis, share=10),
     "safetensors header": Kind("model-00001-of-00001.safetensors", shard, lambda data: 8 + word(data)),
 }
 
@@ -180,6 +190,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entry = {"size": 7, "mtime_ns": 9, "sha256": "1" * 64, "state": "committed"}
     (folder / KINDS["push ledger"].file).write_text(json.dumps({"request": None, "files": {"a.gguf": entry}}))
     (folder / JOURNAL).write_text(json.dumps({"what": {"model": "m"}, "files": {"a.gguf": "1" * 64}}))
+    small = write_tiny(folder.parent / "small", num_hidden_layers=1, num_local_experts=2)
+    write_exl3(small, folder / "exl3", lambda name, values: random_parts(values.shape, 40, "mul1"))
     (folder / "reference").write_bytes(reference_logits())
     ones = Importance(np.ones((2, 8), np.float32), np.ones(2, np.float32))
     write_imatrix(folder / "imatrix.gguf", Imatrix({"blk.0.attn_q.weight": ones}, ("text",), 1, 512))

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...convert.checkpoints.quantization_config import quantization_of
+from ...convert.formats import skip_lists
 from ...convert.formats.format import Scheme
 from ...convert.formats.table import METHODS
 from ...convert.gguf.names import TOKEN_EMBD
@@ -109,11 +110,11 @@ class Like:
         return self.profile.name if self.cache is None else f"{self.profile.name} {self.cache}"
 
     def opens(self, source: Source) -> bool:
-        """Whether the engine takes such an artifact: llama.cpp takes GGUF files, vLLM all others but mlx_lm's."""
+        """Whether the engine takes such an artifact: llama.cpp takes GGUF files, vLLM its own formats."""
         if source.ggml_type(TOKEN_EMBD) is not None:
             return self.profile.engine == LLAMA
         method = METHODS.get(str((quantization_of(source.config) or {}).get("quant_method")))
-        return self.profile.engine == VLLM and (method is None or not method.top_key)
+        return self.profile.engine == VLLM and (method is None or skip_lists.VLLM in method.engines)
 
     def same_as(self, source: Source) -> tuple[str, ...]:
         """Equal for profiles that compute this artifact alike, whatever hardware they stand for."""

@@ -78,8 +78,18 @@ class SchemeBook:
 
     @property
     def stacked(self) -> bool:
-        """Whether the experts of a layer lie in one tensor a projection, and everything may be quantized."""
+        """Whether the experts of a layer lie in one tensor a projection."""
         return self._method.stacked
+
+    @property
+    def outside(self) -> bool:
+        """Whether router, embeddings and head may be quantized."""
+        return self._method.outside
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Fields of LayerWeights that count as zeros where no layer has them."""
+        return self._method.left_out
 
     def derived(self, name: str, parts: Found, shape: Shape) -> Scheme | None:
         """The scheme of a matrix that the settings do not name, by its tensors; None where the method has no such."""

@@ -1,4 +1,4 @@
-"""Open a quantized folder (compressed-tensors, AWQ GEMM, GPTQ v1) as a Source of dequantized weights.
+"""Open a quantized folder (compressed-tensors, AWQ, GPTQ, ModelOpt, MLX, EXL3) as a Source of dequantized weights.
 
 Values are exact products of stored codes and scales in float32. A matrix must be stored as config.json says: engines
 trust the config, so a folder in which the two disagree is refused rather than guessed at.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import torch
@@ -61,12 +61,13 @@ class QuantizedFolder:
             self.warnings.append(line)
         layers = range(self.geometry.layers)
         shapes = {name: shape for layer in layers for name, shape in matrix_shapes(self.geometry, layer)}
-        shapes |= self._further_shapes() if self.book.stacked else {}
+        shapes |= self._further_shapes() if self.book.outside else {}
         schemes = {name: self._scheme(name, shape) for name, shape in shapes.items()}
         read = {name: (self._by_module.get(name, {}), schemes[name]) for name in shapes}
         check_storage(self.label, self.book, read)
         self.matrices = {name: self._resolve(name, shape, schemes[name]) for name, shape in shapes.items()}
         self.warnings += engine_notes(self.label, self.book, read)
+        self._zeros = self._left_out()
         self.notes = self.warnings + extra_notes(self.label, (n for n in self.tensors if self._extra(n)), self.names)
 
     def _further_shapes(self) -> dict[str, tuple[int, int]]:
@@ -75,6 +76,17 @@ class QuantizedFolder:
         found = {names.prefix(layer) + names.router: (g.experts, g.hidden) for layer in range(g.layers)}
         outside = [name for name in (names.embed, names.head) if name == names.embed or not self._is_tied()]
         return found | {name.removesuffix(".weight"): (g.vocab, g.hidden) for name in outside}
+
+    def _left_out(self) -> dict[str, tuple[int, ...]]:
+        """(full name, shape) of what the format's engine computes without, where no layer has it."""
+        g, found = self.geometry, dict[str, tuple[int, ...]]()
+        for field in (field for field in self.book.left_out if field in self.names.plain):
+            names = [self.names.prefix(layer) + self.names.plain[field] for layer in range(g.layers)]
+            if not any(name in self.tensors for name in names):
+                found |= dict.fromkeys(names, g.plain_fields()[field])
+                told = f"{self.book.engines[0]} computes this model without, as it is read here"
+                self.warnings.append(f"{self.label}: {len(names)} tensors are left out, first {names[0]}: {told}")
+        return found
 
     def _is_tied(self) -> bool:
         """Whether the embeddings are the head, too."""
@@ -94,11 +106,17 @@ class QuantizedFolder:
         """The scheme of a matrix: of the first engine whose reading fits the tensors that are there."""
         parts = self._by_module.get(name, {})
         likely = scheme_for(self.book, name, parts)
-        if likely is None or fits(likely, shape, parts):
-            return likely
+        if likely is None:
+            return None
         found = {suffix: (info.dtype, info.shape) for suffix, info in parts.items()}
-        if (derived := self.book.derived(name, found, shape)) is not None:
+        try:
+            derived = self.book.derived(name, found, shape)
+        except PartError as error:
+            raise self._located(name, parts, error) from None
+        if derived is not None:
             return derived
+        if fits(likely, shape, parts):
+            return likely
         others = (scheme for _, scheme in self.book.readings(name) if scheme is not None)
         return next((scheme for scheme in others if fits(scheme, shape, parts)), likely)
 
@@ -136,7 +154,8 @@ class QuantizedFolder:
             expected |= dict(plain_shapes(self.geometry, layer))
         if (head := self.names.head) in self.tensors:
             expected[head] = global_shapes(self.geometry)[head]
-        expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in self.matrices}
+        there = self.matrices.keys() | self._zeros.keys()
+        expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in there}
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise InputError(f"{self.label}: {len(missing)} tensors are missing, first {missing[0]}")
@@ -180,7 +199,10 @@ class QuantizedFolder:
         try:
             return stored.scheme.format.unpack(stored.scheme, stored.shape, fetch)
         except PartError as error:
-            raise InputError(f"{stored.parts[error.suffix].shard}: {stored.name}.{error}") from None
+            raise self._located(stored.name, stored.parts, error) from None
+
+    def _located(self, name: str, parts: Mapping[str, TensorInfo], error: PartError) -> InputError:
+        return InputError(f"{parts[error.suffix].shard}: {name}.{error}")
 
     def read(self, name: str) -> Tensor:
         """Dequantized float32 CPU tensor by release name."""
@@ -189,6 +211,8 @@ class QuantizedFolder:
             return self.dequantize(stem)
         if name == self.names.head and self._is_tied():
             return self.read(self.names.embed)
+        if name in self._zeros:
+            return torch.zeros(self._zeros[name])
         if name not in self.tensors:
             raise InputError(f"{self.label}: {name} is missing")
         self.schedule.reading(name)

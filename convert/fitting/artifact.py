@@ -12,6 +12,8 @@ from mmquant.errors import InputError
 from ..checkpoints.store import LocalFolder, ShardStore
 from ..checkpoints.tensors import read_config
 from ..files.parse import is_list, is_object, parse_json
+from ..formats.skip_lists import MLX as MLX_LM
+from ..formats.skip_lists import SGLANG, VLLM
 from ..gguf.reader import GgufSource
 from ..hub.address import parse_address
 from ..hub.hubs import KEYS
@@ -22,6 +24,7 @@ from .catalog import FOLDER, GGUF, MLX, Row
 from .weights import Weights, by_kind
 
 EXPERTS = (".experts.", ".switch_mlp.")  # of a layer; MLX stacks them
+PLACED = {MLX_LM, SGLANG, VLLM}  # engines of folders that a fit knows
 TILE = 128  # of FP8 without a block structure in its config.json
 
 
@@ -116,6 +119,9 @@ def _folder(name: str, store: ShardStore, entry: str) -> Artifact:
     config = read_config(store)
     source = open_store(store)
     try:
+        if source.book is not None and not (engines := set(source.book.engines)) & PLACED:
+            runs = f"runs under {', '.join(engines)}"
+            raise InputError(f"{name}: {runs}, expected an artifact for vLLM, SGLang, mlx_lm or llama.cpp")
         g = source.geometry
         weights = _by_layer(g, {tensor: info.size for tensor, info in source.tensors.items()})
     finally:

@@ -111,10 +111,13 @@ def _check_cache_scales(found: QuantizedFolder, layer: int) -> None:
 
 def check_engines(found: QuantizedFolder, layer: int) -> None:
     """vLLM and SGLang look experts up under names of their own and take one scheme for a layer's experts."""
+    engines = [engine for engine in (VLLM, SGLANG) if engine in found.book.engines]
+    if not engines:
+        return
     expected = found.matrices[found.names.expert(layer, 0, "gate")].scheme
     for projection in PROJECTIONS:
         name = found.names.expert(layer, 0, projection)
-        for engine in (engine for engine in (VLLM, SGLANG) if engine in found.book.engines):
+        for engine in engines:
             scheme = found.book.reading(name, engine)
             if scheme != expected:
                 said = f"is {words(scheme)} by config.json as {engine} reads it"
@@ -122,7 +125,7 @@ def check_engines(found: QuantizedFolder, layer: int) -> None:
     for expert in range(found.geometry.experts):
         for projection in PROJECTIONS:
             scheme = found.matrices[found.names.expert(layer, expert, projection)].scheme
-            if scheme != expected and not found.book.stacked:
+            if scheme != expected:
                 name = found.names.expert(layer, expert, projection)
                 raise InputError(f"{found.label}: {name} is {words(scheme)}, expert 0 of its layer {words(expected)}")
 

@@ -38,7 +38,7 @@ class Lost:
 def examine_folder(source: QuantizedFolder, device: torch.device | str = "cpu") -> list[Finding]:
     """All faults that show without the original, layer by layer."""
     source.validate()
-    found = [Finding("error", "config.json", line.removeprefix(f"{source.label}: ")) for line in source.warnings]
+    found = [Finding("error", "the folder", line.removeprefix(f"{source.label}: ")) for line in source.warnings]
     found += caught(source, "the folder", lambda: check_places(source))
     lost: list[Lost] = []
     for layer in range(source.geometry.layers):

@@ -85,7 +85,9 @@ class Method:
     files     (quantization_config) -> objects of further JSON files by name, which engines look for
     engines   who reads it
     top_key   the key of config.json that stands for quant_method and holds the settings (copied in quantization_config)
-    stacked   the experts of a layer lie in one tensor a projection; router, embeddings and head may be quantized
+    stacked   the experts of a layer lie in one tensor a projection
+    outside   router, embeddings and head may be quantized
+    left_out  fields of LayerWeights that its writer leaves out and its engine does without: they count as zeros
     named     whether its settings name a module; others are as their tensors are
     derive    (its formats, a module's tensors, shape) -> scheme of a module that is not named
     entry     scheme -> what the settings say of a module
@@ -101,6 +103,8 @@ class Method:
     engines: tuple[str, ...] = ENGINES
     top_key: str = ""
     stacked: bool = False
+    outside: bool = False
+    left_out: tuple[str, ...] = ()
     named: Callable[[Mapping[str, Any], str], bool] | None = None
     derive: Callable[[Sequence[Format], Found, Shape], Scheme | None] | None = None
     entry: Callable[[Scheme], dict[str, Any]] | None = None

@@ -230,6 +230,7 @@ METHOD = Method(
     engines=(MLX,),
     top_key=KEY,
     stacked=True,
+    outside=True,
     named=_named,
     derive=_derive,
     entry=_config,

@@ -20,7 +20,7 @@ from mmquant.errors import InputError
 from ..files.parse import are, is_list
 from ..models.names import TensorNames
 
-VLLM, SGLANG, TRANSFORMERS, MLX = "vLLM", "SGLang", "transformers", "mlx_lm"
+VLLM, SGLANG, TRANSFORMERS, MLX, EXLLAMAV3 = "vLLM", "SGLang", "transformers", "mlx_lm", "exllamav3"
 ENGINES = (VLLM, SGLANG, TRANSFORMERS)
 _FUSED = re.compile(r"\.[qkv]_proj$")
 

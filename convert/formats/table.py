@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from . import (
     awq_gemm,
+    exl3,
     fp8_block,
     fp8_channel,
     fp8_native,
@@ -31,6 +32,7 @@ FORMATS: tuple[Format, ...] = (
     nvfp4.FORMAT,
     modelopt.FORMAT,
     *mlx.FORMATS,
+    *exl3.FORMATS,
 )
 METHODS: Mapping[str, Method] = {name: row.method for row in FORMATS for name in row.method.names}
 

@@ -11,7 +11,8 @@ PROJECTIONS = ("gate", "down", "up")  # gate, down, up: how LayerWeights and the
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_STACKS = (("gate", "up"), ("down",))  # what engines stack along the outputs
 ATTENTION_STACKS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
-SCALES = ("qzeros", "weight_zero_point", "g_idx", "weight_g_idx", "weight_shape")  # beside whatever has scale in it
+# Beside whatever has scale in it.
+SCALES = ("qzeros", "weight_zero_point", "g_idx", "weight_g_idx", "weight_shape", "suh", "svh", "mcg", "mul1")
 
 
 @dataclass(frozen=True)
