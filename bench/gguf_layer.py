@@ -28,6 +28,7 @@ from mmquant.calibration.gguf.solve import METHODS, Method, correction_share, so
 from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.quantize.ggml.codebook import ldlq as iquant_feedback
 from mmquant.quantize.ggml.codec import decode
+from mmquant.quantize.ggml.factor import factor_moments
 from mmquant.quantize.ggml.scalar import ldlq as feedback
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -37,7 +38,7 @@ KINDS = ["Q4_K", "Q2_K", "Q6_K", "IQ4_XS", "IQ3_XXS", "IQ2_XXS"]
 LAYERS = 62
 PARTS = {
     "correct": ("moments", "corrected"),
-    "factor": ("factor", "factor_blocks"),
+    "factor": ("factor_moments", "unit_factor", "factor_blocks"),
     "columns": ("encode_with_feedback", "encode_blocks_with_feedback"),
 }
 
@@ -66,7 +67,7 @@ class Clock:
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """The parts of `solve` go through `timed`."""
-        both = [(feedback, "factor"), (feedback, "encode_with_feedback")]
+        both = [(gguf_solve, "factor_moments"), (feedback, "unit_factor"), (feedback, "encode_with_feedback")]
         both += [(iquant_feedback, "factor_blocks"), (iquant_feedback, "encode_blocks_with_feedback")]
         places = [(gguf_solve, "corrected"), (Method, "moments"), *both]
         before = [getattr(owner, name) for owner, name in places]
@@ -100,7 +101,7 @@ def loss(data: torch.Tensor, weight: torch.Tensor, pair: Pair, kind: GGMLType, m
     first, exact, pooled = slice(0, 1), weight[:1].float(), pair.pooled()
     own, cross = method.moments(pooled, first)
     share = correction_share(exact, exact.shape[1], pooled, first, method)
-    better = corrected(exact, own, cross, method.damping, method.drift(pooled, first))
+    better = corrected(exact, own, cross, factor_moments(own, method.damping), method.drift(pooled, first))
     target = exact + (1.0 if share is None else float(share)) * (better - exact)
     error = decode(data[0], kind, target.shape[2]) - target[0]
     return float(((error @ own[0]) * error).sum() / ((target[0] @ own[0]) * target[0]).sum())
@@ -139,14 +140,14 @@ def main() -> None:
     torch.manual_seed(0)
     device, hidden, width = options.device, options.hidden, options.width
     shape = Geometry(LAYERS, hidden, 48, 8, 128, options.experts, 8, width, 200064, 64, 5e6, 1e-6, 196608)
-    step = plan_experts(shape, 1 << 62, solve_memory(device)).step
+    plan = plan_experts(shape, 1 << 62, solve_memory(device))
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}; {options.experts} experts of {hidden} x {width}; seconds")
     head = ["correct", "factor", "columns", "all", f"{LAYERS} layers"]
     print(f"{'type':8} {'matrix':6} {'passes':>6} {'at once':>7} " + " ".join(f"{h:>9}" for h in head), end="")
     print("  relative loss  GiB before + peak")
     sums: dict[tuple[str, int], float] = {}
-    for role, rows, n in (("gate+up", 2 * width, hidden), ("down", hidden, width)):
+    for role, rows, n, step in (("gate+up", 2 * width, hidden, plan.step), ("down", hidden, width, plan.down)):
         weight = (torch.randn(options.experts, rows, n, device=device) * 0.02).bfloat16()
         pair = pair_of(options.experts, n, device, hidden if role == "down" else 0)
         for kind in options.kind:

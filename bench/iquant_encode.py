@@ -18,6 +18,7 @@ from mmquant.quantize.ggml.codebook import encode as iquants
 from mmquant.quantize.ggml.codebook import ldlq as iquant_feedback
 from mmquant.quantize.ggml.codebook import search as iquants_search
 from mmquant.quantize.ggml.codebook.layout import LAYOUTS
+from mmquant.quantize.ggml.factor import factor_moments
 from mmquant.quantize.ggml.types import GGMLType
 
 
@@ -115,8 +116,8 @@ def feedback(kind: GGMLType, experts: int, device: str, shape: tuple[int, int] =
     second *= size.unsqueeze(1) * size.unsqueeze(2)
     importance = second.diagonal(dim1=1, dim2=2).unsqueeze(1).expand_as(rows).flatten(0, 1)
     before = output_error(rows, iquants.encode_codebook(rows.flatten(0, 1), kind, importance), second, kind)
-    known = iquant_feedback.factor_blocks(second, kind)
-    took = [seconds(lambda: iquant_feedback.factor_blocks(second, kind), device)]
+    known = iquant_feedback.factor_blocks(factor_moments(second), kind)
+    took = [seconds(lambda: iquant_feedback.factor_blocks(factor_moments(second), kind), device)]
     line = f"  {experts} experts {outputs} x {n}: factor {took[0]:.2f} s"
     for passes in (0, 1):
         took.append(

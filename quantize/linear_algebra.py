@@ -73,22 +73,56 @@ def _blocked(a: Tensor) -> tuple[Tensor, Tensor]:
     return a, ok
 
 
-def damped_cholesky(matrices: Tensor, mean: Tensor, damping: float) -> Tensor:
+def damped_cholesky(matrices: Tensor, mean: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Lower factors of symmetric matrices [E, n, n] with `damping` times their mean diagonal `mean` [E] added to it.
 
-    A matrix that has no factor even at 100 times the damping (no energy, or not finite) gets the identity.
+    Also [E] how many times that was added (ESCALATIONS). A matrix that has no factor even at the most (no energy, or
+    not finite) gets the identity, and 0.
     """
-    todo = torch.isfinite(matrices).flatten(1).all(1) & (mean > 0)
-    eye = torch.eye(matrices.shape[-1], device=matrices.device)
-    result = eye.expand_as(matrices).clone()
-    for times in ESCALATIONS:
-        chosen = todo.nonzero().flatten()
-        if not len(chosen):
-            break
-        lower, good = cholesky(matrices[chosen] + (times * damping * mean[chosen]).view(-1, 1, 1) * eye)
-        result[chosen[good]] = lower[good]
-        todo[chosen[good]] = False
-    return result
+    sound = torch.isfinite(matrices).flatten(1).all(1) & (mean > 0)
+    lower, good = cholesky(_ridged(matrices, damping * mean))
+    added = (good & sound).float()
+    if bool((added == 0).any()):
+        lower[added == 0] = torch.eye(matrices.shape[-1], device=matrices.device)
+    for times in ESCALATIONS[1:]:
+        chosen = (sound & (added == 0)).nonzero().flatten()
+        if len(chosen):
+            found, good = cholesky(_ridged(matrices[chosen], times * damping * mean[chosen]))
+            lower[chosen[good]], added[chosen[good]] = found[good], times
+    return lower, added
+
+
+def _ridged(matrices: Tensor, ridge: Tensor) -> Tensor:
+    """A copy with `ridge` [E] added to the diagonals."""
+    out = matrices.clone()
+    out.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
+    return out
+
+
+def divide(rows: Tensor, lower: Tensor) -> Tensor:
+    """X of X C C^T = rows for rows [E, R, n] and lower triangles C [E, n, n]; on CUDA the input may be overwritten."""
+    if rows.is_cuda and lower.shape[-1] % BLOCK == 0:
+        with full_float32():
+            return _divided(rows, lower)
+    return torch.cholesky_solve(rows.mT, lower).mT
+
+
+def _divided(rows: Tensor, lower: Tensor) -> Tensor:
+    """In place, BLOCK columns at a time, all matrices together: the library's routine takes one after the other."""
+    spans = [slice(start, start + BLOCK) for start in range(0, lower.shape[-1], BLOCK)]
+    blocks = torch.stack([lower[:, span, span] for span in spans])
+    inverse = solve_lower(blocks, torch.eye(BLOCK, device=rows.device).expand_as(blocks))
+    for place, span in enumerate(spans):
+        part = rows[:, :, span]
+        if place:
+            part.baddbmm_(rows[:, :, : span.start], lower[:, span, : span.start].mT, alpha=-1)
+        part.copy_(part @ inverse[place].mT)
+    for place, span in reversed(list(enumerate(spans))):
+        part = rows[:, :, span]
+        if span is not spans[-1]:
+            part.baddbmm_(rows[:, :, span.stop :], lower[:, span.stop :, span], alpha=-1)
+        part.copy_(part @ inverse[place])
+    return rows
 
 
 def permute_both(matrix: Tensor, order: Tensor) -> Tensor:

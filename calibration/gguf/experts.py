@@ -96,7 +96,8 @@ class Experts:
             self._solve_parts(names, kept, pair)
 
     def _solve_parts(self, names: tuple[str, ...], kept: range, pair: Pair) -> None:
-        roles, step = [EXPERT_TENSORS[name] for name in names], self.streams.plan(self.g).step
+        roles, plan = [EXPERT_TENSORS[name] for name in names], self.streams.plan(self.g)
+        step = plan.down if roles == ["down"] else plan.step
 
         def solve(piece: range) -> tuple[Tensor, Tensor]:
             """Bytes, and which of a piece's matrices were rounded without feedback."""

@@ -14,6 +14,7 @@ from mmquant.stages import stage
 from ...convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS, OUTPUT, PLAIN_TENSORS
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
+from ...quantize.ggml.factor import factor_moments
 from ...quantize.ggml.types import GGMLType
 from ..model.divided import divided, from_owner
 from ..model.forward import rms_norm
@@ -88,7 +89,8 @@ def repaired_router(streams: Streams, weights: LayerWeights, g: Geometry, method
         pair, exact = router_pair(streams, weights, g), weights.router.float().unsqueeze(0)
 
     def repaired() -> Tensor:
-        better = corrected(exact, *method.moments(pair, slice(None)), method.damping)
+        own, cross = method.moments(pair, slice(None))
+        better = corrected(exact, own, cross, factor_moments(own, method.damping))
         assert pair.held is not None
         share = pair.held.share(slice(None), pair.held.agreement(slice(None), exact, better))
         return torch.lerp(exact, better, share.unsqueeze(2))[0]

@@ -31,14 +31,15 @@ LESS = "--effort fast, a shorter --context or another --device need less"
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """chunk: experts whose moments are held at once, a multiple of `step` or all; step: experts solved together.
+    """chunk: experts whose moments are held at once, a multiple of both steps or all.
 
-    The step decides a code's last ties on CUDA (batched products round otherwise) and depends on the card alone; the
-    chunk depends on what is free and decides nothing.
+    step, down: experts whose gate and up, or down, are solved together. They decide a code's last ties on CUDA (batched
+    products round otherwise) and depend on the card alone; the chunk depends on what is free and decides nothing.
     """
 
     chunk: int
     step: int
+    down: int
 
     def chunks(self, experts: int) -> list[range]:
         """Ranges of experts that are calibrated one after the other."""
@@ -87,13 +88,15 @@ def layer_peak(g: Geometry, dtype: torch.dtype, plan: ExpertPlan, work: int, act
 
 def plan_experts(g: Geometry, moments: int, work: int) -> ExpertPlan:
     """Fit a layer's experts into `moments` bytes for their moments (one fits always) and `work` bytes for a solve."""
-    each = expert_bytes(g)
-    largest = max(solve_bytes(2 * g.expert_width, g.hidden), solve_bytes(g.hidden, g.expert_width))
-    step, chunk = min(g.experts, max(1, work // largest)), max(1, moments // each)
+    inputs, inner = solve_bytes(2 * g.expert_width, g.hidden), solve_bytes(g.hidden, g.expert_width)
+    step, down = (min(g.experts, max(1, work // each)) for each in (max(inputs, inner), inner))
+    chunk = max(1, moments // expert_bytes(g))
+    down -= down % step
     if chunk >= g.experts:
-        return ExpertPlan(g.experts, step)
-    step = min(step, chunk)
-    return ExpertPlan(chunk - chunk % step, step)
+        return ExpertPlan(g.experts, step, down)
+    if chunk < down:
+        step = down = min(step, chunk)
+    return ExpertPlan(chunk - chunk % down, step, down)
 
 
 def moment_memory(g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0) -> int:

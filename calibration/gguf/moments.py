@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...quantize.linear_algebra import cholesky, full_float32
+from ...quantize.ggml.factor import Factor
+from ...quantize.linear_algebra import full_float32
 from ..model.distributed import rank_share, sum_everywhere, sum_to_owners, world
 from .held import Held
 
@@ -213,16 +214,13 @@ def each_pooled(chunks: list[range], collect: Callable[[range], Pair], use: Call
     return pool.rows
 
 
-def corrected(weight: Tensor, own: Tensor, cross: Tensor, damping: float, drift: Tensor | None = None) -> Tensor:
-    """T = (W (X + l) + D) (H + l)^-1 for weight [E, O, n], D the mean drift; W itself where H cannot be factored."""
-    mean = own.diagonal(dim1=1, dim2=2).mean(1)
-    ridge = (damping * mean).view(-1, 1, 1) * torch.eye(own.shape[-1], device=own.device)
-    lower, good = cholesky(own + ridge)
-    turn = torch.cholesky_solve((cross + ridge).mT, lower)
-    good &= (mean > 0) & torch.isfinite(turn).flatten(1).all(1)
-    turn.diagonal(dim1=1, dim2=2).sub_(1)
+def corrected(weight: Tensor, own: Tensor, cross: Tensor, known: Factor, drift: Tensor | None = None) -> Tensor:
+    """T = (W (X + l) + D) (H + l)^-1 for weight [E, O, n], D the mean drift: W + (W (X - H) + D) (H + l)^-1.
+
+    known: H + l factored; W itself where that needed more damping.
+    """
     with full_float32(False):  # of what is added alone
-        change = weight @ turn.mT
-        if drift is not None:
-            change += torch.cholesky_solve(drift.mT, lower).mT
+        change = weight @ (cross - own)
+    change = known.divide(change if drift is None else change.add_(drift))
+    good = known.good & torch.isfinite(change).flatten(1).all(1)
     return torch.where(good.view(-1, 1, 1), weight + change, weight)

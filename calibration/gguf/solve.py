@@ -15,6 +15,7 @@ from mmquant.monitor import PLAIN, RESCUED, UNSEEN
 from ...convert.checkpoints.batches import to_host
 from ...quantize.ggml.codebook import ldlq as iquant_feedback
 from ...quantize.ggml.codec import decode, encode
+from ...quantize.ggml.factor import Factor, factor_moments
 from ...quantize.ggml.scalar import ldlq as feedback
 from ...quantize.ggml.scalar.grid import FORMS
 from ...quantize.ggml.types import GGMLType
@@ -177,13 +178,14 @@ def rounded_part(
         raise InputError("its input holds NaN or infinity in the calibration pass, expected finite activations")
     exact = target = weight.float()
     held = pair.held if method.feedback else None
-    if method.correct:
-        target = corrected(exact, own, cross, method.damping, method.drift(pair, part))
+    known = factor_moments(own, method.damping) if method.feedback or method.correct else None
+    if method.correct and known is not None:
+        target = corrected(exact, own, cross, known, method.drift(pair, part))
         if held is not None and share is None:
             share = held.share(part, held.agreement(part, exact, target, matrices))
         if share is not None:
             target = exact + share.repeat_interleave(weight.shape[1] // matrices, 1).unsqueeze(2) * (target - exact)
-    stored = _rounded(target, kind, own, method)
+    stored = _rounded(target, kind, own, known, method)
     values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(target)
     if held is not None:
         none = replace_worse(exact, kind, (held, part), own, (stored, values), matrices)
@@ -195,11 +197,12 @@ def correction_share(weight: Tensor, block: int, pair: Pair, part: slice, method
     held = pair.held
     if held is None or not (method.correct and method.feedback):
         return None
-    moments, sums = method.moments(pair, part), torch.zeros(2, 1, 1, device=held.x.device)
+    own, cross = method.moments(pair, part)
+    known, sums = factor_moments(own, method.damping), torch.zeros(2, 1, 1, device=held.x.device)
     for start in range(0, weight.shape[1], block):
         few = slice(start, start + block)
         some, exact = pair.outputs(few), weight[:, few].float()
-        target = corrected(exact, *moments, method.damping, method.drift(some, part))
+        target = corrected(exact, own, cross, known, method.drift(some, part))
         assert some.held is not None
         sums += some.held.agreement(part, exact, target)
     return held.share(part, sums)
@@ -228,12 +231,12 @@ def replace_worse(
     return worse
 
 
-def _rounded(target: Tensor, kind: GGMLType, own: Tensor, method: Method) -> Tensor:
-    if not method.feedback:
+def _rounded(target: Tensor, kind: GGMLType, own: Tensor, known: Factor | None, method: Method) -> Tensor:
+    if not method.feedback or known is None:
         diagonal = own.diagonal(dim1=1, dim2=2).contiguous()
         parts = [encode(rows, kind, weight) for rows, weight in zip(target, diagonal, strict=True)]
         return torch.stack(parts)
     if kind in FORMS:
-        return feedback.encode_with_feedback(target, kind, feedback.factor(own, method.damping), method.passes)
-    known = iquant_feedback.factor_blocks(own, kind, method.damping)
-    return iquant_feedback.encode_blocks_with_feedback(target, kind, known, passes=method.passes)
+        return feedback.encode_with_feedback(target, kind, feedback.unit_factor(known), method.passes)
+    blocks = iquant_feedback.factor_blocks(known, kind)
+    return iquant_feedback.encode_blocks_with_feedback(target, kind, blocks, passes=method.passes)

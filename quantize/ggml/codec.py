@@ -81,7 +81,7 @@ def encode(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effor
     Raises ValueError for a ragged row, for NaN or infinity, for values that the type's float16 scale cannot reach and
     for an importance of the wrong shape, negative or not finite.
     """
-    _check_rows(rows, kind)
+    check_rows(rows, kind)
     if kind in _PLAIN:
         return rows.to(_PLAIN[kind]).contiguous().view(torch.uint8).view(len(rows), -1)
     if kind in FORMS:
@@ -108,7 +108,7 @@ def decode(data: Tensor, kind: GGMLType, columns: int) -> Tensor:
 
 def search(rows: Tensor, kind: GGMLType, importance: Tensor | None = None, effort: str = "default") -> Grid:
     """The scales of `rows` [R, n] float32 as they will be stored. ValueError as for `encode`."""
-    _check_rows(rows, kind)
+    check_rows(rows, kind)
     return search_rows(rows, kind, _check_importance(importance, rows, kind), EFFORTS[effort])[0]
 
 
@@ -140,7 +140,8 @@ def concatenate(grids: Sequence[Grid]) -> Grid:
     return Grid(grids[0].kind, d, *(join([getattr(g, n) for g in grids]) for n in ("dmin", "steps", "minimums")))
 
 
-def _check_rows(rows: Tensor, kind: GGMLType) -> None:
+def check_rows(rows: Tensor, kind: GGMLType) -> None:
+    """InputError for rows [R, n] that `encode` refuses."""
     if rows.dim() != 2 or rows.dtype != torch.float32:
         raise InputError(f"{kind.name}: {rows.dtype} of shape {tuple(rows.shape)}, expected float32 rows [R, n]")
     kind.row_bytes(rows.shape[1])

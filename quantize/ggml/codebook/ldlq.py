@@ -20,14 +20,14 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...linear_algebra import damped_cholesky, full_float32, inv, permute_both, solve_lower
+from ...linear_algebra import full_float32, inv, solve_lower
 from ...overflow import FP16_MAX
+from ..factor import Factor
 from ..types import GGMLType
 from .columns import descend_columns, new_codebook_block, sweep_columns, unit_of
 from .encode import EFFORTS, CodebookEffort, check_rows, layout_of, scaled, search_fields
 from .layout import SUPER, Fields, Layout, pack_fields
 
-DAMPING = 0.02
 PASSES = 1  # of coordinate descent after the sweep
 
 
@@ -47,25 +47,15 @@ class BlockFactor:
     moments: Tensor
 
 
-def factor_blocks(second: Tensor, kind: GGMLType, damping: float = DAMPING) -> BlockFactor:
-    """Factor mean second moments [E, n, n] for `kind`; `damping` is the share of the mean diagonal that is added.
-
-    A matrix that has no factor even at 100 times the damping (no energy, or not finite) gets the identity.
-    """
-    layout = layout_of(kind, second.shape)
-    experts, n = second.shape[0], second.shape[-1]
-    diagonal = second.diagonal(dim1=-2, dim2=-1).nan_to_num(0.0, 0.0, 0.0)
-    order = torch.unflatten(diagonal, -1, (-1, SUPER)).mean(-1).argsort(dim=-1, stable=True)
-    columns = _columns(order)
-    ordered = permute_both(second, columns)
+def factor_blocks(known: Factor, kind: GGMLType) -> BlockFactor:
+    """The block form of a factor for `kind`."""
+    unit = unit_of(layout_of(kind, known.moments.shape))
     with full_float32():
-        lower = damped_cholesky(ordered, diagonal.mean(-1), damping)
-        unit = unit_of(layout)
-        blocks = torch.unflatten(lower, -1, (-1, unit))  # [E, n, groups, unit]
-        own = _own(lower, unit)
+        blocks = torch.unflatten(known.lower, -1, (-1, unit))  # [E, n, groups, unit]
+        own = _own(known.lower, unit)
         inverse = solve_lower(own, torch.eye(unit, device=own.device).expand_as(own))
-        unit_lower = torch.einsum("enku,ekuv->enkv", blocks, inverse).reshape(experts, n, n)
-        return BlockFactor(order, unit_lower, own @ own.mT, lower @ lower.mT)
+        unit_lower = torch.einsum("enku,ekuv->enkv", blocks, inverse).reshape(known.lower.shape)
+        return BlockFactor(known.order, unit_lower, own @ own.mT, known.moments)
 
 
 def _own(matrices: Tensor, unit: int) -> Tensor:
@@ -74,11 +64,6 @@ def _own(matrices: Tensor, unit: int) -> Tensor:
         torch.unflatten(matrices, 1, (-1, unit)), -1, (-1, unit)
     )  # [E, groups, unit, groups, unit]
     return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()
-
-
-def _columns(order: Tensor) -> Tensor:
-    """Super-blocks [E, n / 256] -> columns [E, n]."""
-    return (order.unsqueeze(-1) * SUPER + torch.arange(SUPER, device=order.device)).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def new_block(grid: Grid, experts: int, codes: Tensor | None = None) -> Block:
     sub = grid.form.sub
 
     def spread(part: Tensor) -> Tensor:
-        return part.T.repeat_interleave(sub, 0).view(grid.columns, experts, -1).contiguous()
+        wide = part.T.unsqueeze(1).expand(-1, sub, -1)
+        return wide.reshape(grid.columns, experts, -1).contiguous()
 
     step = spread(grid.step)
     minimum = None if grid.minimum is None else spread(grid.minimum)
@@ -60,22 +61,30 @@ def times(errors: Tensor, matrix: Tensor) -> Tensor:
     return torch.bmm(matrix.mT, errors.transpose(0, 1)).transpose(0, 1)
 
 
+def add_times(sums: Tensor, errors: Tensor, matrix: Tensor, sign: int = 1) -> None:
+    """The same, times `sign`, added to sums [c, E, R]."""
+    sums.transpose(0, 1).baddbmm_(matrix.mT, errors.transpose(0, 1), alpha=sign)
+
+
 def sweep_columns(block: Block, target: Tensor, weight: Tensor, decoded: Tensor, lower: Tensor) -> None:
     """Round the columns of a super-block from the last to the first, each after the errors of those behind it.
 
-    target, weight [c, E, R]: with the errors of other super-blocks fed in (overwritten on the way), and as they came
+    target, weight [c, E, R]: with the errors of other super-blocks fed in, and as they came; target is replaced by the
+    errors weight - decoded
     decoded [c, E, R]: takes the values, block.codes the codes; lower [E, c, c]: L
     """
     if target.device.type == "cpu":
         from . import columns_cpu as feedback_cpu
 
-        return feedback_cpu.sweep_columns(block, target, weight, decoded, lower)
+        feedback_cpu.sweep_columns(block, target, weight, decoded, lower)
+        torch.sub(weight, decoded, out=target)
+        return
     inside = _fused().sweep_inner if target.is_cuda and has_triton() else sweep_inner
     for first in range(len(target) - MINI, -1, -MINI):
         inner = slice(first, first + MINI)
         inside(block, inner, target, weight, decoded, lower)
         if first:
-            target[:first] += times(weight[inner] - decoded[inner], lower[:, inner, :first])
+            add_times(target[:first], target[inner], lower[:, inner, :first])
 
 
 def descend_columns(block: Block, pull: Tensor, decoded: Tensor, moments: Tensor) -> None:
@@ -91,26 +100,25 @@ def descend_columns(block: Block, pull: Tensor, decoded: Tensor, moments: Tensor
     inside = _fused().descend_inner if pull.is_cuda and has_triton() else descend_inner
     for first in range(len(pull) - MINI, -1, -MINI):
         inner = slice(first, first + MINI)
-        before = decoded[inner].clone()
         inside(block, inner, pull, decoded, moments)
         if first:  # the columns behind are done in this round
-            pull[:first] += times(before - decoded[inner], moments[:, inner, :first])
+            add_times(pull[:first], pull[inner], moments[:, inner, :first], -1)
 
 
 def sweep_inner(block: Block, inner: slice, target: Tensor, weight: Tensor, decoded: Tensor, lower: Tensor) -> None:
-    """The columns `inner` of a super-block, one by one; their errors reach no column before them."""
+    """The columns `inner` of a super-block, one by one; their errors replace `target`, and reach no column before."""
     for column in range(inner.stop - 1, inner.start - 1, -1):
         decoded[column] = block.round(column, target[column])
-        error = weight[column] - decoded[column]
+        error = target[column] = weight[column] - decoded[column]
         target[inner.start : column] += lower[:, column, inner.start : column].T.unsqueeze(-1) * error
 
 
 def descend_inner(block: Block, inner: slice, pull: Tensor, decoded: Tensor, moments: Tensor) -> None:
-    """The columns `inner` of a super-block, one by one; their changes reach no column before them."""
+    """The columns `inner` of a super-block, one by one; their changes replace `pull`, and reach no column before."""
     diagonal = moments.diagonal(dim1=-2, dim2=-1).T.unsqueeze(-1)  # [c, E, 1]
     for column in range(inner.stop - 1, inner.start - 1, -1):
         value = block.round(column, decoded[column] + pull[column] / diagonal[column])
-        change = value - decoded[column]
+        change = pull[column] = value - decoded[column]
         decoded[column] = value
         pull[inner.start : column] -= moments[:, column, inner.start : column].T.unsqueeze(-1) * change
 

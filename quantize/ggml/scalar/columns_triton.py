@@ -69,6 +69,7 @@ def _sweep_kernel(
         tl.store(codes + here, code.to(tl.int32).to(tl.uint8), mask=used)
         tl.store(decoded + here, found, mask=used)
         error = tl.load(weight + here, mask=used, other=0.0) - found
+        tl.store(target + expert * value_expert + k * value_column + out, error, mask=used)
         factor = tl.load(lower + expert * lower_expert + k * lower_row + row, mask=row < k, other=0.0)
         values += factor[:, None] * error[None, :]
 
@@ -101,18 +102,20 @@ def _descend_kernel(
         found = scale * level - low
         tl.store(codes + here, code.to(tl.int32).to(tl.uint8), mask=used)
         tl.store(decoded + here, found, mask=used)
+        change = found - before
+        tl.store(pull + expert * value_expert + k * value_column + out, change, mask=used)
         factor = tl.load(line + row, mask=row < k, other=0.0)
-        values -= factor[:, None] * (found - before)[None, :]
+        values -= factor[:, None] * change[None, :]
 
 
 def sweep_inner(block: Block, inner: slice, target: Tensor, weight: Tensor, decoded: Tensor, lower: Tensor) -> None:
-    """As `columns.sweep_inner`; `target` stays as it is."""
+    """As `columns.sweep_inner`."""
     parts = _parts(block, inner, target, weight, decoded)
     _launch(_sweep_kernel, block, parts, lower[:, inner, inner])
 
 
 def descend_inner(block: Block, inner: slice, pull: Tensor, decoded: Tensor, moments: Tensor) -> None:
-    """As `columns.descend_inner`; `pull` stays as it is."""
+    """As `columns.descend_inner`."""
     parts = _parts(block, inner, pull, decoded)
     _launch(_descend_kernel, block, parts, moments[:, inner, inner])
 

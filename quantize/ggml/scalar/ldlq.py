@@ -11,28 +11,30 @@ Shapes: E matrices (experts) of R rows and n columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...linear_algebra import damped_cholesky, full_float32, permute_both
-from ..codec import pack, search
+from ...linear_algebra import full_float32
+from ..codec import check_rows, pack
+from ..factor import Factor, columns_of
 from ..types import GGMLType
-from .columns import MINI, Block, descend_columns, new_block, sweep_columns, times
+from .columns import Block, add_times, descend_columns, new_block, sweep_columns, times
+from .effort import EFFORTS
+from .refit import refit
+from .search import search_rows
 
-SUPER = 256  # columns that are searched together, where they divide the row
-DAMPING = 0.05
 PASSES = 2  # rounds of coordinate descent
 
 
 @dataclass(frozen=True)
-class Factor:
-    """Of E matrices of mean second moments, super-blocks of columns in processing order (the last goes first).
+class UnitFactor:
+    """A factor H = L D L^T of E matrices; the rest as of Factor.
 
-    order [E, n / super] int64; lower [E, n, n]: L; scale [E, n]: D; moments [E, n, n]: H, damped; all float32
+    lower [E, n, n]: L, unit lower triangular; scale [E, n]: D; moments [E, n, n]: H
     """
 
     order: Tensor
@@ -43,57 +45,46 @@ class Factor:
     @property
     def columns(self) -> Tensor:
         """[E, n]: the column at each place."""
-        size = self.lower.shape[-1] // self.order.shape[-1]
-        return (self.order.unsqueeze(-1) * size + torch.arange(size, device=self.order.device)).flatten(1)
+        return columns_of(self.order, self.moments.shape[-1])
 
 
-def super_columns(columns: int) -> int:
-    """Columns that are searched together in rows of `columns`."""
-    return SUPER if columns % SUPER == 0 else MINI
-
-
-def factor(second: Tensor, damping: float = DAMPING) -> Factor:
-    """Factor mean second moments [E, n, n]; `damping` is the share of the mean diagonal that is added to it.
-
-    A matrix that has no factor even at 100 times the damping (no energy, or not finite) gets the identity: its weights
-    are rounded to nearest.
-    """
-    experts, n = second.shape[:2]
-    energy = second.diagonal(dim1=-2, dim2=-1).nan_to_num(0.0, 0.0, 0.0)
-    order = torch.unflatten(energy, -1, (-1, super_columns(n))).mean(-1).argsort(dim=-1, stable=True)
-    plain = Factor(order, torch.empty(experts, n, n, device="meta"), energy, second)
-    columns = plain.columns
-    ordered = permute_both(second, columns)
-    with full_float32():
-        lower = damped_cholesky(ordered, energy.mean(-1), damping)
-        moments = lower @ lower.mT
-    diagonal = lower.diagonal(dim1=-2, dim2=-1).clone()
-    return Factor(order, lower.div_(diagonal.unsqueeze(1)), diagonal.square(), moments)
+def unit_factor(known: Factor) -> UnitFactor:
+    """L and D."""
+    diagonal = known.lower.diagonal(dim1=-2, dim2=-1)
+    return UnitFactor(known.order, known.lower / diagonal.unsqueeze(1), diagonal.square(), known.moments)
 
 
 @dataclass(frozen=True)
 class ScalarState:
     """E matrices being rounded, columns first and in processing order.
 
-    weight, decoded [n, E, R] float32; blocks by place.
+    weight, decoded, error [n, E, R] float32, error = weight - decoded where something is rounded; blocks by place
     """
 
     weight: Tensor
     decoded: Tensor
+    error: Tensor
     blocks: list[Block | None]
 
+    def span(self, place: int) -> slice:
+        """The columns of a super-block."""
+        size = self.weight.shape[0] // len(self.blocks)
+        return slice(place * size, (place + 1) * size)
 
-def encode_with_feedback(rows: Tensor, kind: GGMLType, known: Factor, passes: int = PASSES) -> Tensor:
+
+def encode_with_feedback(rows: Tensor, kind: GGMLType, known: UnitFactor, passes: int = PASSES) -> Tensor:
     """Bytes of E matrices with small tr((W - Q) H (W - Q)^T).
 
-    rows [E, R, n] float32; known: `factor` of the moments; returns uint8 [E, R, bytes of a row].
+    rows [E, R, n] float32; known: `unit_factor` of the moments; returns uint8 [E, R, bytes of a row].
     Raises ValueError as `codec.search` does.
     """
     experts, _, n = rows.shape
     if known.lower.shape[:2] != (experts, n):
         raise InputError(f"{kind.name}: {experts} matrices of {n} columns, the moments are {tuple(known.lower.shape)}")
+    check_rows(rows.flatten(0, 1), kind)
     weight = rows.gather(2, known.columns.unsqueeze(1).expand_as(rows)).permute(2, 0, 1).contiguous()
-    state = ScalarState(weight, torch.zeros_like(weight), [None] * known.order.shape[1])
+    empty = torch.empty_like(weight), torch.empty_like(weight)
+    state = ScalarState(weight, *empty, [None] * known.order.shape[1])
     with full_float32():
         for place in range(len(state.blocks) - 1, -1, -1):
             sweep_block(state, known, kind, place)
@@ -103,7 +94,7 @@ def encode_with_feedback(rows: Tensor, kind: GGMLType, known: Factor, passes: in
     return _packed(state, known, rows)
 
 
-def _packed(state: ScalarState, known: Factor, rows: Tensor) -> Tensor:
+def _packed(state: ScalarState, known: UnitFactor, rows: Tensor) -> Tensor:
     parts: list[Tensor] = []
     for block in state.blocks:
         assert block is not None
@@ -114,80 +105,26 @@ def _packed(state: ScalarState, known: Factor, rows: Tensor) -> Tensor:
     return out.scatter_(2, index, stacked).flatten(2)
 
 
-def sweep_block(state: ScalarState, known: Factor, kind: GGMLType, place: int) -> None:
+def sweep_block(state: ScalarState, known: UnitFactor, kind: GGMLType, place: int) -> None:
     """Search and round one super-block with all earlier errors fed in."""
-    size = state.weight.shape[0] // len(state.blocks)
-    span = slice(place * size, (place + 1) * size)
-    target = state.weight[span].clone()
+    span = state.span(place)
+    target = state.error[span].copy_(state.weight[span])
     if span.stop < state.weight.shape[0]:
-        errors = state.weight[span.stop :] - state.decoded[span.stop :]
         with full_float32(False):
-            target += times(errors, known.lower[:, span.stop :, span])
-    experts = target.shape[1]
+            add_times(target, state.error[span.stop :], known.lower[:, span.stop :, span])
     importance = known.moments.diagonal(dim1=-2, dim2=-1)[:, span].contiguous()
-    grid = search(target.flatten(1).T.contiguous(), kind, importance)
-    block = new_block(grid, experts)
+    grid, _ = search_rows(target.flatten(1).T.contiguous(), kind, importance, EFFORTS["default"])
+    state.blocks[place] = block = new_block(grid, target.shape[1])
     sweep_columns(block, target, state.weight[span], state.decoded[span], known.lower[:, span, span])
-    state.blocks[place] = block
 
 
-def descend_block(state: ScalarState, known: Factor, place: int) -> None:
+def descend_block(state: ScalarState, known: UnitFactor, place: int) -> None:
     """The scales of one super-block by least squares, then each of its columns with all others held."""
-    size = state.weight.shape[0] // len(state.blocks)
-    span = slice(place * size, (place + 1) * size)
-    block = state.blocks[place]
+    span, block = state.span(place), state.blocks[place]
     assert block is not None
-    moments = known.moments[:, span, span]
+    moments, decoded = known.moments[:, span, span], state.decoded[span]
     with full_float32(False):
-        pull = times(state.weight - state.decoded, known.moments[:, :, span])  # (E H) of this super-block [c, E, R]
-    decoded = state.decoded[span]
-    block = refit(block, decoded, pull, moments)
+        pull = times(state.error, known.moments[:, :, span])  # (E H) of this super-block [c, E, R]
+    state.blocks[place] = block = refit(block, decoded, pull, moments)
     descend_columns(block, pull, decoded, moments)
-    state.blocks[place] = block
-
-
-def refit(block: Block, decoded: Tensor, pull: Tensor, moments: Tensor) -> Block:
-    """The best d (and dmin) for the codes and integers at hand; `decoded` and `pull` [c, E, R] follow in place.
-
-    A row keeps its scales where float16 rounding leaves no gain. One d a super-block: types with several (of 32
-    columns) and MXFP4's powers of two are left alone.
-    """
-    grid = block.grid
-    if grid.d.shape[1] != 1 or grid.kind is GGMLType.MXFP4:
-        return block
-    shape = decoded.shape[1:]
-    d = grid.d.float().view(shape)
-    first = (block.step * grid.levels[block.codes.int()]) / torch.where(d == 0, torch.ones_like(d), d)
-    bent = times(first, moments)
-    aa, ga = (first * bent).sum(0), (first * pull).sum(0)
-    if grid.dmin is None:
-        change, low_change = ga / aa.clamp(min=1e-30), None
-        second = None
-    else:
-        low = grid.dmin.float().view(shape)
-        assert block.minimum is not None
-        second = -block.minimum / torch.where(low == 0, torch.ones_like(low), low)
-        ab, bb, gb = (second * bent).sum(0), (second * times(second, moments)).sum(0), (second * pull).sum(0)
-        determinant = (aa * bb - ab * ab).clamp(min=1e-30)
-        solvable = aa * bb - ab * ab > 1e-6 * aa * bb
-        change = torch.where(solvable, (ga * bb - gb * ab) / determinant, ga / aa.clamp(min=1e-30))
-        low_change = torch.where(solvable, (gb * aa - ga * ab) / determinant, torch.zeros_like(gb))
-    new_d = (d + change).half()
-    new_low = None if grid.dmin is None or low_change is None else (grid.dmin.float().view(shape) + low_change).half()
-    move = (new_d.float() - d) * first
-    if second is not None and new_low is not None and grid.dmin is not None:
-        move = move + (new_low.float() - grid.dmin.float().view(shape)) * second
-    answer = times(move, moments)
-    better = (move * (answer - 2 * pull)).sum(0) < 0
-    if new_low is not None:
-        better &= new_low >= 0
-    better &= torch.isfinite(new_d) & (d != 0)
-    decoded += torch.where(better, move, torch.zeros_like(move))
-    pull -= torch.where(better, answer, torch.zeros_like(answer))
-    kept = torch.where(better, new_d, grid.d.view(shape)).view(-1, 1)
-    lows = (
-        None
-        if new_low is None or grid.dmin is None
-        else torch.where(better, new_low, grid.dmin.view(shape)).view(-1, 1)
-    )
-    return new_block(replace(grid, d=kept, dmin=lows), shape[0], block.codes)
+    torch.sub(state.weight[span], decoded, out=state.error[span])

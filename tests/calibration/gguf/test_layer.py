@@ -36,10 +36,10 @@ def test_chunks_and_neighbours_change_nothing(kind: GGMLType, method: Method, mo
     monkeypatch.setattr(gguf_memory, "CPU_WORK", 1)
     assert experts_at_once(weight) == 1
     alone, _ = solve(weight, kind, pair, method)
-    assert (alone != data).mean() < 0.01  # float32 ties: batched products round otherwise
+    assert (alone != data).any(2).sum() <= 1  # a row with a float32 tie: batched products round otherwise
     halves = [solve(weight[:, part], kind, pair, method)[0] for part in (slice(0, 3), slice(3, 6))]
     both, _, _ = solve_part(weight, kind, pair.pooled(), slice(None), method, 2)
-    assert (np.concatenate(halves, 1) != both).mean() < 0.01  # w1 and w3 in one sweep are w1 and w3
+    assert (np.concatenate(halves, 1) != both).any(2).sum() <= 1  # w1 and w3 in one sweep are w1 and w3
 
 
 def test_a_solve_stays_within_the_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:

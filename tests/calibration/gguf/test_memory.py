@@ -139,7 +139,7 @@ def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str) -> None:
     g = Geometry(1, 256, 4, 2, 64, 7, 2, 256, 64, 32, 1e4, 1e-6, 512)
     weights = layer_of(g, "cpu", torch.float32)
     whole = streams_of(g, "cpu", None)
-    assert whole.plan(g) == ExpertPlan(7, 7)
+    assert whole.plan(g) == ExpertPlan(7, 7, 7)
     expected, report = run(g, weights, whole, kind)
     assert report.unseen == {(0, 6)}
     assert set(report.rescaled) == {(0, 0)}
@@ -154,13 +154,13 @@ def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str) -> None:
         assert (also.unseen, also.rescaled) == (report.unseen, report.rescaled)
 
 
-def test_a_chunk_is_a_multiple_of_the_step() -> None:
+def test_a_chunk_is_a_multiple_of_both_steps() -> None:
     work = 5 * solve_bytes(3072, 3072)
-    assert plan_experts(M27, 300 * pair_bytes(3072), work) == ExpertPlan(256, 5)
-    assert plan_experts(M27, 48 * pair_bytes(3072), work) == ExpertPlan(45, 5)
-    assert plan_experts(M27, 3 * pair_bytes(3072), work) == ExpertPlan(3, 3)
-    assert plan_experts(M27, 0, 0) == ExpertPlan(1, 1)
-    assert [len(part) for part in ExpertPlan(45, 5).chunks(256)] == [45] * 5 + [31]
+    assert plan_experts(M27, 300 * pair_bytes(3072), work) == ExpertPlan(256, 5, 10)
+    assert plan_experts(M27, 48 * pair_bytes(3072), work) == ExpertPlan(40, 5, 10)
+    assert plan_experts(M27, 3 * pair_bytes(3072), work) == ExpertPlan(3, 3, 3)
+    assert plan_experts(M27, 0, 0) == ExpertPlan(1, 1, 1)
+    assert [len(part) for part in ExpertPlan(45, 5, 15).chunks(256)] == [45] * 5 + [31]
 
 
 def test_m27_fits_a_card_of_24_gb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_tensors_stay_within_the_stated_memory(chunk: int, monkeypatch: pytest.M
     weights, work = layer_of(g, "cpu", torch.bfloat16), solve_bytes(512, 512)
     monkeypatch.setattr(gguf_memory, "CPU_WORK", work)
     streams = streams_of(g, "cpu", chunk * expert_bytes(g))
-    assert streams.plan(g) == ExpertPlan(chunk, 1)
+    assert streams.plan(g) == ExpertPlan(chunk, 1, 2)
     with Allocations() as allocations:
         run(g, weights, streams, "Q4_K")
     new = layer_peak(g, torch.bfloat16, streams.plan(g), work, activation_bytes(g, "cpu", 2 * LENGTH))
@@ -201,7 +201,7 @@ def test_the_allocators_peak_stays_within_the_stated_memory(
     weights, work = layer_of(g, "cuda", torch.bfloat16), 8 * solve_bytes(1024, 1024)
     monkeypatch.setattr(gguf_memory, "working_memory", lambda device: work)
     plan = plan_experts(g, chunk * expert_bytes(g), work)
-    assert plan == ExpertPlan(chunk, 8)
+    assert plan == ExpertPlan(chunk, 8, 16 if chunk >= 16 else 8)
 
     def peak() -> int:
         streams = streams_of(g, "cuda", chunk * expert_bytes(g), windows=8, batch=4)

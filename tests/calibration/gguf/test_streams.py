@@ -24,6 +24,7 @@ from mmquant.calibration.model.forward import Observer, attention, embed, layer_
 from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
+from mmquant.quantize.ggml.factor import factor_moments
 
 
 def rows(count: int, n: int, seed: int = 0) -> Tensor:
@@ -53,7 +54,7 @@ def test_correction_is_the_least_squares_map() -> None:
     x, weight = rows(300, 6), rows(4, 6, 3)
     z = x @ (torch.eye(6) + 0.3 * rows(6, 6, 4)) + 0.1 * rows(300, 6, 5)
     own, cross = (part / 300 for part in (z.T @ z, x.T @ z))
-    found = corrected(weight.unsqueeze(0), own.unsqueeze(0), cross.unsqueeze(0), 1e-7)[0]
+    found = corrected(weight.unsqueeze(0), own[None], cross[None], factor_moments(own[None], 1e-7))[0]
     expected = torch.linalg.lstsq(z, x @ weight.T).solution.T
     assert torch.allclose(found, expected, atol=1e-3)
 
@@ -61,13 +62,13 @@ def test_correction_is_the_least_squares_map() -> None:
 def test_equal_streams_need_no_correction() -> None:
     x, weight = rows(50, 6), rows(3, 6, 1)
     own, cross = filled(x, x).means(slice(None))
-    assert torch.allclose(corrected(weight.unsqueeze(0), own, cross, 0.05)[0], weight, atol=1e-4)
+    assert torch.allclose(corrected(weight.unsqueeze(0), own, cross, factor_moments(own))[0], weight, atol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 0.0])
 def test_without_moments_weights_stay(bad: float) -> None:
     moments, weight = torch.full((1, 6, 6), bad), rows(3, 6).unsqueeze(0)
-    assert torch.equal(corrected(weight, moments, moments, 0.05), weight)
+    assert torch.equal(corrected(weight, moments, moments, factor_moments(moments)), weight)
 
 
 def test_an_expert_without_rows_takes_the_pool() -> None:

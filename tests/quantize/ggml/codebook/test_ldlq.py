@@ -12,6 +12,7 @@ from mmquant.quantize.ggml.codebook import ldlq as iquant_feedback
 from mmquant.quantize.ggml.codebook.layout import DELTA, LAYOUTS, SUPER, field_values, unpack_fields
 from mmquant.quantize.ggml.codebook.ldlq import BlockFactor, encode_blocks_with_feedback, factor_blocks
 from mmquant.quantize.ggml.codebook.search import choose_torch
+from mmquant.quantize.ggml.factor import factor_moments
 from mmquant.quantize.ggml.types import GGMLType
 
 KINDS = [GGMLType[name] for name in LAYOUTS]
@@ -40,6 +41,10 @@ def decoded(data: Tensor, kind: GGMLType, shape: torch.Size) -> Tensor:
     return iquants.decode_codebook(data.flatten(0, 1), kind, shape[-1]).reshape(shape)
 
 
+def factored(second: Tensor, kind: GGMLType, damping: float = 0.02) -> BlockFactor:
+    return factor_blocks(factor_moments(second, damping), kind)
+
+
 def plain(rows: Tensor, kind: GGMLType, second: Tensor) -> Tensor:
     importance = second.diagonal(dim1=1, dim2=2)
     return torch.stack([iquants.encode_codebook(w, kind, d) for w, d in zip(rows, importance, strict=True)])
@@ -53,7 +58,7 @@ def in_order(second: Tensor, order: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", [GGMLType.IQ3_S, GGMLType.IQ2_XS])
 def test_the_factor_is_block_ldl_of_the_damped_moments(kind: GGMLType) -> None:
     second = moments(2, 512, 100)
-    known = factor_blocks(second, kind, damping=0.03)
+    known = factored(second, kind, damping=0.03)
     unit = 4 if kind is GGMLType.IQ3_S else 8
     blocks = torch.stack([torch.block_diag(*m) for m in known.metric])
     expected = in_order(second, known.order) + 0.03 * second.diagonal(dim1=1, dim2=2).mean(1).reshape(
@@ -71,7 +76,7 @@ def test_the_factor_is_block_ldl_of_the_damped_moments(kind: GGMLType) -> None:
 def test_feedback_lowers_the_output_error(kind: GGMLType) -> None:
     second, rows = moments(2, 512, 128), weights(2, 12, 512)
     before = loss(rows - decoded(plain(rows, kind, second), kind, rows.shape), second)
-    known = factor_blocks(second, kind)
+    known = factored(second, kind)
     swept = loss(
         rows - decoded(encode_blocks_with_feedback(rows, kind, known, FAST, passes=0), kind, rows.shape), second
     )
@@ -87,7 +92,7 @@ def test_every_group_is_nearest_to_what_the_theorem_says(kind: GGMLType) -> None
     """From the result alone: with E = W - Q and the dense L, each unit is the nearest to W + E (L - I) under D."""
     layout = LAYOUTS[kind.name]
     second, rows = moments(1, 512, 100), weights(1, 5, 512)
-    known = factor_blocks(second, kind)
+    known = factored(second, kind)
     data = encode_blocks_with_feedback(rows, kind, known, FAST, passes=0).reshape(-1, layout.bytes)
     fields = unpack_fields(data, layout)
     columns = (known.order[0].unsqueeze(-1) * SUPER + torch.arange(SUPER)).flatten()
@@ -115,7 +120,7 @@ def test_the_scale_of_a_super_block_is_at_its_least_square() -> None:
     layout = LAYOUTS["IQ3_S"]
     second, rows = moments(1, 256, 64), weights(1, 40, 256)
     fields = unpack_fields(
-        encode_blocks_with_feedback(rows * 1.1, GGMLType.IQ3_S, factor_blocks(second, GGMLType.IQ3_S)).flatten(0, 1),
+        encode_blocks_with_feedback(rows * 1.1, GGMLType.IQ3_S, factored(second, GGMLType.IQ3_S)).flatten(0, 1),
         layout,
     )
     decoded = field_values(fields, layout).unsqueeze(0)
@@ -133,7 +138,7 @@ def test_the_scale_of_a_super_block_is_at_its_least_square() -> None:
 
 def test_descent_never_raises_its_objective() -> None:
     second, rows = moments(1, 512, 64), weights(1, 9, 512)
-    known = factor_blocks(second, GGMLType.IQ3_XXS, damping=0.1)
+    known = factored(second, GGMLType.IQ3_XXS, damping=0.1)
     damped = second + 0.1 * second.diagonal(dim1=1, dim2=2).mean() * torch.eye(512)
     losses = []
     for passes in (0, 1, 3):
@@ -148,7 +153,7 @@ def test_diagonal_moments_give_plain_rounding(kind: GGMLType) -> None:
     rows = weights(1, 5, 512)
     size = torch.rand(1, 512, generator=torch.Generator().manual_seed(0)) + 0.1
     second = torch.diag_embed(size)
-    known = factor_blocks(second, kind, damping=1e-6)
+    known = factored(second, kind, damping=1e-6)
     effort = iquants.EFFORTS["default"]  # as in plain()
     fed = decoded(encode_blocks_with_feedback(rows, kind, known, effort, passes=0), kind, rows.shape)
     assert torch.allclose(fed, decoded(plain(rows, kind, second), kind, rows.shape), atol=1e-7)
@@ -157,10 +162,10 @@ def test_diagonal_moments_give_plain_rounding(kind: GGMLType) -> None:
 def test_a_matrix_without_energy_is_rounded_plainly_and_does_not_touch_others() -> None:
     kind = GGMLType.IQ2_XXS
     second, rows = moments(3, 256, 64), weights(3, 4, 256)
-    alone = encode_blocks_with_feedback(rows[:1], kind, factor_blocks(second[:1], kind), FAST)
+    alone = encode_blocks_with_feedback(rows[:1], kind, factored(second[:1], kind), FAST)
     second[1] = 0
     second[2, 3, 7] = float("nan")
-    data = encode_blocks_with_feedback(rows, kind, factor_blocks(second, kind), FAST)
+    data = encode_blocks_with_feedback(rows, kind, factored(second, kind), FAST)
     assert torch.equal(data[0], alone[0])
     for e in (1, 2):
         off = rows[e] - iquants.decode_codebook(data[e], kind, 256)
@@ -171,7 +176,7 @@ def test_a_matrix_without_energy_is_rounded_plainly_and_does_not_touch_others() 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gpu_is_as_good_as_the_cpu(kind: GGMLType) -> None:
     second, rows = moments(2, 768, 200), weights(2, 150, 768)
-    known = factor_blocks(second, kind)
+    known = factored(second, kind)
     on_gpu = BlockFactor(known.order.cuda(), known.lower.cuda(), known.metric.cuda(), known.moments.cuda())
     for passes in (0, 2):
         ours = encode_blocks_with_feedback(rows, kind, known, FAST, passes)
@@ -184,13 +189,13 @@ def test_zero_rows_and_one_row() -> None:
     kind = GGMLType.IQ3_S
     second, rows = moments(1, 256, 64), weights(1, 3, 256)
     rows[0, 1] = 0
-    data = encode_blocks_with_feedback(rows, kind, factor_blocks(second, kind), FAST)
+    data = encode_blocks_with_feedback(rows, kind, factored(second, kind), FAST)
     assert bool((iquants.decode_codebook(data[0], kind, 256)[1] == 0).all())
-    assert torch.equal(data[:, 2:], encode_blocks_with_feedback(rows[:, 2:], kind, factor_blocks(second, kind), FAST))
+    assert torch.equal(data[:, 2:], encode_blocks_with_feedback(rows[:, 2:], kind, factored(second, kind), FAST))
 
 
 def test_bad_input_is_refused() -> None:
-    known = factor_blocks(moments(1, 256, 32), GGMLType.IQ3_S)
+    known = factored(moments(1, 256, 32), GGMLType.IQ3_S)
     with pytest.raises(ValueError, match="NaN or infinity"):
         encode_blocks_with_feedback(torch.full((1, 2, 256), float("nan")), GGMLType.IQ3_S, known)
     with pytest.raises(ValueError, match="the factor is of"):

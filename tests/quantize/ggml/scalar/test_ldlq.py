@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mmquant.quantize.ggml.codec import decode, encode, nearest, search, unpack, values
+from mmquant.quantize.ggml.factor import DAMPING, factor_moments
 from mmquant.quantize.ggml.scalar.grid import FORMS
-from mmquant.quantize.ggml.scalar.ldlq import DAMPING, Factor, encode_with_feedback, factor
+from mmquant.quantize.ggml.scalar.ldlq import UnitFactor, encode_with_feedback, unit_factor
 from mmquant.quantize.ggml.types import GGMLType
 
 KINDS = list(FORMS)
@@ -22,6 +23,10 @@ def problem(experts: int, rows: int, n: int, seed: int = 0) -> tuple[Tensor, Ten
     for expert in range(0, experts, 2):
         x[expert, :, : n // 2] *= 2  # super-blocks are processed in different orders
     return torch.randn(experts, rows, n, generator=g) * 0.05, x.mT @ x / (4 * n)
+
+
+def factored(second: Tensor, damping: float = DAMPING) -> UnitFactor:
+    return unit_factor(factor_moments(second, damping))
 
 
 def loss(weight: Tensor, data: Tensor, kind: GGMLType, moments: Tensor) -> Tensor:
@@ -39,7 +44,7 @@ def plain(weight: Tensor, kind: GGMLType, moments: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_round_lowers_the_objective(kind: GGMLType) -> None:
     weight, moments = problem(2, 5, 512)
-    known = factor(moments)
+    known = factored(moments)
     damped = known_moments(known)
     before = loss(weight, plain(weight, kind, moments), kind, moments)
     swept, once, more = (encode_with_feedback(weight, kind, known, passes) for passes in (0, 1, 3))
@@ -49,7 +54,7 @@ def test_every_round_lowers_the_objective(kind: GGMLType) -> None:
     assert bool((losses[2] <= losses[1] * (1 + 1e-6)).all())
 
 
-def known_moments(known: Factor) -> Tensor:
+def known_moments(known: UnitFactor) -> Tensor:
     """The damped moments in the columns' own order."""
     back = known.columns.argsort(1)
     rows = known.moments.gather(1, back.unsqueeze(2).expand_as(known.moments))
@@ -58,7 +63,7 @@ def known_moments(known: Factor) -> Tensor:
 
 def test_factor_is_ldl_of_the_damped_moments() -> None:
     _, moments = problem(3, 1, 512)
-    known = factor(moments)
+    known = factored(moments)
     assert torch.allclose(
         (known.lower * known.scale.unsqueeze(1)) @ known.lower.mT, known.moments, rtol=1e-4, atol=1e-5
     )
@@ -72,7 +77,7 @@ def test_factor_is_ldl_of_the_damped_moments() -> None:
 def test_codes_are_those_of_gptq_column_by_column() -> None:
     """The textbook form (inverse Hessian, columns from first to last) on the mirrored problem, same frozen scales."""
     weight, moments = problem(1, 4, 256)
-    known = factor(moments)
+    known = factored(moments)
     data = encode_with_feedback(weight, GGMLType.Q4_K, known, passes=0)[0]
     grid, codes = unpack(data, GGMLType.Q4_K, 256)
     damped = known_moments(known)[0].double().flip(0, 1)
@@ -93,7 +98,7 @@ def test_without_correlation_it_is_the_search(n: int) -> None:
     kind = GGMLType.Q4_K if n % 256 == 0 else GGMLType.Q5_1
     weight, _ = problem(2, 3, n)
     moments = torch.diag_embed(torch.rand(2, n).add(0.5))
-    known = factor(moments, 0.0)
+    known = factored(moments, 0.0)
     found = encode_with_feedback(weight, kind, known, passes=0)
     assert torch.equal(found, plain(weight, kind, known_moments(known)))
 
@@ -102,10 +107,10 @@ def test_without_correlation_it_is_the_search(n: int) -> None:
 def test_moments_without_a_factor_fall_back_to_rounding(bad: Tensor) -> None:
     weight, moments = problem(2, 3, 256)
     moments[1] = bad
-    data = encode_with_feedback(weight, GGMLType.Q3_K, factor(moments))
+    data = encode_with_feedback(weight, GGMLType.Q3_K, factored(moments))
     assert torch.isfinite(decode(data.flatten(0, 1), GGMLType.Q3_K, 256)).all()
     grid = search(weight[1], GGMLType.Q3_K)
-    assert torch.equal(encode_with_feedback(weight, GGMLType.Q3_K, factor(moments), 0)[1, :, -2:], data_of(grid))
+    assert torch.equal(encode_with_feedback(weight, GGMLType.Q3_K, factored(moments), 0)[1, :, -2:], data_of(grid))
 
 
 def data_of(grid) -> Tensor:  # type: ignore[no-untyped-def]
@@ -118,7 +123,7 @@ def test_dead_rows_and_columns() -> None:
     moments[0, 7] = 0
     moments[0, :, 7] = 0
     for kind in (GGMLType.Q2_K, GGMLType.Q6_K, GGMLType.IQ4_XS):
-        found = decode(encode_with_feedback(weight, kind, factor(moments))[0], kind, 256)
+        found = decode(encode_with_feedback(weight, kind, factored(moments))[0], kind, 256)
         assert torch.isfinite(found).all()
         assert bool((found[1] == 0).all())
 
@@ -126,4 +131,4 @@ def test_dead_rows_and_columns() -> None:
 def test_moments_of_another_shape_are_refused() -> None:
     weight, _ = problem(2, 3, 512)
     with pytest.raises(ValueError, match="2 matrices of 512 columns"):
-        encode_with_feedback(weight, GGMLType.Q4_K, factor(torch.eye(256).repeat(2, 1, 1)))
+        encode_with_feedback(weight, GGMLType.Q4_K, factored(torch.eye(256).repeat(2, 1, 1)))

@@ -1,0 +1,96 @@
+"""The refit of a super-block's d and dmin: against a dense solver, and Triton against torch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from mmquant.quantize.ggml.codec import search  # noqa: E402
+from mmquant.quantize.ggml.scalar import refit as refits  # noqa: E402
+from mmquant.quantize.ggml.scalar.columns import Block, new_block, times  # noqa: E402
+from mmquant.quantize.ggml.scalar.grid import values  # noqa: E402
+from mmquant.quantize.ggml.types import GGMLType  # noqa: E402
+
+KINDS = [GGMLType.Q4_K, GGMLType.Q2_K, GGMLType.Q6_K, GGMLType.IQ4_XS]
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def problem(kind: GGMLType, experts: int, rows: int) -> tuple[Block, Tensor, Tensor, Tensor]:
+    """A block whose codes are of other weights, its values and the pull [256, E, R], H [E, 256, 256]."""
+    g = torch.Generator().manual_seed(rows)
+    weight = torch.randn(256, experts, rows, generator=g) * 0.05
+    weight[:, 0, 0] = 0
+    x = torch.randn(experts, 512, 256, generator=g)
+    moments = x.mT @ x / 512 + 0.1 * torch.eye(256)
+    block = new_block(search((1.05 * weight).flatten(1).T.contiguous(), kind), experts)
+    for column in range(256):
+        block.round(column, weight[column])
+    decoded = decoded_of(block, experts)
+    return block, decoded, times(weight - decoded, moments), moments
+
+
+def decoded_of(block: Block, experts: int) -> Tensor:
+    return values(block.grid, block.codes.flatten(1).T.contiguous()).T.reshape(256, experts, -1).contiguous()
+
+
+def gained(moments: Tensor, change: Tensor, pull: Tensor) -> Tensor:
+    """[E, R]: by how much tr(E H E^T) falls when the values change."""
+    return (change * (2 * pull - times(change, moments))).sum(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_other_scales_are_better(kind: GGMLType) -> None:
+    """The continuous optimum by a dense solver gains at most float16's rounding more."""
+    block, decoded, pull, moments = problem(kind, 2, 9)
+    before, first_pull = decoded.clone(), pull.clone()
+    after = refits.refit(block, decoded, pull, moments)
+    assert torch.allclose(decoded_of(after, 2), decoded, atol=1e-6)
+    assert torch.allclose(first_pull - times(decoded - before, moments), pull, atol=1e-4)
+    found = gained(moments, decoded - before, first_pull)
+    assert bool((found >= 0).all())
+    for expert in range(2):
+        for row in range(9):
+            scale = block.grid.d.view(2, -1)[expert, row].item()
+            if scale == 0:
+                assert found[expert, row] == 0
+                continue
+            parts = [part[:, expert, row] for part in refits._parts(block, decoded.shape[1:]) if part is not None]
+            basis, h = torch.stack(parts, 1).double(), moments[expert].double()
+            slope = basis.T @ first_pull[:, expert, row].double()
+            best = float(slope @ torch.linalg.solve(basis.T @ h @ basis, slope))
+            low = None if after.grid.dmin is None else after.grid.dmin.view(2, -1)[expert, row].item()
+            if low is None or low > 0:
+                assert float(found[expert, row]) == pytest.approx(best, rel=0.02, abs=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("experts", "rows"), [(2, 37), (1, 1), (3, 130)])
+def test_triton(kind: GGMLType, experts: int, rows: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from mmquant.quantize.ggml.scalar import refit_triton
+
+    block, decoded, pull, moments = problem(kind, experts, rows)
+    grid = block.grid.to(torch.device(DEVICE))
+    low = None if block.minimum is None else block.minimum.to(DEVICE)
+    block = Block(grid, block.step.to(DEVICE), low, block.codes.to(DEVICE))
+    decoded, pull, moments = decoded.to(DEVICE), pull.to(DEVICE), moments.to(DEVICE)
+    expected = refits._parts(block, decoded.shape[1:])
+    parts = [part for part in expected if part is not None]
+    found = [part for part in refit_triton.parts(block) if part is not None]
+    assert all(torch.allclose(*pair, rtol=1e-6) for pair in zip(found, parts, strict=True))
+    bent = [times(part, moments) for part in parts]
+    sums = refits._sums(parts, bent, pull)
+    assert torch.allclose(refit_triton.sums(parts, bent, pull), sums, rtol=1e-4, atol=1e-3 * float(sums.abs().max()))
+    moves = refits.best_scales(grid, sums)[2]
+    mine, theirs = (decoded.clone(), pull.clone()), (decoded.clone(), pull.clone())
+    refits._move(*theirs, parts, bent, moves)
+    refit_triton.move(*mine, parts, bent, moves)
+    for pair in zip(mine, theirs, strict=True):
+        assert torch.allclose(*pair, atol=1e-6 * float(pair[0].abs().max()) + 1e-9)
