@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.batches import READERS
 from ..checkpoints.checkpoint import Checkpoint
 from ..formats.format import Format, Scheme, specs
 from ..formats.fp8_block import TILE
@@ -17,6 +21,8 @@ from ..models.shapes import matrix_shapes, plain_shapes
 from .packing import folder_config, nearest_tensors
 from .variant import plain_specs, plain_tensors
 from .writer import DTYPE_NAMES
+
+T = TypeVar("T")
 
 
 def fp8_scheme(source: Checkpoint, row: Format) -> Scheme:
@@ -41,6 +47,21 @@ def fp8_tensors(source: Checkpoint, name: str, device: torch.device | str, schem
         codes, scales = source.native(name)
         return {name + ".weight": codes, name + ".weight_scale": scales.to(source.scale_dtype(name))}
     return nearest_tensors(scheme, [name], source.read(name + ".weight").to(device).unsqueeze(0))
+
+
+def _each(source: Checkpoint, names: list[str], scheme: Scheme, read: Callable[[str], T]) -> Iterator[T]:
+    """`read` of a layer's matrices in order; those that are carried, and lie in one shard, are read together."""
+
+    def shard(name: str) -> str | None:
+        parts = (name + ".weight", source.scale_name(name)) if _kept(source, name, scheme) else ()
+        found = {source.tensors[part].shard for part in parts}
+        return found.pop() if len(found) == 1 else None
+
+    for where, group in groupby(names, shard):
+        first, *rest = group
+        yield read(first)  # which waits for the shard
+        with ThreadPoolExecutor(READERS if where is not None else 1) as pool:
+            yield from pool.map(read, rest)
 
 
 @dataclass(frozen=True)
@@ -78,8 +99,9 @@ class Fp8Variant:
     def layer(self, source: Checkpoint, layer: int, device: torch.device | str) -> dict[str, Tensor]:
         """The same tensors' values."""
         tensors, scheme = plain_tensors(source, plain_shapes(source.geometry, layer)), fp8_scheme(source, self.storage)
-        for name, _ in matrix_shapes(source.geometry, layer):
-            tensors |= fp8_tensors(source, name, device, scheme)
+        names = [name for name, _ in matrix_shapes(source.geometry, layer)]
+        for found in _each(source, names, scheme, lambda name: fp8_tensors(source, name, device, scheme)):
+            tensors |= found
         return tensors
 
     def quantization_config(self, source: Checkpoint) -> dict[str, Any]:
