@@ -11,6 +11,7 @@ WIDTH = 80
 GAP = "  "
 NARROW = 20  # characters below which a column of text is not squeezed
 NONE = "-"
+GIB = 1 << 30
 
 
 class Size(NamedTuple):
@@ -53,6 +54,25 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def gib(size: int) -> str:
+    """Bytes of memory, which is sold in GiB; something is never 0.00."""
+    amount = max(size / GIB, 0.01) if size > 0 else 0.0
+    return f"{amount:,.{1 if amount >= 10 else 2}f} GiB"
+
+
+def plural(count: int, word: str) -> str:
+    """1 artifact, 2 artifacts."""
+    return f"{count:,} {word}{'s' * (count != 1)}"
+
+
+def folded(text: str, width: int) -> str:
+    """The text with lines of at most `width` columns where its words allow it; what goes on is indented.
+
+    A line that begins with a space stays whole: it is a command or a path to copy.
+    """
+    return "\n".join(part for line in text.split("\n") for part in _folded(line, width))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, text: Sequence[str] = ()) -> list[str]:
@@ -132,6 +152,19 @@ def _row(row: Sequence[str], widths: Sequence[int], words: Sequence[bool]) -> li
         padding = [" " * (width - _width(value)) for value, width in zip(at, widths, strict=True)]
         placed = [v + p if w else p + v for v, p, w in zip(at, padding, words, strict=True)]
         lines.append(GAP.join(placed).rstrip())
+    return lines
+
+
+def _folded(line: str, width: int) -> list[str]:
+    if line.startswith(" ") or _width(line) <= width:
+        return [line]
+    first, *words = line.split(" ")
+    lines = [first]
+    for word in words:
+        if _width(lines[-1]) + 1 + _width(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(GAP + word)
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -45,7 +45,7 @@ def report(folder: str | Path, out: str | Path | None = None, evaluations: Seque
     """
     top = Path(folder)
     target = Path(out) if out is not None else top / REPORT
-    manifests = [read_manifest(where) for where in _finished(top)]
+    manifests = _distinct({where.name: read_manifest(where) for where in _finished(top)})
     if not manifests:
         raise InputError(f"{top}: no {MANIFEST} in it or one level below, expected finished artifacts")
     check_output("--out", target)
@@ -63,6 +63,21 @@ def _finished(top: Path) -> Iterator[Path]:
         yield top
         return
     yield from sorted(path.parent for path in top.glob(f"*/{MANIFEST}") if path.is_file())
+
+
+def _distinct(manifests: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The manifests by folder; an artifact that is called as one of another folder is called by its folder as well."""
+    ids = [a["id"] for found in manifests.values() for a in found["artifacts"]]
+
+    def called(entry: dict[str, Any], key: str, folder: str) -> dict[str, Any]:
+        return entry | {key: f"{entry[key]} ({folder})"} if ids.count(entry[key]) > 1 else entry
+
+    return [
+        found
+        | {"artifacts": [called(a, "id", folder) for a in found["artifacts"]]}
+        | {"targets": [called(t, "artifact", folder) for t in found["targets"]]}
+        for folder, found in manifests.items()
+    ]
 
 
 def _evaluation(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmquant.tables import Size, percent
+from mmquant.tables import Size, gib, percent, plural
 
 from ...convert.files.parse import is_list, is_object
 from ...convert.fitting.text import INTRO, command_line, machine_words, placement_words
@@ -35,7 +35,7 @@ def artifacts_page(title: str, manifests: Sequence[Json], evaluations: Sequence[
 
 def _lead(pairs: Sequence[tuple[Json, Json]]) -> list[Part]:
     models = dict.fromkeys(_model(manifest) for _, manifest in pairs)
-    parts: list[Part] = [Text(f"{len(pairs)} artifact{'s' if len(pairs) > 1 else ''} of {', '.join(models)}.")]
+    parts: list[Part] = [Text(f"{plural(len(pairs), 'artifact')} of {', '.join(models)}.")]
     licences = [m["license"] for _, m in pairs]
     if any(found["commercial_use"] == "prohibited-without-authorization" for found in licences):
         parts.append(Text("Commercial use needs the licensor's prior written authorization.", "warn"))
@@ -120,7 +120,7 @@ def _size_plot(artifacts: Sequence[Json]) -> Plot:
         axes.grid()
         if axes.get_legend_handles_labels()[0]:
             plots.log_scale(axes)
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        plots.legend(axes)
 
     return plots.draw("artifacts", "mean KL divergence over size, with 95 % intervals", paint)
 
@@ -146,7 +146,7 @@ def _verdict(target: Json | None) -> str | None:
         return None
     if target["fits"] == "no":
         missing = target.get("missing")
-        return f"no, {missing / 1e9:.1f} GB missing" if missing else "no"
+        return f"no, {gib(missing)} missing" if missing else "no"
     return f"{target['fits']}, {_context(target)}"
 
 

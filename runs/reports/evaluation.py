@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +107,14 @@ def _form(value: float | None, form: str) -> str | None:
     return None if value is None else format(value, form)
 
 
-def _short(label: str) -> str:
-    return plots.label(Path(label).name or label)
+def names_of(candidates: Sequence[dict[str, Any]]) -> list[str]:
+    """What plots call the candidates: the last part of a path; where two share it, the last two."""
+    paths = [Path(candidate["label"]) for candidate in candidates]
+    last = [path.name or str(path) for path in paths]
+    return [
+        plots.label(name if last.count(name) == 1 else "/".join(path.parts[-2:]))
+        for name, path in zip(last, paths, strict=True)
+    ]
 
 
 def is_m27(result: dict[str, Any]) -> bool:
@@ -126,14 +132,14 @@ def _size_plot(result: dict[str, Any]) -> Plot:
         _distances(right, result, "bits_per_weight", 1.0)
         left.set_xlabel("GB")
         right.set_xlabel("bits per weight")
-        if right.get_legend_handles_labels()[0]:
-            right.legend()
+        plots.legend(right)
 
     return plots.draw("size", "KL divergence against size", paint)
 
 
 def _distances(axes: Axes, result: dict[str, Any], key: str, scale: float) -> None:
     """Each candidate with its interval, at its size; the published points beside the model that they are of."""
+    names = names_of(result["candidates"])
     measured = [(i, c) for i, c in enumerate(result["candidates"]) if "bytes" in c and c["kld"]["mean"]]
     if is_m27(result):
         at = [(gib * 1.073741824 if key == "bytes" else bpw, kld) for _, gib, bpw, kld in PUBLISHED]
@@ -142,7 +148,7 @@ def _distances(axes: Axes, result: dict[str, Any], key: str, scale: float) -> No
         mean = c["kld"]["mean"]
         low, high = c["kld"]["mean_ci95"] or (mean, mean)
         error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-        form = {"fmt": "s", "capsize": 3, "color": plots.colour(i), "label": _short(c["label"])}
+        form = {"fmt": "s", "capsize": 3, "color": plots.colour(i), "label": names[i]}
         axes.errorbar(c[key] * scale, mean, yerr=error, **form)
     if result["floor"] and result["floor"]["kld"]["mean"]:
         axes.axhline(result["floor"]["kld"]["mean"], ls=":", color=plots.INK, label="noise floor")
@@ -156,19 +162,19 @@ def _distances(axes: Axes, result: dict[str, Any], key: str, scale: float) -> No
 def domain_plot(result: dict[str, Any]) -> Plot:
     """Bars by domain, one for each candidate."""
     candidates = result["candidates"]
-    names = [name for name, found in candidates[0]["domains"].items() if found["tokens"]]
+    domains = [name for name, found in candidates[0]["domains"].items() if found["tokens"]]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         width = 0.8 / len(candidates)
-        for i, c in enumerate(candidates):
-            values = [c["domains"][name]["kld"]["mean"] or 0.0 for name in names]
-            places = [at + i * width for at in range(len(names))]
-            axes.bar(places, values, width, color=plots.colour(i), label=_short(c["label"]))
-        axes.set_xticks([at + 0.4 - width / 2 for at in range(len(names))], [plots.label(name) for name in names])
+        for i, (c, name) in enumerate(zip(candidates, names_of(candidates), strict=True)):
+            values = [c["domains"][domain]["kld"]["mean"] or 0.0 for domain in domains]
+            places = [at + i * width for at in range(len(domains))]
+            axes.bar(places, values, width, color=plots.colour(i), label=name)
+        axes.set_xticks([at + 0.4 - width / 2 for at in range(len(domains))], [plots.label(d) for d in domains])
         axes.set_ylabel(KLD)
         axes.grid(axis="y")
-        axes.legend()
+        plots.legend(axes)
 
     return plots.draw("domains", "KL divergence by domain", paint)
 
@@ -178,17 +184,16 @@ def layer_plot(result: dict[str, Any]) -> Plot:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for i, c in enumerate(result["candidates"]):
+        for i, (c, name) in enumerate(zip(result["candidates"], names_of(result["candidates"]), strict=True)):
             shown = [(layer["layer"], layer["relative_error"]) for layer in c["layers"] if layer["relative_error"]]
             if shown:
-                axes.plot(*zip(*shown, strict=True), marker=".", color=plots.colour(i), label=_short(c["label"]))
+                axes.plot(*zip(*shown, strict=True), plots.stroke(i), marker=".", color=plots.colour(i), label=name)
                 plots.log_scale(axes)
         axes.set_xlabel("layer")
         axes.set_ylabel("relative error of the hidden state")
         plots.whole_ticks(axes)
         axes.grid()
-        if axes.lines:
-            axes.legend()
+        plots.legend(axes)
 
     return plots.draw("layers", "relative error by layer", paint)
 
@@ -199,14 +204,14 @@ def overlap_plot(result: dict[str, Any]) -> Plot:
 
     def paint(figure: Figure) -> None:
         all_axes = figure.subplots(len(candidates), squeeze=False).flat
-        for axes, c in zip(all_axes, candidates, strict=True):
-            names = [name for name, found in c["domains"].items() if found["tokens"]]
-            values = [[_overlap(layer, name) for layer in c["layers"]] for name in names]
+        for axes, c, name in zip(all_axes, candidates, names_of(candidates), strict=True):
+            domains = [domain for domain, found in c["domains"].items() if found["tokens"]]
+            values = [[_overlap(layer, domain) for layer in c["layers"]] for domain in domains]
             lowest = min((v for row in values for v in row if v == v), default=0.0)
             image = axes.imshow(values, aspect="auto", vmin=min(lowest, 0.99), vmax=1.0)
             plots.whole_ticks(axes)
-            axes.set_yticks(range(len(names)), [plots.label(name) for name in names])
-            axes.set_title(f"{_short(c['label'])}: Jaccard overlap of the chosen experts, by layer", fontsize=9)
+            axes.set_yticks(range(len(domains)), [plots.label(domain) for domain in domains])
+            axes.set_title(f"{name}: Jaccard overlap of the chosen experts, by layer", fontsize=9)
             figure.colorbar(image, ax=axes)
 
     return plots.draw("overlap", "overlap of the chosen experts", paint, height=1.8 * len(candidates))

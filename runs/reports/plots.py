@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COLOURS = (
     "#3b82c4", "#d95f30", "#3d9a5f", "#a367c2", "#c59a1a", "#2fa3a8", "#d05a8e", "#8a8f3c", "#7a7f87", "#b0623f",
 )  # fmt: skip
+STROKES = ("-", "--", ":")  # of lines that share a colour
 INK = "#010203"  # replaced by currentColor
 STYLE = {
     "text.parse_math": False,
@@ -54,6 +55,17 @@ def available() -> bool:
 def colour(index: int) -> str:
     """The colour of a candidate in every plot and table, by its place in the result."""
     return COLOURS[index % len(COLOURS)]
+
+
+def stroke(index: int) -> str:
+    """How the line of a candidate is drawn: those that share a colour differ in it."""
+    return STROKES[index // len(COLOURS) % len(STROKES)]
+
+
+def legend(axes: Axes) -> None:
+    """Names beside the plot, where they cover nothing."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def label(text: object) -> str:
@@ -117,14 +129,14 @@ def lines(
         axes = figure.subplots()
         for index, (text, values) in enumerate(series.items()):
             shown = [v if math.isfinite(v) and (v > 0 or not log) else math.nan for v in values]
-            axes.plot(list(x), shown, marker=".", color=colour(index), label=label(text))
+            axes.plot(list(x), shown, stroke(index), marker=".", color=colour(index), label=label(text))
         if log and any(line_has_values(values) for values in series.values()):
             log_scale(axes)
         whole_ticks(axes)
         axes.set_xlabel("layer")
         axes.set_ylabel(label(unit))
         axes.grid()
-        axes.legend()
+        legend(axes)
 
     return draw(name, f"{unit} by layer", paint, height=3.2)
 

@@ -93,6 +93,22 @@ def test_the_command_reports_an_artifact_and_a_folder_of_them(finished: Path, tm
     assert mmquant.report(tmp_path / "run", tmp_path / "r.html").path == tmp_path / "r.html"
 
 
+def test_artifacts_of_one_name_are_told_apart(finished: Path, tmp_path: Path) -> None:
+    """Two folders of one variant: each has its own row, column and commands."""
+    for name in ("plain", "calibrated"):
+        shutil.copytree(finished / "a", tmp_path / "o" / name)
+    path = tmp_path / "o" / "calibrated" / "mmquant.fit.json"
+    changed = json.loads(path.read_text())
+    for target in changed["targets"]:
+        target["fits"], target["missing"] = "no", 3 << 29
+    path.write_text(json.dumps(changed))
+    made = mmquant.report(tmp_path / "o", tmp_path / "page.html")
+    assert made.artifacts == ("FP8-block (calibrated)", "FP8-block (plain)")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("no, 1.50 GiB missing") == 2 * len(changed["targets"])  # in the table and before the commands
+    assert "vllm serve" in text
+
+
 def test_without_matplotlib_the_numbers_are_there(manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = artifacts_page("run", [manifest])

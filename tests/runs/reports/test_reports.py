@@ -15,7 +15,7 @@ import pytest
 from mmquant.calibration.statistics.report import LayerSummary
 from mmquant.runs.reports import evaluation, page, plots
 from mmquant.runs.reports.calibration import report
-from mmquant.runs.reports.evaluation import M27_PARAMETERS, write_report
+from mmquant.runs.reports.evaluation import M27_PARAMETERS, names_of, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 LABELS = (HOSTILE, r"$\frac$", "_hidden", "a\x1b[31m\udcff", "</svg><img src=x>", "模型 & 量化")
@@ -135,6 +135,27 @@ def test_without_matplotlib_everything_but_the_plots_is_there(no_matplotlib: Non
         assert "figure" not in check.tags
         assert text.count("Plots are missing: matplotlib is not installed, expected pip install") == 1
         assert "<td>" in text
+
+
+def test_candidates_of_one_name_are_told_apart() -> None:
+    found = [candidate(label, 1) for label in ("o/plain/m.gguf", "o/calibrated/m.gguf", "o/other.gguf", "m")]
+    assert names_of(found) == ["plain/m.gguf", "calibrated/m.gguf", "other.gguf", "m"]
+
+
+def test_a_legend_covers_no_line() -> None:
+    """It stands beside the axes, and lines that share a colour differ in their stroke."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    for index in range(12):
+        axes.plot([0, 1], [index, 1], plots.stroke(index), color=plots.colour(index), label=str(index))
+    plots.legend(axes)
+    figure.draw_without_rendering()
+    shown = axes.get_legend()
+    assert shown is not None
+    assert shown.get_window_extent().x0 >= axes.get_window_extent().x1
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 12
 
 
 def test_a_candidate_has_one_colour(tmp_path: Path) -> None:
