@@ -20,7 +20,7 @@ def _command() -> click.Command:
 
     unplanned = {name: getattr(UNPLANNED, name) for name in PLAN_FIELDS}
     parameters = [p for p in int4.params if p.name not in (*FIXED, *PLAN_FIELDS)]
-    text = "Write AWQ (GEMM, asymmetric) for vLLM and SGLang.\n\nExample: mmquant awq --model demo --out ./m27-awq"
+    text = "Write AWQ (GEMM, asymmetric) for vLLM and SGLang.\n\nExample: mmquant awq --model demo --out ./demo-awq"
     return click.Command("awq", params=parameters, callback=callback, help=text)
 
 

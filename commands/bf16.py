@@ -28,7 +28,7 @@ def command(model: str, out: Path, options: Bf16Options, device: str, fetch: Fet
 
     Every FP8 code times its scale, rounded once to bfloat16; what is not FP8 stays as it is stored.
 
-    Example: mmquant bf16 --model demo --out ./m27-bf16
+    Example: mmquant bf16 --model demo --out ./demo-bf16
     """
     from ..runs.bf16 import dequantize_bf16
 

@@ -10,6 +10,7 @@ import click
 from ..runs.options import CalibrateOptions
 from .options import begin, dry_run_option, fresh_option, json_option, model_option, options_of, out_option
 from .options_fetch import fetch_options
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -30,7 +31,7 @@ def command(
 
     Killed and run again it continues with the layer it was in; under torchrun the windows are split over the ranks.
 
-    Example: mmquant calibrate --model demo --out ./statistics --imatrix imatrix.gguf
+    Example: mmquant calibrate --model demo --out ./stats --imatrix imatrix.gguf
     """
     import json
 
@@ -39,7 +40,7 @@ def command(
 
     if dry_run:
         plan = plan_calibration(model, out, options, device=device, fetch=fetch)
-        click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else "\n".join(plan.lines()))
+        print_result(json.dumps(plan.to_dict(), indent=1) if as_json else "\n".join(plan.lines()), as_json)
         if plan.refusal is not None:
             raise plan.refusal
         return
@@ -48,4 +49,4 @@ def command(
     found = calibrate(model, out, options, device=device, fetch=fetch)
     if found is not None:
         document = json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines())
-        click.echo(document)
+        print_result(document, as_json)

@@ -215,8 +215,10 @@ def fail(message: str, code: int) -> None:
     # Where another rank failed before, that one says why; torchrun interrupts all, and the first speaks for them.
     silent = known is not None or (code > 128 and not joined and os.environ.get("RANK", "0") != "0")
     if not silent:
+        from .terminal import complain
+
         with contextlib.suppress(OSError):  # the terminal may be gone, as after HUP
-            print("mmquant: " + " ".join(message.split()), file=sys.stderr, flush=True)
+            complain("mmquant: " + " ".join(message.split()))
     code = code if known is None else known
     if joined:  # a group that has lost a rank may wait for it in its destructor
         os._exit(code)

@@ -10,6 +10,7 @@ import click
 from mmquant.errors import InputError
 
 from .options import json_option
+from .terminal import print_result
 
 # Where each shell looks by itself (zsh: where it is told to), below the user's data or configuration folder.
 PLACES = {
@@ -40,7 +41,8 @@ def command(shell: str | None, install: bool, as_json: bool) -> None:
     path = place(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode())
-    click.echo(json.dumps({"shell": name, "path": str(path)}) if as_json else f"{path}: written{hint(name, path)}")
+    found = json.dumps({"shell": name, "path": str(path)})
+    print_result(found if as_json else f"{path}: written{hint(name, path)}", as_json)
 
 
 def shell_of(path: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .options import device_option, json_option
+from .terminal import print_result
 
 
 @click.command()
@@ -23,6 +24,6 @@ def command(out: Path, device: str, as_json: bool) -> None:
     from ..runs.demo import run_demo, table
 
     rows = run_demo(out, device)
-    click.echo(json.dumps(rows) if as_json else table(rows))
+    print_result(json.dumps(rows) if as_json else table(rows), as_json)
     if not as_json:
-        click.echo(f"manifests: {out}/*/mmquant.fit.json, report: {out}/report.html")
+        print_result(f"manifests: {out}/*/mmquant.fit.json, report: {out}/report.html")

@@ -5,10 +5,12 @@ Everything is written under one lock, so that a line from a thread is never glue
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from shutil import get_terminal_size
 from typing import TextIO
 
@@ -78,16 +80,24 @@ def _amounts(unit: str, done: int, total: int | None, rate: float) -> tuple[str,
     return f"{unit} {done}{of}", speed
 
 
+def size_of(stream: TextIO) -> tuple[int, int]:
+    """Columns and rows of the terminal that a stream writes to; where it has none, what the environment says."""
+    try:
+        return os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):
+        return get_terminal_size()
+
+
 class Display:
-    """The lines of a terminal. clock: seconds; size: columns and rows."""
+    """The lines of a terminal. clock: seconds; size: columns and rows, those of the stream by default."""
 
     def __init__(
         self,
         stream: TextIO,
         clock: Callable[[], float] = time.monotonic,
-        size: Callable[[], tuple[int, int]] = get_terminal_size,
+        size: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
-        self.stream, self.clock, self.size = stream, clock, size
+        self.stream, self.clock, self.size = stream, clock, size or partial(size_of, stream)
         self._phases: list[Phase] = []
         self._lock = threading.RLock()
         self._shown = 0  # lines that stand on the screen now

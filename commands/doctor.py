@@ -8,6 +8,7 @@ from mmquant.errors import GateError
 
 from ..runs.options import DoctorOptions
 from .options import json_option, options_of, refuse_without_effect
+from .terminal import print_result
 
 
 @click.command()
@@ -23,7 +24,7 @@ def command(file: str, options: DoctorOptions, device: str, as_json: bool) -> No
 
     Exit code 4 when something is found that gives wrong results and is not repaired by --fix.
 
-    Example: mmquant doctor ./m27-gguf/demo-Q4_K_M.gguf --text default --fix
+    Example: mmquant doctor ./demo-gguf/demo-Q4_K_M.gguf --text default --fix
     """
     import json
 
@@ -34,7 +35,7 @@ def command(file: str, options: DoctorOptions, device: str, as_json: bool) -> No
     if not options.fix:
         refuse_without_effect("without --fix", "out", "in_place")
     found = doctor(file, options, device=device)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines()))
+    print_result(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines()), as_json)
     if found.errors:
         first = found.errors[0]
         raise GateError(f"{file}: {first.where}: {first.text} ({len(found.errors)} errors)")

@@ -12,6 +12,7 @@ from mmquant.errors import GateError
 from ..runs.options import EvalOptions
 from .options import json_option, options_of
 from .options_fetch import fetch_options
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -58,7 +59,7 @@ def command(
 
     if dry_run:
         planned = plan_evaluation(artifacts, reference, options, device=device, fetch=fetch)
-        click.echo(json.dumps(planned.to_dict(), indent=1) if as_json else planned.table())
+        print_result(json.dumps(planned.to_dict(), indent=1) if as_json else planned.table(), as_json)
         return
     check_output("--html", html)
     gates = read_gate(gate_file) if gate_file is not None else {}
@@ -69,7 +70,7 @@ def command(
         return
     if html is not None:
         found.write_html(html)
-    click.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else found.table())
+    print_result(json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else found.table(), as_json)
     found.record()  # last: another process may hold the folder, and the result must not be lost by that
     if found.failure is not None:
         raise GateError(f"quality gate: {found.failure}")

@@ -6,6 +6,7 @@ import click
 
 from ..runs.options import FitOptions
 from .options import DEFAULT_MODEL, json_option, options_of
+from .terminal import print_result
 
 
 @click.command()
@@ -16,15 +17,15 @@ from .options import DEFAULT_MODEL, json_option, options_of
 @options_of(FitOptions, device=False)
 @json_option()
 def command(artifact: str | None, model: str, options: FitOptions, as_json: bool) -> None:
-    r"""Which types fit which machine: bytes, context, placement, speed bound, and the commands that start them.
+    """Which types fit which machine: bytes, context, placement, speed bound, and the commands that start them.
 
     From config.json alone (M2.7 without a network), or for ARTIFACT, a finished folder, a GGUF file or a repository
     (hf:ORG/NAME, of GGUF files hf:ORG/NAME:TYPE), by its headers.
     Exit code 5 when nothing fits.
 
-    \b
-    Examples: mmquant fit --gpu 24GB --ram 96GB
-              mmquant fit --target 24GB+96GB --type IQ3_XXS --context 32768
+    Example: mmquant fit --gpu 24GB --ram 96GB
+
+    Example: mmquant fit --target 24GB+96GB --type IQ3_XXS --context 32768
     """
     import json
 
@@ -34,6 +35,6 @@ def command(artifact: str | None, model: str, options: FitOptions, as_json: bool
     if artifact is not None:
         refuse_without_effect("with ARTIFACT, which says what it is", "model", "type")
     found = fit(artifact, options, model=model)
-    click.echo(json.dumps(found.to_dict()) if as_json else "\n".join(found.lines()))
+    print_result(json.dumps(found.to_dict()) if as_json else "\n".join(found.lines()), as_json)
     if found.refusal is not None:
         raise found.refusal

@@ -46,7 +46,7 @@ def command(
     block: compressed-tensors 128x128, the release's exact values; channel: a scale per output channel; native: a
     verified copy.
 
-    Example: mmquant fp8 --model demo --out ./m27-fp8
+    Example: mmquant fp8 --model demo --out ./demo-fp8
     """
     if backend == "llmcompressor":
         refuse_without_effect("with --backend llmcompressor", "max_shard_size", *PRUNING, *FETCHED)

@@ -53,7 +53,7 @@ def command(
 
     --size and --target choose the type of every matrix by what it costs on this model, measured first (docs/plan.md).
 
-    Example: mmquant gguf --model demo --type Q4_K_M --out ./m27-gguf
+    Example: mmquant gguf --model demo --type Q4_K_M --out ./demo-gguf
     """
     from ..runs.gguf import check_options, is_calibrated, quantize_gguf
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .options import json_option
+from .terminal import print_result
 
 
 @click.command()
@@ -23,4 +24,4 @@ def command(model: str, as_json: bool) -> None:
     from ..runs.inspect import inspect
 
     found = inspect(model)
-    click.echo(json.dumps(found.to_dict()) if as_json else "\n".join(found.lines()))
+    print_result(json.dumps(found.to_dict()) if as_json else "\n".join(found.lines()), as_json)

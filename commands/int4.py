@@ -53,7 +53,7 @@ def command(
 ) -> None:
     """Write W4A16 experts for vLLM and SGLang, calibrated in the same pass over the checkpoint.
 
-    Example: mmquant int4 --model demo --out ./m27-int4
+    Example: mmquant int4 --model demo --out ./demo-int4
     """
     refuse_idle_options(options, backend)
     if backend == "llmcompressor":

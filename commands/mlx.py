@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def command(model: str, out: Path, options: MlxOptions, device: str, fetch: FetchOptions, dry_run: bool) -> None:
     """Write mlx_lm's folder, calibrated in the same pass; neither a Mac nor mlx is needed to make it.
 
-    Example: mmquant mlx --model demo --out ./m27-mlx --bits 3 --group-size 128
+    Example: mmquant mlx --model demo --out ./demo-mlx --bits 3 --group-size 128
     """
     refuse_idle_text(options)
     refuse_idle_plan(options, "bits", "group_size", "attention", "embeddings")

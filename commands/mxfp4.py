@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def command(model: str, out: Path, options: Mxfp4Options, device: str, fetch: FetchOptions, dry_run: bool) -> None:
     """Write MXFP4 experts (E2M1, a power of two per 32 inputs) for vLLM and SGLang, calibrated in the same pass.
 
-    Example: mmquant mxfp4 --model demo --out ./m27-mxfp4
+    Example: mmquant mxfp4 --model demo --out ./demo-mxfp4
     """
     refuse_idle_text(options)
     refuse_idle_plan(options, "attention")

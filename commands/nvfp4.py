@@ -39,7 +39,7 @@ def command(model: str, out: Path, options: Nvfp4Options, device: str, fetch: Fe
 
     Weights only (W4A16) unless --activations nvfp4. Runs on Blackwell, and through Marlin on A100 and H100.
 
-    Example: mmquant nvfp4 --model demo --out ./m27-nvfp4
+    Example: mmquant nvfp4 --model demo --out ./demo-nvfp4
     """
     refuse_idle_text(options)
     refuse_idle_plan(options, "attention")

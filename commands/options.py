@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from mmquant.errors import InputError
 
 from ..convert.files.sizes import parse_size
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -179,7 +180,7 @@ def several(
     variants = tuple(Variant(word, command, options) for word, options in every.items())
     made = run(Recipe(model, variants), out, device=device, fetch=fetch, dry_run=dry_run)
     if first_process():
-        click.echo(json.dumps(made.to_dict()) if _as_json() else "\n".join(made.lines()))
+        print_result(json.dumps(made.to_dict()) if _as_json() else "\n".join(made.lines()), _as_json())
     if made.refusal is not None:
         raise made.refusal
 
@@ -192,7 +193,7 @@ def first_process() -> bool:
 def show(result: Quantized) -> None:
     """The line of a result on stdout, once under torchrun; then, of a dry run, what the real run would stop at."""
     if first_process():
-        click.echo(json.dumps(result.to_dict()) if _as_json() else result.line)
+        print_result(json.dumps(result.to_dict()) if _as_json() else result.line, _as_json())
     if result.refusal is not None:
         raise result.refusal
 

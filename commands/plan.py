@@ -10,6 +10,7 @@ import click
 from ..runs.options import PlanOptions
 from .options import TEXT, json_option, model_option, options_of, out_option, refuse_without_effect
 from .options_fetch import fetch_options
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -39,7 +40,7 @@ def command(
     module. What each type costs is measured on the model, once, and kept as sensitivity.json in --out. The plan is
     plan.json there; `--plan` of the command that --format names writes it.
 
-    Example: mmquant plan --model demo --size 7MB --out ./m27-plan
+    Example: mmquant plan --model demo --size 7MB --out ./demo-plan
     """
     import json
 
@@ -56,4 +57,4 @@ def command(
     found = plan(model, out, options, device=device, fetch=fetch)
     if plot is not None:
         found.plot(plot)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines(explain)))
+    print_result(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines(explain)), as_json)

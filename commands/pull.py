@@ -10,6 +10,7 @@ import click
 from ..convert.hub.hubs import DEFAULT_HUB, HUBS
 from ..runs.options import PullOptions
 from .options import DEFAULT_MODEL, dry_run_option, json_option, options_of
+from .terminal import print_result
 
 
 @click.command()
@@ -38,7 +39,7 @@ def command(
     from ..runs.pull import pull
 
     found = pull(_spec(model, hub, repo, revision), out, options, dry_run=dry_run)
-    click.echo(json.dumps(found.to_dict()) if as_json else found.line())
+    print_result(json.dumps(found.to_dict()) if as_json else found.line(), as_json)
 
 
 def _spec(model: str | None, hub: str | None, repo: str | None, revision: str | None) -> str:

@@ -9,6 +9,7 @@ import click
 
 from ..runs.options import PushOptions
 from .options import dry_run_option, json_option, options_of
+from .terminal import print_result
 
 
 @click.command()
@@ -25,4 +26,4 @@ def command(folder: Path, repo: str, options: PushOptions, as_json: bool, dry_ru
     from ..runs.push import push
 
     found = push(folder, repo, options, dry_run=dry_run)
-    click.echo(json.dumps(found.to_dict()) if as_json else found.line())
+    print_result(json.dumps(found.to_dict()) if as_json else found.line(), as_json)

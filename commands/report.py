@@ -6,7 +6,10 @@ from pathlib import Path
 
 import click
 
+from mmquant.tables import plural
+
 from .options import json_option
+from .terminal import print_result
 
 FILE = click.Path(path_type=Path)
 
@@ -29,4 +32,5 @@ def command(folder: Path, out: Path | None, evaluations: tuple[Path, ...], as_js
     from ..runs.report import report
 
     made = report(folder, out, evaluations)
-    click.echo(json.dumps(made.to_dict()) if as_json else f"{made.path}: {len(made.artifacts)} artifacts")
+    said = f"{made.path}: {plural(len(made.artifacts), 'artifact')}"
+    print_result(json.dumps(made.to_dict()) if as_json else said, as_json)

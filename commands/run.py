@@ -12,6 +12,7 @@ from mmquant.errors import GateError, InputError
 
 from .options import DEFAULT_MODEL, device_option, dry_run_option, first_process, json_option
 from .options_fetch import fetch_options
+from .terminal import print_result
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -64,7 +65,7 @@ def command(
 
     made = run(recipe, out, device=device, fetch=fetch, replace=replace, dry_run=dry_run)
     if first_process():
-        click.echo(json.dumps(made.to_dict(), indent=1) if as_json else "\n".join(made.lines()))
+        print_result(json.dumps(made.to_dict(), indent=1) if as_json else "\n".join(made.lines()), as_json)
     if made.refusal is not None:
         raise made.refusal
     if made.failure is not None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import click
 
-from .display import CLEAR, UP
+from mmquant.tables import folded
+
+from .display import CLEAR, UP, size_of
 from .options import json_option
+from .terminal import print_result
 
 EVERY = 2.0  # seconds between two looks
 
@@ -19,7 +22,7 @@ EVERY = 2.0  # seconds between two looks
 @json_option()
 @click.option("--watch", is_flag=True, help="Show it again every two seconds, until the run ends.")
 def command(folder: Path, as_json: bool, watch: bool) -> None:
-    """Tell of the run in FOLDER: running, finished, stopped or killed, layer, rates, what is left.
+    """Show the run in FOLDER: running, finished, stopped or killed, its layer, its rates, what is left.
 
     Example: mmquant status ./m27 --watch
     """
@@ -27,10 +30,19 @@ def command(folder: Path, as_json: bool, watch: bool) -> None:
 
     found = status(folder)
     while watch and found.state == "running":
-        text = as_text(found, as_json)
-        click.echo(text)
-        time.sleep(EVERY)
         if sys.stdout.isatty() and not as_json:
-            click.echo(UP.format(text.count("\n") + 1) + CLEAR, nl=False)
+            glance("\n".join(found.lines()))
+        else:
+            click.echo(as_text(found, as_json))
+            time.sleep(EVERY)
         found = status(folder)
-    click.echo(as_text(found, as_json))
+    print_result(as_text(found, as_json), as_json)
+
+
+def glance(text: str) -> None:
+    """Show a text for a while on the terminal, as much as fits, and take it away again: no line wraps or scrolls."""
+    columns, rows = size_of(sys.stdout)
+    lines = [line[: columns - 1] for line in folded(text, columns - 1).split("\n")][: rows - 1]
+    click.echo("\n".join(lines))
+    time.sleep(EVERY)
+    click.echo(UP.format(len(lines)) + CLEAR, nl=False)

@@ -10,12 +10,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .display import Display, Phase
+import click
+
+from mmquant.tables import WIDTH, folded
+
+from .display import Display, Phase, size_of
 
 if TYPE_CHECKING:
     from mmquant.monitor import Bar
 
 EVERY = 10.0  # seconds between two lines of a phase, where stderr is no terminal
+
+
+def print_result(text: str, as_json: bool = False) -> None:
+    """A result on stdout. Its tables fit WIDTH; on a terminal its prose is folded between words, JSON never."""
+    prose = sys.stdout.isatty() and not as_json
+    click.echo(folded(text, max(WIDTH, size_of(sys.stdout)[0])) if prose else text)
+
+
+def complain(text: str) -> None:
+    """A line on stderr, folded on a terminal, one line elsewhere."""
+    print(_fitted(text), file=sys.stderr, flush=True)
+
+
+def _fitted(text: str) -> str:
+    return folded(text, size_of(sys.stderr)[0]) if sys.stderr.isatty() else text
 
 
 class Terminal:
@@ -47,9 +66,9 @@ class Terminal:
         """The same, also with `quiet`."""
         line = f"mmquant: {text}"
         if self._display is None:
-            print(line, file=sys.stderr, flush=True)
+            complain(line)
         else:
-            self._display.message(line)
+            self._display.message(_fitted(line))
 
     def verbose(self) -> None:
         """Show what the modules log of their work."""

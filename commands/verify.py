@@ -10,6 +10,7 @@ from mmquant.errors import InputError
 
 from ..runs.options import VerifyOptions
 from .options import json_option, options_of
+from .terminal import print_result
 
 FILE = click.Path(path_type=Path)
 
@@ -64,6 +65,6 @@ def command(
         write_html(html, found.document)
     if record is not None:
         put(record, found.document)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines()))
+    print_result(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines()), as_json)
     if gate:
         found.check()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import FitError, InputError
+from mmquant.tables import gib
 
 from ..convert.fitting.artifact import Artifact, geometry_of, read_artifact
 from ..convert.fitting.catalog import Row, find_rows, rows
@@ -168,7 +169,7 @@ def targets_of(options: FitOptions) -> list[Target]:
 def _smallest(g: Geometry, fits: tuple[Fit, ...]) -> str:
     """One line for what fits nowhere: the nearest miss, and the smallest type or machine that works."""
     near = min(fits, key=lambda f: (bool(f.reason), f.missing))
-    why = near.reason or f"{near.missing / 1e9:.1f} GB are missing"
+    why = near.reason or f"{gib(near.missing)} are missing"
     said = f"{near.row.id} on {near.target.id}: does not fit, {why}"
     context = near.placement.context
     others = sorted((_weighed(row, g) for row in rows()), key=lambda row: -row.weigh(g).total)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mmquant.errors import FitError
+from mmquant.tables import gib
 
 HELP = "fewer or shorter windows (--windows, --context), --effort fast or --device cpu need less"
 
@@ -47,4 +48,4 @@ def _available() -> str:
             found = re.search(r"^MemAvailable: *(\d+) kB", file.read(), re.M)
     except OSError:
         return ""
-    return f"{int(found[1]) * 1024 / 1e9:.1f} GB" if found else ""
+    return gib(int(found[1]) * 1024) if found else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mmquant.tables import Size, table
+from mmquant.tables import Size, gib, table
 
 from ..convert.checkpoints.checkpoint import Checkpoint
 from .place import free_bytes
@@ -50,8 +50,8 @@ class Needs:
             ["output", Size(self.output), ""],
             ["download", Size(self.download), "of a hub; nothing for a folder"],
             ["disk peak", Size(self.disk), f"{self.free / 1e9:,.1f} GB are free"],
-            ["RAM", Size(self.ram), "estimated"],
-            ["GPU memory", Size(self.gpu), f"estimated; {self.device}"],
+            ["RAM", Size(self.ram), f"{gib(self.ram)}, estimated"],
+            ["GPU memory", Size(self.gpu), f"{gib(self.gpu)}, estimated; {self.device}"],
         ]
         time = UNKNOWN if self.seconds is None else duration(self.seconds)
         rest = [f"passes over the source: {self.passes}", f"time: {time} ({self.basis})", f"fits: {fits}"]
@@ -83,7 +83,7 @@ def needs_of(source: Checkpoint, out: Path, size: int, device: str, rate: str = 
         gpu=peak if kind == "cuda" else 0,
         passes=passes,
         seconds=seconds,
-        basis=where if seconds is not None else "no bench has this run",
+        basis=where if seconds is not None else "no benchmark has this run",
     )
 
 

@@ -55,7 +55,7 @@ class TextOptions(Checked):
     evaluation: tuple[str, ...] = option((), "Text that must not overlap; default: the bundled evaluation text.")
     context: int | None = option(None, "Tokens in a window; default 512 for the demo, else 2048.", least=2)
     windows: int = option(256, "Windows at most.", least=1)
-    seed: int = option(0, "Of the documents' order.", least=0, most=SEEDS)
+    seed: int = option(0, "Seed of the documents' order.", least=0, most=SEEDS)
     text_only: bool = option(True, TEXT_ONLY)
 
 
@@ -75,7 +75,7 @@ class CalibrateOptions(TextOptions):
     skip_nonfinite: bool = option(False, "Leave out rows with NaN or infinity instead of stopping.")
     imatrix: Path | None = option(None, "Also write llama.cpp's importance matrix to this .gguf file.", kind="path")
     layers: range | None = option(None, "Only the first B layers (development).", kind="layers", metavar="0:B")
-    dtype: str | None = option(None, "Of matrix products; default: bf16 on CUDA.", choices=("float32", "bfloat16"))
+    dtype: str | None = option(None, "Type of matrix products; default: bf16 on CUDA.", choices=("float32", "bfloat16"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +90,7 @@ class PruneOptions(Checked):
     experts_kept: Path | None = option(
         None, "JSON: of every layer the list of the experts that stay; router and bias are cut to match.", kind="path"
     )
-    experts: int | None = option(None, "Keep so many experts of each layer, by saliency (REAP).", least=1)
+    experts: int | None = option(None, "How many experts of each layer stay, by saliency (REAP).", least=1)
     statistics: Path | None = option(None, "What `calibrate --out` wrote, for --experts.", kind="path")
 
     def __post_init__(self) -> None:
@@ -159,9 +159,9 @@ class PlannedOptions(BudgetOptions):
 class PlanOptions(BudgetOptions):
     """Options of `plan`: one of size, bits and target."""
 
-    bits: float | None = option(None, "Bits a weight, of all tensors together.", kind="bits")
+    bits: float | None = option(None, "Bits per weight, over all tensors together.", kind="bits")
     format: str = option("gguf", "The command that the plan is for.", choices=PLANNED)
-    tp: int = option(2, "Tensor parallelism to be loadable at (folders); with --target its cards.", least=1)
+    tp: int = option(2, "Tensor parallelism that a folder must load at; with --target its cards.", least=1)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class WeightsOptions(CalibratedOptions):
         "fp8: calibrated scales for an FP8 cache, which vLLM and SGLang then use by themselves; it costs quality.",
         choices=("bf16", "fp8"),
     )
-    tp: int = option(2, "Tensor parallelism to be loadable at.", least=1)
+    tp: int = option(2, "Tensor parallelism that the folder must load at.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -323,8 +323,8 @@ class EvalOptions(Checked):
         "llama.cpp: rounded as its CPU backend rounds them; default with --convention llama.cpp, else exact.",
         choices=("exact", "llama.cpp"),
     )
-    seed: int = option(0, "Of the bootstrap.", least=0, most=SEEDS)
-    dtype: str | None = option(None, "Of matrix products; default: bf16 on CUDA.", choices=("float32", "bfloat16"))
+    seed: int = option(0, "Seed of the bootstrap.", least=0, most=SEEDS)
+    dtype: str | None = option(None, "Type of matrix products; default: bf16 on CUDA.", choices=("float32", "bfloat16"))
     engine_like: tuple[str, ...] = option(
         (), "Also as an engine computes it: vllm-h100, llama.cpp ... (docs/eval.md); repeatable.", metavar="PROFILE"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmquant.errors import FitError
+from mmquant.tables import gib
 
 from ..calibration.plan.allocate import Allocation, cheapest
 from ..calibration.plan.knapsack import Option, smallest, undominated
@@ -96,8 +97,8 @@ class FolderPlanner:
         if least > budget:
             if self.target is None:
                 raise too_small(options, budget, least)
-            left = f"{max(0, budget) / 1e9:.2f} GB are left for weights of {options.target_context} tokens"
-            raise FitError(f"{word}: {left}, the smallest {self.format} takes {least / 1e9:.2f} GB")
+            left = f"{gib(max(0, budget))} are left for weights of {options.target_context} tokens"
+            raise FitError(f"{word}: {left}, the smallest {self.format} takes {gib(least)}")
         room = max(budget - fixed, smallest(choices))
         low, high, best = 0, max(0, smallest(choices) + fixed - least), self.within(groups, room)
         for _ in range(SEARCHES):

@@ -229,7 +229,7 @@ def scores_of(candidate: Mapping[str, Any]) -> dict[str, Any]:
     names = ("ppl", "ppl_ratio", "top1", "nonfinite", "tokens")
     kld = {name: candidate["kld"][name] for name in ("mean", "p99", "p999")}
     errors = {found["layer"]: found["relative_error"] for found in candidate["layers"]}
-    known = sorted((n for n, error in errors.items() if error is not None), key=lambda n: -gained(errors, n))
+    known = sorted((n for n, error in errors.items() if error), key=lambda n: -gained(errors, n))
     more = {"kld": kld, "bits": candidate.get("bits_per_weight"), "worst_layers": known[:3]}
     return {name: candidate[name] for name in names} | more
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import FitError
-from mmquant.tables import table
+from mmquant.tables import gib, table
 
 from ..convert import manifest
 from ..convert.fitting.manifest import fit_of, target_blocks
@@ -63,12 +63,12 @@ def lines_of(found: Mapping[str, Mapping[str, Fit]]) -> list[str]:
 
 def _cell(fit: Fit) -> str:
     if fit.verdict == NO:
-        return "no" if fit.reason else f"no, {max(fit.missing / 1e9, 0.01):.2f} GB short"
+        return "no" if fit.reason else f"no, {gib(fit.missing)} short"
     return f"{fit.verdict}, {context_words(fit.context)}"
 
 
 def _words(fit: Fit) -> str:
-    return fit.reason or f"{max(fit.missing / 1e9, 0.01):.2f} GB missing"
+    return fit.reason or f"{gib(fit.missing)} missing"
 
 
 def note_fits(wanted: FitTargets, folder: Path, shape: Shape, g: Geometry) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmquant.errors import InputError
-from mmquant.tables import clock, table
+from mmquant.tables import clock, gib, table
 
 from ..convert.files.lock import HOLDER
 from .engine import step_name
@@ -50,17 +50,16 @@ class Status(Result):
 
     def lines(self) -> list[str]:
         """The same for people."""
-        where = (
-            "nothing yet" if self.step is None else f"{step_name(self.step, self.steps - 2)} of {self.steps - 2} layers"
-        )
+        where = "no layer" if self.step is None else f"{step_name(self.step, self.steps - 2)} of {self.steps - 2}"
+        where = f"all {self.steps - 2} layers" if self.step == self.steps - 1 else where
         lines = [
             f"{self.folder}: {self.state}{': ' + self.reason if self.reason else ''}",
             f"{self.model}: {where} done",
         ]
         if self.state == "running" and self.facts:
             rate = f"{self.facts['seconds_per_step']:.3g} s a step, about {clock(self.facts['seconds_left'])} left"
-            memory, disk = self.facts["memory"] / 1e9, self.facts["disk_free"] / 1e9
-            lines.append(f"{rate}; {memory:.1f} GB in memory, {disk:.1f} GB of disk free")
+            memory, disk = gib(self.facts["memory"]), self.facts["disk_free"] / 1e9
+            lines.append(f"{rate}; {memory} in memory, {disk:.1f} GB of disk free")
         lines += table(HEAD, [_cells(row) for row in self.table], text=HEAD[:3])
         for row in self.table:
             lines += [f"{row['name']}: {'; '.join(found)}" for found in [remarks(row)] if found]

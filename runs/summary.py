@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmquant.monitor import KINDS
-from mmquant.tables import Size, clock, table
+from mmquant.tables import Size, clock, plural, table
 
 from .journal import CHECKED, LOG, WRITTEN, Journal, read_log
 
@@ -41,14 +41,15 @@ def summary(journal: Journal, seconds: float) -> list[str]:
         lines += [f"{row['name']}: {'; '.join(found)}" for found in [remarks(row)] if found]
     lines += [f"{name}: weights are in {where} without card and manifest" for name, where in half_published(journal)]
     lines += [*journal.fits, *next_steps(journal)]
-    return [*lines, f"{journal.model}: {len(rows)} artifacts in {clock(seconds)}; log in {journal.folder / LOG}"]
+    made = f"{plural(len(rows), 'artifact')} in {clock(seconds)}"
+    return [*lines, f"{journal.model}: {made}; log in {journal.folder / LOG}"]
 
 
 def remarks(row: dict[str, Any]) -> list[str]:
     """Where an artifact loses most, and what was done beyond rounding."""
     worst = row.get("scores", {}).get("worst_layers", [])
     lines = [f"loses most in layers {', '.join(map(str, worst))}"] if worst else []
-    known = [f"{row[kind]} {words}" for kind, words in KINDS.items() if row.get(kind)]
+    known = [f"{words}: {row[kind]}" for kind, words in KINDS.items() if row.get(kind)]
     return lines + known
 
 

@@ -14,6 +14,7 @@ import torch
 
 from mmquant.errors import FitError
 from mmquant.monitor import KINDS, UNSEEN, current, tell
+from mmquant.tables import gib
 
 from .engine import step_name
 from .journal import Journal
@@ -46,7 +47,7 @@ class Watch:
     def job_begins(self, label: str, step: int) -> None:
         """An artifact's step is made now; whoever watches sees what, and what the machine has left."""
         free = shutil.disk_usage(self.journal.folder).free
-        machine = f"{resident() / 1e9:.1f} GB memory, {free / 1e9:.1f} GB disk free"
+        machine = f"{gib(resident())} memory, {free / 1e9:.1f} GB disk free"
         warned = f", {self.warnings} experts without tokens" if self.warnings else ""
         tell(f"{step_name(step, self.steps - 2)} of {self.steps - 2}: {label}; {machine}{warned}")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mmquant.errors import FitError
+from mmquant.tables import gib
 
 from ...convert.models.geometry import Geometry
 from ..folder.layer import working_memory
@@ -109,9 +110,7 @@ def moment_memory(g: Geometry, dtype: torch.dtype, device: torch.device | str, t
     left, least = int((free - held) * USABLE) - other - pair_bytes(g.hidden), pair_bytes(g.hidden)
     if left < least:
         needed = (other + 2 * least) / USABLE + held
-        raise FitError(
-            f"layer 0: {device} has {free / 1e9:.1f} GB of memory free, a layer needs {needed / 1e9:.1f} GB; {LESS}"
-        )
+        raise FitError(f"layer 0: {device} has {gib(free)} of memory free, a layer needs {gib(int(needed))}; {LESS}")
     return left
 
 

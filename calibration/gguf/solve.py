@@ -92,7 +92,8 @@ class Report:
             yield f"layer {layer}: experts {', '.join(rescaled)} rescaled, their sums would overflow float16 on CUDA"
         for (place, name), experts in self.plain.items():
             if place == layer and experts:
-                whose = f" of experts {', '.join(map(str, experts))}" if name.endswith("_exps") else ""
+                numbers = ", ".join(map(str, experts))
+                whose = f" of expert{'s' * (len(experts) > 1)} {numbers}" if name.endswith("_exps") else ""
                 yield f"layer {layer}: {name}{whose} rounded without error feedback, which held-out rows say is worse"
         if unseen:
             yield f"layer {layer}: experts {', '.join(unseen)} saw no token, the layer's pooled moments stand in"

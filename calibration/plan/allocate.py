@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mmquant.errors import FitError
+from mmquant.tables import gib
 
 from ...convert.gguf.mixes import tensor_bytes
 from ...convert.gguf.names import EXPERT_TENSORS, TOKEN_EMBD
@@ -76,11 +77,11 @@ def _missing(options: Mapping[str, list[Option]], layers: Sequence[Sequence[str]
     """How far the smallest types are from fitting: the card's own part, and RAM with the card as full as it gets."""
     fixed = sum(min(o.bytes for o in choices) for choices in options.values() if all(o.place == CARD for o in choices))
     if fixed > card:
-        return f"card: {card / 1e9:.2f} GB are left for weights, attention and head take at least {fixed / 1e9:.2f} GB"
+        return f"card: {gib(card)} are left for weights, attention and head take at least {gib(fixed)}"
     in_ram = {name: [replace(o, cost=float(o.bytes * (o.place == HOST))) for o in c] for name, c in options.items()}
     least = choose(in_ram, [card, 1 << 62], layers) or {}
     need = sum(option.bytes for option in least.values() if option.place == HOST)
-    return f"RAM: {host / 1e9:.2f} GB are left for weights, the smallest types take {need / 1e9:.2f} GB beside the card"
+    return f"RAM: {gib(host)} are left for weights, the smallest types take {gib(need)} beside the card"
 
 
 def _allocation(groups: Mapping[str, Measured], chosen: Mapping[str, Option], in_ram: int | None) -> Allocation:

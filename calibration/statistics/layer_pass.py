@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmquant.errors import FitError
 from mmquant.stages import stage
+from mmquant.tables import gib
 
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
@@ -72,8 +73,8 @@ def plan_moments(geometry: Geometry, collect: Collect, memory: int, host: int | 
         return MomentPlan(geometry.experts, 1, "device", fixed + total, total)
     chunk = (memory - fixed) // each
     if chunk < 1:
-        needed = f"one expert's and the attention's take {(fixed + each) / 1e9:.2f} GB"
-        raise FitError(f"{memory / 1e9:.2f} GB are left for moments, {needed}; {LESS_MOMENTS}")
+        needed = f"one expert's and the attention's take {gib(fixed + each)}"
+        raise FitError(f"{gib(memory)} are left for moments, {needed}; {LESS_MOMENTS}")
     passes = -(-geometry.experts // chunk)
     chunk = -(-geometry.experts // passes)
     results = "host" if host is not None and total <= host else "file"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mmquant.errors import FitError, InputError
+from mmquant.tables import gib
 
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.models.layer import LayerWeights
@@ -67,7 +68,7 @@ def moment_plan(source: Checkpoint, options: PassOptions, tokens: int) -> Moment
         try:
             return plan_moments(source.geometry, options.collect, max(int((free - hidden) * 0.8) - weights, 0), room)
         except FitError as error:
-            taken = f"{options.device} has {free / 1e9:.1f} GB of memory free, a layer takes {weights / 1e9:.1f} GB"
+            taken = f"{options.device} has {gib(free)} of memory free, a layer takes {gib(weights)}"
             raise FitError(f"{taken}: {error}") from None
     return plan_moments(source.geometry, options.collect, memory, room)
 

@@ -6,11 +6,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from mmquant.tables import markdown
+from mmquant.tables import GIB, gib, markdown
 
 FIT_TEXT = "FIT.md"
 REPORT = "mmquant.report.html"  # the same with plots and commands to copy, as push and `mmquant report` write it
-GIB = 1 << 30
 MARK = {"yes": "yes", "tight": "tight (under 1 GiB free)", "no": "no"}
 
 
@@ -60,7 +59,7 @@ def machines(targets: list[Mapping[str, Any]]) -> str:
     for target in targets:
         fits = target["fits"]
         context, speed = (f"{target['context_tokens']:,}", f"{target.get('tokens_per_second_bound', 0):.0f}")
-        lacks = target.get("reason") or f"{target.get('missing', 0) / 1e9:.1f} GB missing"
+        lacks = target.get("reason") or f"{gib(target.get('missing', 0))} missing"
         cells = [context, speed, placement_words(target)] if fits != "no" else ["-", "-", lacks]
         rows.append([target["id"], machine_words(target), MARK[fits], *cells])
     return markdown(["machine", "memory", "fits", "context", "tok/s <=", "placement"], rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmquant.tables import Size
+from mmquant.tables import GIB
 from mmquant.tables import table as aligned
 
 from ..models import choose_device
@@ -55,8 +55,8 @@ class EvaluationPlan(Result):
         lines = [f"{len(self.models)} models, {scored}, {self.ranks} ranks, {self.device}"]
         lines += [f"  {name}" for name in self.models]
         places = {"hidden": self.hidden_place}
-        rows = [(words, Size(self.bytes[name]), places.get(name, "")) for name, words in WORDS.items()]
-        return "\n".join([*lines, "", *aligned(("memory of a rank", "GB", "where"), rows, text=("memory of a rank",))])
+        rows = [(words, f"{self.bytes[name] / GIB:,.3f}", places.get(name, "")) for name, words in WORDS.items()]
+        return "\n".join([*lines, "", *aligned(("memory of a rank", "GiB", "where"), rows, text=("memory of a rank",))])
 
 
 def plan_evaluation(

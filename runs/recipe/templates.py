@@ -5,16 +5,17 @@ from __future__ import annotations
 MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
 HEAD = """\
 # A recipe of mmquant: every variant below in one pass over the checkpoint.
-#   mmquant run {file} --out DIR --dry-run   what it would fetch, write and need
+#   mmquant run {file} --out DIR --dry-run   what it needs
 #   mmquant run {file} --out DIR             run again, it continues
 #   mmquant status DIR                       how far it is
-model: {model}        # a folder, hf:ORG/NAME[@REV], ms:ORG/NAME[@REV] or demo
-# revision: COMMIT    # pins the model; without it the commit of the first run is kept
+# a folder, hf:ORG/NAME[@REV], ms:ORG/NAME[@REV] or demo
+model: {model}
+# revision: COMMIT    # pins the model; by default the first run's commit
 # device: cuda:0      # by default a GPU when there is one
 
-corpora:              # calibration text; a variant names one by `corpus`, the only one is everybody's
+corpora:              # calibration text; of several a variant names one: corpus
   main:
-    text: [default]   # files, folders, PATH=WEIGHT; `default` is the bundled text
+    text: [default]   # files, folders, PATH=WEIGHT; `default`: the bundled text
     windows: 256
     # context: 2048
 
@@ -25,12 +26,12 @@ check:                # scored against the model; leave it out to write only
   gates:
     max_kld: {gate}   # exit code 4 when one fails; what fails is not pushed
 
-fit:                  # machines that the artifacts are for: in the summary, in mmquant.fit.json and FIT.md
+fit:                  # machines of the artifacts: in summary, manifest, FIT.md
   targets: [{targets}]
   # context: 32768    # tokens that must fit; by default the largest that does
   # machines: my.yaml # more machines, as of mmquant fit --targets
 
-# limits:             # what does not fit ends with exit code 5, before it begins where that can be told
+# limits:             # what does not fit ends with exit code 5, early if it can
 #   disk: 300GB       # of artifacts, shards and hidden states together
 #   shards: 4         # of the source on disk at once
 #   ram: 64GB         # of this process
@@ -41,8 +42,8 @@ push:
   - repo: me/MiniMax-M2.7-GGUF
     hub: hf           # or ms
     variants: [{names}]
-    # private: true            # a new repository is private until you open it
-    # as_completed: true       # parts leave as they become whole (with private, pr or a revision)
+    # private: true       # a new repository is private until you open it
+    # as_completed: true  # parts leave when whole (with private, pr or a revision)
     delete_after_upload: true
 """
 GGUF = ("Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
@@ -56,9 +57,9 @@ VARIANTS = {
     "publisher": _gguf(GGUF) + "  imatrix: {command: calibrate, moments: diagonal, imatrix: imatrix.gguf}\n",
     "2xa100": "  int4-g32: {command: int4, group_size: 32, attention: bf16}\n"
     "  int4-g128: {command: int4, group_size: 128, attention: bf16}\n"
-    "  # planned: {command: int4, target: 2xA100-80GB}   # some layers stay wider; measured in a pass before\n",
+    "  # planned: {command: int4, target: 2xA100-80GB}  # some layers wider\n",
     "24gb": _gguf(("IQ2_XXS", "Q2_K", "IQ3_XXS"))
-    + "  # planned: {command: gguf, target: 24GB+96GB}   # its best types; measured in a pass before\n",
+    + "  # planned: {command: gguf, target: 24GB+96GB}  # its best types\n",
     "": "  fp8: {command: fp8}\n  int4: {command: int4, group_size: 32}\n" + _gguf(("Q4_K_M", "IQ2_XXS")),
 }
 TARGETS = {

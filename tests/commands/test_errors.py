@@ -178,7 +178,7 @@ def test_memory_is_looked_at_before_a_folder_is_made(
         for more in ([], ["--dry-run"]):
             code, _, errors = run(monkeypatch, capsys, command, *small, *more)
             assert (code, errors.count("\n")) == (5, 1), errors
-            assert "cpu has 0.0 GB of memory free, a layer" in errors
+            assert "cpu has 0.01 GiB of memory free, a layer" in errors
             assert "--effort fast" in errors
             assert not (tmp_path / "o").exists()
 

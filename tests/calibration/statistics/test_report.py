@@ -112,7 +112,7 @@ def test_bad_input_is_one_line_with_its_exit_code(tmp_path: Path) -> None:
         (("--context", "4096"), "--context 4096: the model has at most 2048"),
         (("--imatrix", "i.dat"), "--imatrix i.dat: expected a name ending in .gguf"),
         (("--imatrix", "/proc/none/i.gguf"), "expected a place that can be written"),
-        (("--memory", "1KB"), "0.00 GB are left for moments"),
+        (("--memory", "1KB"), "0.01 GiB are left for moments"),
         (("--layers", "2:4"), "expected 0:B"),
     ):
         held = () if copied.name in reason else ("--evaluation", str(other))

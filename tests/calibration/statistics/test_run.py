@@ -109,7 +109,7 @@ def test_a_memory_limit_means_more_passes_and_the_same_bits(tmp_path: Path) -> N
     every = LivePass(source, text, options(collect=Collect(experts="all"))).layer(1).statistics
     few = LivePass(source, text, options(collect=Collect(experts="all"), memory=2 * fixed + each)).layer(1).statistics
     equal(every, few)
-    with pytest.raises(FitError, match=r"0\.00 GB are left for moments, one expert's and the attention's"):
+    with pytest.raises(FitError, match=r"0\.01 GiB are left for moments, one expert's and the attention's"):
         LivePass(source, text, options(memory=1000))
 
 

@@ -108,7 +108,7 @@ def test_no_row_hides_its_ram(manifest: dict[str, Any]) -> None:
     table = [line for line in text.splitlines() if line.startswith(("| 24GB", "| 2x", "| 4x", "| 32GB", "| 96GB"))]
     assert table
     assert all("GiB RAM" in line for line in table if "unified" not in line)
-    assert "GB missing" in next(line for line in table if line.startswith("| 24GB |"))
+    assert "GiB missing" in next(line for line in table if line.startswith("| 24GB |"))
 
 
 def test_commands_of_a_repository_start_from_it(manifest: dict[str, Any]) -> None:
