@@ -31,8 +31,8 @@ from .tokens import tokens_of
 DEFAULT = "default"
 CHATS = "chat"  # the folder of the bundled set that needs a chat template
 COUNTED = 1 << 17  # characters of a set that are counted in tokens; beyond, its length is estimated
-# By how much a domain of the bundled set counts more, or less, than its text is long: towards what chat and agent models
-# are used for (docs/lab.md, "Which text, and how much of it").
+# By how much a domain of the bundled set counts more, or less, than its text is long: towards what chat and agent
+# models are used for (docs/lab.md, "Which text, and how much of it").
 EMPHASIS = {"chat": 1.3, "docs": 1.3, "prose": 1.7, "zh": 1.8, "languages": 0.6, "data": 0.6}
 
 
