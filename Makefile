@@ -133,9 +133,10 @@ notebooks: $(READY) ## run the notebooks and keep their outputs
 	rm -rf notebooks/m27-*
 	PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
+# Not --quiet: it hides warnings from mkdocs's strict mode too
 docs: $(READY) ## the documentation site, into build/site; no network is needed
 	$(BIN)/python docs/figures/draw.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo build/site/index.html
 
 constraints: ## rewrite constraints.txt from .venv

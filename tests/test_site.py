@@ -171,11 +171,19 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
 
 
+def test_links_between_pages_stay_within_the_site() -> None:
+    for path in DOCS.rglob("*.md"):
+        for link in re.findall(r"\]\((?![a-z]+:)([^)#]+)\)", path.read_text(encoding="utf-8")):
+            target = (path.parent / link).resolve()
+            assert target.is_relative_to(DOCS), f"{path.name}: {link}"
+            assert target.is_file(), f"{path.name}: {link}"
+
+
 @pytest.mark.slow
 def test_the_site_builds_and_asks_nobody(tmp_path: Path) -> None:
     """Strictly (links and anchors resolve), with every proxy shut; no page loads anything from elsewhere."""
     shut = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **shut}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
