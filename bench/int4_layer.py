@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mmquant.calibration.folder.guard import guarded
+from mmquant.calibration.folder.layer import FLOOR, SAMPLING
 from mmquant.calibration.statistics.held import HELD
 from mmquant.quantize.integer import gptq, gptq_triton
 from mmquant.quantize.integer.gptq import GptqGrid
@@ -44,14 +45,17 @@ def rows(count: int, n: int) -> Tensor:
 
 
 def moments(experts: int, n: int) -> Tensor:
-    """Mean second moments of such inputs [E, n, n]."""
+    """Mean second moments of such inputs [E, n, n], with the ridge that calibration gives them at so many rows."""
     second = torch.empty(experts, n, n, device="cuda")
     torch.backends.cuda.matmul.allow_tf32 = True
     for e in range(experts):
         x = rows(n + 256, n)
         torch.mm(x.mT, x, out=second[e])
     torch.backends.cuda.matmul.allow_tf32 = False
-    return second.add_(second.mT.clone()).div_(2 * (n + 256))
+    second = second.add_(second.mT.clone()).div_(2 * (n + 256))
+    diagonal = second.diagonal(dim1=1, dim2=2)
+    diagonal.add_(min(1.0, FLOOR + SAMPLING * n / (n + 256)) * diagonal.mean(1, keepdim=True))
+    return second
 
 
 def solve(weight: Tensor, second: Tensor, group: int, chunk: int) -> list[gptq.Solved]:
