@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 
 from helpers.calibration_cases import model, run
+from helpers.ct_reader import copy_of
 from helpers.exl3 import random_parts, write_exl3
 from helpers.fuzz import mutants
+from helpers.paths import GOLDEN
 from helpers.tiny import write_tiny
+from helpers.widths import mixed
 from mmquant.calibration.evaluate.reference_store import MAGIC, StoredReference
 from mmquant.calibration.statistics.store import open_statistics
 from mmquant.calibration.text.chat import Chat, ChatTemplate, load_template
@@ -28,6 +31,7 @@ from mmquant.calibration.text.tokenizer import load_tokenizer
 from mmquant.calibration.text.vocabulary import read_vocabulary
 from mmquant.convert import manifest
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
+from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
 from mmquant.convert.checkpoints.store import LocalFolder, shard_names
 from mmquant.convert.files.progress import read_state
 from mmquant.convert.files.together import JOURNAL, interrupted
@@ -69,6 +73,15 @@ def checkpoint(path: Path) -> None:
     source = open_source(path.parent)
     if isinstance(source, Checkpoint):
         source.validate()
+
+
+def quantized(path: Path) -> None:
+    """All values of a quantized folder."""
+    source = open_source(path.parent)
+    source.validate()
+    if isinstance(source, QuantizedFolder):
+        for name in source.matrices:
+            source.dequantize(name)
 
 
 def index(path: Path) -> None:
@@ -161,6 +174,12 @@ KINDS = {
     "reference logits": Kind("reference", lambda path: StoredReference(path).rows(0, 4), len),
     "EXL3 header": Kind("exl3/model.safetensors", trellis, lambda data: 8 + word(data), share=4),
     "EXL3 config": Kind("exl3/config.json", trellis, share=10),
+    "AutoRound config": Kind("autoround/config.json", quantized, share=10),
+    "AutoRound header": Kind("autoround/model.safetensors", quantized, lambda data: 8 + word(data), share=10),
+    "AutoRound values": Kind("autoround/model.safetensors", quantized, len, share=10),
+    "widths config": Kind("widths/config.json", quantized, share=10),
+    "widths header": Kind("widths/model.safetensors", quantized, lambda data: 8 + word(data), share=10),
+    "widths values": Kind("widths/model.safetensors", quantized, len, share=10),
     "safetensors header": Kind("model-00001-of-00001.safetensors", shard, lambda data: 8 + word(data)),
 }
 
@@ -193,6 +212,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = write_tiny(folder.parent / "small", num_hidden_layers=1, num_local_experts=2)
     write_exl3(small, folder / "exl3", lambda name, values: random_parts(values.shape, 40, "mul1"))
     (folder / "reference").write_bytes(reference_logits())
+    shutil.copytree(GOLDEN / "peer-autoround-mixed", folder / "autoround")
+    copy_of("source-bf16", folder / "widths", mixed)
     ones = Importance(np.ones((2, 8), np.float32), np.ones(2, np.float32))
     write_imatrix(folder / "imatrix.gguf", Imatrix({"blk.0.attn_q.weight": ones}, ("text",), 1, 512))
     run(model(tmp_path_factory.mktemp("calibrated"), layers=1), folder / "stats", windows=2)

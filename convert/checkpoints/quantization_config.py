@@ -11,12 +11,13 @@ from typing import Any
 
 from mmquant.errors import InputError
 
-from ..files.parse import is_object
+from ..files.parse import is_object, short
 from ..formats.format import Found, Scheme, Shape
 from ..formats.skip_lists import names_of
 from ..formats.table import METHODS, formats_of
 from ..models.names import TensorNames
 
+GROUPED = ("group", "tensor_group")  # strategies
 # The second: compressed-tensors before 2025.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -40,6 +41,11 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def is_simple(weights: object) -> bool:
+    """Whether settings of compressed-tensors' weights call for FP8 as sources have it: no zero points, no groups."""
+    return is_object(weights) and weights.get("symmetric") is not False and weights.get("strategy") not in GROUPED
+
+
 class SchemeBook:
     """The schemes of a quantization_config by matrix, one reading for each engine."""
 
@@ -48,7 +54,9 @@ class SchemeBook:
         self.method = str(quantization.get("quant_method"))
         if self.method not in METHODS:
             known = ", ".join(METHODS)
-            raise InputError(f"config.json: quant_method is {quantization.get('quant_method')!r}, expected {known}")
+            raise InputError(
+                f"config.json: quant_method is {short(quantization.get('quant_method'))}, expected {known}"
+            )
         self._method = METHODS[self.method]
         self._formats = formats_of(self._method)
         self._known: dict[tuple[str, tuple[str, ...]], Scheme | None] = {}
@@ -108,9 +116,12 @@ class SchemeBook:
         groups = self.quantization.get("config_groups")
         if all(row.group is None for row in self._formats) or not is_object(groups):
             return not self.integers
-        said = [g.get("format") or self.quantization.get("format") for g in groups.values() if is_object(g)]
         sources = {row.name for row in self._formats if row.requantizable}
-        return bool(said) and all(kind in sources for kind in said)
+        said = [group for group in groups.values() if is_object(group)]
+        return bool(said) and all(
+            (group.get("format") or self.quantization.get("format")) in sources and is_simple(group.get("weights"))
+            for group in said
+        )
 
     def derives(self, name: str) -> bool:
         """Whether engines take the dtypes in the files for a skip list, there being none for a matrix."""

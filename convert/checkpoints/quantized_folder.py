@@ -1,4 +1,4 @@
-"""Open a quantized folder (compressed-tensors, AWQ, GPTQ, ModelOpt, MLX, EXL3) as a Source of dequantized weights.
+"""Open a quantized folder (compressed-tensors, AWQ, GPTQ, AutoRound, ModelOpt, MLX, EXL3) as a Source of its weights.
 
 Values are exact products of stored codes and scales in float32. A matrix must be stored as config.json says: engines
 trust the config, so a folder in which the two disagree is refused rather than guessed at.
@@ -23,11 +23,11 @@ from ..models.shapes import global_shapes, is_mtp, matrix_shapes, plain_shapes
 from .batches import batches, read_batch
 from .census import Kind, count_kinds
 from .extras import extra_kind, extra_notes
-from .parts import ONE_VALUE, Stored, fits, known_parts
+from .parts import Stored, as_stored, fits, known_parts, shapes_of
 from .quantization_config import SchemeBook, quantization_of
 from .schedule import Schedule
 from .stacked import unstacked
-from .storage import check_storage, engine_notes, scheme_for
+from .storage import check_storage, engine_notes, is_plain, scheme_for
 from .store import ShardStore, TensorInfo
 from .tensors import TORCH_DTYPES, check_count, collect_tensors, read_config, read_scale, read_tensor
 
@@ -61,7 +61,7 @@ class QuantizedFolder:
             self.warnings.append(line)
         layers = range(self.geometry.layers)
         shapes = {name: shape for layer in layers for name, shape in matrix_shapes(self.geometry, layer)}
-        shapes |= self._further_shapes() if self.book.outside else {}
+        shapes |= {n: s for n, s in self._further_shapes().items() if self.book.outside or self._is_quantized(n)}
         schemes = {name: self._scheme(name, shape) for name, shape in shapes.items()}
         read = {name: (self._by_module.get(name, {}), schemes[name]) for name in shapes}
         check_storage(self.label, self.book, read)
@@ -70,8 +70,12 @@ class QuantizedFolder:
         self._zeros = self._left_out()
         self.notes = self.warnings + extra_notes(self.label, (n for n in self.tensors if self._extra(n)), self.names)
 
+    def _is_quantized(self, name: str) -> bool:
+        """Whether a matrix is there, and not as plain values."""
+        return name in self._by_module and not is_plain(self._by_module[name])
+
     def _further_shapes(self) -> dict[str, tuple[int, int]]:
-        """Routers, embeddings and head, which some methods quantize too."""
+        """Routers, embeddings and head, which some quantize too."""
         g, names = self.geometry, self.names
         found = {names.prefix(layer) + names.router: (g.experts, g.hidden) for layer in range(g.layers)}
         outside = [name for name in (names.embed, names.head) if name == names.embed or not self._is_tied()]
@@ -108,6 +112,7 @@ class QuantizedFolder:
         likely = scheme_for(self.book, name, parts)
         if likely is None:
             return None
+        likely = as_stored(likely, shape, parts)
         found = {suffix: (info.dtype, info.shape) for suffix, info in parts.items()}
         try:
             derived = self.book.derived(name, found, shape)
@@ -135,8 +140,9 @@ class QuantizedFolder:
                 found = ", ".join(sorted(parts)) or "nothing"
                 expected = f"({found} is there, {scheme.format.name} wants it)"
                 raise InputError(f"{self.label}: {name}.{part.suffix} is missing {expected}")
-            if not (part.single and parts[part.suffix].shape in ONE_VALUE):
-                self._check(f"{name}.{part.suffix}", parts[part.suffix], part.shape, part.dtypes)
+            found = parts[part.suffix]
+            shape_there = found.shape if found.shape in shapes_of(part) else part.shape
+            self._check(f"{name}.{part.suffix}", found, shape_there, part.dtypes)
         return Stored(name, shape, scheme, parts)
 
     def _check(self, name: str, info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:

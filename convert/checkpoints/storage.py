@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mmquant.errors import InputError
 
+from ..files.parse import short
 from ..formats.format import Scheme
 from ..formats.fp8_native import SCALES
 from ..formats.plain import PLAIN
@@ -114,7 +115,7 @@ def modules_of(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorI
 def check_method(book: SchemeBook | None) -> None:
     """InputError for a quant_method that stores integers only: that is no source."""
     if book is not None and book.integers:
-        said = f"quant_method is {book.method!r}, expected fp8, compressed-tensors' FP8 or no quantization_config"
+        said = f"quant_method is {short(book.method)}, expected fp8, compressed-tensors' FP8 or no quantization_config"
         raise InputError(f"config.json: {said}: quantize the original instead")
 
 

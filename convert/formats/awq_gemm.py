@@ -15,8 +15,9 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...quantize.integer.grid import IntWeight
-from ...quantize.integer.pack import pack_awq, unpack_awq
+from ...quantize.integer.pack import pack_awq, unpack_awq, words_of
 from ...quantize.integer.rtn import rtn_int
+from ..files.parse import one_line, short
 from ..models.names import TensorNames
 from .format import Fetch, Format, Method, Part, Scheme, Shape
 from .scales import finite, groups_of, half_scales, scaled
@@ -30,16 +31,16 @@ SKIPPED = "modules_to_not_convert"
 def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
     (outputs, inputs), groups = shape, groups_of(scheme, shape[1])
     return [
-        Part("qweight", (inputs, outputs // 8), ("I32",)),
-        Part("qzeros", (groups, outputs // 8), ("I32",), needed=not scheme.symmetric),
+        Part("qweight", (inputs, words_of(outputs, scheme.bits)), ("I32",)),
+        Part("qzeros", (groups, words_of(outputs, scheme.bits)), ("I32",), needed=not scheme.symmetric),
         Part("scales", (groups, outputs), ("F16", "BF16", "F32")),
     ]
 
 
 def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
-    del shape
-    zeros = None if scheme.symmetric else unpack_awq(fetch("qzeros"))
-    return scaled(unpack_awq(fetch("qweight")), finite(fetch, "scales").transpose(-1, -2), zeros, scheme.group)
+    zeros = None if scheme.symmetric else unpack_awq(fetch("qzeros"), shape[0], scheme.bits)
+    codes = unpack_awq(fetch("qweight"), shape[0], scheme.bits)
+    return scaled(codes, finite(fetch, "scales").transpose(-1, -2), zeros, scheme.group)
 
 
 def _pack(names: list[str], weight: IntWeight) -> dict[str, Tensor]:
@@ -70,7 +71,9 @@ def _read(
     version = str(quantization.get("version", "gemm")).lower()
     bits, size = quantization.get("bits", 4), quantization.get("group_size", 128)
     if version != "gemm" or bits != 4 or not is_group(size):
-        raise InputError(f"config.json: AWQ {version} of {bits} bits, group {size}, expected gemm of 4 bits")
+        raise InputError(
+            f"config.json: AWQ {one_line(version)} of {short(bits)} bits, group {short(size)}, expected gemm of 4 bits"
+        )
     if AWQ_RULES[engine](strings(quantization.get(SKIPPED), SKIPPED), names):
         return None
     return Scheme(formats[0], 4, size, not quantization.get("zero_point", True))

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmquant.errors import InputError
 
-from ..files.parse import is_object
+from ..files.parse import is_object, one_line, short
 from ..models.names import TensorNames
 from .format import Format, Method, Scheme
 from .settings import block_of, is_group
@@ -22,6 +22,8 @@ from .spec import TensorSpec
 ATTENTION_TARGET = "re:.*self_attn.*"
 EXPERTS_TARGET = r"re:.*experts\..*"
 VERSION = "0.17.0"  # the oldest compressed-tensors whose reader takes these files (pinned by vLLM 0.33)
+BY_INDEX = ("group", "dynamic")  # actorder: weight_g_idx names the groups of the inputs
+ZERO_POINT, LARGE = "weight_zero_point", (128, 128)  # a shape that every format takes
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 
 
@@ -103,7 +105,8 @@ def _read(
     if not is_object(groups) or not groups:
         raise InputError("config.json: config_groups is missing or empty")
     by_class = None
-    for label, said in groups.items():
+    for key, said in groups.items():
+        label = one_line(key)
         if not is_object(said):
             raise InputError(f"config.json: config_groups.{label} is not an object")
         targets = strings(said.get("targets"), f"config_groups.{label}.targets")
@@ -114,38 +117,53 @@ def _read(
     return None if by_class is None else _scheme(formats, by_class[0], quantization, by_class[1])
 
 
-def _scheme(formats: Sequence[Format], said: dict[str, Any], quantization: dict[str, Any], label: str) -> Scheme:
+def _scheme(formats: Sequence[Format], said: dict[str, Any], quantization: dict[str, Any], label: str) -> Scheme | None:
     weights = said.get("weights")
+    if weights is None and "weights" in said:  # activations or a cache alone are quantized
+        return None
     if not is_object(weights):
         raise InputError(f"config.json: config_groups.{label}.weights is missing")
     kind = said.get("format") or quantization.get("format")
-    bits, strategy = weights.get("num_bits", 0), weights.get("strategy")
-    rows = [row for row in formats if row.name == kind and bits in row.bits]
+    bits, strategy = weights.get("num_bits", 0), weights.get("strategy") or _strategy(weights.get("group_size"))
+    rows = [row for row in formats if row.name == kind and row.reads(bits)]
     if not rows:
-        raise InputError(f"config.json: {kind} of {bits} bits in {label}, expected {_list(formats)}")
+        raise InputError(f"config.json: {one_line(kind)} of {short(bits)} bits in {label}, expected {_list(formats)}")
     if strategy not in STRATEGIES:
-        raise InputError(f"config.json: strategy {strategy!r} in {label}, expected {', '.join(STRATEGIES)}")
+        raise InputError(f"config.json: strategy {short(strategy)} in {label}, expected {', '.join(STRATEGIES)}")
     size = weights.get("group_size") if strategy in ("group", "tensor_group") else -1
     if not is_group(size):
-        raise InputError(f"config.json: group_size {size!r} in {label}, expected a positive integer")
-    if weights.get("actorder") in ("group", "dynamic"):
-        raise InputError(
-            f"config.json: actorder {weights['actorder']!r} in {label}: engines refuse it, expected static"
-        )
+        raise InputError(f"config.json: group_size {short(size)} in {label}, expected a positive integer")
     block = block_of(weights.get("block_structure"), f"block_structure in {label}") if strategy == "block" else None
     row = next((row for row in rows if strategy in row.strategies), None)
     if row is None:
         read = " or ".join(dict.fromkeys(s for row in rows for s in row.strategies))
-        raise InputError(f"config.json: {kind} by strategy {strategy!r} in {label}, expected {read}")
+        raise InputError(f"config.json: {kind} by strategy {short(strategy)} in {label}, expected {read}")
     if row.group_sizes is not None and size not in row.group_sizes:
         raise InputError(f"config.json: {kind} in groups of {size} in {label}, expected {row.group_sizes[0]}")
     given = said.get("input_activations")
     four = 4 in row.activations and is_object(given) and given.get("num_bits") == 4
-    return Scheme(row, bits, size, bool(weights.get("symmetric", True)), block, activations=4 if four else 16)
+    scheme = Scheme(
+        row,
+        bits,
+        size,
+        bool(weights.get("symmetric", True)),
+        block,
+        act_order=strategy == "group" and weights.get("actorder") in BY_INDEX,
+        whole=strategy == "tensor",
+        activations=4 if four else 16,
+    )
+    if not scheme.symmetric and not any(part.suffix == ZERO_POINT for part in row.parts(scheme, LARGE)):
+        raise InputError(f"config.json: {kind} with zero points in {label}, expected symmetric")
+    return scheme
+
+
+def _strategy(size: object) -> str:
+    """What an absent strategy stands for."""
+    return "tensor" if size is None else "channel" if size == -1 else "group"
 
 
 def _list(formats: Sequence[Format]) -> str:
-    known = dict.fromkeys((row.name, row.bits) for row in formats)
+    known = dict.fromkeys((row.name, tuple(sorted(row.bits + row.more_bits))) for row in formats)
     return ", ".join(f"{name} of {' or '.join(map(str, bits))}" for name, bits in known)
 
 

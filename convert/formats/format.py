@@ -40,13 +40,14 @@ class Part:
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
     needed: bool = True  # False: it is written for engines that want to see it, and not read
-    single: bool = False  # one value for the whole matrix is read as well
+    single: bool = False  # of [O, 1]: [O], and one value for the whole matrix, are read as well
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How a matrix is stored. `group`: inputs that share a scale, -1 a whole row; `block`: (rows, columns) of FP8.
 
+    whole: one scale for the matrix; dense: codes of 3, 5, 6 and 7 bits follow each other across the bounds of words
     activations: 4 where engines quantize those to FP4, else 16
     """
 
@@ -57,6 +58,8 @@ class Scheme:
     block: tuple[int, int] | None = None
     act_order: bool = False
     zeros_plus_one: bool = True  # GPTQ v1 stores zero points minus one
+    whole: bool = False
+    dense: bool = True
     activations: int = 16
 
     @property
@@ -146,11 +149,17 @@ class Format:
     fuses: bool = False  # gate and up, and q, k and v, share scales of the whole matrix
     experts_only: bool = False  # engines have it for experts alone
     activations: tuple[int, ...] = (16,)  # bits that may be written
+    more_bits: tuple[int, ...] = ()  # that are read, and never written
+    otherwise: Callable[[Scheme], Scheme | None] | None = None  # another way in which the same settings were written
     block_scales: Callable[[Fetch], BlockScales] | None = None  # of matrices [n, ...], where they are E4M3
     input_scale: Callable[[Tensor], dict[str, Tensor]] | None = None  # largest inputs [E] -> tensors [E, ...] of them
 
     def __repr__(self) -> str:
         return f"Format({self.name!r})"
+
+    def reads(self, bits: object) -> bool:
+        """Whether config.json may say so many bits."""
+        return type(bits) is int and bits in self.bits + self.more_bits
 
     @property
     def tiled(self) -> bool:

@@ -20,7 +20,7 @@ TILE = (128, 128)
 
 
 def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
-    return plain_codes(scheme, shape, "F8_E4M3")
+    return plain_codes(scheme, shape, ("F8_E4M3",))
 
 
 def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:

@@ -23,7 +23,7 @@ def _suffix(scheme: Scheme) -> str:
 
 
 def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
-    return plain_codes(scheme, shape, "F8_E4M3", _suffix(scheme))
+    return plain_codes(scheme, shape, ("F8_E4M3",), _suffix(scheme))
 
 
 def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:

@@ -1,14 +1,14 @@
 """GPTQ (v1): codes in words along the inputs, float16 scales, zero points stored minus one.
 
 `qweight` I32 [I*bits/32, O], `qzeros` I32 [G, O*bits/32], `scales` [G, O], `g_idx` I32 [I]. Written symmetric (zero
-points 7: ignored by the kernels but read for their shape). `dynamic`: the first rule that matches wins, "-:" leaves
-unquantized. Layout: vLLM 0.33 auto_gptq.py, gptq_utils.py. Scales are exact in float16 and bfloat16, or refused.
+points 7: ignored by the kernels but read for their shape) in 4 or 8 bits, read in 2 to 8. `dynamic`: the first rule
+that matches wins, "-:" leaves unquantized. Layout: vLLM 0.33 auto_gptq.py, gptq_utils.py. Scales are exact in float16
+and bfloat16, or refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ...quantize.integer.grid import IntWeight
-from ...quantize.integer.pack import pack_gptq, pack_gptq_zeros, unpack_gptq, unpack_gptq_zeros
+from ...quantize.integer.pack import pack_gptq, pack_gptq_zeros, unpack_gptq, unpack_gptq_zeros, words_of
 from ...quantize.integer.rtn import rtn_int
-from ..files.parse import is_object
+from ..files.parse import is_object, short
 from ..models.names import TensorNames
-from .format import Fetch, Format, Method, Part, PartError, Scheme, Shape
-from .scales import finite, groups_of, half_scales, scaled
+from .format import Fetch, Format, Method, Part, Scheme, Shape
+from .scales import finite, groups_of, half_scales, ordered, scaled
 from .settings import is_group
 from .skip_lists import matches_pattern
 
@@ -33,8 +33,8 @@ SETTINGS = ("bits", "group_size", "desc_act", "sym")
 def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
     (outputs, inputs), groups = shape, groups_of(scheme, shape[1])
     return [
-        Part("qweight", (ceil(inputs * scheme.bits / 32), outputs), ("I32",)),
-        Part("qzeros", (groups, outputs * scheme.bits // 32), ("I32",), needed=not scheme.symmetric),
+        Part("qweight", (words_of(inputs, scheme.bits), outputs), ("I32",)),
+        Part("qzeros", (groups, words_of(outputs, scheme.bits)), ("I32",), needed=not scheme.symmetric),
         Part("scales", (groups, outputs), ("F16", "BF16", "F32")),
         Part("g_idx", (inputs,), ("I32",), needed=scheme.act_order),
     ]
@@ -42,21 +42,13 @@ def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
 
 def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
     """With act_order of one matrix, without of any stack of them."""
-    del shape
-    codes = unpack_gptq(fetch("qweight"), scheme.bits)
+    codes = unpack_gptq(fetch("qweight"), scheme.bits, shape[1])
     scales, zeros = finite(fetch, "scales").transpose(-1, -2), None
     if not scheme.symmetric:
-        zeros = unpack_gptq_zeros(fetch("qzeros"), scheme.bits)
-        if not scheme.zeros_plus_one:
-            half = 1 << (scheme.bits - 1)
-            zeros = (zeros.int() - 1 + half) % (2 * half) - half
+        zeros = unpack_gptq_zeros(fetch("qzeros"), scheme.bits, shape[0], scheme.zeros_plus_one)
     if not scheme.act_order:
         return scaled(codes, scales, zeros, scheme.group)
-    index = fetch("g_idx").long()
-    if not bool(((index >= 0) & (index < scales.shape[1])).all()):
-        raise PartError("g_idx", f"names groups beyond {scales.shape[1]}")
-    moved = codes.float() if zeros is None else codes.float() - zeros.float()[:, index]
-    return moved * scales[:, index]
+    return ordered(codes, scales, zeros, fetch("g_idx"), "g_idx")
 
 
 def _pack(names: list[str], weight: IntWeight) -> dict[str, Tensor]:
@@ -99,8 +91,10 @@ def _read(
     if settings is None:
         return None
     bits, size = settings["bits"], settings["group_size"]
-    if bits not in formats[0].bits or not is_group(size):
-        raise InputError(f"config.json: GPTQ of {bits} bits, group {size}, expected 4 or 8 bits and -1 or more")
+    if not formats[0].reads(bits) or not is_group(size):
+        raise InputError(
+            f"config.json: GPTQ of {short(bits)} bits, group {short(size)}, expected 2 to 8 bits and -1 or more"
+        )
     first = quantization.get("checkpoint_format", NAME) != "gptq_v2"
     return Scheme(formats[0], bits, size, settings["sym"] is not False, None, bool(settings["desc_act"]), first)
 
@@ -118,7 +112,7 @@ def _settings(quantization: dict[str, Any], names: tuple[str, ...]) -> dict[str,
             return None
         changes: object = override or {}
         if not is_object(changes):
-            raise InputError(f"config.json: dynamic rule {pattern!r} is {override!r}, expected an object")
+            raise InputError(f"config.json: dynamic rule {short(pattern)} is {short(override)}, expected an object")
         return settings | {k: v for k, v in changes.items() if k in settings}
     return settings
 
@@ -135,4 +129,5 @@ FORMAT = Format(
     command="int4",
     choice=NAME,
     whole_words=True,
+    more_bits=(2, 3, 5, 6, 7),
 )

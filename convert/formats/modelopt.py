@@ -18,7 +18,7 @@ from mmquant.errors import InputError
 
 from ...quantize.fp4.grid import NVFP4
 from ...quantize.integer.grid import IntWeight
-from ..files.parse import is_object
+from ..files.parse import is_object, short
 from ..models.names import TensorNames
 from .format import BlockScales, Fetch, Format, Method, Part, Scheme, Shape
 from .nvfp4 import GROUP, LARGEST, block_parts, block_values, blocks_of, positive, stored_scales
@@ -90,7 +90,9 @@ def _read(
     settings = said if is_object(said) else quantization
     algorithm = str(settings.get("quant_algo")).upper()
     if algorithm not in ALGORITHMS.values():
-        raise InputError(f"config.json: quant_algo is {settings.get('quant_algo')!r}, expected NVFP4 or W4A16_NVFP4")
+        raise InputError(
+            f"config.json: quant_algo is {short(settings.get('quant_algo'))}, expected NVFP4 or W4A16_NVFP4"
+        )
     key = "ignore" if settings.get("ignore") is not None else "exclude_modules"
     if _excluded(strings(settings.get(key), key), names, engine):
         return None

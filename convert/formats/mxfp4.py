@@ -24,17 +24,25 @@ BIAS, NOT_A_NUMBER = 127, 255  # of E8M0
 def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
     del scheme
     outputs, inputs = shape
-    packed = Part("weight_packed", (outputs, (inputs + 1) // 2), ("U8",))
-    return [packed, Part("weight_scale", (outputs, -(-inputs // GROUP)), ("U8", "F8_E8M0"))]
+    return [Part("weight_packed", (outputs, (inputs + 1) // 2), ("U8",)), scale_part(shape)]
+
+
+def scale_part(shape: Shape) -> Part:
+    """Scales of 32 inputs each."""
+    return Part("weight_scale", (shape[0], -(-shape[1] // GROUP)), ("U8", "F8_E8M0"))
+
+
+def powers(fetch: Fetch, inputs: int) -> Tensor:
+    """The scale of each input [..., O, I]. PartError for the code that stands for no number."""
+    exponents = fetch("weight_scale").view(torch.uint8)
+    if bool((exponents == NOT_A_NUMBER).any()):
+        raise PartError("weight_scale", "is not finite")
+    return power(exponents.int() - BIAS).repeat_interleave(GROUP, -1)[..., :inputs]
 
 
 def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
     del scheme
-    exponents = fetch("weight_scale").view(torch.uint8)
-    if bool((exponents == NOT_A_NUMBER).any()):
-        raise PartError("weight_scale", "is not finite")
-    scales = power(exponents.int() - BIAS).repeat_interleave(GROUP, -1)[..., : shape[1]]
-    return from_nibbles(fetch("weight_packed"), shape[1]) / 2 * scales
+    return from_nibbles(fetch("weight_packed"), shape[1]) / 2 * powers(fetch, shape[1])
 
 
 def _pack(names: list[str], weight: IntWeight) -> dict[str, Tensor]:

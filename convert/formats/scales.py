@@ -9,8 +9,11 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...quantize.fp8 import dequantize_tiles
+from ...quantize.fp8 import dequantize_tiles, expand_tiles
 from .format import FLOATS, Fetch, Part, PartError, Scheme, Shape
+
+ZEROS = ("I8", "I32", "F8_E4M3", *FLOATS)  # what zero points that are not packed may be
+NO_INDEX = -1  # of compressed-tensors: the order of the inputs was left as it is
 
 
 def groups_of(scheme: Scheme, inputs: int) -> int:
@@ -39,23 +42,64 @@ def scaled(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> T
     return moved * spread
 
 
-def plain_codes(scheme: Scheme, shape: Shape, dtype: str, suffix: str = "weight_scale") -> list[Part]:
-    """Parts of a format that keeps one code per element: `weight` [O, I] and scales of tiles, groups or rows."""
+def of_rows(values: Tensor, codes: Tensor, scheme: Scheme) -> Tensor:
+    """Scales or zero points as [..., O or 1, G], for codes [..., O, I]; those of rows or of a matrix may lie flat."""
+    return values.reshape(*codes.shape[:-2], -1, 1) if scheme.group == -1 else values
+
+
+def ordered(codes: Tensor, scales: Tensor, zeros: Tensor | None, index: Tensor, suffix: str) -> Tensor:
+    """The same of one matrix whose input i is in group index[i]. PartError for groups that are not there."""
+    if not bool(((index >= 0) & (index < scales.shape[-1])).all()):
+        raise PartError(suffix, f"names groups beyond {scales.shape[-1]}")
+    index = index.long()
+    moved = codes.float() if zeros is None else codes.float() - zeros.float()[:, index]
+    return moved * scales[:, index]
+
+
+def scales_shape(scheme: Scheme, shape: Shape) -> tuple[int, int]:
+    """The shape of the scales of tiles, groups or rows."""
     if scheme.block is not None:
-        scales, single = (ceil(shape[0] / scheme.block[0]), ceil(shape[1] / scheme.block[1])), False
-    else:
-        scales, single = (shape[0], groups_of(scheme, shape[1])), scheme.group == -1
-    return [Part("weight", shape, (dtype,)), Part(suffix, scales, FLOATS, single=single)]
+        return ceil(shape[0] / scheme.block[0]), ceil(shape[1] / scheme.block[1])
+    return shape[0], groups_of(scheme, shape[1])
+
+
+def plain_codes(scheme: Scheme, shape: Shape, dtypes: tuple[str, ...], suffix: str = "weight_scale") -> list[Part]:
+    """Parts of a format that keeps one code per element: `weight` [O, I] and scales of tiles, groups or rows.
+
+    Asymmetric: weight_zero_point in the shape of the scales. act_order: weight_g_idx.
+    """
+    scales, single = scales_shape(scheme, shape), scheme.block is None and scheme.group == -1
+    parts = [Part("weight", shape, dtypes), Part(suffix, scales, FLOATS, single=single)]
+    if not scheme.symmetric:
+        parts.append(Part("weight_zero_point", scales, ZEROS, single=single))
+    return [*parts, *g_idx(scheme, shape)]
+
+
+def g_idx(scheme: Scheme, shape: Shape) -> list[Part]:
+    """The part that says the group of each input, where there is one."""
+    return [Part("weight_g_idx", (shape[1],), ("I32", "I64"))] if scheme.act_order else []
 
 
 def plain_values(scheme: Scheme, fetch: Fetch, suffix: str = "weight_scale") -> Tensor:
     """Values of `plain_codes`, exact products in float32."""
     scales, codes = finite(fetch, suffix), fetch("weight")
+    if codes.is_floating_point():
+        codes = finite(fetch, "weight")
+    zeros = None if scheme.symmetric else finite(fetch, "weight_zero_point")
     if scheme.block is not None:
-        return dequantize_tiles(codes, scales, scheme.block)
-    if scales.dim() != codes.dim():  # one for the whole matrix
-        return codes.float() * scales.view(*scales.shape[:-1], 1, 1)
-    return codes.float() * scales if scheme.group == -1 else scaled(codes, scales, None, scheme.group)
+        rows, columns = codes.shape[-2:]
+        moved = codes if zeros is None else codes.float() - expand_tiles(zeros, rows, columns, scheme.block)
+        return dequantize_tiles(moved, scales, scheme.block)
+    return grouped(codes, scales, zeros, scheme, fetch)
+
+
+def grouped(codes: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme, fetch: Fetch) -> Tensor:
+    """Values of compressed-tensors' codes [..., O, I] by group, row or matrix, or by weight_g_idx."""
+    scales = of_rows(scales, codes, scheme)
+    zeros = None if zeros is None else of_rows(zeros, codes, scheme)
+    if scheme.act_order and bool(((index := fetch("weight_g_idx")) != NO_INDEX).all()):
+        return ordered(codes, scales, zeros, index, "weight_g_idx")
+    return scaled(codes, scales, zeros, scheme.group)
 
 
 def half_scales(name: str, scales: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TypeGuard
 
 from mmquant.errors import InputError
 
-from ..files.parse import is_list
+from ..files.parse import is_list, short
 
 
 def is_group(size: object) -> TypeGuard[int]:
@@ -17,5 +17,5 @@ def is_group(size: object) -> TypeGuard[int]:
 def block_of(value: object, where: str) -> tuple[int, int]:
     """(rows, columns) of a tile. InputError for anything but two positive integers."""
     if not is_list(value) or len(value) != 2 or not all(type(v) is int and v > 0 for v in value):
-        raise InputError(f"config.json: {where} is {value!r}, expected two positive integers")
+        raise InputError(f"config.json: {where} is {short(value)}, expected two positive integers")
     return value[0], value[1]

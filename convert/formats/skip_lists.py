@@ -4,6 +4,7 @@ Engines look matrices up under names of their own and match lists by rules of th
 vLLM      fp8: whole names, for experts any entry that contains its own name of them; AWQ: an entry inside the name
 SGLang    fp8: an entry that is a run of whole parts of the name; AWQ: an entry inside the name
 transformers  an entry (a pattern) that begins the name, or that ends it
+AutoRound  module names, or patterns found in them, under the release's and transformers' names
 mlx_lm    module names alone; an architecture's experts of a layer are one module a projection
 compressed-tensors (`ignore`, `targets`): whole names, or patterns after `re:` from the start, in all of them.
 Source: vLLM quant_utils.py (is_layer_skipped), compressed_tensors/utils.py; SGLang quantization/utils.py
@@ -13,14 +14,17 @@ Source: vLLM quant_utils.py (is_layer_skipped), compressed_tensors/utils.py; SGL
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 from mmquant.errors import InputError
 
-from ..files.parse import are, is_list
+from ..files.parse import are, is_list, short
 from ..models.names import TensorNames
 
-VLLM, SGLANG, TRANSFORMERS, MLX, EXLLAMAV3 = "vLLM", "SGLang", "transformers", "mlx_lm", "exllamav3"
+VLLM, SGLANG, TRANSFORMERS, MLX, AUTO_ROUND = "vLLM", "SGLang", "transformers", "mlx_lm", "AutoRound"
+EXLLAMAV3 = "exllamav3"
 ENGINES = (VLLM, SGLANG, TRANSFORMERS)
 _FUSED = re.compile(r"\.[qkv]_proj$")
 
@@ -34,6 +38,8 @@ def names_of(names: TensorNames, name: str, engine: str, single: bool = False, f
     fused   q, k and v are looked up as qkv_proj
     """
     found = names.expert_of(name)
+    if engine == AUTO_ROUND:
+        return _all_names(names, name)
     if engine == MLX:
         return (name if found is None else names.stack(found.layer, found.projection),)
     if found is None:
@@ -45,6 +51,15 @@ def names_of(names: TensorNames, name: str, engine: str, single: bool = False, f
         stem = f"{found.stem}.{names.moe}.experts"
         return (f"{stem}.0.{names.sglang[found.projection]}" if single else stem,)
     return (name, f"{vllm}.{found.number}.{last}", vllm)
+
+
+def _all_names(names: TensorNames, name: str) -> tuple[str, ...]:
+    """The names of a module in the release, in transformers, and with either's names for parts of an expert."""
+    found = names.expert_of(name)
+    both = [name]
+    if found is not None:
+        both.append(f"{found.stem}.{names.moe}.experts.{found.number}.{names.sglang[found.projection]}")
+    return tuple(dict.fromkeys([*both, *(one.replace(f".{names.moe}.", f".{names.vllm_moe}.") for one in both)]))
 
 
 def whole_names(entries: Sequence[str], names: Sequence[str]) -> bool:
@@ -73,9 +88,17 @@ def start_or_end(entries: Sequence[str], names: Sequence[str]) -> bool:
 
 def _begins(pattern: str, name: str) -> bool:
     try:
-        return re.match(pattern, name) is not None
+        return compiled(pattern).match(name) is not None
     except re.error:  # no pattern: the engine would fail, so nothing is skipped by it
         return False
+
+
+@cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of config.json, without Python's warnings of what it might mean one day. re.error for none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return re.compile(pattern)
 
 
 FP8_RULES: dict[str, Skips] = {VLLM: whole_names, SGLANG: whole_parts, TRANSFORMERS: start_or_end}
@@ -90,9 +113,9 @@ def matches(target: str, names: Iterable[str]) -> bool:
 def matches_pattern(pattern: str, names: Iterable[str]) -> bool:
     """Whether a regular expression of config.json begins one of the names; InputError when it is none."""
     try:
-        return any(re.match(pattern, name) for name in names)
+        return any(compiled(pattern).match(name) for name in names)
     except re.error as error:
-        raise InputError(f"config.json: {pattern!r} is not a regular expression ({error})") from None
+        raise InputError(f"config.json: {short(pattern)} is not a regular expression ({error})") from None
 
 
 def strings(value: object, where: str) -> list[str]:
@@ -100,5 +123,5 @@ def strings(value: object, where: str) -> list[str]:
     if value is None:
         return []
     if not is_list(value) or not are(value, str):
-        raise InputError(f"config.json: {where} is {value!r}, expected a list of names")
+        raise InputError(f"config.json: {where} is {short(value)}, expected a list of names")
     return value

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import (
+    auto_round,
     awq_gemm,
     exl3,
     fp8_block,
     fp8_channel,
     fp8_native,
     gptq_v1,
-    int_quantized,
     mlx,
     modelopt,
     mxfp4,
+    mxfp8,
+    naive_quantized,
     nvfp4,
     pack_quantized,
 )
@@ -25,13 +27,17 @@ FORMATS: tuple[Format, ...] = (
     fp8_channel.FORMAT,
     fp8_native.FORMAT,
     pack_quantized.FORMAT,
-    int_quantized.FORMAT,
+    naive_quantized.INTEGERS,
+    naive_quantized.NAIVE,
     awq_gemm.FORMAT,
     gptq_v1.FORMAT,
     mxfp4.FORMAT,
+    mxfp8.FORMAT,
+    mxfp8.SIX,
     nvfp4.FORMAT,
     modelopt.FORMAT,
     *mlx.FORMATS,
+    *auto_round.FORMATS,
     *exl3.FORMATS,
 )
 METHODS: Mapping[str, Method] = {name: row.method for row in FORMATS for name in row.method.names}

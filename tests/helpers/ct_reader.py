@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 with warnings.catch_warnings():
@@ -16,6 +19,8 @@ with warnings.catch_warnings():
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
     from compressed_tensors.utils.match import is_match
+
+from .paths import GOLDEN
 
 CACHE = ("k_scale", "v_scale")
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
@@ -29,6 +34,16 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
         with safe_open(shard, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}
     return found
+
+
+def copy_of(name: str, target: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Path:
+    """A golden folder with its config and tensors changed."""
+    shutil.copytree(GOLDEN / name, target)
+    config, tensors = json.loads((target / "config.json").read_text()), tensors_of(target)
+    change(config, tensors)
+    (target / "config.json").write_text(json.dumps(config))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors")
+    return target
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from helpers.ct_reader import dequantized, tensors_of
+from helpers.ct_reader import copy_of, dequantized, tensors_of
 from helpers.paths import GOLDEN
 from mmquant.convert.checkpoints.quantization_config import SchemeBook
 from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
@@ -100,16 +97,6 @@ def test_peers_int4_is_near_the_weights_it_was_made_of(name: str) -> None:
     for weight in (W2 + ".weight", "model.layers.0.self_attn.o_proj.weight"):
         error = (source.read(weight) - truth.read(weight)).norm() / truth.read(weight).norm()
         assert 0.05 < error < 0.12
-
-
-def copy_of(name: str, target: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
-    """A golden folder with its config and tensors changed."""
-    shutil.copytree(GOLDEN / name, target)
-    config, tensors = json.loads((target / "config.json").read_text()), tensors_of(target)
-    change(config, tensors)
-    (target / "config.json").write_text(json.dumps(config))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors")
-    return target
 
 
 def test_gptq_with_zero_points_and_order_of_columns(tmp_path: Path) -> None:
@@ -214,12 +201,12 @@ def test_configs_that_are_not_read(change: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"num_bits": 3}, "pack-quantized of 3 bits"),
+        ({"num_bits": 9}, "pack-quantized of 9 bits"),
+        ({"num_bits": True}, "pack-quantized of True bits"),
         ({"group_size": 0}, "group_size 0"),
         ({"group_size": "128"}, "group_size '128'"),
         ({"strategy": "token"}, "strategy 'token'"),
         ({"strategy": "block", "block_structure": [128]}, "block_structure in g0 is [128]"),
-        ({"actorder": "group"}, "actorder 'group'"),
     ],
 )
 def test_schemes_that_are_not_read(weights: dict[str, Any], message: str) -> None:

@@ -179,7 +179,8 @@ def test_awq_packing_is_autorounds(source: dict[str, Tensor]) -> None:
     stored = tensors_of(GOLDEN / "peer-autoround-awq-g128")
     for projection in ("q_proj", "k_proj", "o_proj"):
         name = f"model.layers.0.self_attn.{projection}"
-        codes, zeros = unpack_awq(stored[name + ".qweight"]), unpack_awq(stored[name + ".qzeros"])
+        outputs = len(source[name + ".weight"])
+        codes, zeros = (unpack_awq(stored[f"{name}.{part}"], outputs) for part in ("qweight", "qzeros"))
         weight = IntWeight(codes, stored[name + ".scales"].float().T, zeros, 4)
         assert 0.05 < relative_error(dequantize(weight), source[name + ".weight"]) < 0.12
 
@@ -188,7 +189,9 @@ def test_gptq_packing_is_autorounds(source: dict[str, Tensor]) -> None:
     stored = tensors_of(GOLDEN / "peer-autoround-gptq-g128")
     for projection in ("q_proj", "k_proj", "o_proj"):
         name = f"model.layers.0.self_attn.{projection}"
-        codes, zeros = unpack_gptq(stored[name + ".qweight"], 4), unpack_gptq_zeros(stored[name + ".qzeros"], 4)
+        outputs, inputs = source[name + ".weight"].shape
+        codes = unpack_gptq(stored[name + ".qweight"], 4, inputs)
+        zeros = unpack_gptq_zeros(stored[name + ".qzeros"], 4, outputs)
         assert bool((zeros == 0).all())  # symmetric: the stored zero point is 8
         weight = IntWeight(codes, stored[name + ".scales"].float().T, zeros, 4)
         assert 0.05 < relative_error(dequantize(weight), source[name + ".weight"]) < 0.12

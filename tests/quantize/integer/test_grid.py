@@ -113,9 +113,9 @@ def test_packings_come_back(codes: torch.Tensor) -> None:
     ragged = codes[..., :37]
     assert torch.equal(unpack_rows(pack_rows(ragged, 4), 4, 37), ragged)
     assert torch.equal(unpack_rows(pack_rows(codes * 9, 8), 8, 40), codes * 9)
-    assert torch.equal(unpack_awq(pack_awq(codes)), codes)
-    assert torch.equal(unpack_gptq(pack_gptq(codes, 4), 4), codes)
-    assert torch.equal(unpack_gptq_zeros(pack_gptq_zeros(codes[..., :5], 4), 4), codes[..., :5])
+    assert torch.equal(unpack_awq(pack_awq(codes), 16), codes)
+    assert torch.equal(unpack_gptq(pack_gptq(codes, 4), 4, 40), codes)
+    assert torch.equal(unpack_gptq_zeros(pack_gptq_zeros(codes[..., :5], 4), 4, 16), codes[..., :5])
     assert torch.equal(unpack_zeros_ct(pack_zeros_ct(codes[..., :5], 4), 4, 16), codes[..., :5])
 
 
