@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,32 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mmquant.errors import FitError, InputError, MmquantError, PartialError, naming
-from mmquant.monitor import Bar, Monitor, current, watching
+from mmquant.errors import FitError, MmquantError, PartialError
+from mmquant.monitor import Monitor, current, watching
 from mmquant.stages import stage_of
 
 from ..calibration.model.distributed import world
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.files.difference import first_difference
 from ..convert.files.lock import hold
-from ..convert.files.progress import unfinished_run
 from ..convert.hub.http import TransferError
 from .artifacts import Plans, asked_of, check_variant, job_of
 from .engine import Job, run_jobs
-from .folder import OccupiedError
-from .journal import JOURNAL, LOG, PUSHED, STATES, STREAMS, WRITING, WRITTEN, Entry, Journal, read_journal
+from .journal import JOURNAL, LOG, STATES, STREAMS, WRITING, WRITTEN, Entry, Journal, read_journal
 from .models import choose_device, opened
 from .outlook import Outlook, lines, needs, outlook, rows_of
-from .passes import Passes
-from .plan_first import WORK
 from .recipe.read import Recipe, Variant, read_recipe
 from .results import Result
 from .run_check import check_artifacts, forget_other_scores, is_away, note_kept_scores
 from .run_fit import lines_of, note_fits
+from .run_jobs import bytes_of, job_again
 from .run_needs import changes, check_out, check_run
+from .run_push import publish
 from .run_ranks import Order, alongside, announce, follow, jobs_of, sharing
 from .summary import summary, table_of
-from .uploads import Hooks, LostError, Piecewise, Uploads, deletes, deletes_early, where_of
+from .uploads import Hooks, LostError, Piecewise, Uploads, deletes_early, where_of
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -166,7 +164,7 @@ class Run:
                     self._write(source)
                 failure = self._check()
                 announce(None)
-                self._push()
+                publish(self.recipe, self.out, self.journal)
                 source.close(finished=True)
         except BaseException as error:
             while_ = f" (while in {stage_of(error)})" if stage_of(error) else ""
@@ -235,7 +233,8 @@ class Run:
         """One pass over the source."""
         recipe, journal = self.recipe, self.journal
         announce(Order(write=tuple(todo)))
-        make = self._job if world()[1] == 1 else job_of  # several ranks make every job together
+        again = functools.partial(job_again, recipe, self.replace)
+        make = again if world()[1] == 1 else job_of  # several ranks make every job together
         jobs = jobs_of(source, recipe, self.out, self.device, todo, make)
         uploads = self._uploads(jobs)
         for name in jobs:
@@ -253,7 +252,7 @@ class Run:
             watch = Watch(journal, len(jobs), recipe.limits)
             run_jobs(list(jobs.values()), "run", [shared], hooks.before, after, watch)
         for name, job in jobs.items():
-            size = max(_bytes(job.path), getattr(job, "bytes", 0))
+            size = max(bytes_of(job.path), getattr(job, "bytes", 0))
             journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=size)
         if check is not None:
             check.finish(self.out, journal)
@@ -266,25 +265,6 @@ class Run:
         written = {n: e for n, e in self.journal.artifacts.items() if e.state == WRITTEN and "scores" not in e.facts}
         return [name for name in written if is_away(self.out / name)]
 
-    def _job(self, source: Checkpoint, variant: Variant, model: str, out: Path, passes: Passes) -> Job:
-        """A variant's job; what was made of other texts, plans or statistics by the same options is made again."""
-        with self.recipe.at("variants", variant.name):
-            try:
-                job = job_of(source, variant, model, out, passes)
-            except OccupiedError as error:
-                if not self.replace:
-                    raise InputError(f"{error}, or --replace makes it again") from None
-                difference = error.difference
-            else:
-                unfinished = unfinished_run(out) if not job.finished else None
-                made = getattr(job, "run", None)
-                if unfinished is None or made is None or unfinished == made:
-                    return job
-                difference = first_difference(unfinished, made)
-            current().message(f"{variant.name}: {difference}: made again")
-            clear(out)
-            return job_of(source, variant, model, out, passes)
-
     def _uploads(self, jobs: Mapping[str, Job]) -> Uploads:
         """What leaves while it is made."""
         orders = {name: [o for o in self.recipe.push if name in o.variants] for name in jobs}
@@ -296,54 +276,6 @@ class Run:
     def _check(self) -> str | None:
         """Score what has not been scored; the first gate that fails."""
         return check_artifacts(self.recipe, self.out, self.journal, self.device, lambda p: announce(Order(score=p)))
-
-    def _push(self) -> None:
-        """Publish what is written and passed; what is on a hub already is found whole."""
-        from .push import push
-
-        said: set[str] = set()
-        left = [(order, name) for order in self.recipe.push for name in order.variants]
-        for at, (order, name) in enumerate(left):
-            entry, where = self.journal.artifacts[name], where_of(order)
-            if where in entry.facts.get("pushed", []) or entry.facts.get("failures"):
-                continue
-            last = all(other != name for _, other in left[at + 1 :])
-            delete = last and deletes([order for order, other in left if other == name])
-            options = dataclasses.replace(order.options, delete_after_upload=delete)
-            with naming(name), watching(Once(current(), said)):
-                found = push(self.out / name, order.repo, options)
-            pushed = [*entry.facts.get("pushed", []), where]
-            self.journal.set(name, PUSHED if last else entry.state, pushed=pushed, url=found.url)
-
-
-class Once:
-    """Says every line once: what pushes of many artifacts have in common."""
-
-    def __init__(self, inner: Monitor, said: set[str]) -> None:
-        self.inner, self.said = inner, said
-
-    def start(self, phase: str, total: int | None, unit: str, done: int = 0) -> Bar:
-        """As the inner one."""
-        return self.inner.start(phase, total, unit, done)
-
-    def message(self, text: str) -> None:
-        """Unless it was said."""
-        if text not in self.said:
-            self.said.add(text)
-            self.inner.message(text)
-
-
-def clear(out: Path) -> None:
-    """Remove what was made of an artifact; its plan, which was made now, stays."""
-    for path in out.iterdir():
-        if path.name == WORK:
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _bytes(path: Path) -> int:
-    folder = path if path.is_dir() else path.parent
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
 
 
 def _planned(recipe: Recipe, out: Path, device: str, fetch: FetchOptions | None, replace: bool) -> Made:

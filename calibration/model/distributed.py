@@ -10,11 +10,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mmquant.errors import InputError
 
@@ -22,6 +24,9 @@ from .watchdog import Watchdog, end_process, rank_timeout
 
 T = TypeVar("T")
 
+# A collective waits while the first rank waits for its network (a shard, an upload): by default NCCL gives up after ten
+# minutes, gloo after thirty. Who is gone is the watchdog's to tell.
+LONGEST = timedelta(hours=12)
 EXCHANGED = 1 << 29  # bytes that a rank sends, and as many that it receives, at a time
 
 _WATCHDOGS: list[Watchdog] = []  # this process's, while it is in a group
@@ -35,7 +40,9 @@ def world() -> tuple[int, int]:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        store, rank, size = next(rendezvous("env://"))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST)
         _WATCHDOGS.append(Watchdog(dist.get_rank(), size, rank_timeout(), end_process))
     return dist.get_rank(), dist.get_world_size()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from helpers.calibration_cases import ranks
 from helpers.hub_server import HubServer
 from helpers.killed import killed_at
 from helpers.run_cases import EVALUATION, Notes, model, recipe, serve
@@ -133,6 +135,18 @@ def test_the_network_goes_while_files_leave(
     hub.faults.clear()
     run(wanted(EARLY), out, device="cpu")
     assert published(hub) == whole[0]
+
+
+def test_other_ranks_wait_for_a_slow_upload(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No commit is answered for longer than the watchdog's time; its threads live, and the run ends well."""
+    monkeypatch.setenv("MMQUANT_RANK_TIMEOUT", "4")
+    hub.hold(r"POST /api/models/me/.*/commit/")
+    late = threading.Timer(10.0, hub.let_go)
+    late.start()
+    ranks(2, lambda: run(wanted(EARLY, ""), tmp_path / "run", device="cpu"))
+    late.join()
+    assert not weights(tmp_path / "run")
+    assert all(any(path.endswith((".safetensors", ".gguf")) for path in hub.tree(f"me/{name}")) for name in NAMES)
 
 
 def test_a_check_that_begins_anew_makes_again_what_is_gone(hub: HubServer, whole: Any, tmp_path: Path) -> None:

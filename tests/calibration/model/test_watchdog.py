@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 from helpers.calibration_cases import corpus, model, options, ranks, run, tensors
 from helpers.killed import FORK
+from mmquant.calibration.model import distributed
 from mmquant.calibration.model.distributed import leave, world
 from mmquant.calibration.model.watchdog import EXIT
 from mmquant.calibration.statistics.run import calibrate_into
@@ -60,6 +63,30 @@ def test_a_rank_that_ends_in_order_is_not_missed(monkeypatch: pytest.MonkeyPatch
             _, status = os.waitpid(os.spawnvp(os.P_NOWAIT, "sleep", ["sleep", "1"]), 0)
             assert status == 0
         leave()
+
+    ranks(2, work)
+
+
+@pytest.mark.parametrize("patience", [None, timedelta(seconds=1)])
+def test_a_collective_waits_while_another_rank_is_busy(
+    patience: timedelta | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than the watchdog's time, since its threads live; as long as LONGEST says, not as a backend does."""
+    monkeypatch.setenv("MMQUANT_RANK_TIMEOUT", "2" if patience is None else "60")
+    if patience is not None:
+        monkeypatch.setattr(distributed, "LONGEST", patience)
+
+    def work() -> None:
+        rank, _ = world()
+        dist.barrier()
+        if rank == 0:
+            time.sleep(5)
+        if patience is None:
+            dist.barrier()
+        elif rank == 1:
+            with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
+                dist.barrier()
+        os._exit(0)  # the group may be broken
 
     ranks(2, work)
 
