@@ -68,7 +68,7 @@ def _search_kernel(
         best = tl.where(better, error, best)
         best_scale, best_bias = tl.where(better, scale, best_scale), tl.where(better, low, best_bias)
         square, cross = sqq - sq * sq / total, sqx - sq * sx / total
-        told = square > FLAT * total  # apart: equal codes have no scale
+        told = square > total * FLAT  # apart: equal codes have no scale
         fitted = _usable(tl.where(told, cross / tl.maximum(square, 1e-38), 1.0))
         base = _bfloat16(middle + (sx - fitted * sq) / total)
         error = _error(fitted, base - middle, sq, sqq, sqx, sx, sxx, total)
