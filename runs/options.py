@@ -339,6 +339,9 @@ class EvalOptions(Checked):
     reference_logits: Path | None = option(None, "Take them from such a file.", kind="path")
     engine: str = option("mmquant", "Run this engine too, if installed.", choices=("mmquant", "llama.cpp", "vllm"))
     tensor_parallel: int | None = option(None, "GPUs that vLLM splits a model over; default: 1, 2 or 4.", least=1)
+    engine_arg: tuple[str, ...] = option(
+        (), "An argument for --engine vllm: gpu_memory_utilization=0.5; repeatable.", metavar="KEY=VALUE"
+    )
     cache: str | None = option(
         None, "KV cache of --engine and --engine-like; default: theirs.", choices=("16bit", "fp8", "q8_0", "q4_0")
     )

@@ -23,7 +23,7 @@ from ...calibration.evaluate.reference_store import StoredReference, compare_sto
 from ...calibration.text.sample import Sample
 from ...convert.gguf.reader import find_parts
 from .stdout import stdout_to_stderr
-from .vllm_engine import EngineScores, devices_for, vllm_scores
+from .vllm_engine import EngineScores, devices_for, vllm_arguments, vllm_scores
 
 COMPARED = ("ppl", "ppl_ratio", "top1")
 # Caches by the word of --cache: what vLLM calls them, and ggml's number of the type.
@@ -32,13 +32,16 @@ GGML_CACHES = {"16bit": 1, "q8_0": 8, "q4_0": 2}
 
 
 def check_engine(
-    engine: str, artifacts: tuple[str, ...], tensor_parallel: int | None = None, cache: str | None = None
+    engine: str,
+    artifacts: tuple[str, ...],
+    tensor_parallel: int | None = None,
+    cache: str | None = None,
+    arguments: tuple[str, ...] = (),
 ) -> None:
     """Refuse an engine that is not installed or cannot do what is asked for: InputError, before any work."""
-    if tensor_parallel is not None:
-        if engine != "vllm":
-            raise InputError("--tensor-parallel: llama.cpp runs on the CPU here, expected --engine vllm")
-        devices_for(tensor_parallel, torch.cuda.device_count())
+    if engine != "vllm" and (tensor_parallel is not None or arguments):
+        option, why = ("--engine-arg", "has none here") if arguments else ("--tensor-parallel", "runs on the CPU here")
+        raise InputError(f"{option}: {engine} {why}, expected --engine vllm")
     package, extra = ("xllamacpp", "mmquant[llamacpp]") if engine == "llama.cpp" else ("vllm", "vllm")
     if importlib.util.find_spec(package) is None:
         raise InputError(f"--engine {engine}: {package} is not installed, expected pip install '{extra}'")
@@ -50,6 +53,9 @@ def check_engine(
     caches = GGML_CACHES if engine == "llama.cpp" else VLLM_CACHES
     if cache is not None and cache not in caches:
         raise InputError(f"--cache {cache}: {engine} has none, expected {' or '.join(caches)}")
+    if engine == "vllm":
+        devices_for(tensor_parallel, torch.cuda.device_count())
+        vllm_arguments(arguments)
 
 
 def cross_check(
@@ -63,9 +69,11 @@ def cross_check(
     threads: int = 1,
     tensor_parallel: int | None = None,
     cache: str | None = None,
+    arguments: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """`engine_check` of the result: the engine's numbers of each candidate and their distance from ours."""
     seed = result["sample"]["interval"]["seed"]
+    given = vllm_arguments(arguments) if engine == "vllm" else {}
     own = engine == "llama.cpp" and reference is not None and Path(reference).suffix == ".gguf"
     if engine == "llama.cpp":
         base = Path(str(reference)) if own else StoredReference(stored)
@@ -73,7 +81,7 @@ def cross_check(
     else:
         kind = None if cache is None else VLLM_CACHES[cache]
         with stdout_to_stderr():  # stdout is the result's
-            scores, version = vllm_scores(StoredReference(stored), artifacts, sample, tensor_parallel, kind)
+            scores, version = vllm_scores(StoredReference(stored), artifacts, sample, tensor_parallel, kind, given)
     rows = []
     for candidate, found in zip(result["candidates"], scores, strict=True):
         numbers = summarise(found.scores, sample.units(), seed)
@@ -81,7 +89,8 @@ def cross_check(
         more = {"difference": difference(candidate, numbers), "seconds": seconds}
         rows.append({"label": candidate["label"], **numbers, **more})
     by = engine if own else "mmquant"
-    return {"engine": engine, "version": version, "reference": by, "cache": cache, "candidates": rows}
+    how = {"version": version, "reference": by, "cache": cache, "arguments": given}
+    return {"engine": engine, **how, "candidates": rows}
 
 
 def difference(streamed: dict[str, Any], engine: dict[str, Any]) -> dict[str, float | None]:

@@ -161,9 +161,10 @@ def check_asked(artifacts: tuple[str, ...], reference: str | None, options: Eval
     if options.engine != "mmquant":
         from .engines import check_engine
 
-        check_engine(options.engine, artifacts, options.tensor_parallel, options.cache)
-    elif options.tensor_parallel is not None:
-        raise InputError("--tensor-parallel: of an engine, expected --engine vllm beside it")
+        check_engine(options.engine, artifacts, options.tensor_parallel, options.cache, options.engine_arg)
+    elif options.tensor_parallel is not None or options.engine_arg:
+        option = "--tensor-parallel" if options.tensor_parallel is not None else "--engine-arg"
+        raise InputError(f"{option}: of an engine, expected --engine vllm beside it")
 
 
 def opened_all(
@@ -223,8 +224,13 @@ def _with_engine(
         stored = options.reference_logits or saved
         assert stored is not None
         # torch's own number of threads, so that OMP_NUM_THREADS rules both.
-        more = {"threads": torch.get_num_threads(), "tensor_parallel": options.tensor_parallel, "cache": options.cache}
-        result["engine_check"] = cross_check(options.engine, artifacts, reference, stored, sample, result, **more)
+        result["engine_check"] = cross_check(
+            *(options.engine, artifacts, reference, stored, sample, result),
+            threads=torch.get_num_threads(),
+            tensor_parallel=options.tensor_parallel,
+            cache=options.cache,
+            arguments=options.engine_arg,
+        )
     return result
 
 

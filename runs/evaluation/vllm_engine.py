@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, MmquantError
 
 from ...calibration.evaluate.metrics import BLOCK_BYTES, Scores, join_metrics
 from ...calibration.evaluate.reference_store import Rows, StoredReference
 from ...calibration.text.sample import Sample
+from ..engine_args import check_known, parse_arguments
+from ..memory import is_out_of_memory
+from .stdout import stdout_to_stderr
 
 TOP = 1024  # log-probabilities of each position that vLLM is asked for
 PROMPT_TOKENS = 8192  # in one call: their log-probabilities are held at once
 LEAST = 1e-12  # mass of the tokens that an engine does not name, when rounding leaves none
 MOST_DEVICES = 4  # 8 would cut down's groups of 128
+# What scoring needs, and a user may replace. Beside the memory that it claims vLLM holds float32 logits of a step's
+# tokens over the whole vocabulary, and their softmax: with its default of 16,384 tokens 13 GB each for M2.7.
+DEFAULTS: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 2048, "max_num_seqs": 64}
+# What is set here, and the option that sets it.
+OWN = {
+    "model": "an ARTIFACT",
+    "max_model_len": "--context",
+    "tensor_parallel_size": "--tensor-parallel",
+    "kv_cache_dtype": "--cache",
+    "max_logprobs": "it left out",
+    "logprobs_mode": "it left out",
+    "enable_prefix_caching": "it left out",
+    "skip_tokenizer_init": "it left out",
+}
 
 
 @dataclass(frozen=True)
@@ -63,14 +80,28 @@ def devices_for(wanted: int | None, found: int) -> int:
     return wanted
 
 
+def vllm_arguments(words: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments of vLLM's engine that --engine-arg names. InputError for one that this vLLM does not have."""
+    found = parse_arguments(words, OWN)
+    if found:
+        with stdout_to_stderr():  # it prints while it is imported
+            from vllm import EngineArgs  # pyright: ignore[reportMissingImports]
+        check_known(found, (field.name for field in fields(EngineArgs)), "vllm")
+    return found
+
+
 def vllm_scores(
     stored: StoredReference,
     artifacts: tuple[str, ...],
     sample: Sample,
     tensor_parallel: int | None = None,
     cache: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[list[EngineScores], str]:
-    """Scores of folders by vLLM's prompt log-probabilities, and its version. cache: its kv_cache_dtype."""
+    """Scores of folders by vLLM's prompt log-probabilities, and its version.
+
+    cache: its kv_cache_dtype. arguments: of its engine, beside those set here. MmquantError when it does not start.
+    """
     import vllm  # pyright: ignore[reportMissingImports]
 
     found = []
@@ -78,19 +109,18 @@ def vllm_scores(
     settings = vllm.SamplingParams(
         max_tokens=1, temperature=0.0, prompt_logprobs=TOP, flat_logprobs=True, detokenize=False
     )
+    own = {
+        "max_model_len": sample.context + 1,
+        "max_logprobs": TOP,
+        "tensor_parallel_size": devices,
+        "enable_prefix_caching": False,
+        "kv_cache_dtype": cache or "auto",
+    }
     for artifact in artifacts:
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # vLLM claims 90 % of the memory and refuses to start with less
+            torch.cuda.empty_cache()  # vLLM claims 92 % of the memory and refuses to start with less
         started = time.monotonic()
-        model = vllm.LLM(
-            model=artifact,
-            max_model_len=sample.context + 1,
-            max_logprobs=TOP,
-            enforce_eager=True,  # compiling takes longer than the windows do
-            tensor_parallel_size=devices,
-            enable_prefix_caching=False,
-            kv_cache_dtype=cache or "auto",
-        )
+        model = _opened(artifact, {**DEFAULTS, **(arguments or {}), **own})
         loaded = time.monotonic()
         scores = join_metrics(list(_windows(model, settings, stored, sample)))
         found.append(EngineScores(scores, loaded - started, time.monotonic() - loaded))
@@ -98,6 +128,19 @@ def vllm_scores(
         del model
         gc.collect()
     return found, str(vllm.__version__)
+
+
+def _opened(artifact: str, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 - vLLM's
+    """An engine of the artifact. MmquantError with what vLLM says when it has none; all of it went to stderr."""
+    import vllm  # pyright: ignore[reportMissingImports]
+
+    try:
+        return vllm.LLM(model=artifact, **arguments)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        said = str(error).partition("[type=")[0]  # pydantic adds its input and an address
+        raise MmquantError(f"vllm: {artifact}: {type(error).__name__}: {' '.join(said.split())[:300]}") from error
 
 
 def _close(model: Any) -> None:  # noqa: ANN401 - vLLM's, which has no types here

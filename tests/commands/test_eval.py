@@ -8,10 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonschema
 import numpy as np
@@ -294,6 +295,7 @@ class DocumentedLLM:
     """
 
     alive = 0
+    backends: ClassVar[list[str | None]] = []
 
     def __init__(
         self,
@@ -305,10 +307,18 @@ class DocumentedLLM:
         tensor_parallel_size: int,
         enable_prefix_caching: bool,
         kv_cache_dtype: str,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        attention_backend: str | None = None,
+        gpu_memory_utilization: float = 0.92,
     ) -> None:
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError("1 validation error for CacheConfig\n  too much [type=less_than_equal, input_value=7]")
+        DocumentedLLM.backends.append(attention_backend)
         self.source, self.length, self.most = open_source(model), max_model_len, max_logprobs
         print("INFO: as talkative as vLLM, on stdout")
         assert enforce_eager
+        assert max_num_seqs <= max_num_batched_tokens
         assert not enable_prefix_caching
         assert kv_cache_dtype == "auto"
         assert tensor_parallel_size in (1, 2, 4)
@@ -342,11 +352,26 @@ class DocumentedLLM:
         return found if params.flat_logprobs else None
 
 
-def test_vllm_beside_the_streamed_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass
+class DocumentedArguments:
+    """Some fields of vllm.EngineArgs, whose names are checked."""
+
+    model: str = ""
+    attention_backend: str | None = None
+    gpu_memory_utilization: float = 0.92
+
+
+@pytest.fixture
+def documented_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("vllm")
     module.__dict__.update(LLM=DocumentedLLM, SamplingParams=SimpleNamespace, __version__="documented")
+    module.__dict__["EngineArgs"] = DocumentedArguments
     module.__spec__ = ModuleSpec("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+@pytest.mark.usefixtures("documented_vllm")
+def test_vllm_beside_the_streamed_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("--reference", "demo", "--windows", "2", "--context", "24", "--engine", "vllm", "--json")
     off = []
     for convention, kept, artifacts in (("llama.cpp", 2048, [folder, demo_folder()]), ("all", 256, [folder])):
@@ -365,6 +390,26 @@ def test_vllm_beside_the_streamed_pass(folder: Path, monkeypatch: pytest.MonkeyP
     assert off[1] < -1e-3  # tokens that vLLM was not asked for count as one: less than the exact distance
     assert "this machine has" in message(mmquant(folder, *few, "--tensor-parallel", "1024"))
     assert "--cache q8_0: vllm has none, expected 16bit or fp8" in message(mmquant(folder, *few, "--cache", "q8_0"))
+
+
+@pytest.mark.usefixtures("documented_vllm")
+def test_what_the_user_gives_the_engine(folder: Path) -> None:
+    few = (folder, "--reference", "demo", "--windows", "1", "--context", "16", "--engine", "vllm", "--json")
+    done = mmquant(
+        *few, "--engine-arg", "attention_backend=TRITON_ATTN", "--engine-arg", "--gpu-memory-utilization=0.5"
+    )
+    assert done.exit_code == 0, done.exception
+    check = json.loads(done.stdout)["engine_check"]
+    assert check["arguments"] == {"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.5}
+    assert DocumentedLLM.backends[-1] == "TRITON_ATTN"
+    for word, complaint in (
+        ("gpu_memory_utilisation=0.5", "vllm has none; did you mean gpu_memory_utilization?"),
+        ("max_model_len=4096", "--engine-arg max_model_len: mmquant sets it, expected --context"),
+        ("gpu_memory_utilization=7", r"ValueError: 1 validation error for CacheConfig too much"),
+    ):
+        assert complaint in message(mmquant(*few, "--engine-arg", word))
+    alone = (folder, "--reference", "demo", *FEW, "--engine-arg", "x=1")
+    assert "--engine-arg: of an engine, expected --engine vllm" in message(mmquant(*alone))
 
 
 def test_what_an_engine_must_answer() -> None:
