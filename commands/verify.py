@@ -20,7 +20,17 @@ FILE = click.Path(path_type=Path)
 @options_of(VerifyOptions, device=False)
 @click.option("--model", type=FILE, help="Instead of URL: serve this GGUF file or folder for the time of the test.")
 @click.option("--engine", type=click.Choice(["llama.cpp", "vllm"]), help="With --model: what serves it.")
-@click.option("--model-context", type=int, default=32768, show_default=True, help="With --model: its context.")
+@click.option(
+    "--model-context",
+    type=click.IntRange(1),
+    help="With --model: its context; default: 32768, or the model's where that is less.",
+)
+@click.option(
+    "--engine-arg",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An argument for --engine vllm: gpu_memory_utilization=0.5; repeatable.",
+)
 @click.option("--record", type=FILE, help="Put the rates into the manifest of this artifact's folder, for its card.")
 @click.option("--html", type=FILE, help="Write a report.")
 @click.option("--gate", is_flag=True, help="Exit code 4 when a rate is beyond what MiniMax calls right.")
@@ -30,7 +40,8 @@ def command(
     options: VerifyOptions,
     model: Path | None,
     engine: str | None,
-    model_context: int,
+    model_context: int | None,
+    engine_arg: tuple[str, ...],
     record: Path | None,
     html: Path | None,
     gate: bool,
@@ -56,8 +67,11 @@ def command(
         raise InputError("expected URL, or --model with --engine")
     if (model is None) != (engine is None):
         raise InputError("--engine needs --model, and the other way round")
+    if engine is None and (engine_arg or model_context is not None):
+        option = "--engine-arg" if engine_arg else "--model-context"
+        raise InputError(f"{option}: of a server that is started, expected --model and --engine beside it")
     if model is not None and engine is not None:
-        with serving(model, engine, model_context) as address:
+        with serving(model, engine, model_context, engine_arg) as address:
             found = verify(address, options)
     else:
         found = verify(str(url), options)

@@ -11,20 +11,25 @@ from typing import Any
 Answer = Callable[[dict[str, Any]], dict[str, Any] | str | bytes | int]
 
 
-def said(content: str = "", reasoning: str = "", calls: list[tuple[str, str]] | None = None) -> dict[str, Any]:
-    """A whole answer; calls: name and arguments."""
+def said(
+    content: str = "",
+    reasoning: str = "",
+    calls: list[tuple[str, str]] | None = None,
+    field: str = "reasoning_content",
+) -> dict[str, Any]:
+    """A whole answer; calls: name and arguments. field: where the thinking is; vLLM 0.26 says `reasoning`."""
     made = [
         {"id": f"c{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
         for i, (name, arguments) in enumerate(calls or [])
     ]
-    message = {"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": made or None}
+    message = {"role": "assistant", "content": content, field: reasoning, "tool_calls": made or None}
     return {"choices": [{"message": message, "finish_reason": "tool_calls" if made else "stop"}]}
 
 
 def events(body: dict[str, Any]) -> bytes:
     """The same as a stream, its arguments in two pieces."""
     message, finish = body["choices"][0]["message"], body["choices"][0]["finish_reason"]
-    deltas: list[dict[str, Any]] = [{"reasoning_content": message["reasoning_content"]}]
+    deltas: list[dict[str, Any]] = [{name: message[name]} for name in message if name.startswith("reasoning")]
     deltas += [{"content": letter} for letter in message["content"]]
     for i, call in enumerate(message["tool_calls"] or []):
         name, text = call["function"]["name"], call["function"]["arguments"]

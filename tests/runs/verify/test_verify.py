@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from click.testing import CliRunner
 
 import mmquant
 from helpers.chat_server import ChatServer, said
 from helpers.paths import ROOT, SOURCE
+from mmquant.commands.cli import cli
+from mmquant.convert.open import demo_folder
 from mmquant.errors import GateError, InputError, MmquantError
 from mmquant.runs.options import VerifyOptions
 from mmquant.runs.verify import engine as verify_engine
@@ -228,6 +234,14 @@ def test_the_key_goes_to_the_server_that_it_is_for(monkeypatch: pytest.MonkeyPat
     assert server.keys == {"Bearer word"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_thinking_is_found_by_either_name(field: str, stream: bool) -> None:
+    with ChatServer(lambda body: said(BREAD["en"], "I know this.", field=field)) as server:
+        document = mmquant.verify(server.url, VerifyOptions(language=("en",), stream=stream)).document
+    assert document["rates"]["thought"]["rate"] == 1.0
+
+
 @pytest.mark.parametrize("models", [[], ["a", "b"]])
 def test_a_server_without_one_model_wants_its_name(models: list[str]) -> None:
     with ChatServer(good, models) as server:
@@ -284,19 +298,26 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 def test_a_server_may_log_what_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chatty(model: Path, engine: str, port: int, context: int) -> list[str]:
+    def chatty(model: Path, engine: str, port: int, *_: object) -> list[str]:
         return [sys.executable, "-c", CHATTY, str(port)]
 
     monkeypatch.setattr(verify_engine, "_command", chatty)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with serving(tmp_path, "vllm", 1) as url:
         assert url.startswith("http://127.0.0.1:")
+    assert not [*tmp_path.iterdir()]  # its log is gone with it
 
 
 def test_a_server_that_ends_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; sys.exit('no such card')"
     monkeypatch.setattr(verify_engine, "_command", lambda *_: [sys.executable, "-c", code])
-    with pytest.raises(MmquantError, match="vllm ended with 1: no such card"), serving(tmp_path, "vllm", 1):
-        pass
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(MmquantError, match="vllm ended with 1: no such card; its log: ") as raised:
+        with serving(tmp_path, "vllm", 1):
+            pass
+    (log,) = tmp_path.iterdir()
+    assert str(raised.value).endswith(str(log))
+    assert log.read_text() == "no such card\n"
 
 
 @pytest.mark.parametrize(
@@ -392,3 +413,102 @@ def test_the_command_prints_a_table_and_fails_its_gate() -> None:
     assert done.returncode == 4
     assert "only_reasoning" in done.stdout
     assert "expected at most 0" in done.stderr
+
+
+def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program beside this Python comes first; the context is the model's where that is less."""
+    folder, beside = demo_folder(), tmp_path / "bin"
+    beside.mkdir()
+    program = beside / "vllm"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    words = verify_engine._command(folder, "vllm", 7, None, ("enforce_eager=true", "gpu-memory-utilization=0.5"))
+    assert words[:4] == [str(program), "serve", str(folder), "--enable-auto-tool-choice"]
+    assert {"--tool-call-parser", "minimax_m2", "--enforce-eager", "--gpu-memory-utilization=0.5"} <= {*words}
+    assert words[-6:] == ["--max-model-len", "2048", "--host", "127.0.0.1", "--port", "7"]
+    assert "1024" in verify_engine._command(folder, "vllm", 7, 1024, ())
+    for context, given, complaint in (
+        (4096, (), "--model-context 4096: the model has 2048"),
+        (None, ("port=8000",), "--engine-arg port: mmquant sets it, expected it left out"),
+        (None, ("max_model_len=64",), "--engine-arg max_model_len: mmquant sets it, expected --model-context"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            verify_engine._command(folder, "vllm", 7, context, given)
+    with pytest.raises(InputError, match="--engine-arg: llama"):
+        verify_engine._command(folder, "llama.cpp", 7, None, ("a=1",))
+
+
+def test_options_of_a_server_that_is_not_started_are_refused() -> None:
+    for option in ("--engine-arg=a=1", "--model-context=64"):
+        done = CliRunner().invoke(cli, ["verify", "http://127.0.0.1:1", option])
+        assert "expected --model and --engine beside it" in str(done.exception)
+
+
+def test_settings_of_the_engine_reach_it_and_its_key_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_USE_FLASHINFER_SAMPLER", "NCCL_P2P_DISABLE", "VLLM_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    assert {"VLLM_USE_FLASHINFER_SAMPLER", "NCCL_P2P_DISABLE"} == {
+        k for k, v in verify_engine._settings().items() if v == "x"
+    }
+
+
+PARENT = """import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[2], "w").write(str(child.pid))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
+def test_what_a_server_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parent(model: Path, engine: str, port: int, *_: object) -> list[str]:
+        return [sys.executable, "-c", PARENT, str(port), str(tmp_path / "pid")]
+
+    monkeypatch.setattr(verify_engine, "_command", parent)
+    with serving(tmp_path, "vllm"):
+        child = int((tmp_path / "pid").read_text())
+        os.kill(child, 0)
+    for _ in range(1000):  # its parent is gone: init, or whoever adopts, takes some time to bury it
+        if Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
+            time.sleep(0.01)
+        else:
+            break
+    else:
+        pytest.fail("the server's own child goes on")
+
+
+VALIDATION = """(APIServer pid=7) INFO 11-29 21:00:00 [utils.py:1] starting
+(APIServer pid=7) Traceback (most recent call last):
+(APIServer pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+(APIServer pid=7)   Value error, max_model_len (9) is greater than 8 [type=value_error, input_value=ArgsKwargs]
+(APIServer pid=7)     For further information visit https://errors.pydantic.dev/2.14/v/value_error
+"""
+CORE = """(EngineCore pid=8) ERROR 11-29 21:00:00 [core.py:9] EngineCore failed to start.
+(EngineCore pid=8) ERROR 11-29 21:00:00 [core.py:9] Traceback (most recent call last):
+(EngineCore pid=8) ERROR 11-29 21:00:00 [core.py:9] ValueError: Free memory on device (1/8 GiB) is less than desired
+(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            VALIDATION,
+            "ValidationError: 1 validation error for ModelConfig   Value error, max_model_len (9) is greater than 8",
+        ),
+        (CORE, "ValueError: Free memory on device (1/8 GiB) is less than desired"),
+        (
+            "usage: vllm\nvllm serve: error: unrecognized arguments: --foo\n",
+            "vllm serve: error: unrecognized arguments: --foo",
+        ),
+        ("", "without a word"),
+    ],
+)
+def test_the_reason_in_a_log(log: str, reason: str) -> None:
+    assert reason in verify_engine._reason(log.encode())
