@@ -8,21 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from ..runs.options import Bf16Options
-from .options import begin, dry_run_option, fresh_option, model_option, options_of, out_option, result_json_option, show
-from .options_fetch import fetch_options
+from .options import begin, show
+from .options_writer import writer_options
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
 @click.command()
-@model_option()
-@out_option()
-@options_of(Bf16Options)
-@fetch_options()
-@fresh_option()
-@dry_run_option()
-@result_json_option()
+@writer_options(Bf16Options)
 def command(model: str, out: Path, options: Bf16Options, device: str, fetch: FetchOptions, dry_run: bool) -> None:
     """Write the model in BF16, what fine-tuning starts from.
 

@@ -8,19 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..runs.options import Fp8Options
-from .options import (
-    begin,
-    dry_run_option,
-    fresh_option,
-    model_option,
-    options_of,
-    out_option,
-    refuse_without_effect,
-    result_json_option,
-    show,
-)
-from .options_backend import backend_option
-from .options_fetch import FETCHED, fetch_options
+from .options import begin, refuse_without_effect, show
+from .options_fetch import FETCHED
+from .options_writer import writer_options
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
@@ -30,14 +20,7 @@ PRUNING = ("experts_kept", "experts", "statistics")
 
 
 @click.command()
-@model_option()
-@out_option()
-@options_of(Fp8Options)
-@backend_option()
-@fetch_options()
-@fresh_option()
-@dry_run_option()
-@result_json_option()
+@writer_options(Fp8Options, backend=True)
 def command(
     model: str, out: Path, options: Fp8Options, backend: str, device: str, fetch: FetchOptions, dry_run: bool
 ) -> None:

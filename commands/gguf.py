@@ -10,33 +10,15 @@ import click
 from mmquant.errors import InputError
 
 from ..runs.options import GgufOptions
-from .options import (
-    begin,
-    dry_run_option,
-    fresh_option,
-    model_option,
-    options_of,
-    out_option,
-    refuse_idle_plan,
-    refuse_without_effect,
-    result_json_option,
-    several,
-    show,
-)
-from .options_fetch import fetch_options
+from .options import begin, refuse_idle_plan, refuse_without_effect, several, show
+from .options_writer import writer_options
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
 @click.command()
-@model_option()
-@out_option()
-@options_of(GgufOptions, repeat="type")
-@fetch_options()
-@fresh_option()
-@dry_run_option()
-@result_json_option()
+@writer_options(GgufOptions, repeat="type")
 def command(
     model: str,
     out: Path,

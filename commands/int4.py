@@ -10,37 +10,16 @@ import click
 from mmquant.errors import InputError
 
 from ..runs.options import PLAN_FIELDS, Int4Options
-from .options import (
-    CALIBRATED,
-    begin,
-    dry_run_option,
-    fresh_option,
-    model_option,
-    options_of,
-    out_option,
-    refuse_idle_plan,
-    refuse_idle_text,
-    refuse_without_effect,
-    result_json_option,
-    several,
-    show,
-)
-from .options_backend import backend_option
-from .options_fetch import FETCHED, fetch_options
+from .options import CALIBRATED, begin, refuse_idle_plan, refuse_idle_text, refuse_without_effect, several, show
+from .options_fetch import FETCHED
+from .options_writer import writer_options
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
 @click.command()
-@model_option()
-@out_option()
-@options_of(Int4Options, repeat="group_size")
-@backend_option()
-@fetch_options()
-@fresh_option()
-@dry_run_option()
-@result_json_option()
+@writer_options(Int4Options, repeat="group_size", backend=True)
 def command(
     model: str,
     out: Path,

@@ -8,32 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from ..runs.options import Mxfp4Options
-from .options import (
-    begin,
-    dry_run_option,
-    fresh_option,
-    model_option,
-    options_of,
-    out_option,
-    refuse_idle_plan,
-    refuse_idle_text,
-    result_json_option,
-    show,
-)
-from .options_fetch import fetch_options
+from .options import begin, refuse_idle_plan, refuse_idle_text, show
+from .options_writer import writer_options
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
 
 @click.command()
-@model_option()
-@out_option()
-@options_of(Mxfp4Options)
-@fetch_options()
-@fresh_option()
-@dry_run_option()
-@result_json_option()
+@writer_options(Mxfp4Options)
 def command(model: str, out: Path, options: Mxfp4Options, device: str, fetch: FetchOptions, dry_run: bool) -> None:
     """Write MXFP4 experts (E2M1, a power of two per 32 inputs) for vLLM and SGLang, calibrated in the same pass.
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmquant.monitor import Monitor, message
+from mmquant.monitor import Monitor
 
-from ..calibration.folder.layer import LayerOptions
-from ..calibration.folder.variant import CalibratedWeights
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.weights import WeightsVariant, check_groups
 from ..quantize.fp4.grid import MXFP4, NVFP4, Fp4Grid
 from .models import Model
 from .options import Mxfp4Options, Nvfp4Options, WeightsOptions
 from .results import Quantized
-from .weights import STREAMS, check_mixture, quantize_weights, say_notes
+from .weights import check_mixture, quantize_weights, weights_variant
 from .weights_plan import planned_shape
 
 if TYPE_CHECKING:
@@ -85,16 +83,4 @@ def _variant(
         check_groups(source.geometry, grid.group_size, options.tp, options.attention, sizes)
     shape |= {"group_size": grid.group_size, "attention": options.attention}
     shape |= {"layout": options.format, "kv_cache": options.kv_cache, **plan}
-    nearest = WeightsVariant(**shape)
-    say_notes(nearest, source)
-    if options.method == "rtn":
-        return nearest
-    chosen = LayerOptions(
-        method=options.method,
-        effort=options.effort,
-        grid=grid,
-        attention=options.attention == shape["command"],
-        seed=options.seed,
-    )
-    streams = out / STREAMS if chosen.sign_rounded else None
-    return CalibratedWeights(**shape, options=chosen, report=message, streams=streams)
+    return weights_variant(source, options, out, shape, grid)

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmquant.errors import InputError
-from mmquant.monitor import Monitor, message
+from mmquant.monitor import Monitor
 
-from ..calibration.folder.layer import LayerOptions
-from ..calibration.folder.variant import CalibratedWeights
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.weights import WeightsVariant, check_groups
 from ..convert.formats.table import choices
@@ -18,7 +16,7 @@ from ..quantize.integer.gptq import GptqGrid
 from .models import Model
 from .options import Int4Options
 from .results import Quantized
-from .weights import STREAMS, check_mixture, quantize_weights, say_notes
+from .weights import check_mixture, quantize_weights, weights_variant
 from .weights_plan import planned_shape
 
 if TYPE_CHECKING:
@@ -80,19 +78,8 @@ def variant_of(source: Checkpoint, options: Int4Options, out: Path) -> WeightsVa
     shape |= {"layout": options.format, "eight_bit": layers_of(options.eight_bit), "kv_cache": options.kv_cache}
     symmetric = symmetric_of(options)
     shape |= {"symmetric": symmetric, **plan}
-    nearest = WeightsVariant(**shape)
-    say_notes(nearest, source)
-    if options.method == "rtn":
-        return nearest
-    chosen = LayerOptions(
-        method=options.method,
-        effort=options.effort,
-        grid=GptqGrid(4, shape["group_size"], symmetric),
-        attention=options.attention == "int4",
-        seed=options.seed,
-    )
-    streams = out / STREAMS if chosen.sign_rounded else None
-    return CalibratedWeights(**shape, options=chosen, report=message, streams=streams)
+    grid = GptqGrid(4, shape["group_size"], symmetric)
+    return weights_variant(source, options, out, shape, grid)
 
 
 def layers_of(text: str | None) -> tuple[int, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmquant.errors import InputError
 from mmquant.monitor import Monitor, message, watching
 
+from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.mlx import CalibratedMlx
 from ..calibration.folder.variant import CalibratedWeights
 from ..calibration.statistics.live import moment_plan
@@ -17,6 +18,7 @@ from ..convert.fitting.requires import notes
 from ..convert.folder.mlx import MlxVariant
 from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
 from ..convert.formats.table import choices
+from ..quantize.integer.gptq import Grid
 from .calibrate import make_provider, pass_of
 from .corpus import at_effort, tokens_at_most
 from .engine import run_jobs
@@ -86,6 +88,25 @@ def say_notes(variant: Variant, source: Checkpoint) -> None:
     """What is known to go wrong with such an artifact, before it is written."""
     for note in notes(variant.run(), source.geometry):
         message(note)
+
+
+def weights_variant(
+    source: Checkpoint, options: WeightsOptions, out: Path, shape: dict[str, Any], grid: Grid
+) -> WeightsVariant:
+    """The folder to write, by the fields of its variant in `shape`: to nearest, or calibrated on the grid."""
+    nearest = WeightsVariant(**shape)
+    say_notes(nearest, source)
+    if options.method == "rtn":
+        return nearest
+    chosen = LayerOptions(
+        method=options.method,
+        effort=options.effort,
+        grid=grid,
+        attention=options.attention == nearest.command,
+        seed=options.seed,
+    )
+    streams = out / STREAMS if chosen.sign_rounded else None
+    return CalibratedWeights(**shape, options=chosen, report=message, streams=streams)
 
 
 def check_weights(

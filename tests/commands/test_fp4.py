@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,13 @@ from click.testing import CliRunner
 
 from helpers.ct_reader import dequantized, tensors_of
 from helpers.killed import command_killed_at
-from helpers.tiny import write_tiny
+from helpers.tiny import few, write_code, write_tokenized
 from mmquant.commands.cli import cli
 from mmquant.convert import manifest
 from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
 from mmquant.convert.folder.check import check_folder
 from mmquant.convert.folder.doctor import examine_folder
-from mmquant.convert.open import demo_folder, open_native, open_source
+from mmquant.convert.open import open_native, open_source
 from mmquant.errors import InputError
 
 BAD = [
@@ -55,22 +54,12 @@ def test_dry_run_writes_nothing(tmp_path: Path, command: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_local_experts": 4, "num_hidden_layers": 2}
-    folder = write_tiny(tmp_path_factory.mktemp("fp4") / "model", **sizes, vocab_size=2048)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_folder() / name, folder)
-    return folder
+    return write_tokenized(tmp_path_factory.mktemp("fp4") / "model", hidden_size=128, intermediate_size=96)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"def f{i}(x, y={i}):\n    return x * {i} + y[{i % 7}]\n" for i in range(900)))
-    return path
-
-
-def few(model: Path, text: Path) -> list[str]:
-    return ["--model", str(model), "--text", str(text), "--text-only", "--windows", "12", "--context", "64"]
+    return write_code(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 KINDS = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from helpers.killed import command_killed_at
-from helpers.tiny import write_tiny
+from helpers.tiny import few, write_code, write_tokenized
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.commands.cli import cli
 from mmquant.convert import manifest
@@ -23,7 +22,7 @@ from mmquant.convert.folder.kinds import plan_row
 from mmquant.convert.folder.unit_bytes import fixed_bytes, unit_specs
 from mmquant.convert.hub.card import Place, front_matter, published
 from mmquant.convert.hub.card_text import generated
-from mmquant.convert.open import demo_folder, open_native, open_source
+from mmquant.convert.open import open_native, open_source
 from mmquant.convert.plan_file import PlanFile
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.errors import InputError
@@ -54,22 +53,12 @@ def test_one_line_for_bad_input(tmp_path: Path, arguments: list[str], words: str
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_local_experts": 4, "num_hidden_layers": 2}
-    folder = write_tiny(tmp_path_factory.mktemp("mlx") / "model", **sizes, vocab_size=2048)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_folder() / name, folder)
-    return folder
+    return write_tokenized(tmp_path_factory.mktemp("mlx") / "model", hidden_size=128, intermediate_size=64)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"def f{i}(x, y={i}):\n    return x * {i} + y[{i % 7}]\n" for i in range(900)))
-    return path
-
-
-def few(model: Path, text: Path) -> list[str]:
-    return ["--model", str(model), "--text", str(text), "--text-only", "--windows", "12", "--context", "64"]
+    return write_code(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def agrees(folder: Path) -> float:

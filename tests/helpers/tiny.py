@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from mmquant.convert.models import architecture_of
 from mmquant.convert.models.shapes import global_shapes, matrix_shapes, plain_shapes
+from mmquant.convert.open import demo_folder
 from mmquant.quantize.fp8 import quantize_tiles
 
 CONFIG: dict[str, Any] = {
@@ -83,3 +85,22 @@ def write_tiny(folder: Path, shards: int = 3, seed: int = 0, **changes: Any) -> 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_tokenized(folder: Path, **sizes: Any) -> Path:
+    """A checkpoint of two layers and four experts with the demo's tokenizer."""
+    write_tiny(folder, num_local_experts=4, num_hidden_layers=2, vocab_size=2048, **sizes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_folder() / name, folder)
+    return folder
+
+
+def write_code(path: Path) -> Path:
+    """A text of 900 small functions, no two alike."""
+    path.write_text("".join(f"def f{i}(x, y={i}):\n    return x * {i} + y[{i % 7}]\n" for i in range(900)))
+    return path
+
+
+def few(model: Path, text: Path) -> list[str]:
+    """The words of a command that calibrates on a few windows of the text."""
+    return ["--model", str(model), "--text", str(text), "--text-only", "--windows", "12", "--context", "64"]
