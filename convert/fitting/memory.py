@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..models.geometry import Geometry
 
-GIB, MIB = 1 << 30, 1 << 20
+GIB = 1 << 30
 FREE = 1 * GIB  # what stays free on every device
 UBATCH = 512  # llama.cpp's default micro-batch
 CUDA_RUNTIME, HOST_RUNTIME = int(0.6 * GIB), 2 * GIB

@@ -16,10 +16,10 @@ from helpers.calibration_cases import corpus, options
 from helpers.tiny import write_tiny
 from mmquant.calibration.gguf.moments import PRIOR
 from mmquant.calibration.gguf.run_stored import DIAGONAL_PRIOR, Stored, encode_layer, open_stored
-from mmquant.calibration.gguf.solve import Report
+from mmquant.calibration.gguf.solve import METHODS, Report
 from mmquant.calibration.statistics.imatrix_export import imatrix_of
 from mmquant.calibration.statistics.run import calibrate_into
-from mmquant.calibration.statistics.store import open_statistics
+from mmquant.calibration.statistics.store import StoredStatistics, open_statistics
 from mmquant.commands.gguf import command
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.gguf.imatrix import Importance, read_imatrix, write_imatrix
@@ -114,6 +114,19 @@ def test_the_command_writes_what_it_was_given(source: Checkpoint, folder: Path, 
         types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
         assert types["blk.1.ffn_down_exps.weight"] == "Q3_K"
         assert types["output.weight"] == "Q6_K"
+
+
+def test_what_decides_the_bytes_is_in_the_run(source: Checkpoint, folder: Path, imatrix: Path) -> None:
+    """Effort, text, and which imatrix: a run of one must not be continued as a run of the other."""
+    known = [open_stored(folder, source, effort) for effort in ("default", "fast")]
+    statistics = known[0].known
+    assert isinstance(statistics, StoredStatistics)
+    other = replace(statistics, identity={**statistics.identity, "corpus": "another"})
+    known += [replace(known[0], known=other), open_stored(imatrix, source, "fast")]
+    runs = [stored.run() for stored in known]
+    assert all(a != b for i, a in enumerate(runs) for b in runs[:i])
+    assert known[3].method == METHODS["fast"]
+    assert [stored.method.correct for stored in known[:2]] == [False, False], "stored sums know no second stream"
 
 
 def test_statistics_that_do_not_serve_are_refused(

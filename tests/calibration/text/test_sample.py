@@ -93,6 +93,9 @@ def test_domains_by_name_and_folder(tmp_path: Path) -> None:
     assert [t.domain for t in read_texts([tmp_path])] == ["code", "prose"]
     assert [t.domain for t in read_texts([f"zh={tmp_path / 'code.txt'}"])] == ["zh"]
     assert len(read_texts([tmp_path])[0].sha256) == 64
+    named = tmp_path / "a=b.txt"
+    named.write_text("abc")
+    assert [t.domain for t in read_texts([named])] == ["a=b"], "a file that is there is no DOMAIN=PATH"
 
 
 def test_bad_texts(tmp_path: Path) -> None:

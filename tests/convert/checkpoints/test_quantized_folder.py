@@ -166,6 +166,8 @@ def test_groups_are_matched_as_engines_match_them() -> None:
     assert (bits_of(by_class, expert), bits_of(by_class, other)) == (8, 4), "a name wins over the class before it"
     first = ct_config((["re:.*experts.*"], {"num_bits": 8}), (["re:.*layers\\.1\\..*"], {}))
     assert bits_of(first, expert) == 8, "the first pattern wins"
+    classes = ct_config((["Linear"], {}), (["Linear"], {"num_bits": 8}))
+    assert bits_of(classes, expert) == 4, "so does the first class"
     vllm, sglang = "re:model\\.layers\\.1\\.mlp\\.experts\\..*", "re:.*block_sparse_moe.experts.0.down_proj"
     for pattern, engine, other_engine in ((vllm, "vLLM", "SGLang"), (sglang, "SGLang", "vLLM")):
         config = ct_config(([pattern], {}))
