@@ -20,6 +20,7 @@ from ..files.sizes import parse_size
 ENGINES = ("llama.cpp", "vllm", "mlx_lm")
 CARD_SHARE = 0.98  # of an unknown card that its driver leaves
 SOLD_RAM = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # in GB: as makers say GiB
+SOLD_CARDS = (8, 10, 11, 12, 20)  # likewise, besides those of the table
 KEYS = {"id", "card", "count", "ram", "reserved", "bandwidth", "name", "engines", "unified", "ram_bandwidth"}
 MOST_CARDS = 64
 LEAST_MEMORY = 10**6  # less is a number without its unit
@@ -139,7 +140,7 @@ def card_of(text: str) -> Cards:
     label = _LABEL.fullmatch(text.strip())
     known = _table()["cards"].get(f"{label[1]}GB") if label else None
     if known is None:
-        size = memory_bytes(text)
+        size = int(label[1]) << 30 if label and int(label[1]) in SOLD_CARDS else memory_bytes(text)
         return Cards(f"{text.strip()} card", 1, size, int(size * CARD_SHARE), parse_size("900GB"))
     sizes = {key: parse_size(known[key]) for key in ("memory", "usable", "bandwidth")}
     return Cards(known["name"], 1, **sizes, amd=bool(known.get("amd")))

@@ -151,6 +151,9 @@ def test_sizes_of_machines() -> None:
     assert (ram_bytes("98GB"), ram_bytes("98GiB"), ram_bytes("98e9")) == (98 * 10**9, 98 * GIB, 98 * 10**9)
     assert machine("24GBx2", "96GB").cards == find_target("2x24gb+96gb", TARGETS).cards
     assert machine("24e9", None).cards.memory == 24 * 10**9  # type: ignore[union-attr]
+    assert machine("12GB", None).cards.memory == 12 * GIB  # type: ignore[union-attr]
+    for target in read_targets().values():
+        assert target.cards is None or 0.95 * target.cards.memory < target.cards.usable < target.cards.memory, target.id
     for bad in ("24GBx0", "24GBx65", "abc", "24GBx", "0GB"):
         with pytest.raises(InputError, match="--gpu"):
             machine(bad, None)
