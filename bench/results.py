@@ -1,7 +1,8 @@
 """docs/results.md from stored results: every format of a model beside files of the same bytes by the rules of others.
 
     python bench/results.py                                       # the page, from docs/results/*.json
-    python bench/results.py measure demo --folder out             # writes what is missing into out, scores all, stores
+    python bench/results.py make demo --folder out                # every file into out, in one pass
+    python bench/results.py measure demo --folder out             # scores all, stores
     torchrun --nproc-per-node 8 bench/results.py measure hf:MiniMaxAI/MiniMax-M2.7 --folder m27 --context 2048
 
 One pass scores all files on the same windows, exactly and as engines compute them; a pair's difference is that of the
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import _path
+import numpy as np
 import torch
 from by_bytes import nearest_rule
 from fp4_quality import RULES, Rule
@@ -50,19 +52,41 @@ ROWS: dict[str, tuple[str, str | None]] = {
     "int4": ("int4", "to nearest, largest / 7.5"),
     "int4-attention-fp8": ("int4 --attention fp8", None),
     "int4-cache-fp8": ("int4 --kv-cache fp8", None),
-    "awq": ("awq", None),
+    "awq": ("int4 --method awq --format awq", None),
     "nvfp4": ("nvfp4", "by the maximum"),
     "nvfp4-w4a4": ("nvfp4 --activations nvfp4", None),
     "mxfp4": ("mxfp4", "by OCP's rule"),
+    "mlx": ("mlx", "mlx's own rounding"),
+    "mlx-mxfp4": ("mlx --mode mxfp4", "mlx's own rounding, mxfp4"),
+    "mlx-nvfp4": ("mlx --mode nvfp4", "mlx's own rounding, nvfp4"),
     "gguf-Q8_0": ("gguf --type Q8_0", "ggml's encoder, imatrix"),
     "gguf-Q6_K": ("gguf --type Q6_K", "ggml's encoder, imatrix"),
     "gguf-Q4_K_M": ("gguf --type Q4_K_M", "ggml's encoder, imatrix"),
     "gguf-IQ4_XS": ("gguf --type IQ4_XS", "ggml's encoder, imatrix"),
 }
+
+
+def mlx_rule(mode: str, group: int, bits: int = 4) -> Rule:
+    """What mlx makes of BF16 weights, as `mlx_lm.convert` asks it; nvfp4 without a scale of the whole matrix."""
+
+    def rule(weights: Tensor) -> Tensor:
+        import mlx.core as mx
+
+        parts = mx.array(weights.flatten(0, -2).numpy()).astype(mx.bfloat16)
+        stored = mx.quantize(parts, group_size=group, bits=bits, mode=mode)
+        values = mx.dequantize(*stored, group_size=group, bits=bits, mode=mode).astype(mx.float32)
+        return torch.from_numpy(np.array(values)).view(weights.shape)
+
+    return rule
+
+
 EXPERT_RULES: dict[str, Rule] = {
     "to nearest, largest / 7.5": nearest_rule(128),
     "by the maximum": RULES["rule: NVFP4 by the maximum"],
     "by OCP's rule": RULES["rule: MXFP4 of OCP"],
+    "mlx's own rounding": mlx_rule("affine", 64),
+    "mlx's own rounding, mxfp4": mlx_rule("mxfp4", 32),
+    "mlx's own rounding, nvfp4": mlx_rule("nvfp4", 16),
 }
 
 
@@ -121,15 +145,32 @@ class Rival:
         return torch.stack(parts)
 
 
-def artifact(folder: Path, name: str, model: str) -> Path:
-    """The folder or file of a row; made by its command where it is missing (by one process alone)."""
+def artifact(folder: Path, name: str) -> Path:
+    """The folder or file of a row. InputError where it is not finished."""
     out = folder / name
     if not (out / "mmquant.fit.json").exists():
-        if current_ranks().world > 1:
-            raise InputError(f"{out}: not finished, expected what `python bench/results.py make` writes")
-        line = [sys.executable, "-m", "mmquant", *ROWS[name][0].split(), "--model", model, "--out", str(out)]
-        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+        raise InputError(f"{out}: not finished, expected what `python bench/results.py make` writes")
     return next(iter(sorted(out.glob("*.gguf"))), out)
+
+
+def recipe(model: str, rows: list[str]) -> str:
+    """A recipe of rows, each by its command; the calibration text is the bundled one."""
+    lines = [f"model: {model}", "corpora:", "  main: {text: [default]}", "variants:"]
+    for name in rows:
+        command, *words = ROWS[name][0].split()
+        options = zip(words[::2], words[1::2], strict=True)
+        said = "".join(f", {option.removeprefix('--').replace('-', '_')}: {value}" for option, value in options)
+        lines.append(f"  {name}: {{command: {command}{said}}}")
+    return "\n".join(lines) + "\n"
+
+
+def make(folder: Path, rows: list[str], model: str, words: list[str]) -> None:
+    """What is missing of the rows, in one pass over the model; `words`: more for mmquant run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.yaml").write_text(recipe(model, rows))
+    line = [sys.executable, "-m", "mmquant", "run", str(folder / "results.yaml"), "--out", str(folder), *words]
+    if code := subprocess.run(line, check=False).returncode:
+        sys.exit(code)
 
 
 def measure_all(a: argparse.Namespace) -> dict[str, Any] | None:
@@ -138,7 +179,7 @@ def measure_all(a: argparse.Namespace) -> dict[str, Any] | None:
     imatrix = None if a.imatrix is None else read_imatrix(a.imatrix)
     names, sources = [], list[Source]()
     for name in a.rows:
-        ours, rule = open_source(artifact(a.folder, name, a.model)), ROWS[name][1]
+        ours, rule = open_source(artifact(a.folder, name)), ROWS[name][1]
         names.append((name, "mmquant"))
         sources.append(ours)
         if rule is not None:
@@ -160,6 +201,7 @@ def measure_all(a: argparse.Namespace) -> dict[str, Any] | None:
     machine = {"processor": platform.processor() or platform.machine(), "device": a.device, "torch": torch.__version__}
     head = {name: found[name] for name in ("generated", "generator", "dtype", "reference")}
     floors = [{"kind": f["kind"], "kld": f["kld"]["mean"], "top1": f["top1"]} for f in found["floors"]]
+    head |= {"commit": _path.commit()}
     return {**head, "model": a.model, "machine": machine, "sample": sample_block, "floors": floors} | {
         "rows": rows,
         "pairs": [{k: v for k, v in pair.items() if k not in ("first", "second", "log_ppl")} for pair in pairs],
@@ -189,8 +231,10 @@ def model_section(found: dict[str, Any]) -> list[str]:
     title = (
         f"## {found['model']}: {sample['positions']:,} positions in {sample['windows']} windows of {sample['context']}"
     )
+    made = f" of commit {found['commit']}" if found.get("commit") else ""
     facts = (
-        f"{found['dtype']}, {machine['device']}, torch {machine['torch']}, {found['generated'][:10]}; mean KLD in nats,"
+        f"{found['dtype']}, {machine['device']}, torch {machine['torch']}, {found['generated'][:10]}{made}; "
+        "mean KLD in nats,"
     )
     lines = ["", title, "", f"{facts} 95 % interval by {sample['interval']['unit']}s.", ""]
     lines += ["| file | by | bytes | bits a weight | KLD exact | 95 % | 99.9 % | top-1 % | as engines compute it |"]
@@ -242,25 +286,28 @@ demo has 14.4 M weights; what it shows is order and sign, not the size of a loss
 RECIPE = """
 ## The same page for MiniMax-M2.7, on a node
 
-    python bench/results.py make hf:MiniMaxAI/MiniMax-M2.7 --folder m27
+    python bench/results.py make hf:MiniMaxAI/MiniMax-M2.7 --folder m27 --dry-run   # writes m27/results.yaml
+    torchrun --nproc-per-node 8 -m mmquant run m27/results.yaml --out m27
     torchrun --nproc-per-node 8 bench/results.py measure hf:MiniMaxAI/MiniMax-M2.7 --folder m27 --name m27 \\
       --context 2048 --windows 128 --imatrix m27.imatrix.gguf
     make results
 
-On 8 GPUs of 80 GB. The files are written first, one command after the other (`ROWS` in the script; `mmquant run` writes
-them in one pass and is the faster way: give its folders to `--folder` under these names). Then one pass over the layers
-scores them. Estimates from the speeds in [eval.md](eval.md), none of it measured:
+On 8 GPUs of 80 GB. The files are written in one pass over the model ([run.md](run.md)); `m27.imatrix.gguf` is
+llama-imatrix's (without it ggml's encoder has no importance). Then one pass over the layers scores all. Estimates, none
+of it measured; the speeds are those of [eval.md](eval.md) and of one H200 in `bench/RESULTS.md`:
 
 | what | estimate |
 | --- | --- |
-| disk | 230 GB for the original, 120 to 240 GB for each file, 1.9 TB for all rows |
-| host memory | hidden states: 262,144 tokens x 12 KB = 3.2 GB for each of about 50 models, beyond 8 GiB in files |
+| disk | 229 G weights x bits a weight / 8: FP8 230 GB, Q8_0 243, others 120 to 190; 2.4 TB for all rows |
+| making | a layer of all rows on one H200: 56 s (INT4 2.3, FP4 and MLX 3.3, k-quants 8.9); 8 at 60 %: 12 minutes |
+| writing | 2.4 TB at 2 GB/s: 20 minutes |
+| host memory | hidden states: 262,144 tokens x 12 KB = 3.2 GB for each of about 70 models, beyond 8 GiB in files |
 | GPU memory | a layer in float32 14.6 GB, twice that where an engine's weights differ, activations 16 GB |
-| reading | 1.9 TB at 3 GB/s: 11 minutes, or as long as the download takes |
-| layers | float32 on 8 GPUs about 1.2 s a layer and model, 50 models x 62 layers: 62 minutes |
-| head and metrics | 200,064 tokens: 1.5 minutes a model on 8 GPUs, 75 minutes |
+| reading | 2.4 TB at 3 GB/s: 13 minutes, or as long as the download takes |
+| layers | float32 on 8 GPUs about 1.2 s a layer and model, 70 models x 62 layers: 87 minutes |
+| head and metrics | 200,064 tokens: 1.5 minutes a model on 8 GPUs, 105 minutes |
 
-`--rows int4 nvfp4 gguf-Q4_K_M` takes some of them; `--state DIR` goes on after a stop."""
+A model is a file, its rival, or one of them as an engine computes it (26 rows, 44 more by profiles). `--rows int4 nvfp4 gguf-Q4_K_M` takes some of them; `--state DIR` goes on after a stop."""
 
 
 def main() -> None:
@@ -271,6 +318,7 @@ def main() -> None:
         part.add_argument("model")
         part.add_argument("--folder", type=Path, required=True)
         part.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    first.add_argument("--dry-run", action="store_true", help="what the files need, and no file")
     one.add_argument("--name", help="of the stored result; default: the model")
     one.add_argument("--imatrix", type=Path, help="llama-imatrix's file, for stock GGUF")
     one.add_argument("--windows", type=int, default=16)
@@ -280,8 +328,7 @@ def main() -> None:
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     if given.what == "make":
-        for name in given.rows:
-            print(artifact(given.folder, name, given.model))
+        make(given.folder, given.rows, given.model, ["--dry-run"] if given.dry_run else [])
         return
     if given.what == "measure":
         try:

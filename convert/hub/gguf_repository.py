@@ -87,6 +87,9 @@ def open_gguf_repository(spec: str, kind: str | None, options: FetchOptions | No
     store = hub_source(spec, options)
     try:
         found, paths = choose_model(store.files(), kind, store.label)
+        store.folder = store.folder.with_name(
+            f"{store.folder.name}--{found.replace('/', '--')}"
+        )  # several types at once
         needed = sum(store.files()[path] for path in paths)
         if options.max_disk is not None and needed > options.max_disk:
             raise InputError(f"--max-disk {options.max_disk:,}: {store.label}:{found} has {needed:,} bytes")
