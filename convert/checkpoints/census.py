@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,7 +20,8 @@ class Kind:
 
 def count_kinds(entries: Iterable[tuple[str, str, tuple[int, ...], int]]) -> list[Kind]:
     """Rows by kind and dtype of (kind, dtype, shape, bytes)."""
-    groups: dict[tuple[str, str], Counter[str]] = {}
+    groups: dict[tuple[str, str], tuple[int, int, int]] = {}
     for kind, dtype, shape, size in entries:
-        groups.setdefault((kind, dtype), Counter()).update(count=1, bytes=size, weights=math.prod(shape))
-    return [Kind(k, d, c["count"], c["bytes"], c["weights"]) for (k, d), c in sorted(groups.items())]
+        count, total, weights = groups.get((kind, dtype), (0, 0, 0))
+        groups[kind, dtype] = count + 1, total + size, weights + math.prod(shape)
+    return [Kind(*place, *sums) for place, sums in sorted(groups.items())]

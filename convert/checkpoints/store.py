@@ -177,8 +177,9 @@ def weight_map(index: bytes) -> dict[str, str]:
     table = take_map(parse_json(index, INDEX, unique=True), "weight_map", str, INDEX)
     if not table:
         raise InputError(f"{INDEX}: weight_map is empty, expected tensors and their shards")
-    for name, shard in table.items():
+    for shard in dict.fromkeys(table.values()):
         if shard.startswith(".") or path_fault(shard) or "/" in shard:
+            name = next(name for name, where in table.items() if where == shard)
             raise InputError(f"{INDEX}: {short(name)} is in {short(shard)}, expected a file name")
     return table
 

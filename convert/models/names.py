@@ -101,6 +101,11 @@ class TensorNames:
         return re.compile(rf"({re.escape(self.layers)}\.(\d+))\.{re.escape(self.moe)}\.experts\.(\d+)\.({last})")
 
     @cached_property
+    def _projection(self) -> dict[str, str]:
+        """By the last part of the name."""
+        return {last: key for key, last in self.projections.items()}
+
+    @cached_property
     def matrix(self) -> str:
         """A regular expression, without groups, of the names of matrices without their suffix."""
         attention = rf"{re.escape(self.attention_module)}\.[qkvo]_proj"
@@ -117,8 +122,7 @@ class TensorNames:
         match = self._expert.fullmatch(name)
         if match is None:
             return None
-        projection = next(key for key, last in self.projections.items() if last == match[4])
-        return Expert(match[1], int(match[2]), int(match[3]), projection)
+        return Expert(match[1], int(match[2]), int(match[3]), self._projection[match[4]])
 
     def kind_of(self, name: str) -> str:
         """Census kind of a tensor: expert and its projection, attention, router, norm, embedding, head, scale."""

@@ -16,10 +16,11 @@ from mmquant.convert.open import demo_folder
 from mmquant.convert.source import CARRIED_FILES
 from mmquant.monitor import Silent
 from mmquant.runs.calibrate import calibrate
-from mmquant.runs.fp4 import quantize_nvfp4
+from mmquant.runs.fp4 import quantize_mxfp4, quantize_nvfp4
 from mmquant.runs.fp8 import quantize_fp8
 from mmquant.runs.gguf import quantize_gguf
 from mmquant.runs.int4 import quantize_int4
+from mmquant.runs.mlx import quantize_mlx
 from mmquant.runs.recipe.read import Recipe, parse_recipe
 
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 3, "vocab_size": 2048}
@@ -28,6 +29,8 @@ WRITERS = {
     "fp8": quantize_fp8,
     "int4": quantize_int4,
     "nvfp4": quantize_nvfp4,
+    "mxfp4": quantize_mxfp4,
+    "mlx": quantize_mlx,
     "gguf": quantize_gguf,
     "calibrate": calibrate,
 }

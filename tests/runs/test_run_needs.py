@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.run_cases import artifacts, digests, model, recipe
+from helpers.run_cases import alone, artifacts, digests, model, recipe
 from mmquant.convert import manifest
 from mmquant.errors import FitError, InputError
 from mmquant.runs.gguf import quantize_gguf
@@ -100,10 +100,40 @@ def test_a_variant_of_a_size_is_planned_first(source: Path, tmp_path: Path) -> N
     assert dry.needs.output == 2_600_000
     run(chosen, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "large" / ".mmquant.plan" / "sensitivity.json").exists()
-    alone = chosen.variants[0].options
-    assert isinstance(alone, GgufOptions)
-    quantize_gguf(source, tmp_path / "alone", alone, device="cpu")
+    own = chosen.variants[0].options
+    assert isinstance(own, GgufOptions)
+    quantize_gguf(source, tmp_path / "alone", own, device="cpu")
     assert digests(tmp_path / "run" / "small") == digests(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        "command: int4, group_size: 32, size: 4400KB",
+        "command: nvfp4, size: 4400KB",
+        "command: mxfp4, size: 4400KB",
+        "command: mlx, size: 3MB",
+        "command: int4, target: 2xa100-80gb, target_context: 256",
+        "command: nvfp4, target: 2xa100-80gb, target_context: 256",
+        "command: mlx, target: mac-128gb, target_context: 256",
+        "command: gguf, target: 24GB+64GB, target_context: 256",
+    ],
+)
+def test_every_command_is_planned_for_a_size_or_a_machine(source: Path, tmp_path: Path, options: str) -> None:
+    """Byte for byte what its own command writes, no larger than asked for."""
+    chosen = recipe(source, f"\n  a: {{{options}, judged_windows: 1}}\n")
+    run(chosen, tmp_path / "run", device="cpu")
+    (tmp_path / "alone").mkdir()
+    alone(chosen, tmp_path / "alone")
+    found = digests(tmp_path / "run" / "a")
+    assert found
+    assert found == digests(tmp_path / "alone" / "a")
+    size, weights = (
+        getattr(chosen.variants[0].options, "size", None),
+        (tmp_path / "run" / "a").glob("model-*.safetensors"),
+    )
+    assert size is None or sum(path.stat().st_size for path in weights) <= size
 
 
 def test_other_texts_make_again_what_they_made(source: Path, tmp_path: Path) -> None:
