@@ -131,7 +131,7 @@ results: $(READY) ## docs/results.md from the stored results in docs/results/
 
 notebooks: $(READY) ## run the notebooks and keep their outputs
 	rm -rf notebooks/m27-*
-	PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	PYTHONWARNINGS=ignore $(BIN)/python notebooks/run.py notebooks/*.ipynb
 
 # Not --quiet: it hides warnings from mkdocs's strict mode too
 docs: $(READY) ## the documentation site, into build/site; no network is needed
