@@ -1,4 +1,4 @@
-"""Show progress and messages on stderr: live lines on a terminal, plain lines in a pipe."""
+"""What a terminal shows: live lines and messages on stderr, results on stdout; plain lines in a pipe."""
 
 from __future__ import annotations
 

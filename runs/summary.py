@@ -1,4 +1,4 @@
-"""What a finished run says: an artifact a line, where each loses most, what was rescued, and what comes next."""
+"""What a finished run says: a line per artifact, where each loses most, what was rescued, and what comes next."""
 
 from __future__ import annotations
 
