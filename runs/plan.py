@@ -54,10 +54,9 @@ class Planned(Result):
     def lines(self, explain: bool = False) -> list[str]:
         """For people; explain: every matrix with its neighbours in size, too."""
         plan = self.plan
-        head = (
-            f"{self.path}: {plan.bytes:,} bytes, {plan.bits_per_weight:.3f} bits a weight, predicted KLD {plan.kld:.4f}"
-        )
-        found = [head, "", *table(("matrix", "types"), _by_role(plan.tensors))]
+        size = f"{plan.bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight"
+        head = f"{self.path}: {size}, predicted KLD {plan.kld:.4f}"
+        found = [head, "", *table(("matrix", "types"), _by_role(plan.tensors), text=("matrix", "types"))]
         curve = sorted({*((p.bytes, p.kld) for p in plan.curve), (plan.bytes, plan.kld)})
         found += ["", *table(("bytes", "predicted KLD"), [(f"{size:,}", f"{kld:.4f}") for size, kld in curve])]
         if plan.placement is not None:
@@ -75,7 +74,8 @@ class Planned(Result):
         for name, kind in self.plan.tensors.items():
             why = self.plan.reasons[name]
             rows.append((name, kind, f"{1e3 * why.kld:.3f}", _change(why, why.smaller), _change(why, why.larger)))
-        return table(("tensor", "type", "mKLD", "smaller", "larger"), rows)
+        head = ("tensor", "type", "KLD x 1000", "smaller", "larger")
+        return table(head, rows, text=("tensor", "type", "smaller", "larger"))
 
 
 def plan(
@@ -87,7 +87,7 @@ def plan(
     fetch: FetchOptions | None = None,
     monitor: Monitor | None = None,
 ) -> Planned:
-    """Choose the type of every matrix for a size, bits a weight or a machine; plan.json goes into the folder `out`.
+    """Choose the type of every matrix for a size, bits per weight or a machine; plan.json goes into the folder `out`.
 
     With another format than gguf: which layers' experts and attention stay wider.
 

@@ -36,7 +36,9 @@ def draw(plan: PlanFile, path: Path) -> None:
             roles.setdefault(role, []).append((layer, bits(kind)))
     for role, points in roles.items():
         left.step(*zip(*points, strict=True), where="mid", label=role)
-    left.set(xlabel="layer", ylabel="bits a weight", title=f"{plan.label}: {plan.bits_per_weight:.2f} bits a weight")
+    left.set(
+        xlabel="layer", ylabel="bits per weight", title=f"{plan.label}: {plan.bits_per_weight:.2f} bits per weight"
+    )
     left.legend(fontsize="small")
     curve = sorted([*((point.bytes, point.kld) for point in plan.curve), (plan.bytes, plan.kld)])
     right.plot([size / 1e9 for size, _ in curve], [kld for _, kld in curve], marker=".")
