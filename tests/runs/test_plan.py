@@ -115,7 +115,7 @@ def test_a_target_has_two_budgets(model: Path, made: Path, tmp_path: Path, monke
     found = plan(model, tmp_path, PlanOptions(target="24GB+96GB", target_context=512, sensitivity=made / SENSITIVITY))
     assert found.plan.placement == {"n_cpu_moe": 1}
     monkeypatch.setattr("mmquant.runs.planner_gguf.budgets_of", lambda *_: (1_000_000, 100_000))
-    with pytest.raises(FitError, match="GB beside the card"):
+    with pytest.raises(FitError, match="GiB beside the card"):
         plan(model, tmp_path, PlanOptions(target="24GB+96GB", target_context=512, sensitivity=made / SENSITIVITY))
 
 
