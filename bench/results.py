@@ -307,7 +307,8 @@ of it measured; the speeds are those of [eval.md](eval.md) and of one H200 in `b
 | layers | float32 on 8 GPUs about 1.2 s a layer and model, 70 models x 62 layers: 87 minutes |
 | head and metrics | 200,064 tokens: 1.5 minutes a model on 8 GPUs, 105 minutes |
 
-A model is a file, its rival, or one of them as an engine computes it (26 rows, 44 more by profiles). `--rows int4 nvfp4 gguf-Q4_K_M` takes some of them; `--state DIR` goes on after a stop."""
+A model is a file, its rival, or one of them as an engine computes it (26 rows, 44 more by profiles).
+`--rows int4 nvfp4 gguf-Q4_K_M` takes some of them; `--state DIR` goes on after a stop."""
 
 
 def main() -> None:

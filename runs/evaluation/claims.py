@@ -115,7 +115,7 @@ def make_claims(result: dict[str, Any], rivals: tuple[str, ...]) -> list[dict[st
 def check_rivals(rivals: tuple[str, ...], artifacts: tuple[str, ...]) -> None:
     """InputError, before any work, for a rival that is neither among the artifacts nor a file of JSON."""
     for rival in rivals:
-        if rival in artifacts and len(artifacts) > 1:
+        if rival in artifacts and set(artifacts) != {rival}:
             continue
         path = Path(rival)
         if path.suffix != ".json" or not path.is_file():

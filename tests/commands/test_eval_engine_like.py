@@ -148,6 +148,7 @@ def test_what_is_refused(int4: Path, gguf: Path, tmp_path: Path) -> None:
     assert "expected float32" in refusal(int4, "--engine-like", "vllm-h100", "--dtype", "bfloat16")
     assert "expected --activations exact" in refusal(int4, "--engine-like", "vllm-h100", "--convention", "llama.cpp")
     assert "expected one of several ARTIFACTs" in refusal(int4, "--better-than", int4)
+    assert "expected one of several ARTIFACTs" in refusal(int4, int4, "--better-than", int4)
 
 
 def test_by_position(whole: dict[str, Any]) -> None:
