@@ -16,7 +16,9 @@ from helpers.paths import PACKAGE, ROOT, SOURCE
 from mmquant.commands.cli import COMMANDS, cli
 from mmquant.commands.completion import PLACES, place, shell_of
 from mmquant.commands.display import progress_line
+from mmquant.commands.options import begin
 from mmquant.errors import InputError
+from mmquant.runs.place import PROGRESS
 
 ROOMS = ("commands", "runs", "calibration", "convert", "quantize")
 
@@ -56,6 +58,18 @@ def test_verbose_shows_requests_and_tracebacks(hub: HubServer) -> None:
     assert re.search(r"mmquant: GET http://127\.0\.0\.1:\d+/api/models/org/none\S*: 40\d", done.stderr)
     assert "Traceback" in done.stderr
     assert "secret-word" not in done.stderr
+
+
+def test_under_torchrun_the_first_process_alone_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / PROGRESS).write_text("{}")
+    with click.Context(cli) as context:
+        context.meta["mmquant.fresh"] = True
+        for rank, left in (("1", True), ("0", False)):
+            monkeypatch.setenv("RANK", rank)
+            assert begin(tmp_path, dry_run=True) is None
+            assert (tmp_path / PROGRESS).exists()
+            assert begin(tmp_path, dry_run=False) == tmp_path
+            assert (tmp_path / PROGRESS).exists() == left
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ HUGE = 1 << 50
 
 
 def test_torch() -> None:
-    words = rf"layer 3: out of memory: {HUGE} bytes asked for, [\d.]+ GB are free; fewer or shorter windows"
+    words = rf"layer 3: out of memory: {HUGE} bytes asked for, [\d.,]+ GiB are free; fewer or shorter windows"
     with pytest.raises(FitError, match=words), memory_for("layer 3"):
         torch.empty(HUGE, dtype=torch.uint8)
 
