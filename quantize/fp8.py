@@ -18,8 +18,8 @@ CACHE_HEADROOM = 2.0
 
 def expand_tiles(scales: Tensor, rows: int, cols: int, tile: tuple[int, int]) -> Tensor:
     """[..., ceil(rows/tile0), ceil(cols/tile1)] -> [..., rows, cols]; ragged edges are cropped."""
-    spread = scales.repeat_interleave(tile[0], dim=-2)[..., :rows, :]
-    return spread.repeat_interleave(tile[1], dim=-1)[..., :cols]
+    spread = scales.repeat_interleave(min(tile[0], rows), dim=-2)[..., :rows, :]
+    return spread.repeat_interleave(min(tile[1], cols), dim=-1)[..., :cols]
 
 
 def dequantize_tiles(codes: Tensor, scales: Tensor, tile: tuple[int, int] = (128, 128)) -> Tensor:
@@ -42,6 +42,7 @@ def quantize_tiles(
     """
     _finite(weight)
     rows, cols = weight.shape
+    tile = min(tile[0], rows), min(tile[1], cols)
     padded = torch.nn.functional.pad(weight.float(), (0, -cols % tile[1], 0, -rows % tile[0]))
     blocks = torch.unflatten(torch.unflatten(padded, 1, (-1, tile[1])), 0, (-1, tile[0]))
     scales = round_scale(_scale(blocks.abs().amax((1, 3))))

@@ -32,7 +32,7 @@ def finite(fetch: Fetch, suffix: str) -> Tensor:
 def scaled(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
     """(codes [..., O, I] - zeros [..., O, G]) * scales [..., O, G], groups of `group` inputs (-1: one)."""
     inputs = codes.shape[-1]
-    size = inputs if group == -1 else group
+    size = inputs if group == -1 else min(group, inputs)  # what config.json says is not allocated
     if inputs % size == 0:
         blocks = torch.unflatten(codes, -1, (-1, size)).float()
         moved = blocks if zeros is None else blocks - zeros.float().unsqueeze(-1)

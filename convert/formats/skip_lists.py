@@ -98,7 +98,10 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """A pattern of config.json, without Python's warnings of what it might mean one day. re.error for none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return re.compile(pattern)
+        try:
+            return re.compile(pattern)
+        except (OverflowError, RecursionError) as error:  # a{99999999999}, or a thousand brackets
+            raise re.error(str(error)) from None
 
 
 FP8_RULES: dict[str, Skips] = {VLLM: whole_names, SGLANG: whole_parts, TRANSFORMERS: start_or_end}

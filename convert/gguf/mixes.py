@@ -190,7 +190,7 @@ def parse_overrides(items: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], str]
             raise InputError(f"--tensor-type {item}: expected REGEX=TYPE; {near}")
         try:
             found.append((re.compile(pattern.lower()), kind.upper()))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"--tensor-type {item}: not a regular expression ({error})") from None
     return tuple(found)
 

@@ -96,3 +96,12 @@ def test_non_finite_weights_are_refused(bad: float) -> None:
         quantize_tiles(weight)
     with pytest.raises(ValueError, match="NaN or infinity"):
         quantize_channels(weight)
+
+
+@pytest.mark.parametrize("tile", [(1 << 40, 1 << 40), (1 << 40, 2), (3, 1 << 40)])
+def test_a_tile_larger_than_the_matrix_takes_no_memory(tile: tuple[int, int]) -> None:
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(2))
+    codes, scales = quantize_tiles(weight, tile)
+    small = min(tile[0], 5), min(tile[1], 7)
+    assert all(torch.equal(*pair) for pair in zip((codes, scales), quantize_tiles(weight, small), strict=True))
+    assert torch.equal(dequantize_tiles(codes, scales, tile), by_tiles(codes, scales, tile))

@@ -102,6 +102,7 @@ def test_a_module_is_found_by_each_of_its_names(name: str) -> None:
         ({"extra_config": {".*3\\..*": HALF, EXPERT: {"bits": 2}}}, EXPERT, 2),  # the name wins
         ({"extra_config": {"experts": {"bits": 3}, "w2": HALF}}, EXPERT, 3),  # the first pattern wins
         ({"extra_config": {"(": HALF, ".*": {}, "3": {"bits": 3}}}, EXPERT, 3),  # what is no pattern, and nothing
+        ({"extra_config": {"a{99999999999}": HALF, "(" * 9999 + ")" * 9999: HALF, "3": {"bits": 3}}}, EXPERT, 3),
         ({"extra_config": {"model.layers.0.block": HALF}}, EXPERT, 4),  # a name, and no pattern
         ({"block_name_to_quantize": "model.layers"}, K_PROJ, 4),
         ({"block_name_to_quantize": "model.layers.1, model.layers.2"}, K_PROJ, None),
@@ -181,6 +182,8 @@ def test_its_words_for_other_formats_say_the_same(tmp_path: Path, name: str, set
         ({"data_type": "fp", "bits": 8, "group_size": 64}, "FP8 in groups of 64"),
         ({"data_type": "fp", "bits": 8, "group_size": [0, 1]}, "group_size is [0, 1], expected two positive integers"),
         ({"group_size": 0}, "group_size 0"),
+        ({"group_size": 10**400}, "group_size 1000"),
+        ({"data_type": "fp", "bits": 8, "group_size": [10**400, 1]}, "expected two positive integers"),
         ({"packing_format": 4}, "packing_format is 4"),
         ({"extra_config": [1]}, "extra_config is a list"),
         ({"extra_config": {EXPERT: 16}}, "is 16, expected an object"),

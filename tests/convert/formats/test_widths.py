@@ -19,6 +19,7 @@ from mmquant.convert.checkpoints.store import TensorInfo
 from mmquant.convert.folder.writer import DTYPE_NAMES
 from mmquant.convert.formats import compressed_tensors as ct
 from mmquant.convert.formats.format import Fetch, PartError, Scheme
+from mmquant.convert.formats.scales import scaled
 from mmquant.convert.formats.table import formats_of
 from mmquant.convert.open import open_source
 from mmquant.errors import InputError
@@ -242,3 +243,9 @@ def test_folders_that_are_refused(tmp_path: Path, name: str, change: Any, messag
     folder = copy_of(name, tmp_path / "bad", change)
     with pytest.raises(InputError, match=message):
         open_source(folder).validate()
+
+
+def test_a_group_larger_than_the_row_takes_no_memory() -> None:
+    codes = torch.randint(-8, 8, (3, 5), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scales, zeros = torch.tensor([[0.5], [2.0], [3.0]]), torch.tensor([[1], [0], [-2]])
+    assert torch.equal(scaled(codes, scales, zeros, 1 << 40), (codes - zeros) * scales)

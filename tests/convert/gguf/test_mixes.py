@@ -113,7 +113,7 @@ def test_overrides_and_plan() -> None:
     assert types["blk.0.ffn_up_exps.weight"] == "Q4_K"
 
 
-@pytest.mark.parametrize("item", ["ffn", "=Q4_K", "ffn=Q4_Z", "ffn(=Q4_K"])
+@pytest.mark.parametrize("item", ["ffn", "=Q4_K", "ffn=Q4_Z", "ffn(=Q4_K", "a{99999999999}=Q4_K"])
 def test_bad_overrides(item: str) -> None:
     with pytest.raises(ValueError, match="--tensor-type"):
         parse_overrides((item,))
