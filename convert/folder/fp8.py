@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mmquant.stages import stage
+
 from ..checkpoints.batches import READERS
 from ..checkpoints.checkpoint import Checkpoint
 from ..formats.format import Format, Scheme, specs
@@ -60,8 +62,15 @@ def _each(source: Checkpoint, names: list[str], scheme: Scheme, read: Callable[[
     for where, group in groupby(names, shard):
         first, *rest = group
         yield read(first)  # which waits for the shard
-        with ThreadPoolExecutor(READERS if where is not None else 1) as pool:
-            yield from pool.map(read, rest)
+        if where is None:
+            yield from map(read, rest)
+            continue
+        with ThreadPoolExecutor(READERS) as pool:
+            found = pool.map(read, rest)
+            for _ in rest:
+                with stage("read"):  # threads know of no stages
+                    value = next(found)
+                yield value
 
 
 @dataclass(frozen=True)
