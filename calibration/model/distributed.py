@@ -43,6 +43,7 @@ def world() -> tuple[int, int]:
         store, rank, size = next(rendezvous("env://"))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST)
+        store.set_timeout(LONGEST)  # NCCL meets there anew for each communicator; a store that is given keeps its own
         _WATCHDOGS.append(Watchdog(dist.get_rank(), size, rank_timeout(), end_process))
     return dist.get_rank(), dist.get_world_size()
 

@@ -8,10 +8,12 @@ import socket
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from helpers.calibration_cases import corpus, model, options, ranks, run, tensors
 from helpers.killed import FORK
@@ -87,6 +89,18 @@ def test_a_collective_waits_while_another_rank_is_busy(
             with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
                 dist.barrier()
         os._exit(0)  # the group may be broken
+
+    ranks(2, work)
+
+
+def test_ranks_meet_again_as_late_as_a_collective_waits() -> None:
+    """NCCL makes communicators at first use: by default a rank waits half an hour in the store for the others then."""
+
+    def work() -> None:
+        world()
+        store: Any = c10d._get_default_store()
+        assert store.timeout == distributed.LONGEST
+        leave()
 
     ranks(2, work)
 
