@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmquant.calibration.gguf.moments import corrected
 from mmquant.quantize import linear_algebra
 from mmquant.quantize.ggml.factor import factor_moments
 from mmquant.quantize.linear_algebra import BLOCK, damped_cholesky, divide
@@ -63,3 +64,27 @@ def test_a_factor_divides_in_the_columns_own_order() -> None:
     exact = torch.linalg.solve(damped, right.double().mT).mT
     assert float((known.divide(right) - exact).norm() / exact.norm()) < 1e-5
     assert bool(known.good.all())
+
+
+def test_a_factor_is_of_the_moments_beside_it_however_much_damping_they_took() -> None:
+    """Both in processing order; only what took the damping asked for is good, and the rest is corrected by nothing."""
+    second = moments(4, 512)
+    mean = second.diagonal(dim1=1, dim2=2).mean(1)
+    second[1] -= 0.3 * mean[1] * torch.eye(512)  # not definite at the damping asked for
+    second[2] = 0
+    second[3, 1, 2] = float("inf")
+    mean = second.diagonal(dim1=1, dim2=2).mean(1)
+    known = factor_moments(second, 0.05)
+    assert known.good.tolist() == [True, False, False, False]
+    for expert, times in ((0, 1), (1, 10)):
+        columns = known.columns[expert]
+        damped = second[expert] + times * 0.05 * mean[expert] * torch.eye(512)
+        assert torch.allclose(known.moments[expert], damped[columns][:, columns], atol=1e-6)
+    assert torch.allclose(known.lower @ known.lower.mT, known.moments, atol=1e-5)
+    assert torch.equal(known.moments[2:], torch.eye(512).expand(2, 512, 512))
+    weight, cross = (
+        torch.randn(4, 3, 512, generator=torch.Generator().manual_seed(2)),
+        0.9 * second.nan_to_num(posinf=0.0),
+    )
+    better = corrected(weight, second, cross, known)
+    assert [torch.equal(*pair) for pair in zip(better, weight, strict=True)] == [False, True, True, True]

@@ -26,7 +26,8 @@ def problem(kind: GGMLType, experts: int, rows: int) -> tuple[Block, Tensor, Ten
     """A block whose codes are of other weights, its values and the pull [256, E, R], H [E, 256, 256]."""
     g = torch.Generator().manual_seed(rows)
     weight = torch.randn(256, experts, rows, generator=g) * 0.05
-    weight[:, 0, 0] = 0
+    if rows > 1:
+        weight[:, 0, 0] = 0
     x = torch.randn(experts, 512, 256, generator=g)
     moments = x.mT @ x / 512 + 0.1 * torch.eye(256)
     block = new_block(search((1.05 * weight).flatten(1).T.contiguous(), kind), experts)
@@ -70,6 +71,18 @@ def test_no_other_scales_are_better(kind: GGMLType) -> None:
                 assert float(found[expert, row]) == pytest.approx(best, rel=0.02, abs=2e-6)
 
 
+@pytest.mark.parametrize("sums", [[1.0, 0.0, 0.0, 1.0, -9.0], [float("inf"), 0.0, float("nan"), 1.0, 1.0], [0.0] * 5])
+def test_a_row_keeps_its_scales_without_a_gain_that_can_be_stored(sums: list[float]) -> None:
+    """dmin would be negative, which no encoder of these types writes; sums overflowed; a block of nothing."""
+    grid = problem(GGMLType.Q4_K, 1, 3)[0].grid
+    d, low, moves = refits.best_scales(grid, torch.tensor(sums).view(5, 1, 1).expand(5, 1, 3))
+    assert low is not None
+    assert grid.dmin is not None
+    assert torch.equal(d, grid.d)
+    assert torch.equal(low, grid.dmin)
+    assert not any(part.any() for part in moves)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("experts", "rows"), [(2, 37), (1, 1), (3, 130)])
 def test_triton(kind: GGMLType, experts: int, rows: int) -> None:
@@ -89,6 +102,7 @@ def test_triton(kind: GGMLType, experts: int, rows: int) -> None:
     sums = refits._sums(parts, bent, pull)
     assert torch.allclose(refit_triton.sums(parts, bent, pull), sums, rtol=1e-4, atol=1e-3 * float(sums.abs().max()))
     moves = refits.best_scales(grid, sums)[2]
+    assert all(part.any() for part in moves)
     mine, theirs = (decoded.clone(), pull.clone()), (decoded.clone(), pull.clone())
     refits._move(*theirs, parts, bent, moves)
     refit_triton.move(*mine, parts, bent, moves)
