@@ -240,7 +240,7 @@ class Int4Options(WeightsOptions):
     effort: str = option(
         "default",
         "gptq: fast rounds under diagonal moments, without error feedback; high learns rounding, on four times the "
-        "windows (ten times as long). awq: high adds error feedback.",
+        "windows (ten times as long). awq: high adds error feedback, fast is as default.",
         choices=("fast", "default", "high"),
     )
     asymmetric: bool = option(False, "Zero points (always with --format awq).")

@@ -69,3 +69,15 @@ def test_fast_takes_diagonal_statistics_and_says_so_when_more_is_needed(tmp_path
     result = run.invoke(cli, [*common, "--effort", "fast", "--out", str(tmp_path / "f")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "f" / "config.json").is_file()
+
+
+def test_awq_offers_what_its_format_holds_and_says_what_effort_does_there() -> None:
+    run = CliRunner()
+    said = " ".join(run.invoke(cli, ["awq", "--help"]).output.split())
+    assert "--effort [default|high] high adds error feedback to AWQ's scales." in said
+    assert "--attention [bf16|int4]" in said
+    assert "gptq:" not in said
+    for option in ("--asymmetric", "--eight-bit", "--kv-cache", "--plan"):
+        assert option not in said
+    assert "--asymmetric" in run.invoke(cli, ["int4", "--help"]).output  # int4's own parameters are untouched
+    assert "[fast|default|high]" in run.invoke(cli, ["int4", "--help"]).output
