@@ -86,6 +86,11 @@ def find_model(url: str, key: str) -> str:
     try:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         response = requests.get(f"{url}/models", headers=headers, timeout=CONNECT, allow_redirects=False)
+        if response.status_code in (401, 403):
+            had = "was refused" if key else "is missing"
+            raise InputError(
+                f"{url}/models: HTTP {response.status_code}, the key {had}; --key-variable names what holds it"
+            )
         data: object = parse_any(response.content[:LIMIT], f"{url}/models") if response.ok else None
     except requests.RequestException as error:
         raise InputError(f"{url}: {type(error).__name__}, expected an OpenAI-compatible server") from None

@@ -43,10 +43,10 @@ def events(body: dict[str, Any]) -> bytes:
 class ChatServer:
     """answer: a body, text in its place, bytes that are cut, or an HTTP status.
 
-    asked: the requests as they came, with their key.
+    models: what it lists, or the HTTP status that it lists them with. asked: the requests as they came, with their key.
     """
 
-    def __init__(self, answer: Answer, models: list[str] | None = None) -> None:
+    def __init__(self, answer: Answer, models: list[str] | int | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         outer = self
@@ -56,6 +56,8 @@ class ChatServer:
                 pass
 
             def do_GET(self) -> None:
+                if isinstance(models, int):
+                    return self.reply(models, b"no")
                 names = ["tiny"] if models is None else models
                 self.reply(200, json.dumps({"data": [{"id": name} for name in names]}).encode())
 

@@ -242,6 +242,17 @@ def test_thinking_is_found_by_either_name(field: str, stream: bool) -> None:
     assert document["rates"]["thought"]["rate"] == 1.0
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_another_key_is_told_so(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with ChatServer(good, status) as server:
+        with pytest.raises(InputError, match=f"models: HTTP {status}, the key is missing; --key-variable names where"):
+            mmquant.verify(server.url, QUICK)
+        monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+        with pytest.raises(InputError, match="the key was refused"):
+            mmquant.verify(server.url, QUICK)
+
+
 @pytest.mark.parametrize("models", [[], ["a", "b"]])
 def test_a_server_without_one_model_wants_its_name(models: list[str]) -> None:
     with ChatServer(good, models) as server:
