@@ -28,6 +28,7 @@ DEFAULT_PACKING = "auto_round:auto_gptq"
 PLAIN_BITS = 16  # from here on: not quantized
 WHOLE = 0  # group_size: one scale for the matrix
 NAME = re.compile(r"(model\.|lm_head)[\w.]*")  # of extra_config what is no pattern
+_LAST: dict[str, tuple[dict[str, Any], list[str]]] = {}  # the extra_config that was asked for last, and its patterns
 
 
 def _read(
@@ -95,17 +96,23 @@ def _settings(quantization: dict[str, Any], names: tuple[str, ...]) -> dict[str,
     if key is None and not _in_blocks(quantization, names):
         return base | {"bits": PLAIN_BITS}
     if key is None:
-        key = next((key for key, said in extra.items() if said and _found(key, names)), None)
+        key = next((key for key in _patterns(extra) if _found(key, names)), None)
     changes: object = {} if key is None else extra[key]
     if not is_object(changes):
         raise InputError(f"config.json: extra_config.{short(key)} is {short(changes)}, expected an object")
     return base | {key: changes[key] for key in base if changes.get(key) is not None}
 
 
+def _patterns(extra: dict[str, Any]) -> list[str]:
+    """Those keys that are no names and say something; AutoScheme lists every module of a model by its name."""
+    last = _LAST.get("extra_config")
+    if last is None or last[0] is not extra:
+        last = _LAST["extra_config"] = extra, [key for key, said in extra.items() if said and not NAME.fullmatch(key)]
+    return last[1]
+
+
 def _found(pattern: str, names: tuple[str, ...]) -> bool:
     """Whether a pattern lies in one of the names. AutoRound passes over one that is no regular expression."""
-    if NAME.fullmatch(pattern):
-        return False
     try:
         return any(compiled(pattern).search(name) for name in names)
     except re.error:
