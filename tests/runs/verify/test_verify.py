@@ -246,7 +246,7 @@ def test_thinking_is_found_by_either_name(field: str, stream: bool) -> None:
 def test_a_server_that_wants_another_key_is_told_so(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with ChatServer(good, status) as server:
-        with pytest.raises(InputError, match=f"models: HTTP {status}, the key is missing; --key-variable names where"):
+        with pytest.raises(InputError, match=f"models: HTTP {status}, the key is missing; --key-variable names what"):
             mmquant.verify(server.url, QUICK)
         monkeypatch.setenv("OPENAI_API_KEY", "wrong")
         with pytest.raises(InputError, match="the key was refused"):
