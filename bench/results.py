@@ -166,9 +166,9 @@ def recipe(model: str, rows: list[str]) -> str:
 
 def make(folder: Path, rows: list[str], model: str, words: list[str]) -> None:
     """What is missing of the rows, in one pass over the model; `words`: more for mmquant run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.yaml").write_text(recipe(model, rows))
-    line = [sys.executable, "-m", "mmquant", "run", str(folder / "results.yaml"), "--out", str(folder), *words]
+    file = folder.with_name(f"{folder.name}.yaml")  # beside it: a run wants an empty folder, or one of its own
+    file.write_text(recipe(model, rows))
+    line = [sys.executable, "-m", "mmquant", "run", str(file), "--out", str(folder), *words]
     if code := subprocess.run(line, check=False).returncode:
         sys.exit(code)
 
@@ -286,8 +286,8 @@ demo has 14.4 M weights; what it shows is order and sign, not the size of a loss
 RECIPE = """
 ## The same page for MiniMax-M2.7, on a node
 
-    python bench/results.py make hf:MiniMaxAI/MiniMax-M2.7 --folder m27 --dry-run   # writes m27/results.yaml
-    torchrun --nproc-per-node 8 -m mmquant run m27/results.yaml --out m27
+    python bench/results.py make hf:MiniMaxAI/MiniMax-M2.7 --folder m27 --dry-run   # writes m27.yaml
+    torchrun --nproc-per-node 8 -m mmquant run m27.yaml --out m27
     torchrun --nproc-per-node 8 bench/results.py measure hf:MiniMaxAI/MiniMax-M2.7 --folder m27 --name m27 \\
       --context 2048 --windows 128 --imatrix m27.imatrix.gguf
     make results
