@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from mmquant.errors import InputError
@@ -28,7 +29,6 @@ DEFAULT_PACKING = "auto_round:auto_gptq"
 PLAIN_BITS = 16  # from here on: not quantized
 WHOLE = 0  # group_size: one scale for the matrix
 NAME = re.compile(r"(model\.|lm_head)[\w.]*")  # of extra_config what is no pattern
-_LAST: dict[str, tuple[dict[str, Any], list[str]]] = {}  # the extra_config that was asked for last, and its patterns
 
 
 def _read(
@@ -96,19 +96,30 @@ def _settings(quantization: dict[str, Any], names: tuple[str, ...]) -> dict[str,
     if key is None and not _in_blocks(quantization, names):
         return base | {"bits": PLAIN_BITS}
     if key is None:
-        key = next((key for key in _patterns(extra) if _found(key, names)), None)
+        key = next((key for key in _patterns(_Same(extra)) if _found(key, names)), None)
     changes: object = {} if key is None else extra[key]
     if not is_object(changes):
         raise InputError(f"config.json: extra_config.{short(key)} is {short(changes)}, expected an object")
     return base | {key: changes[key] for key in base if changes.get(key) is not None}
 
 
-def _patterns(extra: dict[str, Any]) -> list[str]:
+class _Same:
+    """An object as a key, equal to itself alone."""
+
+    def __init__(self, extra: dict[str, Any]) -> None:
+        self.extra = extra
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.extra is self.extra
+
+    def __hash__(self) -> int:
+        return id(self.extra)
+
+
+@lru_cache(maxsize=1)  # every module of a model asks for the same extra_config
+def _patterns(same: _Same) -> list[str]:
     """Those keys that are no names and say something; AutoScheme lists every module of a model by its name."""
-    last = _LAST.get("extra_config")
-    if last is None or last[0] is not extra:
-        last = _LAST["extra_config"] = extra, [key for key, said in extra.items() if said and not NAME.fullmatch(key)]
-    return last[1]
+    return [key for key, said in same.extra.items() if said and not NAME.fullmatch(key)]
 
 
 def _found(pattern: str, names: tuple[str, ...]) -> bool:
