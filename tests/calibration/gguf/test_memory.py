@@ -47,6 +47,7 @@ from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.runs.gguf import provider_of, write_step
 
 class Made:
+    label = "made"
     geometry = Geometry(int(sys.argv[2]), 512, 4, 2, 64, 8, 2, 1024, 256, 32, 5e6, 1e-6, 128)
     def read(self, name):
         g = self.geometry

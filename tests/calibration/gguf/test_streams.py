@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.run_cases import model
+from mmquant.calibration.gguf.layer import quantize_layer
 from mmquant.calibration.gguf.maxima import Largest
+from mmquant.calibration.gguf.memory import ExpertPlan
 from mmquant.calibration.gguf.moments import Pair, corrected
+from mmquant.calibration.gguf.solve import METHODS, Report
 from mmquant.calibration.gguf.streams import (
     Streams,
     input_pairs,
@@ -22,6 +28,7 @@ from mmquant.calibration.gguf.streams import (
 )
 from mmquant.calibration.model.forward import Observer, attention, embed, layer_forward, rms_norm, route
 from mmquant.calibration.model.hidden import HiddenStates
+from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.quantize.ggml.factor import factor_moments
@@ -170,3 +177,19 @@ class Watched(Observer):
 
     def attention_output(self, x: Tensor) -> None:
         self.output = x
+
+
+def test_experts_solved_one_by_one_have_their_own_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal bytes, however many experts' moments are held and however many are solved at once."""
+    source = open_source(model(tmp_path / "model"))
+    g, weights = source.geometry, read_layer(source, 1)
+    tokens = torch.randint(0, g.vocab, (4, 32), generator=torch.Generator().manual_seed(0))
+    hidden = embed(read_globals(source), tokens)
+    types = {f"blk.1.{name}.weight": "Q4_0" for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}
+    found = []
+    for plan in (ExpertPlan(3, 3, 3), ExpertPlan(3, 1, 1), ExpertPlan(2, 1, 2)):
+        monkeypatch.setattr(Streams, "plan", lambda *_, plan=plan: plan)
+        found.append(quantize_layer(streams_at(hidden), weights, 1, types, g, METHODS["default"], Report()))
+    assert g.experts == 3
+    for name, data in found[0].items():
+        assert all(np.array_equal(data, other[name]) for other in found[1:]), name
