@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.killed import FORK
+from helpers.killed import forked
 from helpers.tiny import write_tiny
 from mmquant.calibration.statistics.collector import Collect
 from mmquant.calibration.statistics.layer import LayerStatistics
@@ -57,9 +57,7 @@ def ranks(size: int, work: Callable[[], object]) -> None:
         work()
         leave()
 
-    processes = [FORK.Process(target=child, args=(rank,)) for rank in range(size)]
-    for process in processes:
-        process.start()
+    processes = [forked(child, rank) for rank in range(size)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * size

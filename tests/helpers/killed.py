@@ -8,7 +8,6 @@ COUNT ARGUMENTS...` runs the command line `mmquant ARGUMENTS...` that way.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import resource
@@ -17,12 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from helpers.paths import ROOT
 
-FORK = multiprocessing.get_context("fork")
 BYTES = "bytes"
 DEAD = (-signal.SIGKILL, -signal.SIGXFSZ)
 WRITES = os.O_WRONLY | os.O_RDWR
@@ -63,6 +64,19 @@ def die_at(folder: Path, pattern: str, count: int) -> None:
     sys.addaudithook(watch)
 
 
+def forked(work: Callable[..., object], *arguments: object) -> ForkProcess:
+    """A process that has begun to do `work`, forked from this one."""
+
+    def child() -> None:
+        # torch makes a new thread pool after a fork, and two threads that ask first at once may find none.
+        torch.set_num_threads(torch.get_num_threads())
+        work(*arguments)
+
+    process = ForkProcess(target=child)
+    process.start()
+    return process
+
+
 def killed_at(folder: Path, count: int, work: Callable[[], object], pattern: str = "") -> bool:
     """Run `work` in a forked process that dies before its `count`-th change in `folder`. Whether it died."""
 
@@ -70,8 +84,7 @@ def killed_at(folder: Path, count: int, work: Callable[[], object], pattern: str
         die_at(folder, pattern, count)
         work()
 
-    process = FORK.Process(target=child)
-    process.start()
+    process = forked(child)
     process.join()
     assert process.exitcode in (0, *DEAD)
     return process.exitcode != 0

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from helpers.hub_server import HubServer
-from helpers.killed import FORK, change_of, killed_at, until
+from helpers.killed import change_of, forked, killed_at, until
 from helpers.run_cases import EVALUATION, TEXT, Notes, artifacts, model, recipe, serve
 from mmquant.convert.files.lock import hold
 from mmquant.convert.hub.http import Retry
@@ -161,8 +161,7 @@ def test_a_full_disk(whole: tuple[dict[str, str], int], tmp_path: Path) -> None:
             run(wanted(), out, device="cpu")
         assert found.value.errno == errno.EFBIG
 
-    process = FORK.Process(target=child)
-    process.start()
+    process = forked(child)
     process.join()
     assert process.exitcode == 0
     assert status(out).state == "stopped"

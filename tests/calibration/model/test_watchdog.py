@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from helpers.calibration_cases import corpus, model, options, ranks, run, tensors
-from helpers.killed import FORK
+from helpers.killed import forked
 from mmquant.calibration.model import distributed
 from mmquant.calibration.model.distributed import leave, world
 from mmquant.calibration.model.watchdog import EXIT
@@ -42,9 +42,7 @@ def test_a_silent_rank_ends_the_run_with_one_line(kind: signal.Signals, tmp_path
             os.kill(os.getpid(), kind)
         signal.pause()  # a collective that waits for the lost rank, of whichever backend
 
-    processes = [FORK.Process(target=child, args=(rank,)) for rank in range(3)]
-    for process in processes:
-        process.start()
+    processes = [forked(child, rank) for rank in range(3)]
     for process in processes[:2]:
         process.join()
     processes[2].kill()

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from helpers.killed import FORK
+from helpers.killed import forked
 from mmquant.convert.gguf.metadata import Value
 from mmquant.convert.gguf.writer import GgufWriter, TensorInfo, plan_parts
 from mmquant.errors import InputError
@@ -140,8 +140,7 @@ def test_sigkill(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             writer.checkpoint()
 
-    process = FORK.Process(target=work)
-    process.start()
+    process = forked(work)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not list((tmp_path / "cut").glob("*.gguf"))
