@@ -196,7 +196,7 @@ def explained(error: Exception) -> tuple[str, int]:
         return str(does_not_fit(error)), 5
     if not isinstance(error, OSError):
         raise error
-    from ..runs.folder import disk_full
+    from ..runs.place import disk_full
 
     if error.errno in PLACES and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}, expected a place that can be read or written", 2

@@ -17,7 +17,8 @@ from ..convert.formats.table import choices
 from . import fp4, gguf, int4, mlx
 from .corpus import at_effort, context_of, windows_at_most
 from .engine import Job
-from .folder import FolderJob, prepare
+from .folder import FolderJob
+from .folder_steps import prepare
 from .made import words_of
 from .options import (
     Bf16Options,

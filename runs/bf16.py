@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from mmquant.monitor import Monitor, watching
 
 from ..convert.folder.bf16 import Bf16Variant
-from .folder import check_place, prepare, write_folder
+from .folder import write_folder
+from .folder_steps import prepare
 from .made import words_of
 from .models import Model, choose_device, opened
 from .needs import needs_of
 from .options import Bf16Options
+from .place import check_place
 from .prune import pruned
 from .results import Quantized, planned, written
 

@@ -21,11 +21,12 @@ from ..convert.gguf.variant import GgufVariant
 from ..convert.open import DEMO, open_native
 from .bf16 import dequantize_bf16
 from .evaluation.run import record, run
-from .folder import write_folder, write_native
+from .folder import write_folder
 from .fp4 import quantize_mxfp4, quantize_nvfp4
 from .gguf import quantize_gguf, write_gguf
 from .int4 import quantize_int4
 from .mlx import quantize_mlx
+from .native import write_native
 from .options import EvalOptions, GgufOptions, Int4Options, MlxOptions, Mxfp4Options, Nvfp4Options
 
 WINDOWS = 16

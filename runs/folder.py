@@ -2,91 +2,45 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-
-from mmquant import __version__
-from mmquant.errors import FitError, InputError
-from mmquant.monitor import phase
-from mmquant.stages import stage
 
 from ..calibration.model.distributed import world
 from ..calibration.model.divided import from_owner
 from ..calibration.statistics.live import SharedPass
-from ..convert import manifest
 from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.growing import GrowingFolder
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import INDEX, LocalFolder
-from ..convert.files.difference import first_difference
-from ..convert.files.lock import hold
-from ..convert.files.progress import Progress, unfinished_run
-from ..convert.fitting.weights import Weights
 from ..convert.folder.bf16 import check_bf16_layer, compare_bf16
 from ..convert.folder.check import check_headers, check_outside, check_written_layer, compare_layer
-from ..convert.folder.native_copy import check_native, copy_native
-from ..convert.folder.variant import (
-    FolderVariant,
-    StoresOutside,
-    global_specs,
-    global_tensors,
-    quantized_config,
-)
+from ..convert.folder.variant import FolderVariant, StoresOutside, quantized_config
 from ..convert.folder.writer import SHARD_LIMIT, FolderWriter, Shard, plan_shards
-from ..convert.formats import fp8_native
-from ..convert.formats.spec import TensorSpec
 from ..convert.formats.table import METHODS
 from ..convert.hub.ledger import sent
-from ..convert.manifest import Artifact, FileEntry
+from ..convert.manifest import FileEntry
 from ..convert.models.shapes import global_shapes
 from ..convert.open import open_store
 from .engine import run_jobs
-from .made import command_line
-from .place import free_bytes, refuse_strangers
+from .folder_steps import prepare, step_tensors
+from .made import finish_folder
+from .place import check_disk, claim, is_finished, written_bytes
 
 if TYPE_CHECKING:
-    from ..calibration.statistics.provider import CalibratedVariant, Provider
+    from ..calibration.statistics.provider import Provider
     from ..convert.source import Source
 
 
 SAMPLES = 4  # experts of each layer that are compared with the original
 EXPERTS_KEPT = "experts_kept.json"  # of a pruned model: the original's numbers of each layer's experts
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a dry run shows: the steps' tensors and what they need."""
-
-    steps: list[list[TensorSpec]]
-    weights: Weights
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all tensors."""
-        return self.weights.total
-
-
-def prepare(source: Checkpoint, variant: FolderVariant) -> Prepared:
-    """Validate the source and lay out every tensor of the artifact; nothing is written."""
-    source.validate()
-    outside = variant.outside_specs(source) if isinstance(variant, StoresOutside) else global_specs(source)
-    layers = [variant.specs(source, layer) for layer in range(source.geometry.layers)]
-    embed = source.names.embed.removesuffix(".weight")
-    first = [s for s in outside if s.name.rpartition(".")[0] == embed]
-    steps = [first, *layers, [s for s in outside if s not in first]]
-    experts = tuple(sum(s.bytes for s in specs if source.names.is_expert(s.name)) for specs in layers)
-    total = sum(s.bytes for step in steps for s in step)
-    return Prepared(steps, Weights(total - sum(experts), experts))
 
 
 class FolderJob:
@@ -342,158 +296,3 @@ def check_written(out: Path, source: Checkpoint, quantized: bool = True) -> None
             compare_layer(found, original, SAMPLES, layer)
         else:
             compare_bf16(found, original, SAMPLES, layer)
-
-
-def step_tensors(
-    source: Checkpoint, variant: FolderVariant, step: int, device: torch.device | str, provider: Provider | None
-) -> dict[str, torch.Tensor]:
-    """Values of one step's tensors."""
-    layers = source.geometry.layers
-    if not 1 <= step <= layers:
-        if isinstance(variant, StoresOutside):
-            return variant.outside_tensors(source, step == 0, device)
-        return global_tensors(source, first=step == 0)
-    if provider is None:
-        with stage("encode"):
-            return variant.layer(source, step - 1, device)
-    calibrated = cast("CalibratedVariant", variant)
-    tensors, quantized = calibrated.calibrated_layer(source, provider.layer(step - 1), device)
-    if quantized is not None:
-        provider.quantized(step - 1, quantized)
-    return tensors
-
-
-def finish_folder(
-    out: Path,
-    source: Checkpoint,
-    storage: str,
-    label: str,
-    files: tuple[FileEntry, ...],
-    weights: Weights,
-    run: Mapping[str, Any],
-    entry: str = ".",
-    made: tuple[str, ...] = (),
-) -> None:
-    """Write the manifest, last of all files. made: the words of the command that was typed."""
-    line = {"command_line": typed} if (typed := command_line(made, source, label)) else {}
-    artifact = Artifact(label, storage, label, entry, files, weights, {"run": dict(run), **line})
-    manifest.write(out, manifest.build(source, artifact, __version__))
-
-
-class OccupiedError(InputError):
-    """A folder holds a finished artifact of another run; difference: in words."""
-
-    def __init__(self, message: str, difference: str | None) -> None:
-        super().__init__(message)
-        self.difference = difference
-
-
-def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
-    """Whether `out` holds this very run, whole. InputError when it holds another finished one or is not a folder."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: a file, expected a folder or nothing")
-    done = manifest.read(out) if out.exists() else None
-    if done is None:
-        return False
-    found = done["artifacts"][0].get("provenance", {}).get("run")
-    if found != dict(run):
-        raise OccupiedError(occupied(out, found or {}, run, "finished"), first_difference(found or {}, run))
-    manifest.check_sizes(out, done)
-    return True
-
-
-@contextmanager
-def claim(out: Path, run: Mapping[str, Any]) -> Iterator[None]:
-    """Hold `out` for this run: new, empty, or an unfinished run of the same sort. InputError otherwise."""
-    out.mkdir(parents=True, exist_ok=True)
-    with hold(out):  # first, so that what is found is still so when the run begins
-        unfinished = unfinished_run(out)
-        if unfinished is None:
-            refuse_strangers(out)
-        elif unfinished != dict(run):
-            raise InputError(occupied(out, unfinished, run, "unfinished"))
-        yield
-
-
-def occupied(out: Path, found: Mapping[str, Any], expected: Mapping[str, Any], state: str) -> str:
-    """What to say of a folder in which another run is (`state`: finished or unfinished)."""
-    ways = "choose another folder" + (" or start over with --fresh" if state == "unfinished" else "")
-    return f"{out}: holds {'an' if state[0] == 'u' else 'a'} {state} run: {first_difference(found, expected)}; {ways}"
-
-
-def check_place(out: Path, size: int, run: Mapping[str, Any]) -> None:
-    """What a real run would refuse after a dry run: a place that is occupied (InputError), a small disk (FitError).
-
-    size: bytes of the whole output. run: as far as it is known without reading any text; the rest is not compared.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: a file, expected a folder or nothing")
-    have = 0
-    if out.is_dir():
-        done, unfinished = manifest.read(out), unfinished_run(out)
-        found = done["artifacts"][0].get("provenance", {}).get("run", {}) if done is not None else unfinished
-        if found is None:
-            refuse_strangers(out)
-        elif known := {key: found.get(key) for key in run}:
-            if known != dict(run):
-                raise InputError(occupied(out, known, run, "finished" if done is not None else "unfinished"))
-        have = written_bytes(out)
-    if size - have > free_bytes(out):
-        raise FitError(f"{out}: {size - have:,} bytes are needed, the disk has {free_bytes(out):,} free")
-
-
-def written_bytes(out: Path) -> int:
-    """Bytes that an unfinished run has on disk already."""
-    return sum(p.stat().st_size for p in out.iterdir() if ".safetensors" in p.name or ".gguf" in p.name)
-
-
-def check_disk(out: Path, needed: int, source: Checkpoint | None = None) -> None:
-    """FitError (exit 5) unless the disk of `out` has room for `needed` more bytes, and a hub's shards on their way."""
-    needed += source.store.in_flight() if source is not None else 0
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise FitError(f"{out}: {needed:,} bytes are needed, the disk has {free:,} free")
-
-
-def disk_full(error: OSError) -> bool:
-    """Whether an OSError means that no more can be written here."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def describe(out: Path, label: str, size: int) -> str:
-    """A dry run's line: what would be written, its bytes, and what the disk has."""
-    return f"{label}: {size:,} bytes into {out}; the disk has {free_bytes(out):,} free"
-
-
-def write_native(source: Checkpoint, out: Path) -> Path:
-    """Copy the release as it is, verified, with a manifest."""
-    source.validate()
-    check_native(source)
-    run = {"command": "fp8", "scheme": "native", "source": source.fingerprint}
-    if is_finished(out, run):
-        return out
-    small = carried_files(source)
-    with claim(out, run):
-        progress = Progress(out, run, "", 0)
-        check_disk(out, source.bytes - written_bytes(out), source)
-        with phase("FP8-native", None, "shard") as bar:
-            files = copy_native(source, out, small, lambda _: bar.advance())
-        tensors = [t for n, t in source.tensors.items() if n not in source.skipped]
-        layers = range(source.geometry.layers)
-        sizes = {layer: 0 for layer in layers}
-        for tensor in tensors:
-            layer = source.names.layer_of(tensor.name)
-            if layer is not None and source.names.is_expert(tensor.name):
-                sizes[layer] += tensor.size
-        experts = tuple(sizes[layer] for layer in layers)
-        finish_folder(
-            out,
-            source,
-            fp8_native.FORMAT.manifest,
-            "FP8-native",
-            files,
-            Weights(source.bytes - sum(experts), experts),
-            run,
-        )
-        progress.clear()
-    return out

@@ -11,11 +11,14 @@ from mmquant.monitor import Monitor, watching
 from ..convert.folder.fp8 import Fp8Variant
 from ..convert.folder.native_copy import check_native
 from ..convert.formats.table import choices
-from .folder import check_place, prepare, write_folder, write_native
+from .folder import write_folder
+from .folder_steps import prepare
 from .made import words_of
 from .models import Model, choose_device, opened
+from .native import write_native
 from .needs import needs_of
 from .options import Fp8Options
+from .place import check_place
 from .prune import pruned
 from .results import Quantized, planned, written
 

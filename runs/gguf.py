@@ -43,13 +43,13 @@ from ..convert.naming import short_name
 from ..convert.source import CARRIED_FILES
 from .corpus import at_effort, context_of, generic_at_most, say_if_short, windows_at_most
 from .engine import Shared, run_jobs
-from .folder import check_disk, check_place, claim, finish_folder, is_finished, written_bytes
 from .gguf_plan import check_planned, nearest_mix, read_types
-from .made import words_of
+from .made import finish_folder, words_of
 from .models import Model, choose_device, opened
 from .needs import needs_of
 from .options import GgufOptions
 from .passes import Passes
+from .place import check_disk, check_place, claim, is_finished, written_bytes
 from .plan_first import with_plan
 from .results import Quantized, planned, written
 

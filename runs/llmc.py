@@ -31,9 +31,10 @@ from ..convert.formats.compressed_tensors import NAME
 from ..convert.manifest import FileEntry
 from ..convert.models.names import TensorNames
 from ..convert.remote_code import with_code
-from .folder import check_disk, describe, finish_folder, is_finished
+from .made import finish_folder
 from .models import choose_device, opened
 from .options import Int4Options
+from .place import check_disk, describe, is_finished
 from .results import Quantized
 
 PYTHON = "MMQUANT_LLMCOMPRESSOR"  # the environment variable that names its Python

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
+from mmquant import __version__
+
+from ..convert import manifest
+from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.fitting.weights import Weights
+from ..convert.manifest import Artifact, FileEntry
 from ..convert.source import Source
 from .options import Checked
 
@@ -40,3 +48,20 @@ def _options(options: Checked) -> list[str]:
         for item in value if isinstance(value, tuple) else (value,):
             words += [flag, Path(str(item)).name if isinstance(item, Path) or field.name in LOCAL else str(item)]
     return words
+
+
+def finish_folder(
+    out: Path,
+    source: Checkpoint,
+    storage: str,
+    label: str,
+    files: tuple[FileEntry, ...],
+    weights: Weights,
+    run: Mapping[str, Any],
+    entry: str = ".",
+    made: tuple[str, ...] = (),
+) -> None:
+    """Write the manifest, last of all files. made: the words of the command that was typed."""
+    line = {"command_line": typed} if (typed := command_line(made, source, label)) else {}
+    artifact = Artifact(label, storage, label, entry, files, weights, {"run": dict(run), **line})
+    manifest.write(out, manifest.build(source, artifact, __version__))

@@ -22,7 +22,7 @@ from ..convert.folder.unit_bytes import fixed_bytes, header_bytes, unit_specs
 from ..convert.folder.variant import FolderVariant
 from ..convert.folder.weights import WeightsVariant
 from ..convert.folder.writer import plan_shards
-from .folder import prepare
+from .folder_steps import prepare
 from .options import PlanOptions
 from .plan_target import check_context, target_of
 from .planner import size_of, too_small

@@ -100,7 +100,7 @@ def written(path: Path, label: str, size: int) -> Quantized:
 
 def planned(out: Path, label: str, needs: Needs, check: Callable[[], None]) -> Quantized:
     """The result of a dry run; check: raises what a real run would. What would stop it does not fit: exit code 5."""
-    from .folder import describe
+    from .place import describe
 
     refusal = None
     try:

@@ -13,8 +13,8 @@ from ..convert.files.difference import first_difference
 from ..convert.files.progress import unfinished_run
 from .artifacts import job_of
 from .engine import Job
-from .folder import OccupiedError
 from .passes import Passes
+from .place import OccupiedError
 from .plan_first import WORK
 from .recipe.read import Recipe, Variant
 

@@ -22,12 +22,14 @@ from ..quantize.integer.gptq import Grid
 from .calibrate import make_provider, pass_of
 from .corpus import at_effort, tokens_at_most
 from .engine import run_jobs
-from .folder import FolderJob, check_place, prepare
+from .folder import FolderJob
+from .folder_steps import prepare
 from .made import words_of
 from .models import Model, choose_device, opened
 from .needs import needs_of
 from .options import CalibratedOptions, WeightsOptions
 from .passes import Passes
+from .place import check_place
 from .plan_first import with_plan
 from .results import Quantized, planned, written
 

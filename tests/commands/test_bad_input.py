@@ -20,7 +20,7 @@ import mmquant.commands.cli as cli
 from helpers.tiny import write_tiny
 from mmquant.convert.open import demo_folder
 from mmquant.errors import FitError
-from mmquant.runs.folder import check_disk
+from mmquant.runs.place import check_disk
 
 COMMANDS = {
     "fp8": ["fp8"],

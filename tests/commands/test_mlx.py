@@ -26,7 +26,7 @@ from mmquant.convert.open import open_native, open_source
 from mmquant.convert.plan_file import PlanFile
 from mmquant.convert.source import read_globals, read_layer
 from mmquant.errors import InputError
-from mmquant.runs.folder import prepare
+from mmquant.runs.folder_steps import prepare
 from mmquant.runs.journal import read_log
 from mmquant.runs.mlx import mlx_variant
 from mmquant.runs.options import MlxOptions

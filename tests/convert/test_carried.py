@@ -16,7 +16,8 @@ from mmquant.convert.folder.fp8 import Fp8Variant
 from mmquant.convert.open import demo_folder, open_native
 from mmquant.convert.source import CARRIED_FILES
 from mmquant.errors import InputError
-from mmquant.runs.folder import write_folder, write_native
+from mmquant.runs.folder import write_folder
+from mmquant.runs.native import write_native
 
 TEXT = "The tokenizer splits these words, one after another. " * 40
 

@@ -17,7 +17,7 @@ from mmquant.convert.manifest import Artifact, FileEntry
 from mmquant.convert.manifest_check import schema
 from mmquant.convert.open import open_native
 from mmquant.errors import InputError
-from mmquant.runs.folder import write_native
+from mmquant.runs.native import write_native
 
 
 def written(folder: Path) -> None:

@@ -24,7 +24,8 @@ from mmquant.convert.folder.fp8 import Fp8Variant
 from mmquant.convert.folder.variant import FolderVariant
 from mmquant.convert.folder.weights import WeightsVariant
 from mmquant.convert.open import open_native
-from mmquant.runs.folder import write_folder, write_native
+from mmquant.runs.folder import write_folder
+from mmquant.runs.native import write_native
 
 VARIANTS: dict[str, FolderVariant] = {
     "channel": Fp8Variant("channel"),
