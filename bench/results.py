@@ -40,7 +40,7 @@ from mmquant.runs.evaluation import llamacpp
 from mmquant.runs.evaluation.claims import paired
 from mmquant.runs.evaluation.run import measure, settings_of
 from mmquant.runs.evaluation.text import make_eval_sample
-from mmquant.runs.options import EvalOptions
+from mmquant.runs.options_use import EvalOptions
 
 STORED = _path.ROOT / "docs" / "results"
 PAGE = _path.ROOT / "docs" / "results.md"

@@ -6,7 +6,7 @@ import click
 
 from mmquant.errors import GateError
 
-from ..runs.options import DoctorOptions
+from ..runs.options_use import DoctorOptions
 from .options import json_option, options_of, refuse_without_effect
 from .terminal import print_result
 

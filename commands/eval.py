@@ -9,7 +9,7 @@ import click
 
 from mmquant.errors import GateError
 
-from ..runs.options import EvalOptions
+from ..runs.options_use import EvalOptions
 from .options import json_option, options_of
 from .options_fetch import fetch_options
 from .terminal import print_result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..runs.options import FitOptions
+from ..runs.options_use import FitOptions
 from .options import DEFAULT_MODEL, json_option, options_of
 from .terminal import print_result
 

@@ -36,7 +36,7 @@ Options = TypeVar("Options")
 def options_of(
     options: type[Options], *, device: bool = True, skip: tuple[str, ...] = (), repeat: str | None = None
 ) -> Decorator:
-    """The click options of a class of runs/options.py; the command gets one argument, `options`, made of them.
+    """The click options of a class of options in runs/; the command gets one argument, `options`, made of them.
 
     device: --device as well. skip: fields that this command does not offer; they keep their defaults. repeat: a field
     that may be given several times; the command gets `every`, the options by its value, and `options` of the first.

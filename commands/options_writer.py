@@ -11,7 +11,7 @@ from .options_fetch import fetch_options
 
 
 def writer_options(options: type[Any], *, repeat: str | None = None, backend: bool = False) -> Decorator:
-    """--model, --out, the options of a class of runs/options.py, and what all writers take.
+    """--model, --out, the options of a class of options in runs/, and what all writers take.
 
     The command gets model, out, options, device, fetch and dry_run. repeat: as of `options_of`. backend: --backend too.
     """

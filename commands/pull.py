@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..convert.hub.hubs import DEFAULT_HUB, HUBS
-from ..runs.options import PullOptions
+from ..runs.options_use import PullOptions
 from .options import DEFAULT_MODEL, dry_run_option, json_option, options_of
 from .terminal import print_result
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..runs.options import PushOptions
+from ..runs.options_use import PushOptions
 from .options import dry_run_option, json_option, options_of
 from .terminal import print_result
 

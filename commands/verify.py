@@ -8,7 +8,7 @@ import click
 
 from mmquant.errors import InputError
 
-from ..runs.options import VerifyOptions
+from ..runs.options_use import VerifyOptions
 from .options import json_option, options_of
 from .terminal import print_result
 

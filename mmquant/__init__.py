@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from mmquant.runs.options import (
         Bf16Options,
         CalibrateOptions,
-        DoctorOptions,
-        EvalOptions,
-        FitOptions,
         Fp8Options,
         GgufOptions,
         Int4Options,
@@ -47,10 +44,8 @@ if TYPE_CHECKING:
         Mxfp4Options,
         Nvfp4Options,
         PlanOptions,
-        PullOptions,
-        PushOptions,
-        VerifyOptions,
     )
+    from mmquant.runs.options_use import DoctorOptions, EvalOptions, FitOptions, PullOptions, PushOptions, VerifyOptions
     from mmquant.runs.plan import Planned, plan
     from mmquant.runs.pull import Pulled, pull
     from mmquant.runs.push import Pushed, push
@@ -66,8 +61,10 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "quantize").is_dir():
     __path__.append(str(_CHECKOUT))  # in a checkout the packages lie beside this folder, in a wheel inside it
 
-_OPTIONS = "Bf16Options CalibrateOptions DoctorOptions EvalOptions FitOptions Fp8Options GgufOptions Int4Options "
-_OPTIONS += "MlxOptions Mxfp4Options Nvfp4Options PlanOptions PullOptions PushOptions VerifyOptions"
+_OPTIONS = (
+    "Bf16Options CalibrateOptions Fp8Options GgufOptions Int4Options MlxOptions Mxfp4Options Nvfp4Options PlanOptions"
+)
+_OPTIONS_USE = "DoctorOptions EvalOptions FitOptions PullOptions PushOptions VerifyOptions"
 # Public name -> the module that has it, and its name there.
 _PUBLIC = {
     "Calibration": ("runs.calibrate", "Calibration"),
@@ -108,6 +105,7 @@ _PUBLIC = {
     "quantize_mxfp4": ("runs.fp4", "quantize_mxfp4"),
     "quantize_nvfp4": ("runs.fp4", "quantize_nvfp4"),
     **{name: ("runs.options", name) for name in _OPTIONS.split()},
+    **{name: ("runs.options_use", name) for name in _OPTIONS_USE.split()},
 }
 
 __all__ = [

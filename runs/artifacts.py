@@ -20,11 +20,11 @@ from .engine import Job
 from .folder import FolderJob
 from .folder_steps import prepare
 from .made import words_of
+from .option import Checked
 from .options import (
     Bf16Options,
     CalibratedOptions,
     CalibrateOptions,
-    Checked,
     Fp8Options,
     GgufOptions,
     Int4Options,

@@ -27,7 +27,8 @@ from .gguf import quantize_gguf, write_gguf
 from .int4 import quantize_int4
 from .mlx import quantize_mlx
 from .native import write_native
-from .options import EvalOptions, GgufOptions, Int4Options, MlxOptions, Mxfp4Options, Nvfp4Options
+from .options import GgufOptions, Int4Options, MlxOptions, Mxfp4Options, Nvfp4Options
+from .options_use import EvalOptions
 
 WINDOWS = 16
 CALIBRATION = 64  # windows of calibrated variants

@@ -12,7 +12,8 @@ from mmquant.tables import table
 
 from .corpus import make_corpus
 from .models import choose_device
-from .options import DoctorOptions, TextOptions
+from .options import TextOptions
+from .options_use import DoctorOptions
 from .results import Result
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ..convert.hub.address import parse_address
 from ..convert.naming import short_name
 from ..convert.open import DEMO
 from .fit_text import detail, table
-from .options import FitOptions
+from .options_use import FitOptions
 from .results import Result
 
 if TYPE_CHECKING:

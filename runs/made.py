@@ -14,7 +14,7 @@ from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.fitting.weights import Weights
 from ..convert.manifest import Artifact, FileEntry
 from ..convert.source import Source
-from .options import Checked
+from .option import Checked
 
 LOCAL = ("statistics", "plan", "text", "evaluation")  # paths of this machine: their last part
 

@@ -13,7 +13,7 @@ from mmquant.errors import InputError, PartialError
 from mmquant.monitor import Monitor, watching
 
 from .models import WORK
-from .options import PullOptions
+from .options_use import PullOptions
 from .results import Result
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ..convert.files.atomic import TEMPORARY
 from ..convert.files.parse import path_fault, short
 from ..convert.fitting.text import FIT_TEXT, REPORT, fit_text
 from ..convert.manifest import MANIFEST
-from .options import PushOptions
+from .options_use import PushOptions
 from .results import Result
 
 if TYPE_CHECKING:

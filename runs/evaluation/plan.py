@@ -12,7 +12,7 @@ from mmquant.tables import GIB
 from mmquant.tables import table as aligned
 
 from ..models import choose_device
-from ..options import EvalOptions
+from ..options_use import EvalOptions
 from ..results import Result
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from mmquant.errors import InputError
 from mmquant.monitor import Monitor, current, phase, watching
 
 from ..models import choose_device, close_model, open_any
-from ..options import EvalOptions
+from ..options_use import EvalOptions
 from ..output import check_output
 from ..results import Result
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...calibration.text.chat import ChatTemplate
     from ...calibration.text.sample import Sample, Text
     from ...convert.source import Source
-    from ..options import EvalOptions
+    from ..options_use import EvalOptions
 
 
 def manifest_folder(artifact: str) -> Path:

@@ -19,7 +19,9 @@ from ...convert.files.parse import DEEPEST, one_line, short
 from ...convert.files.sizes import parse_size
 from ...convert.fitting.targets import Target, find_target, read_targets
 from ...convert.hub.hubs import DEFAULT_HUB, HUBS, SPEC, expected
-from ..options import Checked, EvalOptions, PushOptions, TextOptions
+from ..option import Checked
+from ..options import TextOptions
+from ..options_use import EvalOptions, PushOptions
 from .schema import COMMANDS, recipe_schema
 
 LARGEST = 1 << 20  # bytes of a recipe

@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.result import GATES
+from ..option import Checked
 from ..options import (
     Bf16Options,
     CalibrateOptions,
-    Checked,
-    EvalOptions,
-    FitOptions,
     Fp8Options,
     GgufOptions,
     Int4Options,
     MlxOptions,
     Mxfp4Options,
     Nvfp4Options,
-    PushOptions,
     TextOptions,
 )
+from ..options_use import EvalOptions, FitOptions, PushOptions
 
 # What a variant's `command` may be, and its options.
 COMMANDS: dict[str, type[Checked]] = {

@@ -21,7 +21,7 @@ from ...convert.files.atomic import append_line, write_whole
 from ...convert.files.lock import hold
 from ...convert.files.parse import is_list, is_object
 from ...convert.hub.prefetch import DaemonPool
-from ..options import VerifyOptions
+from ..options_use import VerifyOptions
 from ..results import Result
 from .client import AskError, Server, base_url, find_model
 from .judge import Reply, Verdict, judge

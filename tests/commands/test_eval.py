@@ -36,7 +36,7 @@ from mmquant.runs.evaluation.engines import check_engine, difference
 from mmquant.runs.evaluation.result import GATES, failures, quality_block, read_gate, validate
 from mmquant.runs.evaluation.run import run
 from mmquant.runs.evaluation.vllm_engine import Tops, compare_tops, devices_for, tops_of
-from mmquant.runs.options import EvalOptions
+from mmquant.runs.options_use import EvalOptions
 
 FEW = ("--windows", "3", "--context", "64")
 

@@ -24,7 +24,7 @@ from mmquant.convert.hub.hubs import endpoint_of, remote_of
 from mmquant.convert.hub.layout import check_layout, find_by_tag
 from mmquant.convert.hub.modelscope import same_site
 from mmquant.monitor import watching
-from mmquant.runs.options import PushOptions
+from mmquant.runs.options_use import PushOptions
 from mmquant.runs.push import push_to
 
 LICENSE = "NON-COMMERCIAL LICENSE\n\nCopyright (c) 2026 MiniMax\n\nCommercial use requires authorization.\n"

@@ -21,18 +21,8 @@ from mmquant.convert.hub.hubs import DEFAULT_HUB, HUBS
 from mmquant.convert.hub.store import FetchOptions
 from mmquant.errors import InputError
 from mmquant.monitor import Bar
-from mmquant.runs.options import (
-    Bf16Options,
-    CalibrateOptions,
-    DoctorOptions,
-    EvalOptions,
-    Fp8Options,
-    GgufOptions,
-    Int4Options,
-    PlanOptions,
-    PullOptions,
-    PushOptions,
-)
+from mmquant.runs.options import Bf16Options, CalibrateOptions, Fp8Options, GgufOptions, Int4Options, PlanOptions
+from mmquant.runs.options_use import DoctorOptions, EvalOptions, PullOptions, PushOptions
 
 OPTIONS = {
     "fp8": Fp8Options,

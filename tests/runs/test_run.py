@@ -12,7 +12,7 @@ from helpers.run_cases import alone, artifacts, digests, model, recipe
 from mmquant.convert import manifest
 from mmquant.runs import run_check
 from mmquant.runs.evaluation.run import evaluate
-from mmquant.runs.options import EvalOptions
+from mmquant.runs.options_use import EvalOptions
 from mmquant.runs.run import run
 
 

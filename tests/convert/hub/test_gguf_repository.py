@@ -19,7 +19,7 @@ from mmquant.errors import InputError
 from mmquant.runs.doctor import doctor
 from mmquant.runs.fit import fit
 from mmquant.runs.gguf import write_gguf
-from mmquant.runs.options import DoctorOptions, FitOptions
+from mmquant.runs.options_use import DoctorOptions, FitOptions
 
 CARD = b"---\nbase_model: org/base\n---\n"
 

@@ -24,7 +24,7 @@ from helpers.paths import ROOT, SOURCE
 from mmquant.commands.cli import cli
 from mmquant.convert.open import demo_folder
 from mmquant.errors import GateError, InputError, MmquantError
-from mmquant.runs.options import VerifyOptions
+from mmquant.runs.options_use import VerifyOptions
 from mmquant.runs.verify import engine as verify_engine
 from mmquant.runs.verify import run as verify_run
 from mmquant.runs.verify.engine import serving
