@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mmquant.calibration.folder.high import SignRoundOptions, advance, sign_round_layer
 from mmquant.calibration.folder.high import streams as learning_streams
-from mmquant.calibration.folder.layer import LayerOptions, as_read_back
+from mmquant.calibration.folder.layer import as_read_back
 from mmquant.calibration.folder.layer import quantize_layer as quantize_int4
+from mmquant.calibration.folder.options import LayerOptions
 from mmquant.calibration.gguf.layer import head_pair, quantize_head, quantize_layer
 from mmquant.calibration.gguf.solve import Method, Report
 from mmquant.calibration.gguf.streams import Streams

@@ -24,7 +24,7 @@ import torch
 from domain_lab import Distance, Lab, Whole
 from torch import Tensor
 
-from mmquant.calibration.folder.layer import LayerOptions
+from mmquant.calibration.folder.options import LayerOptions
 from mmquant.calibration.gguf.solve import METHODS, Method
 from mmquant.calibration.text.chat import load_template
 from mmquant.calibration.text.corpus import bundled, pack_windows, read_sets

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmquant.calibration.folder.guard import guarded
-from mmquant.calibration.folder.layer import FLOOR, SAMPLING
+from mmquant.calibration.folder.options import FLOOR, SAMPLING
 from mmquant.calibration.statistics.held import HELD
 from mmquant.quantize.integer import gptq, gptq_triton
 from mmquant.quantize.integer.gptq import GptqGrid

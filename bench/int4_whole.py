@@ -22,7 +22,8 @@ import _path  # noqa: F401
 import torch
 from safetensors.torch import save_file
 
-from mmquant.calibration.folder.layer import LayerOptions, quantize_layer
+from mmquant.calibration.folder.layer import quantize_layer
+from mmquant.calibration.folder.options import LayerOptions
 from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.model.forward import layer_forward
 from mmquant.calibration.statistics.layer_pass import calibrate_layer

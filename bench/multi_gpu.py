@@ -33,7 +33,8 @@ from int4_whole import make_checkpoint
 from torch import Tensor
 
 from mmquant.calibration.evaluate.streamed import Scoring, Settings
-from mmquant.calibration.folder.layer import LayerOptions, QuantizedLayer, quantize_layer
+from mmquant.calibration.folder.layer import QuantizedLayer, quantize_layer
+from mmquant.calibration.folder.options import LayerOptions
 from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.gguf import experts as gguf_experts
 from mmquant.calibration.gguf import layer as gguf_layer
@@ -41,14 +42,7 @@ from mmquant.calibration.gguf.memory import moment_memory, stream_place, text_ba
 from mmquant.calibration.gguf.moments import Pair
 from mmquant.calibration.gguf.solve import METHODS, Report
 from mmquant.calibration.gguf.streams import Streams
-from mmquant.calibration.model.distributed import (
-    current_ranks,
-    leave,
-    rank_device,
-    rank_share,
-    sum_everywhere,
-    world,
-)
+from mmquant.calibration.model.distributed import current_ranks, leave, rank_device, rank_share, sum_everywhere, world
 from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.calibration.model.reading import read_layer_shared
 from mmquant.calibration.model.stream import Stream

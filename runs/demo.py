@@ -23,7 +23,8 @@ from .bf16 import dequantize_bf16
 from .evaluation.run import record, run
 from .folder import write_folder
 from .fp4 import quantize_mxfp4, quantize_nvfp4
-from .gguf import quantize_gguf, write_gguf
+from .gguf import quantize_gguf
+from .gguf_job import write_gguf
 from .int4 import quantize_int4
 from .mlx import quantize_mlx
 from .native import write_native

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mmquant.errors import InputError
 from mmquant.monitor import Monitor, message
 
-from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.mlx import CalibratedMlx
+from ..calibration.folder.options import LayerOptions
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.kinds import EXPERT_FIELDS, Kind, group_name
 from ..convert.folder.mlx import BF16, EIGHT_BIT, MlxVariant, kind

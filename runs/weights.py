@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mmquant.errors import InputError
 from mmquant.monitor import Monitor, message, watching
 
-from ..calibration.folder.layer import LayerOptions
 from ..calibration.folder.mlx import CalibratedMlx
+from ..calibration.folder.options import LayerOptions
 from ..calibration.folder.variant import CalibratedWeights
 from ..calibration.statistics.live import moment_plan
 from ..convert.checkpoints.checkpoint import Checkpoint

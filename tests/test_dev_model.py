@@ -24,7 +24,7 @@ def test_int4_of_code_is_nearer_than_round_to_nearest_elsewhere(monkeypatch: pyt
     from domain_lab import Lab  # pyright: ignore[reportMissingImports]
     from domains import chosen_windows, read_sides  # pyright: ignore[reportMissingImports]
 
-    from mmquant.calibration.folder.layer import LayerOptions
+    from mmquant.calibration.folder.options import LayerOptions
 
     model, text = str(FOLDER / "model"), FOLDER / "text"
     judged = {

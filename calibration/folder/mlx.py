@@ -25,7 +25,8 @@ from ...quantize.integer.grid import map_parts
 from ..plan.grids import grid_of
 from ..statistics.provider import LayerInputs
 from .high import SignRoundOptions
-from .layer import LayerOptions, QuantizedLayer, quantize_layer
+from .layer import QuantizedLayer, quantize_layer
+from .options import LayerOptions
 from .variant import exact_names, exact_specs, made_layer, plain_changes, run_settings
 
 

@@ -31,7 +31,8 @@ from ..model.distributed import world
 from ..statistics.layer import LayerStatistics, without_second
 from ..statistics.provider import LayerInputs
 from .high import ReferenceStream, SignRoundOptions, sign_round_layer, streams
-from .layer import LayerOptions, QuantizedLayer, as_read_back, carried_layer, quantize_layer, with_attention
+from .layer import QuantizedLayer, as_read_back, carried_layer, quantize_layer, with_attention
+from .options import LayerOptions
 
 HEADROOM = 2.0  # of inputs over the largest that calibration saw: block scales are floats, it costs them nothing
 TINY = torch.finfo(torch.float32).tiny

@@ -15,7 +15,7 @@ from mmquant.errors import FitError
 from mmquant.tables import gib
 
 from ...convert.models.geometry import Geometry
-from ..folder.layer import working_memory
+from ..folder.solve import working_memory
 from ..model.forward import rows_at_once
 from ..model.stream import batch_windows
 from ..statistics.layer_pass import free_memory, layer_bytes

@@ -1,4 +1,4 @@
-"""What makes the bytes of a GGUF file's tensors, step by step, for the one loop that writes them (runs/gguf.py)."""
+"""What makes the bytes of a GGUF file's tensors, step by step, for the one loop that writes them (runs/gguf_job.py)."""
 
 from __future__ import annotations
 

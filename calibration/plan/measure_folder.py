@@ -23,7 +23,9 @@ from ...convert.models.layer import Globals, LayerWeights
 from ...convert.models.names import ATTENTION
 from ...convert.models.shapes import attention_shapes, expert_shape
 from ...quantize.integer.grid import dequantize
-from ..folder.layer import LayerOptions, dequantize_batch, quantize_attention, quantize_layer
+from ..folder.attention import quantize_attention
+from ..folder.layer import dequantize_batch, quantize_layer
+from ..folder.options import LayerOptions
 from ..model.distributed import check_alone
 from ..model.forward import layer_forward
 from ..model.hidden import HiddenStates

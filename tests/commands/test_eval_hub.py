@@ -20,7 +20,7 @@ from mmquant.convert.gguf.mixes import find_mix
 from mmquant.convert.gguf.variant import GgufVariant
 from mmquant.convert.open import demo_folder, open_native
 from mmquant.errors import InputError, MmquantError
-from mmquant.runs.gguf import write_gguf
+from mmquant.runs.gguf_job import write_gguf
 
 SHARDS = 6
 FEW = ("--windows", "2", "--context", "32", "--json")

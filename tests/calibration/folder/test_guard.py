@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mmquant.calibration.folder.guard import TOGETHER, guarded
-from mmquant.calibration.folder.layer import LayerOptions, solve
+from mmquant.calibration.folder.options import LayerOptions
 from mmquant.calibration.folder.report import LayerReport, plainly_rounded
+from mmquant.calibration.folder.solve import solve
 from mmquant.calibration.model.forward import layer_forward
 from mmquant.calibration.statistics.collector import Collect, Collector
 from mmquant.calibration.statistics.held import FEWEST, HELD, STRIDE, HeldRows

@@ -15,7 +15,9 @@ from torch import Tensor
 from helpers import ct_reader
 from helpers.tiny import write_tiny
 from mmquant.calibration.folder.high import SignRoundOptions, repair, repaired_norm
-from mmquant.calibration.folder.layer import LayerOptions, as_read_back, expert_chunks, quantize_layer
+from mmquant.calibration.folder.layer import as_read_back, quantize_layer
+from mmquant.calibration.folder.options import LayerOptions
+from mmquant.calibration.folder.solve import expert_chunks
 from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.model.forward import Observer, embed, layer_forward, rms_norm, route
 from mmquant.calibration.statistics.live import LivePass, PassOptions

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmquant.calibration.folder.layer import LARGEST_WORK, LayerOptions, expert_chunks, quantize_layer, working_memory
+from mmquant.calibration.folder.layer import quantize_layer
+from mmquant.calibration.folder.options import LayerOptions
+from mmquant.calibration.folder.solve import LARGEST_WORK, expert_chunks, working_memory
 from mmquant.calibration.statistics.layer import LayerStatistics, RoutingStatistics
 from mmquant.convert.models.layer import LayerWeights
 from mmquant.convert.models.minimax_m2 import Geometry

@@ -8,7 +8,7 @@ from pathlib import Path
 from helpers.calibration_cases import corpus
 from helpers.paths import SOURCE
 from helpers.tiny import write_tiny
-from mmquant.calibration.folder.layer import LayerOptions
+from mmquant.calibration.folder.options import LayerOptions
 from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.model.signround_layer import SignRoundOptions
 from mmquant.calibration.statistics.live import LivePass, PassOptions

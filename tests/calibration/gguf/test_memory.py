@@ -44,7 +44,7 @@ from mmquant.convert.gguf.plan import GgufPlan, plan_steps
 from mmquant.convert.gguf.variant import GgufVariant
 from mmquant.convert.gguf.writer import GgufWriter, plan_parts
 from mmquant.convert.models.minimax_m2 import Geometry
-from mmquant.runs.gguf import provider_of, write_step
+from mmquant.runs.gguf_job import provider_of, write_step
 
 class Made:
     label = "made"

@@ -13,7 +13,7 @@ import torch
 
 from helpers.calibration_cases import files, ranks
 from helpers.run_cases import CALIBRATION, model
-from mmquant.calibration.folder import layer
+from mmquant.calibration.folder import solve
 from mmquant.calibration.gguf import memory, streams
 from mmquant.calibration.model import divided as divided_module
 from mmquant.calibration.model import forward
@@ -143,7 +143,7 @@ def test_stored_statistics_give_a_single_process_s_bytes(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is summed then: a few experts are solved at a time, those of a piece by one rank."""
-    monkeypatch.setattr(layer, "LARGEST_WORK", 4 * 7 * 256 * 512)
+    monkeypatch.setattr(solve, "LARGEST_WORK", 4 * 7 * 256 * 512)
     monkeypatch.setattr(memory, "CPU_WORK", 4 * 256 * 19 * 512)
     source, statistics = model(tmp_path / "model"), tmp_path / "statistics"
     calibrate(source, statistics, CalibrateOptions(moments="full", **TEXT), device="cpu")

@@ -18,7 +18,7 @@ from mmquant.convert.open import demo_folder, open_native, open_source
 from mmquant.errors import InputError
 from mmquant.runs.doctor import doctor
 from mmquant.runs.fit import fit
-from mmquant.runs.gguf import write_gguf
+from mmquant.runs.gguf_job import write_gguf
 from mmquant.runs.options_use import DoctorOptions, FitOptions
 
 CARD = b"---\nbase_model: org/base\n---\n"

@@ -25,7 +25,7 @@ from mmquant.convert.models.rope import RopeScaling, same_scaling
 from mmquant.convert.open import demo_folder
 from mmquant.convert.source import Source, read_globals, read_layer
 from mmquant.errors import InputError
-from mmquant.runs.gguf import write_gguf
+from mmquant.runs.gguf_job import write_gguf
 
 transformers = pytest.importorskip("transformers")
 
