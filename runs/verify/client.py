@@ -14,14 +14,17 @@ from urllib.parse import urlsplit
 
 import requests
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, MmquantError
 
 from ...convert.files.parse import is_list, is_object, parse_any, short
+from ...convert.hub.http import reason
 from .judge import Reply, read_reply
 
 LIMIT = 16 << 20  # bytes of one answer
 RETRY = {408, 409, 425, 429, 500, 502, 503, 504}
 CONNECT = 10.0  # seconds
+REFUSED = "connection refused"
+START = "start one (vllm serve DIR, llama-server -m FILE), or give --model and --engine in place of the URL"
 
 
 class AskError(Exception):
@@ -53,11 +56,12 @@ class Server:
         try:
             with self._post(sent) as response:
                 if response.status_code != 200:
-                    said = short(b"".join(self._pieces(response))[:200].decode("utf-8", "replace"))
+                    said = short(b"".join(_pieces(response, self.timeout))[:200].decode("utf-8", "replace"))
                     raise AskError(f"HTTP {response.status_code}: {said}", response.status_code in RETRY)
-                return _streamed(self._pieces(response)) if self.stream else _whole(self._pieces(response))
+                pieces = _pieces(response, self.timeout)
+                return _streamed(pieces) if self.stream else _whole(pieces)
         except requests.RequestException as error:
-            raise AskError(f"{type(error).__name__}") from None
+            raise AskError(reason(error)) from None
 
     def _post(self, sent: dict[str, Any]) -> requests.Response:
         return requests.post(
@@ -69,37 +73,52 @@ class Server:
             allow_redirects=False,  # the key is for this server
         )
 
-    def _pieces(self, response: requests.Response) -> Iterator[bytes]:
-        """The body as it comes, within the deadline and the limit."""
-        end, size = time.monotonic() + self.timeout, 0
-        for piece in response.iter_content(1 << 14):
-            size += len(piece)
-            if size > LIMIT:
-                raise AskError(f"more than {LIMIT >> 20} MiB of answer", again=False)
-            if time.monotonic() > end:
-                raise AskError(f"no whole answer in {self.timeout:.0f} s")
-            yield piece
+
+def _pieces(response: requests.Response, seconds: float) -> Iterator[bytes]:
+    """The body as it comes, within the deadline and the limit. AskError beyond them."""
+    end, size = time.monotonic() + seconds, 0
+    for piece in response.iter_content(1 << 14):
+        size += len(piece)
+        if size > LIMIT:
+            raise AskError(f"more than {LIMIT >> 20} MiB of answer", again=False)
+        if time.monotonic() > end:
+            raise AskError(f"no whole answer in {seconds:.0f} s")
+        yield piece
 
 
 def find_model(url: str, key: str) -> str:
-    """The one model that a server names under /models. InputError when it names none, or several."""
-    try:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        response = requests.get(f"{url}/models", headers=headers, timeout=CONNECT, allow_redirects=False)
-        if response.status_code in (401, 403):
-            had = "was refused" if key else "is missing"
-            raise InputError(
-                f"{url}/models: HTTP {response.status_code}, the key {had}; --key-variable names what holds it"
-            )
-        data: object = parse_any(response.content[:LIMIT], f"{url}/models") if response.ok else None
-    except requests.RequestException as error:
-        raise InputError(f"{url}: {type(error).__name__}, expected an OpenAI-compatible server") from None
+    """The one model that a server names under /models.
+
+    InputError when it refuses the key, names no model or several; MmquantError when it does not answer.
+    """
+    place = f"{url}/models"
+    status, body = _get(place, key)
+    if status in (401, 403):
+        had = "was refused" if key else "is missing"
+        raise InputError(f"{place}: HTTP {status}, the key {had}; --key-variable names what holds it")
+    data: object = parse_any(body, place) if status == 200 else None
     listed: object = data.get("data") if is_object(data) else None
     names = [str(m["id"]) for m in listed if is_object(m) and "id" in m] if is_list(listed) else []
     if len(names) != 1:
-        found = f"HTTP {response.status_code}" if not response.ok else f"models {', '.join(names) or 'none'}"
-        raise InputError(f"{url}/models: {found}, expected one model; name it with --served-model")
+        found = f"HTTP {status}" if status != 200 else f"models {', '.join(names) or 'none'}"
+        raise InputError(f"{place}: {found}, expected one model; name it with --served-model")
     return names[0]
+
+
+def _get(place: str, key: str) -> tuple[int, bytes]:
+    """Status and body of a server's answer. MmquantError where there is none, or the server says that it fails."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        with requests.get(place, headers=headers, timeout=CONNECT, allow_redirects=False, stream=True) as response:
+            if response.status_code < 500:
+                return response.status_code, b"".join(_pieces(response, CONNECT))
+            found = f"HTTP {response.status_code}"
+    except requests.RequestException as error:
+        found = reason(error)
+    except AskError as error:
+        found = str(error)
+    found, more = ("nothing listens there", f"; {START}") if found == REFUSED else (found, "")
+    raise MmquantError(f"{place}: {found}, expected an OpenAI-compatible server{more}")
 
 
 def base_url(typed: str) -> str:

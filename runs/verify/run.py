@@ -77,8 +77,8 @@ def verify(url: str, options: VerifyOptions | None = None, *, monitor: Monitor |
     """Measure what agents need of a server: tool calls, their arguments, thinking, language, repetition.
 
     url: an OpenAI-compatible server, http://HOST:PORT or https://HOST/v1. The prompts are mmquant's own in ten
-    languages, the rates those of MiniMax-Provider-Verifier. Raises InputError when the server cannot be reached or
-    names no model, MmquantError when no request at all got an answer.
+    languages, the rates those of MiniMax-Provider-Verifier. Raises InputError when the server names no model or refuses
+    the key, MmquantError when it cannot be reached or gives no request an answer.
     """
     chosen = options or VerifyOptions()
     cases = read_prompts(chosen.prompts, chosen.language)

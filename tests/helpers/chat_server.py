@@ -43,10 +43,11 @@ def events(body: dict[str, Any]) -> bytes:
 class ChatServer:
     """answer: a body, text in its place, bytes that are cut, or an HTTP status.
 
-    models: what it lists, or the HTTP status that it lists them with. asked: the requests as they came, with their key.
+    models: what it lists, the body in its place, or the HTTP status that it lists them with.
+    asked: the requests as they came, with their keys.
     """
 
-    def __init__(self, answer: Answer, models: list[str] | int | None = None) -> None:
+    def __init__(self, answer: Answer, models: list[str] | bytes | int | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         outer = self
@@ -58,6 +59,8 @@ class ChatServer:
             def do_GET(self) -> None:
                 if isinstance(models, int):
                     return self.reply(models, b"no")
+                if isinstance(models, bytes):
+                    return self.reply(200, models)
                 names = ["tiny"] if models is None else models
                 self.reply(200, json.dumps({"data": [{"id": name} for name in names]}).encode())
 

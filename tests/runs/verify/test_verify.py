@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from mmquant.commands.cli import cli
 from mmquant.convert.open import demo_folder
 from mmquant.errors import GateError, InputError, MmquantError
 from mmquant.runs.options_use import VerifyOptions
+from mmquant.runs.verify import client
 from mmquant.runs.verify import engine as verify_engine
 from mmquant.runs.verify import run as verify_run
 from mmquant.runs.verify.engine import serving
@@ -136,7 +138,7 @@ def test_a_fault_is_seen_in_its_rate(answer: Any, rate: str, value: float) -> No
     assert document["rates"][rate]["rate"] == value
 
 
-CUT = "ChunkedEncodingError|ConnectionError|no JSON|finish"
+CUT = "connection lost|no JSON|finish"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_a_server_that_hangs_is_given_up() -> None:
     never = threading.Event()
     with ChatServer(lambda body: 500 + never.wait(30)) as server:
         options = VerifyOptions(language=("en",), retries=0, timeout=1, concurrency=5)
-        with pytest.raises(MmquantError, match="ReadTimeout"):
+        with pytest.raises(MmquantError, match="no bytes arrived in time"):
             mmquant.verify(server.url, options)
         never.set()
 
@@ -250,6 +252,30 @@ def test_a_server_that_wants_another_key_is_told_so(status: int, monkeypatch: py
             mmquant.verify(server.url, QUICK)
         monkeypatch.setenv("OPENAI_API_KEY", "wrong")
         with pytest.raises(InputError, match="the key was refused"):
+            mmquant.verify(server.url, QUICK)
+
+
+def test_a_network_that_fails_is_no_bad_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1, and what to do; the second server's likewise."""
+    monkeypatch.setattr(client, "LIMIT", 1000)
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        asked = CliRunner().invoke(cli, ["verify", closed])
+        assert isinstance(asked.exception, MmquantError)
+        start = "start one (vllm serve DIR, llama-server -m FILE), or give --model and --engine in place of the URL"
+        expected = "nothing listens there, expected an OpenAI-compatible server"
+        assert str(asked.exception) == f"{closed}/v1/models: {expected}; {start}"
+        with ChatServer(good) as server, pytest.raises(MmquantError, match=f"{closed}/v1/models: {expected}") as error:
+            mmquant.verify(server.url, VerifyOptions(against=closed))
+        assert error.value.exit_code == asked.exception.exit_code == 1
+        assert not server.asked
+    for models, words in ((503, "HTTP 503"), (b"x" * 1001, "more than 0 MiB of answer")):
+        with ChatServer(good, models) as server, pytest.raises(MmquantError, match=f"models: {words}") as error:
+            mmquant.verify(server.url, QUICK)
+        assert error.value.exit_code == 1
+    for models, words in ((404, "HTTP 404"), (b"no JSON", "not JSON")):
+        with ChatServer(good, models) as server, pytest.raises(InputError, match=f"models.* {words}"):
             mmquant.verify(server.url, QUICK)
 
 
