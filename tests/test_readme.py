@@ -6,14 +6,17 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+import yaml
 
 import mmquant
 from mmquant import FitOptions
 from mmquant.commands.cli import COMMANDS, cli
 from mmquant.convert.fitting.targets import read_targets
+from mmquant.runs.recipe.templates import PURPOSES, template
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,6 +108,22 @@ def test_the_machines_table_is_what_fit_says() -> None:
         shown = [word for word in words if word not in ("FILE", "OUT", "...")]
         assert shown == [word for word in argv if not word.startswith("./")][: len(shown)], machine
         assert words[-1] == "..." or len(shown) == len(argv) - 1
+
+
+def test_the_recipes_for_a_machine_make_what_its_rows_name() -> None:
+    rows = tables(README.split("## Your machine")[1].split("\n## ")[0])[1:]
+    named = {target: make for machine, _, _, make, _ in rows for target in re.findall(r"`(\S+)`", machine)}
+    made: dict[str, dict[str, Any]] = {purpose: yaml.safe_load(template(purpose)) for purpose in PURPOSES}
+    assert set(made["24gb"]["fit"]["targets"]) == {target for target in named if target.startswith("24GB+")}
+    assert made["2xa100"]["fit"]["targets"] == ["2xA100-80GB"]
+    for purpose in ("24gb", "2xa100"):
+        for target in made[purpose]["fit"]["targets"]:
+            _, command, *words = shlex.split(named[target].strip("`"))[:-2]
+            options = {w.removeprefix("--").replace("-", "_"): v for w, v in zip(words[::2], words[1::2], strict=True)}
+            asked = {"command": command} | {name: int(v) if v.isdigit() else v for name, v in options.items()}
+            assert any(asked.items() <= variant.items() for variant in made[purpose]["variants"].values()), target
+    types = {named[target].split("--type ")[1].split()[0] for target in made["24gb"]["fit"]["targets"]}
+    assert set(made["24gb"]["variants"]) == types
 
 
 def test_the_quality_table_is_what_was_kept() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+
 MODEL = "hf:MiniMaxAI/MiniMax-M2.7"
 HEAD = """\
 # A recipe of mmquant: every variant below in one pass over the checkpoint.
-#   mmquant run {file} --out DIR --dry-run   what it needs
-#   mmquant run {file} --out DIR             run again, it continues
-#   mmquant status DIR                       how far it is
+{commands}
 # a folder, hf:ORG/NAME[@REV], ms:ORG/NAME[@REV] or demo
 model: {model}
 # revision: COMMIT    # pins the model; by default the first run's commit
@@ -58,14 +58,14 @@ VARIANTS = {
     "2xa100": "  int4-g32: {command: int4, group_size: 32, attention: bf16}\n"
     "  int4-g128: {command: int4, group_size: 128, attention: bf16}\n"
     "  # planned: {command: int4, target: 2xA100-80GB}  # some layers wider\n",
-    "24gb": _gguf(("IQ2_XXS", "Q2_K", "IQ3_XXS"))
+    "24gb": _gguf(("IQ2_M", "IQ3_M", "IQ4_XS"))  # the README's rows, with 64, 96 and 128 GB of RAM
     + "  # planned: {command: gguf, target: 24GB+96GB}  # its best types\n",
     "": "  fp8: {command: fp8}\n  int4: {command: int4, group_size: 32}\n" + _gguf(("Q4_K_M", "IQ2_XXS")),
 }
 TARGETS = {
     "publisher": "24GB+96GB, 24GB+128GB",
     "2xa100": "2xA100-80GB",
-    "24gb": "24GB+96GB",
+    "24gb": "24GB+64GB, 24GB+96GB, 24GB+128GB",
     "": "24GB+96GB, 2xA100-80GB",
 }
 GATES = {"publisher": 1.0, "2xa100": 0.15, "24gb": 2.0, "": 2.0}
@@ -73,9 +73,16 @@ PURPOSES = tuple(name for name in VARIANTS if name)
 
 
 def template(purpose: str | None = None, model: str = MODEL, file: str = "recipe.yaml") -> str:
-    """A commented recipe for a purpose: publisher, 2xa100, 24gb, or one of each command."""
+    """A commented recipe for a purpose: publisher, 2xa100, 24gb, or one of each command. file: what it is called."""
     chosen = purpose or ""
     push = PUSH.format(names=", ".join(GGUF)) if chosen == "publisher" else ""
-    return HEAD.format(
-        file=file, model=model, variants=VARIANTS[chosen], gate=GATES[chosen], targets=TARGETS[chosen], push=push
-    )
+    shape = {"variants": VARIANTS[chosen], "gate": GATES[chosen], "targets": TARGETS[chosen], "push": push}
+    return HEAD.format(commands=_commands(file), model=model, **shape)
+
+
+def _commands(file: str) -> str:
+    """What to type, and why, in two columns."""
+    run = f"mmquant run {shlex.quote(file) if file.isprintable() else 'RECIPE'} --out DIR"
+    rows = {f"{run} --dry-run": "what it needs", run: "run again, it continues", "mmquant status DIR": "how far it is"}
+    width = max(map(len, rows))
+    return "\n".join(f"#   {typed:<{width}}   {why}" for typed, why in rows.items())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import jsonschema
@@ -84,6 +86,16 @@ def test_values_become_options() -> None:
     assert (b.gates, found.gates) == ({"max_kld": 2.0}, {"max_kld": 1.0})
     assert found.check is not None
     assert found.check.windows == 3
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "r", "a-much-longer-name.yaml", "two words.yaml", "\n", "\udcff.yaml"])
+def test_the_head_of_a_template_is_aligned_for_any_name(file: str) -> None:
+    lines = template(file=file).splitlines()[1:4]
+    assert all(line.startswith("#   mmquant ") for line in lines)
+    assert len({re.search(" {3,}(?=what it|run again|how far)", line).end() for line in lines}) == 1  # type: ignore[union-attr]
+    typed = shlex.split(lines[0].strip("# "))
+    assert typed[:3] == ["mmquant", "run", file if file.isprintable() else "RECIPE"]
+    assert template(file=file).splitlines()[4:] == template().splitlines()[4:]
 
 
 @pytest.mark.parametrize("purpose", [None, *PURPOSES])
