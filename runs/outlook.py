@@ -22,6 +22,7 @@ from .place import free_bytes
 from .recipe.read import Recipe, Variant
 from .run_fit import Shape, fits_of, lines_of, refusal
 from .run_needs import run_needs
+from .summary import WEIGHTS
 from .uploads import FILES, deletes_early
 
 MOST_WINDOWS = 128  # of a check that names no number
@@ -144,7 +145,7 @@ def rows_of(found: Outlook) -> list[dict[str, Any]]:
     for variant in found.variants:
         shape = found.shapes.get(variant.name)
         label = shape.label if shape else "statistics" if variant.command == "calibrate" else UNPLANNED
-        size = shape.bytes if shape else getattr(variant.options, "size", None) or 0
+        size = shape.weights.total if shape else getattr(variant.options, "size", None)
         rows.append({"name": variant.name, "command": variant.command, "label": label, "bytes": size})
     return rows
 
@@ -153,7 +154,10 @@ def needs(recipe: Recipe, source: Checkpoint, out: Path, device: str, found: Out
     """Download, disk, memory, passes and time of the whole run; a measurement for plans is a pass of its own."""
     plans = Plans(source, out, device)
     measured = any(_unknown(variant, out / variant.name, plans) for variant in recipe.variants)
-    states, size = streams(recipe, source), sum(row["bytes"] for row in rows_of(found))
+    sizes = [
+        getattr(variant.options, "size", None) or 0 for variant in found.variants if variant.name not in found.shapes
+    ]
+    states, size = streams(recipe, source), sum(sizes) + sum(shape.bytes for shape in found.shapes.values())
     base = run_needs(recipe, out, source, size, states, device)
     disk, passes = found.disk + source.store.in_flight() + states, 1 + measured
     return dataclasses.replace(base, disk=disk, passes=passes, download=base.download * passes)
@@ -161,8 +165,9 @@ def needs(recipe: Recipe, source: Checkpoint, out: Path, device: str, found: Out
 
 def lines(recipe: Recipe, source: Checkpoint, found: Outlook, takes: Needs, stopped: MmquantError | None) -> list[str]:
     """What a dry run prints."""
-    head = ("variant", "command", "artifact", "GB")
-    cells = [(r["name"], r["command"], r["label"], Size(r["bytes"])) for r in rows_of(found)]
+    head = ("variant", "command", "artifact", WEIGHTS)
+    sizes = [None if row["bytes"] is None else Size(row["bytes"]) for row in rows_of(found)]
+    cells = [(r["name"], r["command"], r["label"], size) for r, size in zip(rows_of(found), sizes, strict=True)]
     text = table(head, cells, text=head[:3])
     text += ["", *takes.lines("no" if stopped else "yes")]
     text.append(f"hidden states: {streams(recipe, source):,} bytes, counted in disk and RAM")

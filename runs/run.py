@@ -40,6 +40,7 @@ from .watch import Watch
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
     from .needs import Needs
+    from .run_fit import Shape
 
 OURS = (JOURNAL, LOG, STREAMS)
 
@@ -218,7 +219,7 @@ class Run:
         if todo:
             if found.refusal is not None:
                 raise found.refusal
-            self._write_all(source, todo)
+            self._write_all(source, todo, found.shapes)
         self._note_fits(source, found)
 
     def _note_fits(self, source: Checkpoint, found: Outlook) -> None:
@@ -229,7 +230,7 @@ class Run:
             for name, shape in found.shapes.items():
                 note_fits(self.recipe.fit, self.out / name, shape, source.geometry)
 
-    def _write_all(self, source: Checkpoint, todo: Sequence[Variant]) -> None:
+    def _write_all(self, source: Checkpoint, todo: Sequence[Variant], shapes: Mapping[str, Shape]) -> None:
         """One pass over the source."""
         recipe, journal = self.recipe, self.journal
         announce(Order(write=tuple(todo)))
@@ -252,7 +253,9 @@ class Run:
             watch = Watch(journal, len(jobs), recipe.limits)
             run_jobs(list(jobs.values()), "run", [shared], hooks.before, after, watch)
         for name, job in jobs.items():
-            size = max(bytes_of(job.path), getattr(job, "bytes", 0))
+            size = (
+                shapes[name].weights.total if name in shapes else bytes_of(self.out / name)
+            )  # of statistics: all files
             journal.set(name, WRITTEN, path=str(job.path.relative_to(self.out)), bytes=size)
         if check is not None:
             check.finish(self.out, journal)

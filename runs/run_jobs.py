@@ -52,7 +52,6 @@ def clear(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def bytes_of(path: Path) -> int:
-    """Of all visible files of an artifact, by its path."""
-    folder = path if path.is_dir() else path.parent
+def bytes_of(folder: Path) -> int:
+    """Of all visible files in a folder."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))

@@ -25,7 +25,7 @@ HEAD = ("artifact", "state", "last step", "time", "bits", "KLD", "uploaded")
 class Status(Result):
     """What a run folder says. state: running, finished, gate, stopped or killed; reason: of the last three.
 
-    step     the last step that every artifact has; steps: how many there are; None before the first
+    step     how many steps every artifact has, of `steps`: the embeddings, each layer, the head
     facts    of that step: seconds_per_step, seconds_left, memory, disk_free
     table    one dictionary for each artifact
     """
@@ -34,7 +34,7 @@ class Status(Result):
     model: str
     state: str
     reason: str
-    step: int | None
+    step: int
     steps: int
     facts: dict[str, Any]
     table: list[dict[str, Any]]
@@ -50,8 +50,9 @@ class Status(Result):
 
     def lines(self) -> list[str]:
         """The same for people."""
-        where = "no layer" if self.step is None else f"{step_name(self.step, self.steps - 2)} of {self.steps - 2}"
-        where = f"all {self.steps - 2} layers" if self.step == self.steps - 1 else where
+        layers = self.steps - 2
+        where = f"{step_name(self.step - 1, layers)} of {layers}" if self.step else "no layer"
+        where = f"all {layers} layers" if self.step == self.steps else where
         lines = [
             f"{self.folder}: {self.state}{': ' + self.reason if self.reason else ''}",
             f"{self.model}: {where} done",
@@ -83,12 +84,12 @@ def status(folder: str | Path) -> Status:
         raise InputError(f"{folder}: no run of mmquant, expected a folder of mmquant run --out")
     events = read_log(folder)
     begin = next((e for e in reversed(events) if e["event"] == "begin"), {})
-    last = next((e for e in reversed(events) if e["event"] == "step"), {})
+    last = next((e for e in reversed(events) if e["event"] == "step"), {"step": -1})  # the log counts from 0
     state, reason = state_of(journal, folder)
     names = ("seconds_per_step", "seconds_left", "memory", "disk_free")
     facts = {name: last[name] for name in names if name in last}
     steps = begin.get("steps", journal.layers + 2)
-    return Status(folder, journal.model, state, reason, last.get("step"), steps, facts, rows_of(journal, events, steps))
+    return Status(folder, journal.model, state, reason, last["step"] + 1, steps, facts, rows_of(journal, events, steps))
 
 
 def rows_of(journal: Journal, events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:

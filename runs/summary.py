@@ -9,6 +9,8 @@ from mmquant.tables import Size, clock, plural, table
 
 from .journal import CHECKED, LOG, WRITTEN, Journal, read_log
 
+WEIGHTS = "weights GB"  # as `eval` counts them: without headers, tokenizer and what else lies in the folder
+
 
 def table_of(journal: Journal) -> list[dict[str, Any]]:
     """One row for each artifact of a journal."""
@@ -34,8 +36,9 @@ def summary(journal: Journal, seconds: float) -> list[str]:
     for row in artifacts:
         scores = row.get("scores", {})
         numbers = [number(scores.get(n)) for n in ("bits", "kld", "top1")]
-        rows.append((row["name"], row["state"], Size(row.get("bytes", 0)), *numbers, clock(row["seconds"])))
-    lines = table(("artifact", "state", "GB", "bits", "KLD", "top-1", "time"), rows, text=("artifact", "state"))
+        size = Size(row["bytes"]) if "bytes" in row and row["command"] != "calibrate" else None
+        rows.append((row["name"], row["state"], size, *numbers, clock(row["seconds"])))
+    lines = table(("artifact", "state", WEIGHTS, "bits", "KLD", "top-1", "time"), rows, text=("artifact", "state"))
     for row in artifacts:
         lines += [f"failed: {text}" for text in row.get("failures", [])]
         lines += [f"{row['name']}: {'; '.join(found)}" for found in [remarks(row)] if found]

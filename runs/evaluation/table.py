@@ -17,7 +17,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"reference {cell(result['reference']['label'])}: PPL {cell(_reference_ppl(result))}")
     scored = f"{sample['positions']} positions in {sample['windows']} windows of {sample['context']}"
     kind = result["dtype"] if result["activations"] == "exact" else f"activations of {result['activations']}"
-    lines.append(f"{scored} ({sample['convention']}), engine {result['engine']}, {kind}")
+    lines.append(f"{scored} ({sample['convention']}), engine {result['engine']}, {kind}; GB of weights")
     rows = [row for candidate in result["candidates"] for row in _rows(candidate)]
     lines += aligned(NUMBERS, [*rows, *(_row(floor) for floor in _floors(result))], text=("candidate",))
     domains = [

@@ -14,6 +14,7 @@ from mmquant.runs import run_check
 from mmquant.runs.evaluation.run import evaluate
 from mmquant.runs.options_use import EvalOptions
 from mmquant.runs.run import run
+from mmquant.runs.status import status
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,14 @@ def test_scores_are_those_of_eval_without_its_pass(
         metrics = known["artifacts"][0]["quality"]["metrics"]
         assert {name: candidate[name] for name in metrics} == metrics
         assert row["scores"]["kld"]["mean"] == candidate["kld"]["mean"]
+        assert row["bytes"] == candidate["bytes"]
+    dry = run(wanted, tmp_path / "dry", device="cpu", dry_run=True)
+    assert [row["bytes"] for row in dry.rows()] == [c["bytes"] for c in alone.document["candidates"]]
+    assert all("weights GB" in "\n".join(found.lines()) for found in (made, dry))
+
+
+def test_a_finished_run_has_all_its_steps(source: Path, tmp_path: Path) -> None:
+    run(recipe(source, "\n  fp8: {command: fp8}\n"), tmp_path / "run", device="cpu")
+    found = status(tmp_path / "run")
+    assert (found.state, found.to_dict()["step"], found.to_dict()["steps"]) == ("finished", 5, 5)
+    assert found.lines()[1].endswith(": all 3 layers done")
