@@ -18,8 +18,10 @@ from torch import Tensor
 
 from mmquant.quantize.fp4 import panel_triton
 from mmquant.quantize.fp4.grid import MXFP4, NVFP4
-from mmquant.quantize.integer.gptq import GptqGrid, Grid, Solved, gptq_factor, gptq_quantize
+from mmquant.quantize.integer.gptq import gptq_factor, gptq_quantize
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.quantize.integer.grid import IntWeight, dequantize
+from mmquant.quantize.integer.panel import Grid, Solved
 
 GRIDS: dict[str, Grid] = {"int4 g128": GptqGrid(4, 128), "int4 g32": GptqGrid(4, 32), "nvfp4": NVFP4, "mxfp4": MXFP4}
 

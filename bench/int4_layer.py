@@ -21,8 +21,9 @@ from mmquant.calibration.folder.guard import guarded
 from mmquant.calibration.folder.options import FLOOR, SAMPLING
 from mmquant.calibration.statistics.held import HELD
 from mmquant.quantize.integer import gptq, gptq_triton
-from mmquant.quantize.integer.gptq import GptqGrid
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.quantize.integer.grid import dequantize, search_weights
+from mmquant.quantize.integer.panel import Panel, Solved
 from mmquant.quantize.linear_algebra import permute_both
 
 FP32 = 60e12  # float32 multiply-adds counted as two operations, H200 without TF32
@@ -58,7 +59,7 @@ def moments(experts: int, n: int) -> Tensor:
     return second
 
 
-def solve(weight: Tensor, second: Tensor, group: int, chunk: int) -> list[gptq.Solved]:
+def solve(weight: Tensor, second: Tensor, group: int, chunk: int) -> list[Solved]:
     """The layer's experts, `chunk` at a time."""
     parts = range(0, weight.shape[0], chunk)
     return [gptq.gptq_quantize(weight[s : s + chunk], second[s : s + chunk], GptqGrid(4, group)) for s in parts]
@@ -76,7 +77,7 @@ def guard(weight: Tensor, second: Tensor, a: argparse.Namespace) -> None:
             solved = gptq.gptq_quantize(weight[part], second[part], grid)
             seen, found = (diagonal[part], held[part]), []
 
-            def work(part: slice = part, solved: gptq.Solved = solved, seen: tuple[Tensor, Tensor] = seen) -> None:
+            def work(part: slice = part, solved: Solved = solved, seen: tuple[Tensor, Tensor] = seen) -> None:
                 found.append(guarded(weight[part], solved, grid, seen, 2 if outputs == n else 1))  # noqa: B023
 
             taken += seconds(work)
@@ -101,7 +102,7 @@ def parts_of(weight: Tensor, second: Tensor, group: int) -> dict[str, float]:
     triangle = torch.eye(group, device="cuda").repeat(experts, 1, 1)
 
     def inside() -> None:
-        gptq_triton.sweep_block(part, part.clone(), triangle, (scale, None), 4, codes, errors)
+        gptq_triton.sweep_block(Panel(part, part.clone(), triangle, scale, scale, codes, errors), (scale, None), 4)
 
     found["columns in blocks"] = steps * seconds(inside)
     lower = second
@@ -124,7 +125,8 @@ def tune(experts: int, group: int) -> None:
     importance = search_weights(torch.rand(experts, group, device="cuda"))
     scale = gptq_triton.search_group(part, importance, 4)
     codes, errors = torch.empty(part.shape, dtype=torch.int8, device="cuda"), torch.empty_like(part)
-    triangle, columns = torch.eye(group, device="cuda").repeat(experts, 1, 1), part.clone()
+    triangle = torch.eye(group, device="cuda").repeat(experts, 1, 1)
+    panel = Panel(part, part.clone(), triangle, importance, importance, codes, errors)
     usual = [getattr(gptq_triton, name) for name in TILING]
     for tile, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8)):
         for name, value in zip(TILING, (tile, warps, tile, warps), strict=True):
@@ -132,7 +134,7 @@ def tune(experts: int, group: int) -> None:
         times = []
         for work in (
             lambda: gptq_triton.search_group(part, importance, 4),
-            lambda: gptq_triton.sweep_block(part, columns, triangle, (scale, None), 4, codes, errors),
+            lambda: gptq_triton.sweep_block(panel, (scale, None), 4),
         ):
             work()
             times.append(seconds(work))

@@ -35,7 +35,7 @@ from mmquant.convert.models import geometry
 from mmquant.convert.models.minimax_m2 import Geometry
 from mmquant.convert.models.shapes import global_shapes, matrix_shapes, plain_shapes
 from mmquant.convert.source import read_layer
-from mmquant.quantize.integer.gptq import GptqGrid
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.runs.folder_steps import prepare, step_tensors
 
 LAYERS = 62

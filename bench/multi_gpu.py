@@ -57,7 +57,7 @@ from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
 from mmquant.convert.models.geometry import Geometry
 from mmquant.convert.models.layer import LayerWeights
 from mmquant.quantize.fp4.grid import NVFP4
-from mmquant.quantize.integer.gptq import GptqGrid
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 
 STAGES = ("weights", "int4", "nvfp4", "gguf", "eval", "long")
 MOVED = ("broadcast", "send", "recv", "batch_isend_irecv", "broadcast_object_list", "all_gather_object", "barrier")

@@ -12,7 +12,7 @@ from mmquant.monitor import Monitor
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.folder.weights import WeightsVariant, check_groups
 from ..convert.formats.table import choices
-from ..quantize.integer.gptq import GptqGrid
+from ..quantize.integer.gptq_grid import GptqGrid
 from .models import Model
 from .options import Int4Options
 from .results import Quantized

@@ -15,7 +15,7 @@ from ..convert.folder.kinds import EXPERT_FIELDS, Kind, group_name
 from ..convert.folder.mlx import BF16, EIGHT_BIT, MlxVariant, kind
 from ..convert.formats.table import choices
 from ..convert.models.geometry import Geometry
-from ..quantize.integer.gptq import GptqGrid
+from ..quantize.integer.gptq_grid import GptqGrid
 from .models import Model
 from .options import MlxOptions
 from .results import Quantized

@@ -18,7 +18,7 @@ from ..convert.fitting.requires import notes
 from ..convert.folder.mlx import MlxVariant
 from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
 from ..convert.formats.table import choices
-from ..quantize.integer.gptq import Grid
+from ..quantize.integer.panel import Grid
 from .calibrate import make_provider, pass_of
 from .corpus import at_effort, tokens_at_most
 from .engine import run_jobs

@@ -10,8 +10,9 @@ from torch import Tensor
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ...convert.models.names import ATTENTION_STACKS
-from ...quantize.integer.gptq import GptqGrid, Grid, Solved
+from ...quantize.integer.gptq_grid import GptqGrid
 from ...quantize.integer.grid import rows_of
+from ...quantize.integer.panel import Grid, Solved
 from ..model.divided import divided
 from ..statistics.layer import LayerStatistics
 from .awq import attention_pair, spread_values, value_pair

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ...quantize.integer.awq import search_equalization
-from ...quantize.integer.gptq import GptqGrid
+from ...quantize.integer.gptq_grid import GptqGrid
 from ...quantize.moments import Moments, pooled, shrunk
 from ..model.distributed import rank_of
 from ..model.divided import from_owner

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...quantize.integer.gptq import Grid, Solved
 from ...quantize.integer.grid import IntWeight, dequantize, select
+from ...quantize.integer.panel import Grid, Solved
 from ...quantize.linear_algebra import full_float32
 
 SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compared

@@ -17,8 +17,8 @@ from mmquant.errors import InputError
 
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
-from ...quantize.integer.gptq import Solved
 from ...quantize.integer.grid import IntWeight, dequantize, join_weights, rows_of, select
+from ...quantize.integer.panel import Solved
 from ...quantize.moments import Moments, check_moments, pooled, shrunk
 from ...quantize.overflow import rescale_exponents, scale_pair
 from ..model.distributed import rank_shares, sum_everywhere

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from mmquant.errors import InputError
 
 from ...convert.models.names import EXPERT_STACKS
-from ...quantize.integer.gptq import DAMPING, GptqGrid, Grid
+from ...quantize.integer.gptq import DAMPING
+from ...quantize.integer.gptq_grid import GptqGrid
+from ...quantize.integer.panel import Grid
 
 PRIOR, FLOOR, SAMPLING = 16.0, 0.2, 4.0
 

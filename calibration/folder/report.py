@@ -11,7 +11,7 @@ from torch import Tensor
 from mmquant.monitor import PLAIN, RESCUED, UNSEEN
 
 from ...convert.models.names import EXPERT_STACKS
-from ...quantize.integer.gptq import Solved
+from ...quantize.integer.panel import Solved
 from ..statistics.layer import LayerStatistics
 
 Stacks = tuple[tuple[str, ...], ...]

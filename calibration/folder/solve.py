@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...convert.models.layer import LayerWeights
-from ...quantize.integer.gptq import Solved, gptq_quantize
+from ...quantize.integer.gptq import gptq_quantize
+from ...quantize.integer.panel import Solved
 from ...quantize.moments import Moments, shrunk, shrunk_diagonal
 from .guard import guarded
 from .options import LayerOptions

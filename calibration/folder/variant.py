@@ -26,7 +26,7 @@ from ...convert.models.layer import LayerWeights
 from ...convert.models.names import ATTENTION, TensorNames
 from ...convert.models.shapes import plain_shapes
 from ...quantize.fp8 import cache_scale
-from ...quantize.integer.gptq import GptqGrid
+from ...quantize.integer.gptq_grid import GptqGrid
 from ..model.distributed import world
 from ..statistics.layer import LayerStatistics, without_second
 from ..statistics.provider import LayerInputs

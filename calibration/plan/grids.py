@@ -9,7 +9,8 @@ from mmquant.errors import InputError
 from ...convert.folder.kinds import Kind
 from ...quantize.affine.grid import AffineGrid
 from ...quantize.fp4.grid import MXFP4, NVFP4
-from ...quantize.integer.gptq import GptqGrid, Grid
+from ...quantize.integer.gptq_grid import GptqGrid
+from ...quantize.integer.panel import Grid
 
 
 def mlx_grid(kind: Kind) -> Grid:

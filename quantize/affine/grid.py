@@ -18,8 +18,10 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ..integer.descent import descend
-from ..integer.gptq import Panel, Solved, blocks, put, sweep_block, take
+from ..integer.gptq import blocks
+from ..integer.gptq_grid import sweep_block
 from ..integer.grid import IntWeight, bfloat16_exact, groups_of, search_weights
+from ..integer.panel import Panel, Solved, put, take
 
 BITS = (2, 3, 4, 5, 6, 8)
 ENDS = 8  # shares of the range tried at each of its ends
@@ -49,21 +51,18 @@ class AffineGrid:
         return False
 
     def round_panel(self, panel: Panel, found: Tensor, zeros: Tensor | None, search: bool) -> None:
-        """See `gptq.Grid`; `zeros` holds biases."""
+        """See `panel.Grid`; `zeros` holds biases."""
         assert zeros is not None
-        assert panel.triangle is not None
-        assert panel.errors is not None
         place = panel.place[:, 0]
         if search:
             scale, bias = search_panel(panel.part, search_weights(panel.importance), self.bits)
             put(found, place, scale)
             put(zeros, place, bias)
         scale, bias = take(found, place), take(zeros, place)
-        grids = (scale, shift_of(scale, bias, self.bits))
-        sweep_block(panel.part, panel.columns, panel.triangle, grids, self.bits, panel.codes, panel.errors)
+        sweep_block(panel, (scale, shift_of(scale, bias, self.bits)), self.bits)
 
     def finish(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> IntWeight:
-        """See `gptq.Grid`; `zeros` holds biases."""
+        """See `panel.Grid`; `zeros` holds biases."""
         assert zeros is not None
         return IntWeight(codes, scales, None, self.bits, biases=zeros.contiguous())
 

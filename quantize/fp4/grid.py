@@ -21,8 +21,8 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from ..integer.descent import descend
-from ..integer.gptq import Panel, Solved
 from ..integer.grid import IntWeight, groups_of, search_weights
+from ..integer.panel import Panel, Solved
 from ..linear_algebra import full_float32
 from .levels import LEVELS, nearest
 
@@ -60,7 +60,7 @@ class Fp4Grid:
         return False
 
     def round_panel(self, panel: Panel, found: Tensor, zeros: Tensor | None, search: bool) -> None:
-        """See `gptq.Grid`."""
+        """See `panel.Grid`."""
         del zeros
         experts, columns, outputs = panel.part.shape
         groups = columns // self.group_size

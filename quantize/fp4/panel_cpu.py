@@ -14,7 +14,7 @@ from ..simd.tiles import in_threads, inline, part_of
 from ..simd.vectors import added_bits, e2m1, filled, larger, masked_bits, where
 
 if TYPE_CHECKING:
-    from ..integer.gptq import Panel
+    from ..integer.panel import Panel
     from ..simd.typed import Floats, Integers, Lanes, Number, Vector
     from .grid import Fp4Grid
 

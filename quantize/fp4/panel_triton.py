@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..integer.gptq import Panel
+    from ..integer.panel import Panel
     from .grid import Fp4Grid
 
 TILE, WARPS = 64, 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gptq import GptqGrid
+from .gptq_grid import GptqGrid
 from .grid import RATIOS, IntWeight, dequantize
 from .rtn import rtn_int
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..linear_algebra import full_float32, inv
-from .gptq import DAMPING, Grid, Solved, gptq_factor, gptq_sweep, restore
+from .gptq import DAMPING, gptq_factor, gptq_sweep, restore
 from .grid import IntWeight, dequantize, groups_of
+from .panel import Grid, Solved
 
 PANEL = 64
 

@@ -1,6 +1,6 @@
 """The inside of a GPTQ block on CUDA (Triton): a group's scale search fused with the sweep over its columns.
 
-Same arithmetic as the torch path in `gptq` and `grid`; sums run in another order, so ties may round otherwise.
+Same arithmetic as the torch path in `gptq_grid` and `grid`; sums run in another order, so ties may round otherwise.
 All tensors are [E, B, O] with outputs contiguous: a program holds B columns of TILE output rows in registers.
 """
 
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grid import RATIO_LEAST, RATIO_SPAN, RATIOS, code_range
+from .panel import Panel
 
 SEARCH_TILE, SEARCH_WARPS = 32, 1
 SWEEP_TILE, SWEEP_WARPS = 64, 2
@@ -159,16 +160,11 @@ def search_group(values: Tensor, importance: Tensor, bits: int) -> Tensor:
     return scales
 
 
-def sweep_block(
-    part: Tensor,
-    columns: Tensor,
-    triangle: Tensor,
-    grids: tuple[Tensor, Tensor | None],
-    bits: int,
-    codes: Tensor,
-    errors: Tensor,
-) -> None:
-    """The fused form of `gptq.sweep_block`: same arguments, same results."""
+def sweep_block(panel: Panel, grids: tuple[Tensor, Tensor | None], bits: int) -> None:
+    """The fused form of `gptq_grid.sweep_block`: same arguments, same results."""
+    part, columns, triangle, codes, errors = panel.part, panel.columns, panel.triangle, panel.codes, panel.errors
+    assert triangle is not None
+    assert errors is not None
     experts, count, outputs = part.shape
     strides = {t.stride() for t in (part, columns, codes, errors)}
     assert len(strides) == 1, strides

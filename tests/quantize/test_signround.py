@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mmquant.quantize.integer.awq import output_error, round_scaled, search_equalization
-from mmquant.quantize.integer.gptq import GptqGrid
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.quantize.integer.grid import dequantize
 from mmquant.quantize.integer.rtn import rtn_int
 from mmquant.quantize.signround import (

@@ -18,8 +18,9 @@ from mmquant.calibration.statistics.held import FEWEST, HELD, STRIDE, HeldRows
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_layer
 from mmquant.quantize.fp4.grid import NVFP4
-from mmquant.quantize.integer.gptq import GptqGrid, Solved
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.quantize.integer.grid import IntWeight, dequantize
+from mmquant.quantize.integer.panel import Solved
 from mmquant.quantize.moments import Moments
 
 N = 64

@@ -29,7 +29,7 @@ from mmquant.convert.folder.weights import WeightsVariant, check_groups
 from mmquant.convert.models.layer import LayerWeights
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_globals, read_layer
-from mmquant.quantize.integer.gptq import GptqGrid
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.runs.folder import write_folder
 
 GROUP = 32

@@ -13,7 +13,7 @@ from mmquant.calibration.folder.variant import CalibratedWeights
 from mmquant.calibration.model.signround_layer import SignRoundOptions
 from mmquant.calibration.statistics.live import LivePass, PassOptions
 from mmquant.convert.open import open_native
-from mmquant.quantize.integer.gptq import GptqGrid
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.runs.folder import write_folder
 
 PACKAGES = ("mmquant", "commands", "runs", "calibration", "convert", "quantize")

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from mmquant.quantize.fp4 import panel_cpu, panel_triton  # noqa: E402
 from mmquant.quantize.fp4.grid import MXFP4, Fp4Grid, weighing  # noqa: E402
-from mmquant.quantize.integer.gptq import Panel  # noqa: E402
+from mmquant.quantize.integer.panel import Panel  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 FEW = Fp4Grid(16, 3, 1, 2, True)  # NVFP4 with fewer scales to try: the interpreter is slow

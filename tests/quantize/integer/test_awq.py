@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmquant.quantize.integer.awq import LARGEST, TRIES, candidates, output_error, round_scaled, search_equalization
-from mmquant.quantize.integer.gptq import GptqGrid
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.quantize.integer.grid import dequantize
 
 GROUP = 16

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mmquant.quantize.fp4.grid import MXFP4, NVFP4
 from mmquant.quantize.integer.descent import descend
-from mmquant.quantize.integer.gptq import DAMPING, GptqGrid, Grid, gptq_quantize
+from mmquant.quantize.integer.gptq import DAMPING, gptq_quantize
+from mmquant.quantize.integer.gptq_grid import GptqGrid
 from mmquant.quantize.integer.grid import IntWeight, dequantize
+from mmquant.quantize.integer.panel import Grid
 
 GRIDS = {"nvfp4": NVFP4, "mxfp4": MXFP4, "int4": GptqGrid(4, 32)}
 

@@ -12,9 +12,10 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from mmquant.quantize.integer import gptq, gptq_triton  # noqa: E402
-from mmquant.quantize.integer.gptq import GptqGrid  # noqa: E402
+from mmquant.quantize.integer import gptq, gptq_grid, gptq_triton  # noqa: E402
+from mmquant.quantize.integer.gptq_grid import GptqGrid  # noqa: E402
 from mmquant.quantize.integer.grid import dequantize, search_scales, search_weights  # noqa: E402
+from mmquant.quantize.integer.panel import Panel  # noqa: E402
 from mmquant.quantize.integer.rtn import rtn_int  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -41,7 +42,7 @@ def test_nearest_by_groups() -> None:
     """As the search of whole matrices: other experts, groups and columns than the kernel was given would show."""
     columns, importance = values(2, 64, 21, 3)
     weight = columns.mT.contiguous() * torch.tensor([1.0, 3.0], device=DEVICE).view(2, 1, 1)
-    ours, plain = gptq.nearest_fused(weight, importance, 32, 4), rtn_int(weight, 4, 32, importance=importance)
+    ours, plain = gptq_grid.nearest_fused(weight, importance, 32, 4), rtn_int(weight, 4, 32, importance=importance)
     assert ours.codes.shape == plain.codes.shape
     assert ours.scales.shape == plain.scales.shape
     same = ours.scales == plain.scales
@@ -58,13 +59,14 @@ def test_sweep_inside_a_block(count: int, outputs: int, zero_points: bool) -> No
     triangle = torch.eye(96, device=DEVICE) + 0.2 * torch.rand(2, 96, 96, device=DEVICE).tril(-1)
     scale = torch.rand(2, outputs, device=DEVICE) * 0.2 + 0.1
     zero = torch.randint(-8, 8, (2, outputs), device=DEVICE).float() if zero_points else None
-    results = []
-    for step in (gptq.sweep_block_torch, gptq_triton.sweep_block):
+    results, nothing = [], torch.empty(0)
+    for step in (gptq_grid.sweep_block_torch, gptq_triton.sweep_block):
         own, errors = part.clone(), torch.zeros_like(part)
         codes = torch.zeros(part.shape, dtype=torch.int8, device=DEVICE)
         cut = (slice(None), slice(8, 8 + count))
         triangle_part = triangle[:, 8 : 8 + count, 8 : 8 + count]
-        step(own[cut], columns[cut], triangle_part, (scale, zero), 4, codes[cut], errors[cut])
+        panel = Panel(own[cut], columns[cut], triangle_part, nothing, nothing, codes[cut], errors[cut])
+        step(panel, (scale, zero), 4)
         results.append((own, codes, errors))
     (own, codes, errors), (own2, codes2, errors2) = results
     assert (codes != codes2).float().mean() < 0.01
