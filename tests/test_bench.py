@@ -98,7 +98,6 @@ def test_a_rehearsed_checkpoint_is_served_and_quantized_as_if_it_were_stored(
 ) -> None:
     """Any range of a shard equals the same bytes of the whole; the hub's digests are true; the artifact is whole."""
     monkeypatch.syspath_prepend(str(BENCH.parent))
-    monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
     rehearsal, shards = (importlib.import_module(f"bench.rehearsal.{name}") for name in ("serve", "shard"))
     model = importlib.import_module("bench.rehearsal.model").Model(2, tuple(SMALL_MODEL.items()), 65)
     shard = shards.Shard(model.layouts[1])
@@ -108,8 +107,7 @@ def test_a_rehearsed_checkpoint_is_served_and_quantized_as_if_it_were_stored(
     assert bytes(shards.Shard(model.layouts[1], seed=1)[:]) != whole
     with HubServer() as hub:
         rehearsal.publish(hub, model, shards.Digests(tmp_path / "digests.json"))
-        for name, value in hub.environment().items():
-            monkeypatch.setenv(name, value)
+        hub.use(monkeypatch, tmp_path)
         done = mmquant.quantize_fp8(f"hf:{rehearsal.REPOSITORY}", tmp_path / "out")
     assert done.path is not None
     source = mmquant.open_model(str(done.path))
@@ -123,7 +121,6 @@ def test_a_rehearsed_checkpoint_is_served_and_quantized_as_if_it_were_stored(
 def test_steps_from_headers_ask_for_each_shards_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first command fetches the beginning of every shard, those after it none; nothing else of a shard is read."""
     monkeypatch.syspath_prepend(str(BENCH.parent))
-    monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
     rehearsal, shards = (importlib.import_module(f"bench.rehearsal.{name}") for name in ("serve", "shard"))
     model = importlib.import_module("bench.rehearsal.model").Model(2, tuple(SMALL_MODEL.items()), 65)
     name, recipe = f"hf:{rehearsal.REPOSITORY}", tmp_path / "recipe.yaml"
@@ -139,8 +136,7 @@ def test_steps_from_headers_ask_for_each_shards_header_once(tmp_path: Path, monk
     ]
     with HubServer() as hub:
         rehearsal.publish(hub, model, shards.Digests(tmp_path / "digests.json"))
-        for key, value in hub.environment().items():
-            monkeypatch.setenv(key, value)
+        hub.use(monkeypatch, tmp_path)
         headers = sum(len(layout.header) for layout in model.layouts)
         for number, step in enumerate(steps):
             hub.log.clear()

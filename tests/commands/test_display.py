@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.screen import Screen, shown
+from helpers.screen import Screen, Stream, shown
 from mmquant.commands.display import Display
 
 
@@ -21,18 +20,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class Stream(io.StringIO):
-    """Hands everything to a screen."""
-
-    def __init__(self, screen: Screen) -> None:
-        super().__init__()
-        self.screen = screen
-
-    def write(self, text: str) -> int:
-        self.screen.write(text)
-        return len(text)
 
 
 def make(columns: int) -> tuple[Display, Screen, Clock]:

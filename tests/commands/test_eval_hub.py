@@ -72,11 +72,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(files: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with HubServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms"))
+        server.use(monkeypatch, tmp_path)
         for repository, folder in (("org/tiny", "model"), ("org/tiny-INT4", "int4")):
             server.seed(repository, {p.name: p.read_bytes() for p in (files / folder).iterdir() if p.is_file()})
         gguf = files / "gguf"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import mmquant
 from helpers.paths import SOURCE
-from helpers.screen import Screen
+from helpers.screen import Screen, Stream
 from mmquant.commands import status
 from mmquant.commands.cli import COMMANDS, cli
 from mmquant.commands.display import size_of
@@ -153,16 +153,6 @@ def test_folding_keeps_the_words(words: list[str], width: int) -> None:
 def test_json_on_a_terminal_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, "fit", "--target", "24GB+96GB", "--type", "IQ3_M", "--json")
     assert text.count("\n") == 1
-
-
-class Stream(Tty):
-    def __init__(self, screen: Screen) -> None:
-        super().__init__()
-        self.screen = screen
-
-    def write(self, text: str) -> int:
-        self.screen.write(text)
-        return len(text)
 
 
 @pytest.mark.parametrize("columns", [40, 80])

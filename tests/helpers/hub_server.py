@@ -21,10 +21,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
 
 TOKEN = "hf_" + "Secret" * 6
 BINARY = (".safetensors", ".gguf", ".bin")
@@ -163,6 +168,15 @@ class HubServer:
             "MODELSCOPE_ENDPOINT": self.url,
             "MODELSCOPE_API_TOKEN": self.token,
         }
+
+    def use(self, patch: pytest.MonkeyPatch, folder: Path) -> HubServer:
+        """Point this process and its children here, with caches below `folder`, until `patch` is undone."""
+        caches = {"MMQUANT_CACHE": "cache", "HF_HOME": "hf", "MODELSCOPE_CACHE": "ms"}
+        for name, value in (self.environment() | {name: str(folder / part) for name, part in caches.items()}).items():
+            patch.setenv(name, value)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when imported, by `make test` set
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        return self
 
     def fault(self, pattern: str, **what: Any) -> Fault:
         fault = Fault(re.compile(pattern), **what)

@@ -70,11 +70,7 @@ def test_every_kind_of_variant_is_made_from_a_hub_that_one_rank_reads(
     local = recipe(source, VARIANTS + MORE, CHECK)
     ranks(2, lambda: run(local, tmp_path / "local", device="cpu"))
     with HubServer() as hub:
-        for name, value in hub.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when imported
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        hub.use(monkeypatch, tmp_path)
         wanted = recipe(serve(hub, source), VARIANTS + MORE, CHECK)
         fetch = FetchOptions(transport="http")
         ranks(2, lambda: run(wanted, tmp_path / "hub", device="cpu", fetch=fetch))

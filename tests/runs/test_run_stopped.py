@@ -47,11 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
-        patch.setenv("MMQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when imported, by `make test` set
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        server.use(patch, tmp_path_factory.mktemp("caches"))
         serve(server, folder)
         yield server
 

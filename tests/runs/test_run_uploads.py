@@ -37,11 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path) -> Iterator[HubServer]:
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
-        patch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when imported, by `make test` set
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        server.use(patch, tmp_path)
         serve(server, folder)
         yield server
 
@@ -67,11 +63,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     """What an ordinary push leaves on a hub, and the scores."""
     place = tmp_path_factory.mktemp("whole")
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
-        patch.setenv("MMQUANT_CACHE", str(place / "cache"))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        server.use(patch, place)
         serve(server, folder)
         made = run(wanted("private: true"), place / "run", device="cpu")
         return published(server), {row["name"]: row["scores"] for row in made.rows()}

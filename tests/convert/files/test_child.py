@@ -52,8 +52,7 @@ def test_the_environment_has_no_secrets_and_no_current_folder(trap: Path) -> Non
 
 def test_xet_runs_nothing_of_the_current_folder(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with HubServer() as hub:
-        for name, value in hub.environment().items():
-            monkeypatch.setenv(name, value)
+        hub.use(monkeypatch, trap)
         hub.seed("org/m", {"x.safetensors": bytes(2000)})
         options = FetchOptions(work=trap / "w", transport="xet", retry=Retry(1, 0.01, 0.02, 20.0))
         store = hub_source("hf:org/m", options)

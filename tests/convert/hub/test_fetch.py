@@ -41,10 +41,9 @@ FILES = {"config.json": b'{"model_type": "minimax_m2"}', NAME: DATA, "sub/empty.
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with HubServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
+        server.use(monkeypatch, tmp_path)
         server.seed("org/m", FILES)
         yield server
 

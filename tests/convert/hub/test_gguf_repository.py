@@ -40,10 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(files: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with HubServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        server.use(monkeypatch, tmp_path)
         found = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*.gguf")}
         server.seed("org/tiny-GGUF", {**found, "README.md": CARD})
         server.seed("org/one-GGUF", {"tiny-F16.gguf": found["F16/tiny-F16.gguf"]})

@@ -74,10 +74,7 @@ OTHERS = [None, 5, [], {}, [None], {"oid": None}, "x", True, -1]
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     folder = write_tiny(tmp_path_factory.mktemp("tiny"), shards=1)
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
-        for name in ("MMQUANT_CACHE", "HF_HOME", "MODELSCOPE_CACHE"):
-            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
+        server.use(patch, tmp_path_factory.mktemp("caches"))
         server.seed("org/m", {p.name: p.read_bytes() for p in folder.iterdir()} | {"evil": b"evil"})
         yield server
 

@@ -37,11 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with HubServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("MMQUANT_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms"))
+        server.use(monkeypatch, tmp_path)
         server.seed("org/tiny", {p.name: p.read_bytes() for p in model.iterdir()})
         yield server
 
