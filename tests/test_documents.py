@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import click
 import pytest
 
+from helpers.command import mmquant
 from helpers.hub_server import HubServer
 from helpers.paths import ROOT
 from mmquant.commands.cli import COMMANDS, cli
@@ -95,8 +95,9 @@ def hub() -> Iterator[HubServer]:
 def run(line: str, folder: Path, hub: HubServer) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **hub.environment(), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     environment |= {"MMQUANT_CACHE": str(folder / ".cache"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", *shlex.split(line)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    name, *arguments = shlex.split(line)
+    assert name == "mmquant"
+    return mmquant(*arguments, env=environment, cwd=folder)
 
 
 def section(text: str, title: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import struct
 import subprocess
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mmquant.commands.cli as cli
+from helpers.command import afresh, within
 from helpers.tiny import write_tiny
 from mmquant.convert.open import demo_folder
 from mmquant.errors import FitError
@@ -278,14 +278,7 @@ def test_a_folder_that_is_not_there(
 
 def limited(arguments: list[str], file_bytes: int | None) -> subprocess.CompletedProcess[str]:
     """The real process; a file that grows past `file_bytes` fails, as on a disk (EFBIG takes ENOSPC's place)."""
-
-    def limit() -> None:
-        if file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mmquant", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment)
+    return afresh(within, file_bytes, arguments)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.command import mmquant
 from helpers.killed import BYTES, command_killed_at
 from helpers.tiny import write_tiny
 from mmquant.convert.checkpoints.checkpoint import open_checkpoint
 from mmquant.convert.open import open_native
 from mmquant.quantize.fp8 import dequantize_tiles
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def mmquant(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mmquant", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, check=False)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

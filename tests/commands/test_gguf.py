@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -13,6 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from helpers import llamacpp
+from helpers.command import mmquant
 from helpers.killed import command_killed_at
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.calibration.text.tokenizer import windows
@@ -191,7 +190,7 @@ def test_a_plan_decides_types(tmp_path: Path) -> None:
 )
 def test_bad_options_leave_nothing(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     arguments = ["gguf", "--model", "demo", "--out", str(tmp_path / "out"), *options]
-    done = subprocess.run([sys.executable, "-m", "mmquant", *arguments], capture_output=True, text=True, check=False)
+    done = mmquant(*arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert message in done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from helpers.command import mmquant
 from helpers.hub_server import TOKEN, HubServer
 from helpers.killed import kill, until
 from helpers.tiny import write_tiny
@@ -43,8 +44,7 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
 
 
 def run(hub: HubServer, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "mmquant", *arguments]
-    done = subprocess.run(line, env=environment(hub, home) | more, capture_output=True, text=True)
+    done = mmquant(*arguments, env=environment(hub, home) | more)
     assert TOKEN not in done.stdout + done.stderr
     return done
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.command import mmquant
 from helpers.hub_server import TOKEN, HubServer
 from helpers.killed import kill, until
 from mmquant.commands.terminal import Terminal
@@ -561,7 +562,7 @@ def test_weights_are_deleted_after_their_commit_and_the_sums_still_name_them(
 
 
 def command(folder: Path, hub: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "mmquant", "push", str(folder), "--hub", hub, "--repo", "me/q", *more]
+    return ["push", str(folder), "--hub", hub, "--repo", "me/q", *more]
 
 
 @pytest.mark.parametrize("source", ["hf", "ms"])
@@ -571,11 +572,13 @@ def test_killed_pushes_end_with_the_same_content_and_no_double_commit(tmp_path: 
         environment = {**os.environ, **hub.environment(), "HOME": str(tmp_path)}
         for held, after in (("PUT /s3/", 2), ("POST .*/commit/", 0)):
             hub.hold(held, after)
-            process = subprocess.Popen(command(folder, source), env=environment, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mmquant", *command(folder, source)], env=environment, stderr=subprocess.PIPE
+            )
             until(process, lambda: hub.held > 0)
             kill(process)
             hub.let_go()  # what was under way is still made
-        done = subprocess.run(command(folder, source, "--json"), env=environment, capture_output=True, text=True)
+        done = mmquant(*command(folder, source, "--json"), env=environment)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["commits"] <= 1
         assert len(hub.repos["me/q"].history()) == 2
@@ -588,7 +591,7 @@ def test_a_folder_in_use_names_its_holder(hub: HubServer, tmp_path: Path) -> Non
 
     folder = safetensors_folder(tmp_path / "o")
     with hold(folder):
-        done = subprocess.run(command(folder, "hf"), env=dict(os.environ), capture_output=True, text=True)
+        done = mmquant(*command(folder, "hf"))
     assert done.returncode == 2
     assert f"in use by process {os.getpid()} on " in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
 
+from helpers import command
 from helpers.hub_server import HubServer
 from helpers.paths import PACKAGE, ROOT, SOURCE
 from mmquant.commands.cli import COMMANDS, cli
@@ -24,10 +24,7 @@ ROOMS = ("commands", "runs", "calibration", "convert", "quantize")
 
 
 def mmquant(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mmquant", *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    )
+    return command.mmquant(*words, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize("name", COMMANDS)

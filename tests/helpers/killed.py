@@ -2,8 +2,7 @@
 
 A change is what Python reports to its audit hooks: a file opened for writing, a rename, a removal. The process gets
 SIGKILL just before the change happens, so nothing of it is cleaned up. BYTES as the pattern kills it in the middle of
-a write instead, where a file would grow past so many bytes. As a program, `python -m helpers.killed FOLDER PATTERN
-COUNT ARGUMENTS...` runs the command line `mmquant ARGUMENTS...` that way.
+a write instead, where a file would grow past so many bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from helpers.paths import ROOT
+from helpers.command import afresh, program
 
 BYTES = "bytes"
 DEAD = (-signal.SIGKILL, -signal.SIGXFSZ)
@@ -90,11 +89,14 @@ def killed_at(folder: Path, count: int, work: Callable[[], object], pattern: str
     return process.exitcode != 0
 
 
+def _dying(folder: Path, pattern: str, count: int, arguments: list[str]) -> None:
+    die_at(folder, pattern, count)
+    program(arguments)
+
+
 def command_killed_at(folder: Path, pattern: str, count: int, *arguments: object) -> None:
     """Run a command line that dies before the `count`-th change of `folder` that `pattern` finds, and see it die."""
-    command = [sys.executable, "-m", "helpers.killed", str(folder), pattern, str(count), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = afresh(_dying, folder, pattern, count, [str(word) for word in arguments])
     assert done.returncode in DEAD, f"it ended with {done.returncode} instead: {done.stderr}"
 
 
@@ -108,12 +110,3 @@ def until(process: subprocess.Popen[str] | subprocess.Popen[bytes], reached: Cal
 def kill(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
-
-
-if __name__ == "__main__":
-    from mmquant.commands.cli import main
-
-    _, place, changes, nth, *rest = sys.argv
-    die_at(Path(place), changes, int(nth))
-    sys.argv = ["mmquant", *rest]
-    main()
