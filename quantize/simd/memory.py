@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .vectors import Lanes, Typed, Values
+from .lanes import Lanes, Typed, Values
 
 if TYPE_CHECKING:
     from numba.extending import Context
