@@ -59,6 +59,7 @@ class Checkpoint:
         self.schedule = Schedule(store, used, self.geometry)
         self._modules = modules_of(used)
         self._schemes: dict[str, Scheme | None] = {}
+        self._checked: set[str] = set()  # what validate() need not do again
         self.notes = extra_notes(self.label, (n for n in self.skipped if not is_mtp(n, self.geometry)), self.names)
         if self.config.get("tie_word_embeddings") and (head := self.names.head) in self.tensors:
             self.notes.append(f"{self.label}: tie_word_embeddings is true beside {head}: the stored head is used")
@@ -135,8 +136,19 @@ class Checkpoint:
         """Check names, shapes, dtypes and that every scale is finite and positive.
 
         Scales are read for it, by default those of a local folder; those of a hub are checked as they are used. Raises
-        InputError with the first fault and how many there are of its sort.
+        InputError with the first fault and how many there are of its sort. What was found right is not looked at again.
         """
+        if "names" not in self._checked:
+            self._check_tensors()
+            self._checked.add("names")
+        if "scales" not in self._checked and (self.store.is_local if scales is None else scales):
+            for name in self.expected():
+                if name.endswith(SCALES):
+                    self.read_scales(name)
+            self._checked.add("scales")
+
+    def _check_tensors(self) -> None:
+        """The part of validate() that the headers are enough for."""
         check_count(self.geometry, 4 * len(self.tensors) + 1000, self.label)
         found = {name: (self._modules.get(name, {}), self.scheme(name)) for name in self.matrices()}
         check_storage(self.label, self.book, found)
@@ -153,10 +165,6 @@ class Checkpoint:
             if info.dtype not in dtypes:
                 raise InputError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
         self.notes += engine_notes(self.label, self.book, found)
-        if self.store.is_local if scales is None else scales:
-            for name in needed:
-                if name.endswith(SCALES):
-                    self.read_scales(name)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class PrunedCheckpoint(Checkpoint):
         self.config = {**source.config, architecture_of(source.config).experts_key: count}
         self.geometry = replace(source.geometry, experts=count)
         self._rows: dict[str, tuple[TensorInfo, tuple[int, ...]]] = {}
-        self._schemes = {}
+        self._schemes, self._checked = {}, set()
         self.shared = None
         self.tensors = self._chosen(source, kept)
         used = {name: info for name, info in self.tensors.items() if name not in self.skipped}

@@ -42,14 +42,17 @@ class Value:
         """Type id and value, little endian, as GGUF v3 stores them."""
         if self.kind.startswith("["):
             element = self.kind.strip("[]")
-            body = b"".join(_scalar(element, item) for item in self.data)
+            if element == "str":
+                body = b"".join(pack_string(str(item)) for item in self.data)
+            else:
+                body = struct.pack(f"<{len(self.data)}{_FORMAT[element]}", *self.data)
             return struct.pack("<IIQ", _ID["array"], _ID[element], len(self.data)) + body
         return struct.pack("<I", _ID[self.kind]) + _scalar(self.kind, self.data)
 
 
 Metadata = dict[str, Value]
 _ID = {"u16": 2, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "array": 9, "u64": 10}
-_FORMAT = {"u16": "<H", "u32": "<I", "i32": "<i", "f32": "<f", "bool": "<?", "u64": "<Q"}
+_FORMAT = {"u16": "H", "u32": "I", "i32": "i", "f32": "f", "bool": "?", "u64": "Q"}
 
 
 def pack_string(text: str) -> bytes:
@@ -62,7 +65,7 @@ def pack_string(text: str) -> bytes:
 
 
 def _scalar(kind: str, value: object) -> bytes:
-    return pack_string(str(value)) if kind == "str" else struct.pack(_FORMAT[kind], value)
+    return pack_string(str(value)) if kind == "str" else struct.pack(f"<{_FORMAT[kind]}", value)
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,14 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def header(metadata: Metadata, tensors: tuple[TensorInfo, ...]) -> bytes:
-    """Everything before the tensor data, padded to the alignment."""
-    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        out += pack_string(key) + value.packed()
+def packed(metadata: Metadata) -> bytes:
+    """The keys and values of a header."""
+    return b"".join(pack_string(key) + value.packed() for key, value in metadata.items())
+
+
+def header(keys: bytes, count: int, tensors: tuple[TensorInfo, ...]) -> bytes:
+    """Everything before the tensor data, padded to the alignment; `keys`: `count` of them, packed."""
+    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), count) + keys)
     offset = 0
     for tensor in tensors:
         out += pack_string(tensor.name) + struct.pack("<I", len(tensor.shape))
@@ -90,7 +93,8 @@ def plan_parts(stem: str, metadata: Metadata, tensors: tuple[TensorInfo, ...], l
 
     Raises ValueError when a single tensor (with the metadata in the first file) is larger than the limit.
     """
-    first, rest = len(header(metadata, ())) + 1024, 1024
+    keys = packed(metadata)
+    first, rest = len(header(keys, len(metadata), ())) + 1024, 1024
     groups: list[list[TensorInfo]] = [[]]
     room = limit - first
     for tensor in tensors:
@@ -104,11 +108,13 @@ def plan_parts(stem: str, metadata: Metadata, tensors: tuple[TensorInfo, ...], l
         room -= need
     count = len(groups)
     if count == 1:
-        return [Part(f"{stem}.gguf", header(metadata, tensors), tensors)]
+        return [Part(f"{stem}.gguf", header(keys, len(metadata), tensors), tensors)]
     parts: list[Part] = []
     for index, group in enumerate(groups):
-        keys = {**(metadata if index == 0 else {}), **split_keys(index, count, len(tensors))}
-        parts.append(Part(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf", header(keys, tuple(group)), tuple(group)))
+        split = split_keys(index, count, len(tensors))
+        before = (keys, len(metadata)) if index == 0 else (b"", 0)
+        head = header(before[0] + packed(split), before[1] + len(split), tuple(group))
+        parts.append(Part(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf", head, tuple(group)))
     return parts
 
 

@@ -150,6 +150,21 @@ def test_scales_are_finite_and_positive(tiny: Path, bad: float) -> None:
         open_checkpoint(tiny).validate()
 
 
+def test_what_was_found_right_is_not_read_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with several variants validates for each; a model of M2.7's size has 47,864 scales."""
+    source, read = open_checkpoint(tiny), list[str]()
+    original = source.read_scales
+    monkeypatch.setattr(source, "read_scales", lambda name: read.append(name) or original(name))
+    source.validate(scales=False)
+    assert read == []
+    source.validate()
+    assert read
+    assert len(read) == len(set(read))
+    notes, before = list(source.notes), list(read)
+    source.validate()
+    assert (source.notes, read) == (notes, before)
+
+
 def test_missing_and_truncated_shards(tiny: Path) -> None:
     shard = tiny / "model-00002-of-00003.safetensors"
     whole = shard.read_bytes()
