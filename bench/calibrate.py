@@ -19,8 +19,8 @@ import _path  # noqa: F401
 import torch
 
 from mmquant.calibration.model import forward
-from mmquant.calibration.statistics.collector import Collect
-from mmquant.calibration.statistics.collector_cuda import make_collector
+from mmquant.calibration.statistics.collect import Collect
+from mmquant.calibration.statistics.collector_cuda import collector_for
 from mmquant.convert.models.layer import LayerWeights
 from mmquant.convert.models.minimax_m2 import Geometry
 
@@ -106,7 +106,7 @@ def check(weights: LayerWeights, g: Geometry, hidden: torch.Tensor) -> None:
                 share = self.weights[token[part], slot[part]].double()[:, None]
                 self.x[e], self.h[e] = x[part].double() * share, h[part].double() * share
 
-    collector, rows = make_collector(0, weights, g, Collect(), 1), Rows()
+    collector, rows = collector_for(weights, Collect())(0, weights, g, Collect(), 1), Rows()
     collector.begin(0, hidden.shape[1], torch.zeros(hidden.shape[0], dtype=torch.long))
     forward.moe(weights, g, hidden, collector)
     forward.moe(weights, g, hidden, rows)
@@ -129,7 +129,7 @@ def layer_speed(device: str, tokens: int, context: int, rows: list[int], profile
     domains = torch.zeros(len(hidden), dtype=torch.long)
 
     def with_statistics(collect: Collect) -> None:
-        collector = make_collector(0, weights, g, collect, 1)
+        collector = collector_for(weights, collect)(0, weights, g, collect, 1)
         collector.begin(0, context, domains)
         forward.moe(weights, g, hidden, collector)
         collector.statistics()

@@ -28,7 +28,7 @@ from mmquant.calibration.gguf.streams import Streams
 from mmquant.calibration.model.forward import Observer, embed, final_logits, layer_forward
 from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.calibration.model.stream import Stream
-from mmquant.calibration.statistics.collector import Collect
+from mmquant.calibration.statistics.collect import Collect
 from mmquant.calibration.statistics.layer_pass import calibrate_layer, plan_moments
 from mmquant.convert.gguf.mixes import find_mix, tensor_types
 from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS

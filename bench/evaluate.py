@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 from mmquant.calibration.evaluate.metrics import compare
-from mmquant.calibration.evaluate.streamed import Settings, evaluate
+from mmquant.calibration.evaluate.settings import Settings
+from mmquant.calibration.evaluate.streamed import evaluate
 from mmquant.calibration.model.forward import layer_forward
 from mmquant.calibration.text.sample import Sample
 from mmquant.convert.checkpoints import batches

@@ -32,7 +32,8 @@ import torch.distributed as dist
 from int4_whole import make_checkpoint
 from torch import Tensor
 
-from mmquant.calibration.evaluate.streamed import Scoring, Settings
+from mmquant.calibration.evaluate.settings import Settings
+from mmquant.calibration.evaluate.streamed import Scoring
 from mmquant.calibration.folder.layer import QuantizedLayer, quantize_layer
 from mmquant.calibration.folder.options import LayerOptions
 from mmquant.calibration.folder.variant import CalibratedWeights
@@ -46,7 +47,7 @@ from mmquant.calibration.model.distributed import current_ranks, leave, rank_dev
 from mmquant.calibration.model.hidden import HiddenStates
 from mmquant.calibration.model.reading import read_layer_shared
 from mmquant.calibration.model.stream import Stream
-from mmquant.calibration.statistics.collector import Collect
+from mmquant.calibration.statistics.collect import Collect
 from mmquant.calibration.statistics.layer import LayerStatistics
 from mmquant.calibration.statistics.layer_pass import calibrate_layer, sum_over_ranks
 from mmquant.calibration.statistics.live import PassOptions, default_dtype, moment_plan

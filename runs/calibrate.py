@@ -154,7 +154,7 @@ def calibration_needs(source: Checkpoint, out: Path, need: Needs, device: str) -
 
 def pass_of(options: CalibratedOptions, device: str, hidden: bool, full: bool) -> PassOptions:
     """How a quantizer's own pass is computed (`make_provider`)."""
-    from ..calibration.statistics.collector import Collect
+    from ..calibration.statistics.collect import Collect
     from ..calibration.statistics.live import PassOptions, default_dtype
 
     propagate = options.propagate or ("quantized" if hidden else "reference")
@@ -165,7 +165,7 @@ def pass_options(source: Checkpoint, options: CalibrateOptions, device: str) -> 
     """The pass's options, with the defaults that depend on the model."""
     import torch
 
-    from ..calibration.statistics.collector import Collect
+    from ..calibration.statistics.collect import Collect
     from ..calibration.statistics.live import PassOptions, default_dtype
     from ..calibration.statistics.triangles import stored_bytes
 

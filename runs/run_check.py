@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mmquant.monitor import current
 
-from ..calibration.evaluate.streamed import Outcome, Scoring
+from ..calibration.evaluate.outcomes import Outcome
+from ..calibration.evaluate.streamed import Scoring
 from ..calibration.model.distributed import current_ranks
 from ..calibration.model.divided import from_owner
 from ..calibration.model.reading import FirstReads

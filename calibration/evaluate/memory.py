@@ -16,7 +16,7 @@ from ..model.attention import SCORE_BYTES, WHOLE_BYTES, block_of
 from ..model.forward import rows_at_once
 from ..statistics.layer_pass import layer_bytes
 
-LOGITS, METRICS = 1 << 30, 5  # bytes of one model's logits at once (streamed.LOGIT_BYTES); float64 arrays of a block
+LOGITS, METRICS = 1 << 30, 5  # bytes of one model's logits at once (outcomes.LOGIT_BYTES); float64 arrays of a block
 METRICS_BYTES = 256 << 20  # of one of them (metrics.BLOCK_BYTES)
 
 

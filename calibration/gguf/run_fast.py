@@ -20,7 +20,7 @@ from ..model.distributed import sum_everywhere, world
 from ..model.divided import from_owner
 from ..model.forward import rms_norm
 from ..model.stream import Stream
-from ..statistics.collector import Collect
+from ..statistics.collect import Collect
 from ..statistics.layer import LayerStatistics
 from ..statistics.layer_pass import calibrate_layer, plan_moments, sum_over_ranks
 from ..statistics.live import default_dtype

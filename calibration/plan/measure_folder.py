@@ -30,7 +30,7 @@ from ..model.distributed import check_alone
 from ..model.forward import layer_forward
 from ..model.hidden import HiddenStates
 from ..model.stream import batch_windows
-from ..statistics.collector import Collect
+from ..statistics.collect import Collect
 from ..statistics.live import LivePass, PassOptions, default_dtype
 from ..statistics.provider import LayerInputs
 from .grids import grid_of

@@ -6,7 +6,7 @@ them are products with the routing matrix [N, E]. Only down's input is read row 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -18,32 +18,12 @@ from mmquant.stages import stage
 
 from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
-from ..model.forward import Observer, Routing, biased
+from ..model.forward import Observer, Routing
+from .collect import Collect
 from .held import HeldRows
-from .layer import MARGIN_BINS, LayerStatistics, RoutingStatistics
-from .sums import Sums, abs_max, add_gram, column_squares, expanded, row_extremes, scaled_rows
-
-
-@dataclass(frozen=True)
-class Collect:
-    """What to collect.
-
-    full           second moments [n, n]; otherwise diagonals only
-    weighting      "router": rows count by their squared router weight; "uniform": all alike
-    experts        "routed": each expert sees the tokens routed to it; "all": every expert sees every token, unweighted
-    skip_nonfinite leave out rows with NaN or infinity (and count them) instead of stopping with ValueError
-    """
-
-    full: bool = True
-    weighting: str = "router"
-    experts: str = "routed"
-    skip_nonfinite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.weighting not in ("router", "uniform"):
-            raise InputError(f"weighting {self.weighting!r}, expected router or uniform")
-        if self.experts not in ("routed", "all"):
-            raise InputError(f"experts {self.experts!r}, expected routed or all")
+from .layer import LayerStatistics, RoutingStatistics
+from .router_sums import RouterSums
+from .sums import Sums, abs_max, add_gram, column_squares, expanded, row_extremes, scaled_rows, spread
 
 
 class Collector(Observer):
@@ -81,9 +61,7 @@ class Collector(Observer):
             sizes = {"attention_in": g.hidden, "attention_out": g.heads * g.head_dim}
             self.held = {name: HeldRows.empty(1, {"x": n}, device) for name, n in sizes.items()}
             self.held["experts"] = HeldRows.empty(g.experts, {"x": g.hidden, "h": g.expert_width}, device)
-        self.load = torch.zeros(domains, g.experts, device=device)
-        self.coactivation = torch.zeros(g.experts, g.experts, device=device)
-        self.margins = torch.zeros(MARGIN_BINS, device=device)
+        self.router = RouterSums(domains, g.experts, weights.router_bias, device)
         self.saliency = torch.zeros(g.experts, device=device)
         self.weight4 = torch.zeros(g.experts, device=device)
         self.hidden_amax = torch.zeros(g.hidden, device=device)
@@ -93,7 +71,7 @@ class Collector(Observer):
     def begin(self, window: int, length: int, domains: Tensor) -> None:
         """The coming batch: number of its first window, tokens per window, domain [B] of each window."""
         self.window, self.length = window, length
-        self.token_domain = domains.to(self.load.device).repeat_interleave(length)
+        self.token_domain = domains.to(self.saliency.device).repeat_interleave(length)
 
     # attention
 
@@ -179,50 +157,28 @@ class Collector(Observer):
         if self.shared:
             self._all_experts(x, values, good)
         if self.first:
-            self._router(routing, good)
+            self.router.add(routing, self.token_domain, good)
             torch.maximum(self.hidden_amax, abs_max(x, 0), out=self.hidden_amax)
             if not self.shared:
                 self._token_level(x, values, good)
 
-    def _spread(self, values: Tensor, chosen: Tensor) -> Tensor:
-        """values [N, K] (or [N, 1]) of the chosen experts as [N, E], zero elsewhere."""
-        out = torch.zeros(chosen.shape[0], self.geometry.experts, device=values.device)
-        return out.scatter_(1, chosen, values.expand(chosen.shape).float())
-
-    def _router(self, routing: Routing, good: Tensor | None) -> None:
-        """Load, co-activation and margins of a batch."""
-        chosen = self._spread(torch.ones_like(routing.weights), routing.chosen)
-        if good is not None:
-            chosen *= good[:, None]
-        domain = F.one_hot(self.token_domain, self.load.shape[0]).float()
-        self.load += domain.T @ chosen
-        self.coactivation += chosen.T @ chosen
-        keep = routing.chosen.shape[1]
-        if keep < self.geometry.experts:
-            levels = biased(routing.scores, self.weights.router_bias)
-            last = levels.gather(1, routing.chosen).amin(1)
-            gap = last - levels.scatter(1, routing.chosen, -torch.inf).amax(1)
-            gap = gap if good is None else gap[good]
-            place = torch.log2(gap.clamp(min=2.0**-40)).floor().long() + MARGIN_BINS
-            self.margins += torch.bincount(place.clamp(0, MARGIN_BINS - 1), minlength=MARGIN_BINS)
-
     def _token_level(self, x: Tensor, values: tuple[Tensor, Tensor, Tensor], good: Tensor | None) -> None:
         """Everything about the experts' input but second moments, from tokens and the routing matrix."""
-        chosen = self.routing.chosen
+        chosen, experts = self.routing.chosen, self.geometry.experts
         row_weight = self.row_weight if good is None else self.row_weight * good[:, None]
         ones = torch.ones_like(row_weight) if good is None else good[:, None].expand(row_weight.shape)
-        took, weight = self._spread(ones, chosen), self._spread(row_weight.square(), chosen)
+        took, weight = spread(ones, chosen, experts), spread(row_weight.square(), chosen, experts)
         sums = self.expert_in
         sums.count += took.sum(0)
         sums.weight += weight.sum(0)
         self.weight4 += weight.square().sum(0)
         if good is not None:
-            sums.nonfinite += self._spread((~good[:, None]).expand(row_weight.shape), chosen).sum(0)
+            sums.nonfinite += spread((~good[:, None]).expand(row_weight.shape), chosen, experts).sum(0)
         squares = x.float().square()
         sums.plain += took.T @ squares
         if sums.second is None:
             sums.diagonal += weight.T @ squares
-        first, second, third = (self._spread(v[:, None], chosen).amax(0) for v in values)
+        first, second, third = (spread(v[:, None], chosen, experts).amax(0) for v in values)
         sums.extremes((first, second, third))
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
@@ -342,7 +298,8 @@ class Collector(Observer):
         single = {name: self.held[name].of("x") if self.held else None for name in ("attention_in", "attention_out")}
         if held is not None:
             expert_in = replace(expert_in, held=held.of("x"))
-        routing = RoutingStatistics(self.load, self.coactivation, self.margins, self.saliency, weight4)
+        router = self.router
+        routing = RoutingStatistics(router.load, router.coactivation, router.margins, self.saliency, weight4)
         return LayerStatistics(
             layer=self.layer,
             attention_in=self.attention_in.moments(single["attention_in"]),

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...convert.models.geometry import Geometry
 from ...convert.models.layer import LayerWeights
 from ..model.forward import Routing
-from .collector import Collect, Collector
+from .collect import Collect
+from .collector import Collector
 from .layer import LayerStatistics
 from .sums import Sums, add_gram
 
@@ -19,20 +19,10 @@ if TYPE_CHECKING:
     from .reduce_triton import ColumnSums
 
 
-def make_collector(
-    layer: int,
-    weights: LayerWeights,
-    geometry: Geometry,
-    collect: Collect,
-    domains: int,
-    kept: range | None = None,
-    first: bool = True,
-    hold: bool = False,
-) -> Collector:
-    """A `Collector` for where the weights are: fused on CUDA with Triton, plain elsewhere."""
+def collector_for(weights: LayerWeights, collect: Collect) -> type[Collector]:
+    """The `Collector` for where the weights are: fused on CUDA with Triton, plain elsewhere."""
     fused = weights.router.is_cuda and collect.experts == "routed" and importlib.util.find_spec("triton") is not None
-    made = FusedCollector if fused else Collector
-    return made(layer, weights, geometry, collect, domains, kept, first, hold)
+    return FusedCollector if fused else Collector
 
 
 class FusedCollector(Collector):
@@ -52,7 +42,7 @@ class FusedCollector(Collector):
         self.routing, self.good = routing, None
         self.row_weight = routing.weights if self.collect.weighting == "router" else torch.ones_like(routing.weights)
         if self.first:
-            self._router(routing, None)
+            self.router.add(routing, self.token_domain, None)
             torch.maximum(self.hidden_amax, abs_max, out=self.hidden_amax)
 
     def experts(self, x: Tensor, h: Tensor, y: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:

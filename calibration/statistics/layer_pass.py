@@ -31,8 +31,8 @@ from ..model.distributed import max_everywhere, rank_share, sum_everywhere, sum_
 from ..model.forward import layer_forward
 from ..model.hidden import leaving
 from ..model.stream import Stream
-from .collector import Collect
-from .collector_cuda import make_collector
+from .collect import Collect
+from .collector_cuda import collector_for
 from .held import enough
 from .layer import LayerStatistics, RoutingStatistics
 
@@ -158,7 +158,9 @@ def calibrate_layer(
     found: LayerStatistics | None = None
     left = leaving(stream.source.label, layer)
     for number, kept in enumerate(chunks):
-        collector = make_collector(layer, weights, g, collect, domains, kept, first=number == 0, hold=hold)
+        collector = collector_for(weights, collect)(
+            layer, weights, g, collect, domains, kept, first=number == 0, hold=hold
+        )
         for start, values in stream.hidden.batches(stream.batch, stream.device):
             count = values.shape[0]
             collector.begin(first_window + start, values.shape[1], domain[start : start + count])

@@ -20,7 +20,7 @@ from ..model.hidden import RAM_LIMIT, place_of
 from ..model.reading import read_layer_shared
 from ..model.stream import DISK_LIMIT, Stream
 from ..text.corpus import Corpus
-from .collector import Collect
+from .collect import Collect
 from .held import HELD
 from .layer_pass import MomentPlan, calibrate_layer, free_memory, layer_bytes, plan_moments, sum_over_ranks
 from .provider import LayerInputs

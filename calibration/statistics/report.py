@@ -12,14 +12,7 @@ from mmquant.tables import percent
 from mmquant.tables import table as aligned
 
 from ...quantize.overflow import FP16_MAX
-from .layer import (
-    MARGIN_BINS,
-    LayerStatistics,
-    effective_rows,
-    outlier_channels,
-    overflowing_experts,
-    sampling_error,
-)
+from .layer import MARGIN_BINS, LayerStatistics, effective_rows, outlier_channels, overflowing_experts, sampling_error
 
 BFLOAT16_BIN = MARGIN_BINS - 9  # gaps below 2^-9: what rounding a score near 0.5 to bfloat16 can turn over
 

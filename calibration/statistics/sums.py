@@ -100,3 +100,9 @@ def expanded(moments: Moments, matrices: int) -> Moments:
         sum16=repeat(moments.sum16),
         nonfinite=repeat(moments.nonfinite),
     )
+
+
+def spread(values: Tensor, chosen: Tensor, experts: int) -> Tensor:
+    """values [N, K] (or [N, 1]) of the chosen experts [N, K] as [N, E], zero elsewhere."""
+    out = torch.zeros(chosen.shape[0], experts, device=values.device)
+    return out.scatter_(1, chosen, values.expand(chosen.shape).float())

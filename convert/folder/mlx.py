@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from ..models.shapes import attention_shapes, expert_shape, global_shapes, plain
 from .kinds import ATTENTION as ATTENTION_UNIT
 from .kinds import EMBEDDINGS, HEAD, Kind, group_name
 from .variant import global_specs, global_tensors, plain_specs, plain_tensors
-from .weights import span
+from .weights_config import layers_in_words
 
 EIGHT_BIT = ("affine", 8, 64)  # mode, bits, group of attention, embeddings and head by default
 BF16 = Kind("bf16")
@@ -100,8 +99,7 @@ class MlxVariant:
             else:
                 layers.setdefault(parts[2], []).append((int(parts[1]), chosen.word))
         for unit, words in layers.items():
-            runs = [list(run) for _, run in groupby(sorted(words), key=lambda item: item[1])]
-            found[unit] = ", ".join(f"{span(run[0][0], run[-1][0])} {run[0][1]}" for run in runs)
+            found[unit] = layers_in_words(sorted(words))
         return found
 
     def specs(self, source: Checkpoint, layer: int) -> list[TensorSpec]:

@@ -17,8 +17,9 @@ from ..models.geometry import Geometry
 from ..models.names import ATTENTION_STACKS, EXPERT_STACKS
 from ..models.shapes import matrix_shapes, plain_shapes
 from .packing import folder_config, stacked_tensors
+from .schemes import stacks
 from .variant import plain_specs, plain_tensors
-from .weights import check_groups, stacks
+from .weights import check_groups
 
 
 @dataclass(frozen=True)

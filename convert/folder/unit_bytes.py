@@ -9,8 +9,8 @@ from ..formats.compressed_tensors import cache_specs
 from ..formats.spec import TensorSpec
 from ..models.shapes import attention_shapes, expert_shape, plain_shapes
 from .kinds import EMBEDDINGS, EXPERT_FIELDS, HEAD, Kind, PlanRow
+from .schemes import scheme_specs
 from .variant import global_specs, plain_specs
-from .weights import scheme_specs
 
 ENTRY = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')  # of a header, without names and numbers
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +12,20 @@ from mmquant.errors import InputError
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..formats import compressed_tensors as ct
-from ..formats.format import Format, Scheme, check_writable, specs
-from ..formats.plain import plain_spec, plain_tensor
+from ..formats.format import Format, Scheme, check_writable
 from ..formats.spec import TensorSpec
 from ..formats.table import choices
 from ..models.geometry import Geometry
 from ..models.names import ATTENTION, ATTENTION_STACKS, EXPERT_STACKS, PROJECTIONS
 from ..models.shapes import matrix_shapes, plain_shapes
-from .fp8 import fp8_scheme, fp8_specs, fp8_tensors
+from .fp8 import fp8_scheme
 from .kinds import Kind
 from .packing import folder_config, stacked_tensors
+from .schemes import carried_tensors, on_grid, scheme_specs, stacks
 from .variant import plain_specs, plain_tensors
+from .weights_config import mixed_config, planned_config, planned_words
 
 GROUP_SIZES = (32, 64, 128)
-EXPERTS_PART, ATTENTION_PART = r"experts\..*", r"self_attn\..*"  # in the names that engines match
 ATTENTION_FP8 = {"fp8": "block", "fp8-channel": "channel"}  # of attention -> the format that `mmquant fp8` calls so
 
 
@@ -224,32 +223,6 @@ class WeightsVariant:
         return planned_config(self, source) if self.kinds else mixed_config(self, source)
 
 
-def on_grid(scheme: Scheme | None) -> TypeGuard[Scheme]:
-    """Whether codes of a few bits are searched; bfloat16 and FP8 are carried, or rounded to nearest."""
-    return scheme is not None and not scheme.format.requantizable
-
-
-def scheme_specs(source: Checkpoint, name: str, shape: tuple[int, int], scheme: Scheme | None) -> list[TensorSpec]:
-    """The tensors of a matrix `name` [O, I] in a scheme, None: bfloat16."""
-    if scheme is None:
-        return [plain_spec(name, shape)]
-    return specs(scheme, name, shape) if on_grid(scheme) else fp8_specs(source, name, shape, scheme)
-
-
-def carried_tensors(
-    source: Checkpoint, name: str, device: torch.device | str, scheme: Scheme | None
-) -> dict[str, Tensor]:
-    """A matrix in bfloat16 (None) or FP8."""
-    if scheme is None:
-        return plain_tensor(name, source.read(name + ".weight"))
-    return fp8_tensors(source, name, device, scheme)
-
-
-def stacks(row: Format, stacked: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    """Projections that are solved together: what engines stack where they share scales, else each alone."""
-    return stacked if row.fuses else tuple((projection,) for stack in stacked for projection in stack)
-
-
 def check_mixture(variant: WeightsVariant, g: Geometry) -> None:
     """InputError for what the format cannot hold, and for 8-bit layers that do not exist."""
     check_writable(variant.scheme(variant.bits))
@@ -264,72 +237,3 @@ def check_mixture(variant: WeightsVariant, g: Geometry) -> None:
         raise InputError(f"8-bit layers: expected format {mixing}, symmetric (no engine reads others)")
     if variant.kv_cache == "fp8" and not row.mixes:
         raise InputError(f"format {variant.layout}: scales of an FP8 KV cache, expected format {mixing}")
-
-
-def mixed_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
-    """quantization_config: one group for experts (and attention), groups by width, an FP8 group beside them.
-
-    Top level pack-quantized: SGLang refuses "mixed-precision" for INT4 experts, so every group names its own format.
-    """
-    v, cache, attention = variant, variant.kv_cache == "fp8", variant.attention_scheme(source, 0)
-    scheme, row = v.scheme(v.bits), v.storage
-    whole = attention == scheme
-    if whole and not v.eight_bit:
-        return ct.one_group(scheme, True, source.names, cache)
-    groups: dict[str, dict[str, Any]] = {}
-    if v.eight_bit:
-        groups[v.scheme(8).label] = ct.entry(v.scheme(8), [layers_target(v.eight_bit)])
-    rest = tuple(layer for layer in range(source.geometry.layers) if layer not in v.eight_bit)
-    targets = [layers_target(rest)] if v.eight_bit else [ct.EXPERTS_TARGET]
-    if whole:
-        targets.append(ct.ATTENTION_TARGET)
-    if not v.eight_bit or rest or whole:
-        groups[scheme.label] = ct.entry(scheme, targets)
-    if attention is not None and not whole:
-        groups[attention.label] = ct.entry(attention, [ct.ATTENTION_TARGET])
-    ignore = (*source.names.ignore, ct.ATTENTION_TARGET) if attention is None else source.names.ignore
-    return ct.quantization_config(groups, row.name, ignore, cache)
-
-
-def planned_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
-    """quantization_config of a plan: one group for each scheme, its targets name the layers; bfloat16 is ignored."""
-    layers = range(source.geometry.layers)
-    by_scheme: dict[Scheme | None, dict[str, list[int]]] = {}
-    for layer in layers:
-        found = (variant.experts_scheme(source, layer), variant.attention_scheme(source, layer))
-        for part, scheme in zip((EXPERTS_PART, ATTENTION_PART), found, strict=True):
-            by_scheme.setdefault(scheme, {}).setdefault(part, []).append(layer)
-    groups: dict[str, dict[str, Any]] = {}
-    ignore = list(source.names.ignore)
-    for scheme, parts in by_scheme.items():
-        targets = [layers_target(tuple(some), part) for part, some in parts.items()]
-        if scheme is None:
-            ignore += targets
-        else:
-            label = scheme.label if on_grid(scheme) and scheme.group < 0 else f"{scheme.label}-{_size(scheme)}"
-            groups[label] = ct.entry(scheme, targets)
-    return ct.quantization_config(groups, variant.storage.name, tuple(ignore), variant.kv_cache == "fp8")
-
-
-def _size(scheme: Scheme) -> str:
-    return f"g{scheme.group}" if scheme.block is None else "x".join(map(str, scheme.block))
-
-
-def planned_words(variant: WeightsVariant) -> dict[str, str]:
-    """A plan in short: of experts and attention the kinds with their layers, equal neighbours together."""
-    found: dict[str, str] = {}
-    for place, part in enumerate(("experts", "attention")):
-        words = [(layer, pair[place].word) for layer, pair in enumerate(variant.kinds)]
-        runs = [list(run) for _, run in groupby(words, key=lambda item: item[1])]
-        found[part] = ", ".join(f"{span(run[0][0], run[-1][0])} {run[0][1]}" for run in runs)
-    return found
-
-
-def span(first: int, last: int) -> str:
-    """Layers from first to last, in words."""
-    return str(first) if first == last else f"{first}-{last}"
-
-
-def layers_target(layers: tuple[int, ...], part: str = EXPERTS_PART) -> str:
-    """A pattern for a part of some layers that matches in vLLM (mlp.experts) and SGLang (the release's name)."""
-    return rf"re:.*\.layers\.({'|'.join(str(layer) for layer in layers)})\..*{part}"

@@ -16,7 +16,7 @@ from mmquant import __version__
 from mmquant.errors import InputError
 
 from ...calibration.evaluate.metrics import Scores, summarise
-from ...calibration.evaluate.streamed import Outcome
+from ...calibration.evaluate.outcomes import Outcome
 from ...calibration.evaluate.subjects import ENERGY, ERROR, NONFINITE, OVERLAP, TOKENS
 from ...calibration.model.engine_like import Like
 from ...calibration.text.sample import Sample

@@ -17,7 +17,7 @@ from ..output import check_output
 from ..results import Result
 
 if TYPE_CHECKING:
-    from ...calibration.evaluate.streamed import Settings
+    from ...calibration.evaluate.settings import Settings
     from ...calibration.model.engine_like import Like
     from ...calibration.text.sample import Sample
     from ...convert.hub.store import FetchOptions
@@ -275,7 +275,7 @@ def settings_of(device: str, options: EvalOptions) -> Settings:
     """How a pass is computed. InputError for what contradicts itself."""
     import torch
 
-    from ...calibration.evaluate.streamed import Settings
+    from ...calibration.evaluate.settings import Settings
     from ...calibration.model.engine_like import like_of
 
     activations = options.activations or ("llama.cpp" if options.convention == "llama.cpp" else "exact")

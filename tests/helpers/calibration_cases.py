@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers.killed import forked
 from helpers.tiny import write_tiny
-from mmquant.calibration.statistics.collector import Collect
+from mmquant.calibration.statistics.collect import Collect
 from mmquant.calibration.statistics.layer import LayerStatistics
 from mmquant.calibration.statistics.live import PassOptions
 from mmquant.calibration.statistics.run import calibrate_into

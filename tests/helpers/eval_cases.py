@@ -17,8 +17,10 @@ from torch import Tensor
 
 from helpers.tiny import write_tiny
 from mmquant.calibration.evaluate import state as evaluation_state
+from mmquant.calibration.evaluate.outcomes import Outcome
 from mmquant.calibration.evaluate.reference_store import StoredReference
-from mmquant.calibration.evaluate.streamed import Outcome, Settings, evaluate
+from mmquant.calibration.evaluate.settings import Settings
+from mmquant.calibration.evaluate.streamed import evaluate
 from mmquant.calibration.model.distributed import current_ranks
 from mmquant.calibration.text.sample import Sample
 from mmquant.convert.checkpoints.census import Kind

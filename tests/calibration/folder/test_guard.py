@@ -13,7 +13,8 @@ from mmquant.calibration.folder.options import LayerOptions
 from mmquant.calibration.folder.report import LayerReport, plainly_rounded
 from mmquant.calibration.folder.solve import solve
 from mmquant.calibration.model.forward import layer_forward
-from mmquant.calibration.statistics.collector import Collect, Collector
+from mmquant.calibration.statistics.collect import Collect
+from mmquant.calibration.statistics.collector import Collector
 from mmquant.calibration.statistics.held import FEWEST, HELD, STRIDE, HeldRows
 from mmquant.convert.open import open_source
 from mmquant.convert.source import read_layer

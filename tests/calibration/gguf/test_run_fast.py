@@ -14,7 +14,7 @@ from mmquant.calibration.gguf import run_fast as gguf_fast
 from mmquant.calibration.gguf.run_fast import FastRun
 from mmquant.calibration.gguf.run_stored import StoredRun, open_stored
 from mmquant.calibration.model.forward import embed, layer_forward, rms_norm
-from mmquant.calibration.statistics.collector import Collect
+from mmquant.calibration.statistics.collect import Collect
 from mmquant.calibration.statistics.run import calibrate_into
 from mmquant.convert.checkpoints.checkpoint import Checkpoint
 from mmquant.convert.gguf.mixes import find_mix

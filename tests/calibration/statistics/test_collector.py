@@ -12,7 +12,8 @@ import torch
 
 from helpers.random_layer import DEAD, HIDDEN, SMALL, random_layer
 from mmquant.calibration.model.forward import Observer, Routing, layer_forward
-from mmquant.calibration.statistics.collector import Collect, Collector
+from mmquant.calibration.statistics.collect import Collect
+from mmquant.calibration.statistics.collector import Collector
 from mmquant.calibration.statistics.layer import (
     MARGIN_BINS,
     LayerStatistics,

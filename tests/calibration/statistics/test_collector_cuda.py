@@ -10,8 +10,9 @@ import torch
 from helpers.calibration_cases import tensors
 from helpers.random_layer import HIDDEN, SMALL, random_layer
 from mmquant.calibration.model.forward import layer_forward
-from mmquant.calibration.statistics.collector import Collect, Collector
-from mmquant.calibration.statistics.collector_cuda import FusedCollector, make_collector
+from mmquant.calibration.statistics.collect import Collect
+from mmquant.calibration.statistics.collector import Collector
+from mmquant.calibration.statistics.collector_cuda import FusedCollector, collector_for
 from mmquant.calibration.statistics.layer import LayerStatistics
 from mmquant.convert.models.layer import LayerWeights
 
@@ -36,7 +37,7 @@ def collect(kind: type[Collector], weights: LayerWeights, chosen: Collect) -> La
 def test_fused_is_plain(full: bool, dtype: torch.dtype) -> None:
     cuda = {k: v.cuda() for k, v in vars(random_layer(G)).items()}
     weights = LayerWeights(**{k: v.to(dtype) if v.dim() > 1 and k != "router" else v for k, v in cuda.items()})
-    assert isinstance(make_collector(0, weights, G, Collect(full), 2), FusedCollector)
+    assert collector_for(weights, Collect(full)) is FusedCollector
     plain, fused = (collect(kind, weights, Collect(full)) for kind in (Collector, FusedCollector))
     tolerance = 1e-5 if dtype == torch.float32 else 6e-3
     others = tensors(fused)

@@ -13,7 +13,7 @@ import torch
 
 from helpers.calibration_cases import corpus, model, options
 from helpers.paths import DATA
-from mmquant.calibration.statistics.collector import Collect
+from mmquant.calibration.statistics.collect import Collect
 from mmquant.calibration.statistics.imatrix_export import imatrix_of_layers
 from mmquant.calibration.statistics.layer import LayerStatistics
 from mmquant.calibration.statistics.live import LivePass

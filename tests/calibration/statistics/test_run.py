@@ -16,7 +16,7 @@ from helpers.killed import BYTES, killed_at
 from mmquant.calibration.model.distributed import rank_share
 from mmquant.calibration.model.reading import read_layer_shared
 from mmquant.calibration.model.stream import Stream
-from mmquant.calibration.statistics.collector import Collect
+from mmquant.calibration.statistics.collect import Collect
 from mmquant.calibration.statistics.layer import LayerStatistics
 from mmquant.calibration.statistics.layer_pass import calibrate_layer, plan_moments
 from mmquant.calibration.statistics.live import LivePass, StoredPass

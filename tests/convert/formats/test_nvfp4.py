@@ -19,7 +19,7 @@ from mmquant.convert.checkpoints.quantized_folder import QuantizedFolder
 from mmquant.convert.folder.check import check_folder
 from mmquant.convert.folder.nearest import NearestVariant
 from mmquant.convert.folder.packing import stacked_tensors
-from mmquant.convert.folder.weights import stacks
+from mmquant.convert.folder.schemes import stacks
 from mmquant.convert.formats import modelopt, nvfp4
 from mmquant.convert.formats.format import Format, Scheme
 from mmquant.convert.formats.skip_lists import ENGINES, SGLANG, VLLM, names_of
