@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 import click
 
 from ..runs.options import CalibrateOptions
-from .options import begin, dry_run_option, fresh_option, json_option, model_option, options_of, out_option
+from .options import (
+    begin,
+    dry_run_option,
+    fresh_option,
+    json_option,
+    model_option,
+    options_of,
+    out_option,
+    refuse_without_effect,
+)
 from .options_fetch import fetch_options
 from .terminal import print_result
 
@@ -38,6 +47,8 @@ def command(
     from ..runs.calibrate import calibrate, plan_calibration
     from ..runs.output import check_output
 
+    if options.moments == "diagonal":
+        refuse_without_effect("with --moments diagonal, which is kept in float32", "store")
     if dry_run:
         plan = plan_calibration(model, out, options, device=device, fetch=fetch)
         print_result(json.dumps(plan.to_dict(), indent=1) if as_json else "\n".join(plan.lines()), as_json)

@@ -10,7 +10,7 @@ import click
 from mmquant.errors import GateError
 
 from ..runs.options_use import EvalOptions
-from .options import json_option, options_of
+from .options import json_option, options_of, refuse_without_effect
 from .options_fetch import fetch_options
 from .terminal import print_result
 
@@ -57,6 +57,8 @@ def command(
     from ..runs.evaluation.run import evaluate
     from ..runs.output import check_output
 
+    if not options.floor:
+        refuse_without_effect("without --floor", "floor_runs")
     if dry_run:
         planned = plan_evaluation(artifacts, reference, options, device=device, fetch=fetch)
         print_result(json.dumps(planned.to_dict(), indent=1) if as_json else planned.table(), as_json)

@@ -10,7 +10,7 @@ import click
 from mmquant.errors import InputError
 
 from ..runs.options import GgufOptions
-from .options import begin, refuse_idle_plan, refuse_without_effect, several, show
+from .options import begin, idle_text, refuse_idle_plan, refuse_without_effect, several, show
 from .options_writer import writer_options
 
 if TYPE_CHECKING:
@@ -57,11 +57,13 @@ def refuse_idle_options(options: GgufOptions) -> None:
     from ..convert.gguf.mixes import find_mix
     from ..runs.gguf import is_calibrated
 
-    text, mix = ("text", "text_only", "evaluation", "context", "windows", "seed"), find_mix(options.type)
+    text, mix = idle_text(options), find_mix(options.type)
     if not is_calibrated(options):
         no = options.no_calibration
         why = "with --no-calibration" if no else f"with --type {mix.name}, which is not calibrated"
         refuse_without_effect(why, *text, "statistics", "effort")
     elif options.statistics is not None:
         refuse_without_effect("with --statistics, which stands for the text", *text)
+    if not options.text:
+        refuse_without_effect("without --text", "text_only")
     refuse_idle_plan(options, *(("type",) if options.plan is None else ()))

@@ -204,25 +204,37 @@ def refuse_without_effect(why: str, *names: str) -> None:
     for parameter in ctx.command.params:
         typed = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if parameter.name in names and typed:
-            raise InputError(f"{parameter.opts[0]} has no effect {why}; leave it out")
+            name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+            raise InputError(f"{name} has no effect {why}; leave it out")
 
 
-TEXT = ("text", "text_only", "evaluation", "context", "windows")
-CALIBRATED = (*TEXT, "seed", "propagate", "statistics", "effort")
+TEXT = ("text", "text_only", "evaluation", "context", "windows", "seed")
+OTHERS = ("propagate", "statistics", "effort")
+CALIBRATED = (*TEXT, *OTHERS)
 
 
 def refuse_idle_text(options: CalibratedOptions) -> None:
     """InputError for options of calibration that would change nothing of what was asked for."""
     if options.method == "rtn":
-        refuse_without_effect("with --method rtn, which is not calibrated", *CALIBRATED)
+        refuse_without_effect("with --method rtn, which is not calibrated", *idle_text(options), *OTHERS)
     elif options.statistics is not None:
-        refuse_without_effect("with --statistics, which stands for the text", *TEXT)
+        refuse_without_effect("with --statistics, which stands for the text", *idle_text(options))
+    if not options.text:
+        refuse_without_effect("without --text", "text_only")
+
+
+def idle_text(options: PlannedOptions) -> tuple[str, ...]:
+    """Options of the text where calibration reads none: all, unless a plan is measured on it first."""
+    planned = options.size is not None or options.target is not None
+    return () if planned and options.sensitivity is None else TEXT
 
 
 def refuse_idle_plan(options: PlannedOptions, *chosen: str) -> None:
     """InputError for options of a plan without one, and for those that a plan chooses in their place."""
     if options.size is None and options.target is None:
         refuse_without_effect("without --size or --target", "sensitivity", "judged_windows")
+    elif options.sensitivity is not None:
+        refuse_without_effect("with --sensitivity, which was judged", "judged_windows")
     if options.target is None:
         refuse_without_effect("without --target", "target_context")
     if options.planned:

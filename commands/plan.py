@@ -47,7 +47,9 @@ def command(
     from ..runs.plan import plan
 
     if options.sensitivity is not None:
-        refuse_without_effect("with --sensitivity, which stands for the text", *TEXT, "seed", "judged_windows")
+        refuse_without_effect("with --sensitivity, which stands for the text", *TEXT, "judged_windows")
+    if not options.text:
+        refuse_without_effect("without --text", "text_only")
     if options.target is None:
         refuse_without_effect("without --target", "target_context")
     if options.format in ("gguf", "mlx"):

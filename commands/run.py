@@ -10,13 +10,14 @@ import click
 
 from mmquant.errors import GateError, InputError
 
-from .options import DEFAULT_MODEL, device_option, dry_run_option, first_process, json_option
-from .options_fetch import fetch_options
+from .options import DEFAULT_MODEL, device_option, dry_run_option, first_process, json_option, refuse_without_effect
+from .options_fetch import FETCHED, fetch_options
 from .terminal import print_result
 
 if TYPE_CHECKING:
     from ..convert.hub.store import FetchOptions
 
+RUN = ("out", "replace", "device", "dry_run", "as_json", *FETCHED)  # of a run itself
 PURPOSES = ("publisher", "2xa100", "24gb")
 
 
@@ -49,6 +50,9 @@ def command(
 
     Example: mmquant run recipe.yaml --out ./m27
     """
+    if schema or init:
+        why = "with --schema, which prints it alone" if schema else "with --init, which only writes a recipe"
+        refuse_without_effect(why, *RUN, *(("recipe", "init", "purpose") if schema else ()))
     if schema:
         from ..runs.recipe.schema import recipe_schema
 
@@ -57,8 +61,7 @@ def command(
     if init:
         begin_recipe(recipe, purpose)
         return
-    if purpose is not None:
-        raise InputError("--for has no effect without --init; leave it out")
+    refuse_without_effect("without --init", "purpose")
     if recipe is None or out is None:
         raise InputError(f"{'RECIPE' if recipe is None else '--out'} is missing, expected mmquant run RECIPE --out DIR")
     from ..runs.run import run

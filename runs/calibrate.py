@@ -278,9 +278,6 @@ def make_provider(
         if hidden or chosen.propagate == "quantized":
             return LivePass(source, corpus, chosen, hidden=hidden, folder=folder)
         return passes.reference_pass(corpus, chosen, folder)
-    if hidden or chosen.propagate == "quantized":
-        what = "--effort high" if hidden else "--propagate quantized"
-        raise InputError(f"{what} needs the calibration tokens, --statistics holds only sums")
     from ..calibration.statistics.store import open_statistics
 
     stored = open_statistics(options.statistics)

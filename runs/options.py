@@ -157,13 +157,17 @@ class CalibratedOptions(PlannedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method != "rtn":
-            return
-        if self.effort == "high":
+        if self.method == "rtn" and self.effort != "default":
             expected = " or ".join(self.calibrated)
-            raise InputError(f"--effort high --method rtn: rounding to nearest is not refined, expected {expected}")
-        if self.statistics is not None:
+            said = f"--effort {self.effort} --method rtn: rounding to nearest"
+            raise InputError(f"{said} is not refined, expected {expected}")
+        if self.statistics is None:
+            return
+        if self.method == "rtn":
             raise InputError("--method rtn --statistics: round to nearest uses no statistics")
+        if self.propagate == "quantized" or (self.effort == "high" and self.method == "gptq"):
+            what = "--propagate quantized" if self.propagate == "quantized" else "--effort high"
+            raise InputError(f"{what} needs the calibration tokens, --statistics holds only sums")
 
     @property
     def calibrated(self) -> tuple[str, ...]:
@@ -212,10 +216,15 @@ class Int4Options(WeightsOptions):
     effort: str = option(
         "default",
         "gptq: fast rounds under diagonal moments, without error feedback; high learns rounding, on four times the "
-        "windows (ten times as long). awq: high adds error feedback, fast is as default.",
+        "windows (ten times as long). awq: high adds error feedback.",
         choices=("fast", "default", "high"),
     )
     asymmetric: bool = option(False, "Zero points (always with --format awq).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "awq" and self.effort == "fast":
+            raise InputError("--effort fast --method awq: it has no faster way, expected default or high")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,39 @@ def test_the_bare_command_prints_its_help(monkeypatch: pytest.MonkeyPatch, capsy
     assert re.search(r"\n  gguf +GGUF for llama.cpp\.\n", errors)
 
 
+IDLE = {
+    (
+        "--method",
+        "awq",
+        "--effort",
+        "fast",
+    ): "--effort fast --method awq: it has no faster way, expected default or high",
+    ("--method", "rtn", "--effort", "fast"): "--effort fast --method rtn: rounding to nearest is not refined",
+    ("--statistics", "s", "--seed", "1"): "--seed has no effect with --statistics",
+    ("--statistics", "s", "--propagate", "quantized"): "--propagate quantized needs the calibration tokens",
+    ("--statistics", "s", "--effort", "high", "--dry-run"): "--effort high needs the calibration tokens",
+    ("--text-only",): "--text-only has no effect without --text",
+    (
+        "--size",
+        "5MB",
+        "--sensitivity",
+        "s",
+        "--judged-windows",
+        "1",
+    ): "--judged-windows has no effect with --sensitivity",
+    (
+        "--size",
+        "5MB",
+        "--sensitivity",
+        "s",
+        "--method",
+        "rtn",
+        "--windows",
+        "2",
+    ): "--windows has no effect with --method",
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -66,6 +99,19 @@ def test_the_bare_command_prints_its_help(monkeypatch: pytest.MonkeyPatch, capsy
         (["gguf", "--out", "x", "--tensor-type", "head=Q4K"], "expected REGEX=TYPE; did you mean Q4_K?"),
         (["fp8", "--out", "x", "--device", "cuda:99999999999999999999"], "cuda:99999999999999999999"),
         (["doctor", "x.gguf", "--in-place"], "--in-place has no effect without --fix"),
+        *((["int4", "--out", "x", "--model", "demo", *given], words) for given, words in IDLE.items()),
+        (["gguf", "--out", "x", "--text-only"], "--text-only has no effect without --text"),
+        (["mlx", "--out", "x", "--text-only"], "--text-only has no effect without --text"),
+        (["plan", "--out", "x", "--size", "5MB", "--text-only"], "--text-only has no effect without --text"),
+        (["eval", "x", "--reference", "demo", "--floor-runs", "2"], "--floor-runs has no effect without --floor"),
+        (
+            ["calibrate", "--out", "x", "--moments", "diagonal", "--store", "bfloat16"],
+            "--store has no effect with --mom",
+        ),
+        (["run", "--init", "--out", "x"], "--out has no effect with --init"),
+        (["run", "--init", "--max-disk", "1GB"], "--max-disk has no effect with --init"),
+        (["run", "--schema", "r.yaml"], "RECIPE has no effect with --schema"),
+        (["run", "r.yaml", "--for", "24gb"], "--for has no effect without --init"),
         (["fp8", "--out", "x", "--max-disk", "infGB"], "'infGB', expected a size such as 5GB, 512MiB or 5e9"),
     ],
 )
