@@ -20,15 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
 import numpy as np
 import torch
-import torch.distributed as dist
+from _ranks_clock import Clock
+from _ranks_report import report
 from int4_whole import make_checkpoint
 from torch import Tensor
 
@@ -55,76 +54,11 @@ from mmquant.calibration.text.sample import Sample
 from mmquant.convert.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mmquant.convert.files.atomic import write_whole
 from mmquant.convert.gguf.names import ATTENTION_TENSORS, EXPERT_TENSORS
-from mmquant.convert.models.geometry import Geometry
 from mmquant.convert.models.layer import LayerWeights
 from mmquant.quantize.fp4.grid import NVFP4
 from mmquant.quantize.integer.gptq_grid import GptqGrid
 
 STAGES = ("weights", "int4", "nvfp4", "gguf", "eval", "long")
-MOVED = ("broadcast", "send", "recv", "batch_isend_irecv", "broadcast_object_list", "all_gather_object", "barrier")
-
-
-class Clock:
-    """Seconds, seconds inside torch.distributed and bytes sent, by stage; the device is waited for on both sides."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.found = device, dict[str, list[float]]()
-        self.inside, self.sent, self._depth = 0.0, 0, 0
-        for name in MOVED:
-            setattr(dist, name, self._counted(getattr(dist, name)))
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str, part: bool = False) -> Iterator[None]:
-        """part: of a stage that is running, which adds up and does not wait for other ranks."""
-        if not part and world()[1] > 1:
-            dist.barrier()
-        start, inside, sent = self.now(), self.inside, self.sent
-        yield
-        taken = [self.now() - start, self.inside - inside, float(self.sent - sent)]
-        before = self.found.get(name, [0.0] * 3)
-        self.found[name] = [a + b for a, b in zip(before, taken, strict=True)]
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*values: object, **named: object) -> object:
-            with self.stage(name, part=True):
-                return function(*values, **named)
-
-        return call
-
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*values: Any, **named: Any) -> object:  # noqa: ANN401
-            if named.get("async_op"):  # goes on beside other work: only its bytes are counted
-                self.sent += sent_bytes(function.__name__, values, named)
-                return function(*values, **named)
-            start, self._depth = self.now(), self._depth + 1
-            found = function(*values, **named)
-            if function.__name__ == "batch_isend_irecv":
-                for work in found:
-                    work.wait()
-                found = []
-            self._depth -= 1
-            if self._depth == 0:  # calls of torch.distributed use each other
-                self.inside += self.now() - start
-                self.sent += sent_bytes(function.__name__, values, named)
-            return found
-
-        return call
-
-
-def sent_bytes(name: str, values: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """Bytes of tensors that this rank has sent by a call; a broadcast counts once for each receiver."""
-    if name == "broadcast":
-        return values[0].nbytes * (world()[1] - 1) if named["src"] == world()[0] else 0
-    if name == "send":
-        return values[0].nbytes
-    if name == "batch_isend_irecv":
-        return sum(move.tensor.nbytes for move in values[0] if move.op is dist.isend)
-    return 0
 
 
 class Rounded(Checkpoint):
@@ -306,55 +240,6 @@ def host_memory() -> list[int]:
     with open("/proc/self/smaps_rollup") as file:
         lines = {line.split(":")[0]: line.split() for line in file}
     return [int(lines[name][1]) * 1024 for name in ("Rss", "Pss")]
-
-
-def report(one: dict[str, Any], run: dict[str, Any], g: Geometry) -> None:
-    """The table of a run beside the first, `one`."""
-    size, names = run["ranks"], list(run["stages"][0])
-    print(f"\n{size} rank{'s' if size > 1 else ''}")
-    print(
-        f"{'stage of one layer':38} {'slowest':>8} {'fastest':>8} {'effic.':>6} {'moving':>7} {'waiting':>8}",
-        end="",
-    )
-    print(f" {'sent GB':>8} {'least':>7}")
-    least = least_bytes(g, size)
-    for name in names:
-        rows = [stages[name] for stages in run["stages"]]
-        slowest, inside = max(row[0] for row in rows), [row[1] for row in rows]
-        base = max(stages[name][0] for stages in one["stages"])
-        gain = f"{base / size / slowest:6.0%}" if size > one["ranks"] and slowest > 0 else "     -"
-        bound = next((f"{v / 1e9:7.2f}" for part, v in least.items() if part in name), "      -")
-        print(f"{name:38} {slowest:8.3f} {min(row[0] for row in rows):8.3f} {gain} {min(inside):7.3f}", end="")
-        print(f" {max(inside) - min(inside):8.3f} {sum(row[2] for row in rows) / 1e9:8.2f} {bound}")
-    memory = [f"{rss / 1e9:.1f}/{pss / 1e9:.1f}/{device / 1e9:.1f}" for (rss, pss), device in run["memory"]]
-    print(f"GB of a rank, RSS/PSS/most on its device: {', '.join(memory)}; {run['seconds']:.0f} s in all")
-    if run is not one:
-        compare(one, run)
-
-
-def least_bytes(g: Geometry, size: int) -> dict[str, float]:
-    """Bytes that must be sent between ranks, by what the stage's name holds: each once, to who needs it.
-
-    A layer's weights in bfloat16 to every rank, each rank's sums to their owners, INT4 codes (a byte each) and scales
-    to the first rank.
-    """
-    matrices = 3.0 * g.experts * g.hidden * g.expert_width
-    attention = g.hidden * g.head_dim * 2 * (g.heads + g.kv_heads)
-    sums = 4.0 * g.experts * (g.hidden**2 + g.expert_width**2)
-    results = matrices * (1 + 4 / 128) * (size - 1) / size
-    return {
-        "weights": 2 * (matrices + attention) * (size - 1),
-        "calibrate: sums": sums * (size - 1),
-        "int4: sol": results,
-    }
-
-
-def compare(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for name, values in one["results"].items():
-        pairs = zip(values, other["results"][name], strict=True)
-        apart = max(abs(a - b) / max(abs(a), 1e-30) for a, b in pairs)
-        shown = " ".join(f"{value:.6g}" for value in other["results"][name])
-        print(f"result {name}: {shown}; {apart:.2e} from one rank's")
 
 
 def arguments() -> argparse.Namespace:

@@ -170,7 +170,19 @@ def test_the_rehearsal_has_the_releases_size() -> None:
 def test_ranks_are_measured_stage_by_stage_and_compared(tmp_path: Path) -> None:
     """Two gloo ranks beside one: every stage has its seconds, and what both find is near."""
     command = [sys.executable, BENCH / "multi_gpu.py", "--device", "cpu", "--json", tmp_path / "found.json"]
-    command += [*SMALL.split(), "--width", "256", "--context", "64", "--windows", "4", "--judged", "4"]
+    command += [
+        *SMALL.split(),
+        "--width",
+        "256",
+        "--head-dim",
+        "64",
+        "--context",
+        "64",
+        "--windows",
+        "4",
+        "--judged",
+        "4",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "found.json").read_text())

@@ -38,7 +38,7 @@ from mmquant.convert.files.together import JOURNAL, interrupted
 from mmquant.convert.gguf.header import read_header
 from mmquant.convert.gguf.imatrix import Imatrix, Importance, read_imatrix, write_imatrix
 from mmquant.convert.gguf.metadata import tokenizer_keys
-from mmquant.convert.hub import huggingface, modelscope
+from mmquant.convert.hub import huggingface, modelscope_list
 from mmquant.convert.hub.listing import RepoSpec
 from mmquant.convert.hub.push import LEDGER, Ledger
 from mmquant.convert.open import demo_folder, open_source
@@ -65,8 +65,8 @@ def listing_hf(path: Path) -> None:
 
 
 def listing_ms(path: Path) -> None:
-    entries, _ = modelscope.page_of(path.read_bytes(), path.name)
-    modelscope.files_of(entries, path.name)
+    entries, _ = modelscope_list.page_of(path.read_bytes(), path.name)
+    modelscope_list.files_of(entries, path.name)
 
 
 def checkpoint(path: Path) -> None:

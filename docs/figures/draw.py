@@ -7,74 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from svg import Figure
+
 HERE = Path(__file__).parent
-FILL = {
-    "file": "#f3ead7",
-    "convert": "#fde2c0",
-    "calibration": "#d5efd8",
-    "quantize": "#e5dbf7",
-    "runs": "#d3e5fa",
-    "plain": "#eef0f2",
-    "bad": "#f8d3d0",
-}
-INK, LINE = "#1d2733", "#7b8794"
-
-
-class Figure:
-    """An SVG of boxes, arrows and words; coordinates in pixels, words centred."""
-
-    def __init__(self, width: int, height: int, title: str) -> None:
-        self.head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'role="img" aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="13" fill="{INK}">'
-        )
-        self.parts = [
-            f"<title>{escape(title)}</title>",
-            f'<rect width="{width}" height="{height}" rx="8" fill="#fff"/>',
-            '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-            f'<path d="M0 0L8 4L0 8z" fill="{LINE}"/></marker></defs>',
-        ]
-
-    def words(self, x: float, y: float, text: str, size: int = 13, anchor: str = "middle", bold: bool = False) -> None:
-        """Lines of text around (x, y)."""
-        lines = text.split("\n")
-        weight = ' font-weight="600"' if bold else ""
-        for number, line in enumerate(lines):
-            dy = y + 4.5 + (number - (len(lines) - 1) / 2) * (size + 3)
-            place = f'x="{x:g}" y="{dy:g}" text-anchor="{anchor}" font-size="{size}"'
-            self.parts.append(f"<text {place}{weight}>{escape(line)}</text>")
-
-    def box(self, x: float, y: float, w: float, h: float, text: str, kind: str = "plain", size: int = 13) -> None:
-        """A filled box with its words."""
-        place = f'x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="6"'
-        self.parts.append(f'<rect {place} fill="{FILL[kind]}" stroke="{LINE}"/>')
-        longest = max(map(len, text.split("\n")))
-        self.words(x + w / 2, y + h / 2, text, min(size, int((w - 8) / longest / 0.53)))
-
-    def arrow(self, *points: tuple[float, float], dashed: bool = False) -> None:
-        """A line through points with its head at the last one."""
-        path = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
-        dash = ' stroke-dasharray="4 3"' if dashed else ""
-        self.parts.append(
-            f'<path d="{path}" fill="none" stroke="{LINE}" stroke-width="1.5"{dash} marker-end="url(#a)"/>'
-        )
-
-    def strip(self, y: float, label: str, fields: Sequence[tuple[str, int, str]], scale: float, x: float = 110) -> None:
-        """Fields of a struct side by side: words, bytes (drawn in proportion, at least as wide as the words), kind."""
-        self.words(x - 8, y + 17, label, 13, "end", True)
-        for words, count, kind in fields:
-            width = max(6.2 * len(words) + 12, count * scale)
-            self.box(x, y, width, 34, words, kind, 11)
-            x += width
-
-    def svg(self) -> str:
-        """The document."""
-        return self.head + "\n" + "\n".join(self.parts) + "\n</svg>\n"
 
 
 def house() -> Figure:
@@ -207,78 +146,79 @@ def place() -> Figure:
     return f
 
 
-def ggml() -> Figure:
-    """Blocks of GGUF types by their bytes."""
-    f = Figure(760, 270, "GGUF blocks, byte by byte")
-    scale = 2.1
-    f.strip(12, "Q8_0, 34", [("d f16", 2, "convert"), ("32 codes, int8", 32, "quantize")], scale * 2)
-    f.strip(
-        62,
+GGML = (  # a block: its name and bytes, pixels a byte, its fields
+    ("Q8_0, 34", 4.2, [("d f16", 2, "convert"), ("32 codes, int8", 32, "quantize")]),
+    (
         "Q4_K, 144",
+        2.1,
         [
             ("d f16", 2, "convert"),
             ("dmin f16", 2, "convert"),
             ("8 scales, 8 mins: 12", 12, "calibration"),
             ("256 codes of 4 bits: 128", 128, "quantize"),
         ],
-        scale,
-    )
-    f.strip(
-        112,
+    ),
+    (
         "Q6_K, 210",
+        2.1,
         [
             ("low 4 bits: 128", 128, "quantize"),
             ("high 2 bits: 64", 64, "quantize"),
             ("16 scales, int8", 16, "calibration"),
             ("d f16", 2, "convert"),
         ],
-        scale,
-    )
-    f.strip(
-        162,
+    ),
+    (
         "IQ3_XXS, 98",
+        2.94,
         [
             ("d f16", 2, "convert"),
             ("64 codebook indices: 64", 64, "quantize"),
             ("signs and scales: 32", 32, "calibration"),
         ],
-        scale * 1.4,
-    )
-    f.strip(
-        212,
+    ),
+    (
         "IQ4_XS, 136",
+        2.1,
         [
             ("d f16", 2, "convert"),
             ("high bits of scales: 2", 2, "calibration"),
             ("low bits: 4", 4, "calibration"),
             ("256 codes of 4 bits: 128", 128, "quantize"),
         ],
-        scale,
-    )
+    ),
+)
+FOLDERS = (  # a group, likewise
+    ("INT4, g32", 16, [("4 words of 8 codes: 16", 16, "quantize"), ("scale BF16: 2", 2, "calibration")]),
+    (
+        "NVFP4, 16",
+        32,
+        [
+            ("16 E2M1 codes: 8", 8, "quantize"),
+            ("E4M3 scale: 1", 1, "calibration"),
+            ("one F32 for the matrix", 4, "convert"),
+        ],
+    ),
+    ("MXFP4, 32", 16, [("32 E2M1 codes: 16", 16, "quantize"), ("E8M0 scale: 1", 1, "calibration")]),
+    (
+        "FP8 tile",
+        1.2,
+        [("128 x 128 E4M3 codes: 16,384", 300, "quantize"), ("weight_scale_inv F32: 4", 4, "calibration")],
+    ),
+)
+
+
+def ggml() -> Figure:
+    """Blocks of GGUF types by their bytes."""
+    f = Figure(760, 270, "GGUF blocks, byte by byte")
+    f.strips(GGML)
     return f
 
 
 def safetensors() -> Figure:
     """A group of each folder format by its bytes."""
     f = Figure(760, 220, "What a group of weights takes in a folder")
-    f.strip(12, "INT4, g32", [("4 words of 8 codes: 16", 16, "quantize"), ("scale BF16: 2", 2, "calibration")], 16)
-    f.strip(
-        62,
-        "NVFP4, 16",
-        [
-            ("16 E2M1 codes: 8", 8, "quantize"),
-            ("E4M3 scale: 1", 1, "calibration"),
-            ("one F32 for the matrix", 4, "convert"),
-        ],
-        32,
-    )
-    f.strip(112, "MXFP4, 32", [("32 E2M1 codes: 16", 16, "quantize"), ("E8M0 scale: 1", 1, "calibration")], 16)
-    f.strip(
-        162,
-        "FP8 tile",
-        [("128 x 128 E4M3 codes: 16,384", 300, "quantize"), ("weight_scale_inv F32: 4", 4, "calibration")],
-        1.2,
-    )
+    f.strips(FOLDERS)
     return f
 
 
