@@ -19,7 +19,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str]:
     """(front matter, body) of a card; InputError when the front matter is no YAML mapping."""
-    match = re.match(r"\A\ufeff?---\s*\n(.*?)\n---\s*(?:\n|\Z)", text, re.DOTALL)
+    match = re.match(r"\A\ufeff?---[ \t\r]*\n(.*?)\n---[ \t\r]*(?:\n|\Z)", text, re.DOTALL)
     if not match:
         return {}, text
     try:
@@ -30,7 +30,7 @@ def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str
         raise InputError(f"{where}: the front matter is nested too deeply") from None
     if not is_object(data):
         raise InputError(f"{where}: the front matter is a {type(data).__name__}, expected keys and values")
-    return data, text[match.end() :]
+    return data, re.sub(r"\A(?:[ \t\r]*\n)+", "", text[match.end() :])
 
 
 def license_fields(base_card: str | None, license_text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .files.parse import is_list, is_object
 
 Read = Callable[[str], "bytes | None"]
 
-_RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|import\s+\.(\w+)\s*$)", re.MULTILINE)
+_RELATIVE = re.compile(r"^[ \t]*(?:from[ \t]+\.(\w+)[ \t]+import\b|import[ \t]+\.(\w+)[ \t\r]*$)", re.MULTILINE)
 
 
 def code_files(config: dict[str, Any], read: Read) -> dict[str, bytes]:

@@ -20,8 +20,9 @@ from mmquant.errors import InputError
 from ..files.parse import is_list, is_object, short
 from . import awq_gemm, fp8_native, gptq_v1, mxfp4, mxfp8, nvfp4
 from .format import Format, Method, Scheme
+from .patterns import compiled
 from .settings import block_of, is_group
-from .skip_lists import AUTO_ROUND, compiled
+from .skip_lists import AUTO_ROUND
 
 NAMES = ("auto-round", "intel/auto-round")
 DEFAULTS: dict[str, Any] = {"bits": 4, "group_size": 128, "sym": True, "data_type": "int"}

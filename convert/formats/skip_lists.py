@@ -14,14 +14,13 @@ Source: vLLM quant_utils.py (is_layer_skipped), compressed_tensors/utils.py; SGL
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 
 from mmquant.errors import InputError
 
 from ..files.parse import are, is_list, short
 from ..models.names import TensorNames
+from .patterns import compiled
 
 VLLM, SGLANG, TRANSFORMERS, MLX, AUTO_ROUND = "vLLM", "SGLang", "transformers", "mlx_lm", "AutoRound"
 EXLLAMAV3 = "exllamav3"
@@ -88,20 +87,9 @@ def start_or_end(entries: Sequence[str], names: Sequence[str]) -> bool:
 
 def _begins(pattern: str, name: str) -> bool:
     try:
-        return compiled(pattern).match(name) is not None
+        return compiled(pattern).match(name)
     except re.error:  # no pattern: the engine would fail, so nothing is skipped by it
         return False
-
-
-@cache
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern of config.json, without Python's warnings of what it might mean one day. re.error for none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return re.compile(pattern)
-        except (OverflowError, RecursionError) as error:  # a{99999999999}, or a thousand brackets
-            raise re.error(str(error)) from None
 
 
 FP8_RULES: dict[str, Skips] = {VLLM: whole_names, SGLANG: whole_parts, TRANSFORMERS: start_or_end}

@@ -19,7 +19,8 @@ from .prompts import Case
 
 TAGS = re.compile("|".join(row.serving.markup for row in ARCHITECTURES.values() if row.serving and row.serving.markup))
 THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-LOOP = re.compile(r"(.{2,200}?)\1{5,}\s*\Z", re.DOTALL)  # the same piece six times at the end
+PIECES = range(2, 201)  # characters of what comes again and again
+TIMES = 6
 SCRIPTS = {"zh": "CJK", "ja": "KANA", "ko": "HANGUL", "ru": "CYRILLIC", "ar": "ARABIC"}
 # The commonest short words of languages in Latin letters.
 COMMON = {
@@ -72,8 +73,16 @@ def judge(case: Case, reply: Reply) -> Verdict:
         broken_tags=TAGS.search(text) is not None,
         language=is_language(text, spoken) if spoken else None,
         scenario=in_order(text, case.tokens) if case.tokens else None,
-        repeats=any(LOOP.search(part[-4000:]) is not None for part in (text, reply.reasoning)),
+        repeats=any(is_loop(part) for part in (text, reply.reasoning)),
     )
+
+
+def is_loop(text: str) -> bool:
+    """Whether a text ends in the same piece six times over; blanks may follow."""
+    tail, most = text[-4000:], PIECES.stop * TIMES
+    ends = range(len(tail.rstrip()), len(tail) + 1)[: PIECES.stop]
+    parts = (tail[max(0, end - most) : end] for end in ends)
+    return any(part.endswith(part[-size:] * TIMES) for part in parts for size in PIECES if size <= len(part))
 
 
 def fits_schema(case: Case, name: str, arguments: str) -> bool:
