@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
+from .finite import check_finite
 
 E4M3_MAX = 448.0
 CACHE_HEADROOM = 2.0
@@ -40,7 +40,7 @@ def quantize_tiles(
 
     `round_scale` maps scales to those that will be stored; codes are taken under the stored ones.
     """
-    _finite(weight)
+    check_finite(weight)
     rows, cols = weight.shape
     tile = min(tile[0], rows), min(tile[1], cols)
     padded = torch.nn.functional.pad(weight.float(), (0, -cols % tile[1], 0, -rows % tile[0]))
@@ -56,7 +56,7 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     The scale is rounded up to bfloat16 first and the codes are taken under the rounded scale, so that readers that keep
     bfloat16 scales lose nothing and no code passes 448.
     """
-    _finite(weight)
+    check_finite(weight)
     peak = weight.float().abs().amax(-1, keepdim=True)
     scales = round_up_bfloat16(_scale(peak))
     return _codes(weight.float() / scales), scales
@@ -84,8 +84,3 @@ def _scale(peak: Tensor) -> Tensor:
 
 def _codes(scaled: Tensor) -> Tensor:
     return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-def _finite(weight: Tensor) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")

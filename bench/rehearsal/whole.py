@@ -141,12 +141,11 @@ def discard(path: Path) -> None:
 def product(options: argparse.Namespace) -> None:
     """Run `mmquant` in this process with what the discarded output needs."""
     from mmquant.commands.cli import main
-    from mmquant.convert.files import progress
-    from mmquant.convert.folder import writer
+    from mmquant.convert.files import growing, progress
     from mmquant.runs import folder
 
     out = options.folder / "out"
-    check, replace = progress.Progress._check_digest, writer.replace_whole
+    check, replace = progress.Progress._check_digest, growing.replace_whole
 
     def check_digest(self: progress.Progress, name: str) -> None:
         if not notes_of(out).get(name, {}).get("discarded"):
@@ -158,7 +157,7 @@ def product(options: argparse.Namespace) -> None:
             time.sleep(0.2)
 
     progress.Progress._check_digest = check_digest  # type: ignore[method-assign]
-    writer.replace_whole = replace_whole
+    growing.replace_whole = replace_whole
     folder.check_disk = lambda *_: None
     sys.argv = ["mmquant", *(word for word in options.command if word != "--")]
     main()

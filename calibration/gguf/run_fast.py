@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from ...quantize.ggml.types import GGMLType
 from ..model.distributed import sum_everywhere, world
 from ..model.divided import from_owner
 from ..model.forward import rms_norm
-from ..model.stream import Stream
+from ..model.stream import Stream, Streaming
 from ..statistics.collect import Collect
 from ..statistics.layer import LayerStatistics
 from ..statistics.layer_pass import calibrate_layer, plan_moments, sum_over_ranks
@@ -33,7 +32,7 @@ from .solve import METHODS, Report
 DIAGONALS = Collect(full=False)
 
 
-class FastPass:
+class FastPass(Streaming):
     """The reference's stream and the diagonals of the layer that it has left; for any number of runs on one text.
 
     The stream is kept in `folder` as it enters each layer.
@@ -46,9 +45,8 @@ class FastPass:
         self._layer = -1
         self._reached: dict[int, int] = {}
 
-    @cached_property
-    def stream(self) -> Stream:
-        """The residual stream; its memory is taken when it is first used."""
+    def make_stream(self) -> Stream:
+        """As it enters the first layer."""
         self.folder.mkdir(parents=True, exist_ok=True)
         batch, dtype = text_batch(self.tokens.shape[1], self.device), default_dtype(self.device)
         return Stream(self.source, self.tokens, device=self.device, dtype=dtype, batch=batch, folder=self.folder)
@@ -76,16 +74,6 @@ class FastPass:
         """Keep the stream as it leaves the layer before `step`, which a run has just reached."""
         if 1 < step <= self.source.geometry.layers + 1:
             self.stream.save()
-
-    def settle(self) -> None:
-        """Wait until what was saved is durable."""
-        if "stream" in self.__dict__:
-            self.stream.settle()
-
-    def stop(self) -> None:
-        """Save nothing more."""
-        if "stream" in self.__dict__:
-            self.stream.stop()
 
     def reach(self, user: int, step: int) -> None:
         """A run does `step` next: what lies before every run's goes."""

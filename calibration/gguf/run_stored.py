@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError, naming
 
-from ...convert.checkpoints.batches import batches
+from ...convert.checkpoints.batches import batches, to_host
 from ...convert.checkpoints.checkpoint import Checkpoint
 from ...convert.files.atomic import sha256_file
 from ...convert.gguf.imatrix import Imatrix, read_imatrix, split_matrices
@@ -42,7 +42,7 @@ from .encode import encode_tensors
 from .layer import ROLES
 from .moments import Pair
 from .provider import TensorProvider
-from .solve import METHODS, Method, Report, experts_at_once, solve_part
+from .solve import METHODS, Method, Report, experts_at_once, rounded_part
 
 AT_ONCE = 16  # matrices that are read together where each is searched alone
 DIAGONAL_PRIOR = 4.0  # strength of the pool in importance, in rows per input
@@ -275,7 +275,8 @@ def encode_matrices(
         step = 1 if count == 1 else experts_at_once(read(range(1)))
 
         def work(part: range) -> np.ndarray:
-            return solve_part(read(part), kind, pair, slice(part.start, part.stop), method)[0]
+            stored, _, _ = rounded_part(read(part), kind, pair, slice(part.start, part.stop), method)
+            return to_host(stored).numpy()
 
     else:
         importance, step = shrunk_diagonal(moments, DIAGONAL_PRIOR).to(device), AT_ONCE

@@ -116,7 +116,8 @@ def solve(
     step = step if step is not None else experts_at_once(weight)
     for start in range(0, experts, step):
         part = slice(start, start + step)
-        out[part], values[part], worse = solve_part(weight[part], kind, pair, part, method)
+        stored, values[part], worse = rounded_part(weight[part], kind, pair, part, method)
+        out[part] = to_host(stored).numpy()
         if plain is not None:
             plain += [start + expert for expert in worse[:, 0].nonzero().flatten().tolist()]
     return out, values
@@ -132,20 +133,6 @@ def rows_at_once(weight: Tensor) -> int:
     """Rows of one matrix [..., O, n] that the working memory holds beside its moments; 256 at least."""
     n = weight.shape[-1]
     return max(256, (solve_memory(weight.device) - solve_bytes(0, n)) // (4 * WEIGHT_COPIES * n))
-
-
-def solve_part(
-    weight: Tensor,
-    kind: GGMLType,
-    pair: Pair,
-    part: slice,
-    method: Method,
-    matrices: int = 1,
-    share: Tensor | None = None,
-) -> tuple[np.ndarray, Tensor, Tensor]:
-    """`rounded_part` with the bytes on the host."""
-    stored, values, plain = rounded_part(weight, kind, pair, part, method, matrices, share)
-    return to_host(stored).numpy(), values, plain
 
 
 def rounded_part(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,29 @@ from .parts import Saved, Saver, find_parts, load_parts, part_path
 from .reading import read_layer_shared
 
 DISK_LIMIT = 64 << 30
+
+
+class Streaming:
+    """What goes through the layers with one stream, made when it is first asked for."""
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The residual stream; its memory is taken when it is first used."""
+        return self.make_stream()
+
+    def make_stream(self) -> Stream:
+        """The stream before its first layer."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Wait until what was saved of the stream is durable."""
+        if "stream" in self.__dict__:
+            self.stream.settle()
+
+    def stop(self) -> None:
+        """Save nothing more."""
+        if "stream" in self.__dict__:
+            self.stream.stop()
 
 
 class Stream:

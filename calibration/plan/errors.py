@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...quantize.ggml.types import GGMLType
 from ..gguf.moments import Pair
-from ..gguf.solve import METHODS, experts_at_once, solve_part
+from ..gguf.solve import METHODS, experts_at_once, rounded_part
 
 METHOD = replace(METHODS["default"], correct=False)  # of one matrix alone, nothing before it lost anything
 
@@ -66,7 +66,7 @@ def rounded_kinds(
         some, place = weight[chosen], slice(part.start + chosen.start, part.stop, chosen.step)
         if not len(some):
             continue
-        _, values, _ = solve_part(some, GGMLType[kind], pair, place, METHOD, blocks)
+        _, values, _ = rounded_part(some, GGMLType[kind], pair, place, METHOD, blocks)
         yield kind, values, output_errors(pair, place, some, values, blocks), chosen
 
 

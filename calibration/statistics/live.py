@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ...convert.models.layer import LayerWeights
 from ..model.distributed import barrier, rank_share, world
 from ..model.hidden import RAM_LIMIT, place_of
 from ..model.reading import read_layer_shared
-from ..model.stream import DISK_LIMIT, Stream
+from ..model.stream import DISK_LIMIT, Stream, Streaming
 from ..text.corpus import Corpus
 from .collect import Collect
 from .held import HELD
@@ -73,7 +72,7 @@ def moment_plan(source: Checkpoint, options: PassOptions, tokens: int) -> Moment
     return plan_moments(source.geometry, options.collect, memory, room)
 
 
-class LivePass:
+class LivePass(Streaming):
     """Runs the forward layer by layer and hands each layer's statistics over, storing nothing.
 
     `folder` keeps the hidden states between layers, so that a killed run continues with the same bits; without it a
@@ -101,9 +100,8 @@ class LivePass:
         self._pending: LayerWeights | None = None
         self._kept: dict[str, Any] = {}
 
-    @cached_property
-    def stream(self) -> Stream:
-        """The residual stream; its memory is taken when the first layer is asked for."""
+    def make_stream(self) -> Stream:
+        """As it enters the first layer."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         o = self.options
@@ -183,16 +181,6 @@ class LivePass:
             barrier()  # before the layer counts, and before any rank's older state goes
             # What is written may be a step behind, and so is where a killed run goes on.
             self.stream.keep_from(self.stream.layer - (2 if self.options.propagate == "quantized" else 1))
-
-    def settle(self) -> None:
-        """Wait until the saved streams are durable."""
-        if "stream" in self.__dict__:
-            self.stream.settle()
-
-    def stop(self) -> None:
-        """Save nothing more."""
-        if "stream" in self.__dict__:
-            self.stream.stop()
 
 
 class SharedPass:

@@ -1,4 +1,4 @@
-"""Grow a file over several runs under a temporary name, and rename it when it is whole."""
+"""Grow files over several runs under temporary names, and rename each when it is whole."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from .atomic import CHUNK, temporary_of
-from .progress import damaged
+from mmquant.stages import stage
+
+from .atomic import CHUNK, replace_whole, sync_file, temporary_of
+from .behind import Behind
+from .digest import SideDigest
+from .progress import Progress, damaged
 
 
 def begin(path: Path) -> BinaryIO:
@@ -38,3 +42,68 @@ def go_on(path: Path, length: int, seen: Callable[[bytes], object]) -> BinaryIO:
         left -= len(block)
     file.truncate(length)
     return file
+
+
+class GrowingFiles:
+    """Files of one folder that are written one after another on a thread of its own, with notes of how far they are.
+
+    `done`: what was handed in, in the units of `progress`.
+    """
+
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self.folder, self.progress, self.done = folder, progress, progress.done
+        self._file: BinaryIO | None = None
+        self._digest, self._behind = SideDigest(), Behind()
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of the files that are whole, by name."""
+        return self.progress.sha256
+
+    def settle(self) -> None:
+        """Wait until what was handed in is written; raises what failed."""
+        self._behind.wait()
+
+    def clear_progress(self) -> None:
+        """Forget how far the run was; called once the manifest is there."""
+        self.progress.clear()
+
+    def close(self) -> None:
+        """Drop what waits to be written; leave the open file as it is (its durable part is recorded)."""
+        self._behind.close()
+        self._leave()
+        self._digest.close()
+
+    # -- on the writing thread -------------------------------------------------------------------------------------
+
+    def _begin(self, name: str, header: bytes) -> None:
+        self._digest.begin()
+        self._file = begin(self.folder / name)
+        self._put(header)
+
+    def _go_on(self, name: str, length: int) -> None:
+        """Behind the first `length` bytes of a file that an earlier run began."""
+        self._file = go_on(self.folder / name, length, self._digest.seen)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        assert self._file is not None
+        self._digest.update(data)
+        with stage("write"):
+            self._file.write(data)
+
+    def _sync(self) -> None:
+        if self._file is not None:
+            with stage("sync"):
+                sync_file(self._file)
+
+    def _end(self, name: str) -> None:
+        """The open file is whole: it gets its name."""
+        self._leave()
+        with stage("sync"):
+            replace_whole(temporary_of(self.folder / name), self.folder / name)
+        self.sha256[name] = self._digest.hexdigest()
+
+    def _leave(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

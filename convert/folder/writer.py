@@ -29,10 +29,8 @@ from mmquant.stages import stage
 from ..checkpoints.checkpoint import TORCH_DTYPES
 from ..checkpoints.finite import check_finite
 from ..checkpoints.store import INDEX
-from ..files.atomic import replace_whole, sync_file, temporary_of, write_whole
-from ..files.behind import Behind
-from ..files.digest import SideDigest
-from ..files.growing import begin, go_on
+from ..files.atomic import write_whole
+from ..files.growing import GrowingFiles
 from ..files.progress import Progress
 from ..formats.spec import TensorSpec
 
@@ -93,7 +91,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.numpy().data
 
 
-class FolderWriter:
+class FolderWriter(GrowingFiles):
     """Writes the planned tensors step by step, on a thread of its own: `done` steps are handed in.
 
     A run that continues finds those that are durable done. At most one step waits while the next one is made.
@@ -109,20 +107,12 @@ class FolderWriter:
         framework: str = "pt",
     ) -> None:
         """away: shards that were published and deleted; a run that continues does not look for them."""
-        self.folder, self.away = folder, away
-        self.shards = plan_shards(steps, limit, framework)
+        self.away, self.shards = away, plan_shards(steps, limit, framework)
         self._step_ends = _cumulative(steps)
-        self._shard, self._tensor, self._file = 0, 0, None
-        self._digest, self._behind = SideDigest(), Behind()
+        self._shard, self._tensor = 0, 0
         plan = hashlib.sha256(b"".join(shard.name.encode() + shard.header for shard in self.shards)).hexdigest()
-        self.progress = Progress(folder, run, plan, len(steps))
-        self.done = self.progress.done
+        super().__init__(folder, Progress(folder, run, plan, len(steps)))
         self._resume()
-
-    @property
-    def sha256(self) -> dict[str, str]:
-        """SHA-256 of the files that are whole, by name."""
-        return self.progress.sha256
 
     @property
     def bytes(self) -> int:
@@ -156,10 +146,6 @@ class FolderWriter:
         self._behind.put(partial(self._end_step, step, check))
         self.done = step + 1
 
-    def settle(self) -> None:
-        """Wait until what was handed in is durable; raises what failed."""
-        self._behind.wait()
-
     def finish(self, files: Mapping[str, bytes]) -> list[str]:
         """Write the index and the small files; returns all names, shards first. The caller writes the manifest last."""
         assert self.done == len(self._step_ends)
@@ -180,16 +166,6 @@ class FolderWriter:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
         return (json.dumps(index, indent=1) + "\n").encode()
 
-    def clear_progress(self) -> None:
-        """Forget how far the run was; called once the manifest is there."""
-        self.progress.clear()
-
-    def close(self) -> None:
-        """Drop what waits to be written; leave the open shard as it is (its durable part is recorded)."""
-        self._behind.close()
-        self._leave()
-        self._digest.close()
-
     # -- on the writing thread -------------------------------------------------------------------------------------
 
     def _append(self, step: int, spec: TensorSpec, tensor: Tensor) -> None:
@@ -198,16 +174,11 @@ class FolderWriter:
         with self._naming(step):
             check_finite(tensor, f"{self.folder}: {spec.name}")
             if self._file is None:
-                self._file = begin(self.folder / shard.name)
-                self._digest.begin()
-                self._put(shard.header)
+                self._begin(shard.name, shard.header)
             self._put(tensor_bytes(tensor))
             self._tensor += 1
             if self._tensor == len(shard.tensors):
-                self._leave()
-                with stage("sync"):
-                    replace_whole(temporary_of(self.folder / shard.name), self.folder / shard.name)
-                self.sha256[shard.name] = self._digest.hexdigest()
+                self._end(shard.name)
                 self._shard, self._tensor = self._shard + 1, 0
 
     def _end_step(self, step: int, check: Callable[[], object] | None) -> None:
@@ -217,17 +188,9 @@ class FolderWriter:
             if check is not None:
                 with stage("check"):
                     check()
-            if self._file is not None:
-                with stage("sync"):
-                    sync_file(self._file)
+            self._sync()
         self.progress.done = step + 1
         self.progress.save()
-
-    def _put(self, data: bytes | memoryview) -> None:
-        assert self._file is not None
-        self._digest.update(data)
-        with stage("write"):
-            self._file.write(data)
 
     @contextmanager
     def _naming(self, step: int) -> Generator[None]:
@@ -240,11 +203,6 @@ class FolderWriter:
         except OSError as error:
             self._leave()
             raise OSError(error.errno, f"{self.folder}: {error.strerror} while writing step {step}") from None
-
-    def _leave(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def _planned(self, first: int, last: int) -> Iterator[TensorSpec]:
         """Tensors first..last-1 of all shards."""
@@ -266,7 +224,7 @@ class FolderWriter:
         if tensors:
             shard = self.shards[self._shard]
             length = len(shard.header) + sum(t.bytes for t in shard.tensors[:tensors])
-            self._file = go_on(self.folder / shard.name, length, self._digest.seen)
+            self._go_on(shard.name, length)
 
 
 def _cumulative(steps: list[list[TensorSpec]]) -> list[int]:

@@ -19,11 +19,13 @@ NAME = "float-quantized"
 TILE = (128, 128)
 
 
-def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
+def parts(scheme: Scheme, shape: Shape) -> list[Part]:
+    """E4M3 codes and their scales."""
     return plain_codes(scheme, shape, ("F8_E4M3",))
 
 
-def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
+def unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
+    """Codes times scales."""
     del shape
     return plain_values(scheme, fetch)
 
@@ -45,8 +47,8 @@ FORMAT = Format(
     NAME,
     ct.METHOD,
     (8,),
-    _parts,
-    _unpack,
+    parts,
+    unpack,
     _nearest,
     group=_group,
     config=ct.one_group,

@@ -12,18 +12,8 @@ from torch import Tensor
 
 from ...quantize.fp8 import quantize_channels
 from . import compressed_tensors as ct
-from .format import Fetch, Format, Part, Scheme, Shape
-from .fp8_block import NAME
-from .scales import plain_codes, plain_values
-
-
-def _parts(scheme: Scheme, shape: Shape) -> list[Part]:
-    return plain_codes(scheme, shape, ("F8_E4M3",))
-
-
-def _unpack(scheme: Scheme, shape: Shape, fetch: Fetch) -> Tensor:
-    del shape
-    return plain_values(scheme, fetch)
+from .format import Format, Scheme
+from .fp8_block import NAME, parts, unpack
 
 
 def _nearest(names: list[str], weights: Tensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -42,8 +32,8 @@ FORMAT = Format(
     NAME,
     ct.METHOD,
     (8,),
-    _parts,
-    _unpack,
+    parts,
+    unpack,
     _nearest,
     group=_group,
     config=ct.one_group,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +25,7 @@ from mmquant.errors import InputError
 from mmquant.stages import stage
 
 from ...quantize.ggml.types import GGMLType
-from ..files.atomic import replace_whole, sync_file, temporary_of
-from ..files.behind import Behind
-from ..files.digest import SideDigest
-from ..files.growing import begin, go_on
+from ..files.growing import GrowingFiles
 from ..files.progress import Progress
 from .finite import check_stored
 from .metadata import Metadata, pack_string, split_keys
@@ -118,7 +115,7 @@ def plan_parts(stem: str, metadata: Metadata, tensors: tuple[TensorInfo, ...], l
     return parts
 
 
-class GgufWriter:
+class GgufWriter(GrowingFiles):
     """Writes a set of parts into `folder`, tensor by tensor in the planned order, on a thread of its own.
 
     `done` tensors are handed in. A part carries its final name only when it is whole. `checkpoint()` makes what is
@@ -139,23 +136,14 @@ class GgufWriter:
 
         InputError when the folder holds an unfinished run of another one, or a damaged one.
         """
-        self.folder, self.parts, self.away = folder, parts, away
+        self.parts, self.away = parts, away
         digest = hashlib.sha256(json.dumps(run or {}, sort_keys=True).encode())
         for part in parts:
             digest.update(part.name.encode() + part.header)
         self.tensors = [(index, tensor) for index, part in enumerate(parts) for tensor in part.tensors]
-        self._file: BinaryIO | None = None
-        self._part = -1
-        self._digest, self._behind = SideDigest(), Behind()
         folder.mkdir(parents=True, exist_ok=True)
-        self.progress = Progress(folder, run or {}, digest.hexdigest(), len(self.tensors))
-        self.done = self.progress.done
+        super().__init__(folder, Progress(folder, run or {}, digest.hexdigest(), len(self.tensors)))
         self._resume()
-
-    @property
-    def sha256(self) -> dict[str, str]:
-        """SHA-256 of the parts that are whole, by name."""
-        return self.progress.sha256
 
     @property
     def names(self) -> list[str]:
@@ -195,26 +183,12 @@ class GgufWriter:
         """The same behind the caller: call after each layer. `before` and `after` what is remembered, do these."""
         self._behind.put(partial(self._commit, self.done, before, after))
 
-    def settle(self) -> None:
-        """Wait until what was handed in is written; raises what failed."""
-        self._behind.wait()
-
     def finish(self) -> list[Path]:
         """Paths of the finished parts."""
         self.settle()
         assert self.done == len(self.tensors), f"{len(self.tensors) - self.done} tensors are missing"
         self.progress.checked()
         return [self.folder / part.name for part in self.parts]
-
-    def clear_progress(self) -> None:
-        """Forget how far the run was; called once the manifest is there."""
-        self.progress.clear()
-
-    def close(self) -> None:
-        """Drop what waits to be written and leave the files as they are; what was checkpointed is found again."""
-        self._behind.close()
-        self._leave()
-        self._digest.close()
 
     # -- on the writing thread -------------------------------------------------------------------------------------
 
@@ -224,43 +198,20 @@ class GgufWriter:
                 np.frombuffer(view, np.uint8), GGMLType[tensor.type], f"{self.parts[part].name}: {tensor.name}"
             )
         if self._file is None:  # not open, and not left half written by an earlier run
-            self._part = part
-            self._digest.begin()
-            self._file = begin(self.folder / self.parts[part].name)
-            self._put(self.parts[part].header)
+            self._begin(self.parts[part].name, self.parts[part].header)
         self._put(view)
         self._put(bytes(-len(view) % ALIGNMENT))
         if last:
-            self._finish_part()
+            self._end(self.parts[part].name)
 
     def _commit(self, done: int, before: Callable[[], object] | None, after: Callable[[], object] | None) -> None:
         if before is not None:
             before()
-        if self._file is not None:
-            with stage("sync"):
-                sync_file(self._file)
+        self._sync()
         self.progress.done = done
         self.progress.save()
         if after is not None:
             after()
-
-    def _put(self, data: bytes | memoryview) -> None:
-        assert self._file is not None
-        self._digest.update(data)
-        with stage("write"):
-            self._file.write(data)
-
-    def _finish_part(self) -> None:
-        self._leave()
-        path = self.folder / self.parts[self._part].name
-        with stage("sync"):
-            replace_whole(temporary_of(path), path)
-        self.sha256[path.name] = self._digest.hexdigest()
-
-    def _leave(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def _resume(self) -> None:
         """Take up an unfinished run behind its last checkpoint; what lies behind that is cut off."""
@@ -269,5 +220,4 @@ class GgufWriter:
         inside = [tensor for index, tensor in self.tensors[: self.done] if index == part]
         if inside:
             size = len(self.parts[part].header) + sum(padded(tensor.bytes) for tensor in inside)
-            self._part = part
-            self._file = go_on(self.folder / self.parts[part].name, size, self._digest.seen)
+            self._go_on(self.parts[part].name, size)

@@ -15,8 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
-
+from ..finite import check_finite
 from ..integer.descent import descend
 from ..integer.gptq import blocks
 from ..integer.gptq_grid import sweep_block
@@ -68,8 +67,7 @@ class AffineGrid:
 
     def round_nearest(self, weight: Tensor, importance: Tensor | None) -> IntWeight:
         """Nearest codes of weight [E, O, I] under the best scales and biases; importance [E, I] weighs columns."""
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+        check_finite(weight)
         experts, outputs, n = weight.shape
         size = groups_of(n, self.group_size)
         columns = weight.float().mT.contiguous()

@@ -18,8 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
-
+from ..finite import check_finite
 from ..integer.descent import descend
 from ..integer.grid import IntWeight, groups_of, search_weights
 from ..integer.panel import Panel, Solved
@@ -91,8 +90,7 @@ class Fp4Grid:
 
     def round_nearest(self, weight: Tensor, importance: Tensor | None) -> IntWeight:
         """Nearest codes of weight [E, O, I] under the best scales; importance [E, I] weighs a column's error."""
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+        check_finite(weight)
         experts, outputs, n = weight.shape
         size = groups_of(n, self.group_size)
         columns = weight.float().mT.contiguous()

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
-
+from ..finite import check_finite
 from ..linear_algebra import cholesky, full_float32, permute_both
 from .grid import groups_of, search_scales
 from .panel import Grid, Panel, Solved
@@ -98,8 +97,7 @@ def gptq_quantize(
 
     Raises ValueError for a weight with NaN or infinity and for a group size that does not divide the row.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+    check_finite(weight)
     group = groups_of(weight.shape[-1], grid.group_size)
     known = feedback if feedback is not None else gptq_factor(second, group, damping)
     with full_float32():

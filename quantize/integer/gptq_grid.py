@@ -8,8 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
-
+from ..finite import check_finite
 from ..refit import refit_scales
 from .grid import IntWeight, code_range, groups_of, round_to_codes, search_scales, search_weights
 from .panel import Panel, Solved, put, take
@@ -101,8 +100,7 @@ def _search_group(part: Tensor, importance: Tensor, grid: GptqGrid) -> tuple[Ten
 
 def nearest_fused(weight: Tensor, importance: Tensor, size: int, bits: int) -> IntWeight:
     """As `rtn_int` for groups that a CUDA kernel holds: one launch for a group of all matrices [E, O, I]."""
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+    check_finite(weight)
     columns = weight.float().mT.contiguous()
     weighing = search_weights(torch.unflatten(importance.float(), -1, (-1, size)))
     groups = range(weight.shape[-1] // size)

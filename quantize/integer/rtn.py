@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
-
+from ..finite import check_finite
 from .grid import RATIOS, IntWeight, dequantize, round_to_codes, search_scales
 
 __all__ = ["IntWeight", "dequantize", "rtn_int"]
@@ -30,7 +28,6 @@ def rtn_int(
 
     Raises ValueError for NaN or infinity, and for a group size that does not divide the row.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(f"weight {tuple(weight.shape)} holds NaN or infinity, expected finite values")
+    check_finite(weight)
     scales, zeros = search_scales(weight, importance, bits, group_size, symmetric, signed, tries)
     return round_to_codes(weight, scales, zeros, bits)

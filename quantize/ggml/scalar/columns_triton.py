@@ -43,6 +43,23 @@ def _level(y, step, levels, LOWEST: tl.constexpr, TOP: tl.constexpr, FIRST: tl.c
 
 
 @triton.jit
+def _rounded(
+    wanted, here, used, decoded, step, minimum, codes, levels,
+    MINIMUM: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """The value nearest to `wanted`, stored at `here` with its code."""
+    scale = tl.load(step + here, mask=used, other=0.0)
+    low = tl.zeros_like(wanted)
+    if MINIMUM:
+        low = tl.load(minimum + here, mask=used, other=0.0)
+    code, level = _level(wanted + low, scale, levels, LOWEST, TOP, FIRST, LEVELS)
+    found = scale * level - low
+    tl.store(codes + here, code.to(tl.int32).to(tl.uint8), mask=used)
+    tl.store(decoded + here, found, mask=used)
+    return found
+
+
+@triton.jit
 def _sweep_kernel(
     target, weight, decoded, step, minimum, codes, lower, levels, rows, column_stride, value_column, value_expert,
     lower_expert, lower_row,
@@ -60,14 +77,7 @@ def _sweep_kernel(
         k = B - 1 - back
         here = base + k * column_stride + out
         value = tl.sum(tl.where(row[:, None] == k, values, 0.0), 0)
-        scale = tl.load(step + here, mask=used, other=0.0)
-        low = tl.zeros_like(value)
-        if MINIMUM:
-            low = tl.load(minimum + here, mask=used, other=0.0)
-        code, level = _level(value + low, scale, levels, LOWEST, TOP, FIRST, LEVELS)
-        found = scale * level - low
-        tl.store(codes + here, code.to(tl.int32).to(tl.uint8), mask=used)
-        tl.store(decoded + here, found, mask=used)
+        found = _rounded(value, here, used, decoded, step, minimum, codes, levels, MINIMUM, LOWEST, TOP, FIRST, LEVELS)
         error = tl.load(weight + here, mask=used, other=0.0) - found
         tl.store(target + expert * value_expert + k * value_column + out, error, mask=used)
         factor = tl.load(lower + expert * lower_expert + k * lower_row + row, mask=row < k, other=0.0)
@@ -92,16 +102,10 @@ def _descend_kernel(
         k = B - 1 - back
         here = base + k * column_stride + out
         value = tl.sum(tl.where(row[:, None] == k, values, 0.0), 0)
-        scale = tl.load(step + here, mask=used, other=0.0)
-        low = tl.zeros_like(value)
-        if MINIMUM:
-            low = tl.load(minimum + here, mask=used, other=0.0)
         before = tl.load(decoded + here, mask=used, other=0.0)
         line = moments + expert * moments_expert + k * moments_row
-        code, level = _level(before + value / tl.load(line + k) + low, scale, levels, LOWEST, TOP, FIRST, LEVELS)
-        found = scale * level - low
-        tl.store(codes + here, code.to(tl.int32).to(tl.uint8), mask=used)
-        tl.store(decoded + here, found, mask=used)
+        wanted = before + value / tl.load(line + k)
+        found = _rounded(wanted, here, used, decoded, step, minimum, codes, levels, MINIMUM, LOWEST, TOP, FIRST, LEVELS)
         change = found - before
         tl.store(pull + expert * value_expert + k * value_column + out, change, mask=used)
         factor = tl.load(line + row, mask=row < k, other=0.0)

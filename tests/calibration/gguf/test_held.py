@@ -11,7 +11,7 @@ from torch import Tensor
 from mmquant.calibration.gguf import solve as solve_module
 from mmquant.calibration.gguf.held import FEWEST, HELD, STRIDE
 from mmquant.calibration.gguf.moments import Pair
-from mmquant.calibration.gguf.solve import METHODS, Report, solve_part
+from mmquant.calibration.gguf.solve import METHODS, Report, rounded_part
 from mmquant.quantize.ggml.codec import decode, encode
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -71,7 +71,7 @@ def test_each_of_stacked_matrices_has_its_own_share() -> None:
     weight[:4, half:], weight[4:, :half] = 0, 0
     pair = replace(pair_of(x, 1.25 * x), held=pair_of(x, z).held)
     method = replace(METHODS["default"], floor=0.0, sampling=0.0, damping=1e-4)
-    _, values, _ = solve_part(weight.unsqueeze(0), GGMLType.Q8_0, pair, slice(None), method, matrices=2)
+    _, values, _ = rounded_part(weight.unsqueeze(0), GGMLType.Q8_0, pair, slice(None), method, matrices=2)
     wanted = torch.cat((0.8 * weight[:4], weight[4:]))
     assert float((values[0] - wanted).norm() / wanted.norm()) < 0.02
 
@@ -92,18 +92,18 @@ def test_what_the_stream_lacks_is_made_good_as_far_as_held_rows_say(confirmed: f
     """Both streams agree at the input, so all that is to add is M z: the matrix becomes W + M."""
     pair, weight, lost = drifted(8, confirmed)
     method = replace(METHODS["default"], floor=0.0, sampling=0.0, damping=1e-4)
-    _, values, _ = solve_part(weight, GGMLType.Q8_0, pair, slice(None), method)
+    _, values, _ = rounded_part(weight, GGMLType.Q8_0, pair, slice(None), method)
     wanted = weight + confirmed * lost
     assert float((values - wanted).norm() / wanted.norm()) < 0.02
-    _, without, _ = solve_part(weight, GGMLType.Q8_0, pair, slice(None), replace(method, residual=False))
+    _, without, _ = rounded_part(weight, GGMLType.Q8_0, pair, slice(None), replace(method, residual=False))
     assert float((without - weight).norm() / weight.norm()) < 0.02
 
 
 def test_outputs_in_blocks_make_good_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, weight, _ = drifted(8)
-    _, whole, _ = solve_part(weight, GGMLType.Q8_0, pair, slice(None), METHODS["default"])
+    _, whole, _ = rounded_part(weight, GGMLType.Q8_0, pair, slice(None), METHODS["default"])
     monkeypatch.setattr(solve_module, "rows_at_once", lambda _: 3)
-    _, blocks, _ = solve_part(weight, GGMLType.Q8_0, pair, slice(None), METHODS["default"])
+    _, blocks, _ = rounded_part(weight, GGMLType.Q8_0, pair, slice(None), METHODS["default"])
     assert float((whole - blocks).norm() / whole.norm()) < 0.01
     assert float((whole - weight).norm() / weight.norm()) > 0.1
 
@@ -116,17 +116,17 @@ def test_what_feedback_made_worse_is_rounded_plainly_and_said() -> None:
     lie = rows(3, 7).T  # three directions that the sums call loud; the rows know nothing of them
     false = replace(pair, own=(1e4 * lie @ lie.T).unsqueeze(0), cross=(1e4 * lie @ lie.T).unsqueeze(0))
     method = replace(METHODS["default"], floor=0.0, sampling=0.0, damping=1e-4, correct=False)
-    data, values, plain = solve_part(weight, kind, false, slice(None), method)
+    data, values, plain = rounded_part(weight, kind, false, slice(None), method)
     assert plain.tolist() == [[True]]
     own, _ = method.moments(false, slice(None))
     alone = encode(weight[0], kind, own[0].diagonal().contiguous())
-    assert torch.equal(torch.from_numpy(data)[0], alone)
+    assert torch.equal(data[0], alone)
     assert torch.equal(values[0], decode(alone, kind, N))
     honest = replace(METHODS["default"], correct=False)
-    data, _, plain = solve_part(weight, kind, pair, slice(None), honest)
+    data, _, plain = rounded_part(weight, kind, pair, slice(None), honest)
     assert not bool(plain.any())
-    unguarded, _, _ = solve_part(weight, kind, replace(pair, held=None), slice(None), honest)
-    assert torch.equal(torch.from_numpy(data), torch.from_numpy(unguarded))
+    unguarded, _, _ = rounded_part(weight, kind, replace(pair, held=None), slice(None), honest)
+    assert torch.equal(data, unguarded)
 
 
 def test_the_report_names_them() -> None:

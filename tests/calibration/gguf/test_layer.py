@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers.allocations import Allocations
 from mmquant.calibration.gguf import memory as gguf_memory
 from mmquant.calibration.gguf.moments import Pair
-from mmquant.calibration.gguf.solve import METHODS, Method, Report, experts_at_once, rows_at_once, solve, solve_part
+from mmquant.calibration.gguf.solve import METHODS, Method, Report, experts_at_once, rounded_part, rows_at_once, solve
 from mmquant.quantize.ggml.codec import decode
 from mmquant.quantize.ggml.types import GGMLType
 
@@ -38,8 +38,8 @@ def test_chunks_and_neighbours_change_nothing(kind: GGMLType, method: Method, mo
     alone, _ = solve(weight, kind, pair, method)
     assert (alone != data).any(2).sum() <= 1  # a row with a float32 tie: batched products round otherwise
     halves = [solve(weight[:, part], kind, pair, method)[0] for part in (slice(0, 3), slice(3, 6))]
-    both, _, _ = solve_part(weight, kind, pair.pooled(), slice(None), method, 2)
-    assert (np.concatenate(halves, 1) != both).any(2).sum() <= 1  # w1 and w3 in one sweep are w1 and w3
+    both, _, _ = rounded_part(weight, kind, pair.pooled(), slice(None), method, 2)
+    assert (np.concatenate(halves, 1) != both.numpy()).any(2).sum() <= 1  # w1 and w3 in one sweep are w1 and w3
 
 
 def test_a_solve_stays_within_the_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
