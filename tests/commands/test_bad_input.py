@@ -7,7 +7,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mmquant.commands.cli as cli
 from helpers.command import afresh, within
+from helpers.entry import run
 from helpers.tiny import write_tiny
 from mmquant.convert.open import demo_folder
 from mmquant.errors import FitError
@@ -44,18 +43,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(whole: Path, tmp_path: Path) -> Path:
     """A checkpoint of one's own to damage."""
     return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command line's own entry point."""
-    monkeypatch.setattr(sys, "argv", ["mmquant", *arguments])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err
 
 
 def final_names(folder: Path) -> list[str]:

@@ -13,24 +13,10 @@ from pathlib import Path
 import pytest
 
 import mmquant.commands.cli as cli
+from helpers.entry import run
 from helpers.killed import command_killed_at
 from helpers.paths import ROOT
 from helpers.tiny import write_tiny
-
-
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command line's own entry point."""
-    monkeypatch.setattr(sys, "argv", ["mmquant", *map(str, arguments)])
-    monkeypatch.setattr(cli, "catch_signals", lambda: None)  # they would stay with pytest's own process
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err
 
 
 @pytest.fixture(scope="module")

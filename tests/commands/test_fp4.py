@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from helpers.ct_reader import dequantized, tensors_of
-from helpers.killed import command_killed_at
+from helpers.killed import check_continued
 from helpers.tiny import few, write_code, write_tokenized
 from mmquant.commands.cli import cli
 from mmquant.convert import manifest
@@ -110,11 +110,4 @@ def test_input_scales_are_shared_as_engines_take_them(tmp_path: Path, model: Pat
 
 
 def test_a_killed_run_continues_with_equal_bytes(tmp_path: Path, model: Path, text: Path) -> None:
-    words = ["nvfp4", *few(model, text), "--activations", "nvfp4", "--device", "cpu", "--out"]
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    command_killed_at(again, "rename .*progress", 2, *words, again)
-    assert not (again / "mmquant.fit.json").exists()
-    for out in (whole, again):
-        assert CliRunner().invoke(cli, [*words, str(out)]).exception is None
-    first, second = ({p.name: p.read_bytes() for p in out.glob("*.safetensors")} for out in (whole, again))
-    assert first == second
+    check_continued(tmp_path, "nvfp4", *few(model, text), "--activations", "nvfp4", "--device", "cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from helpers.killed import command_killed_at
+from helpers.killed import check_continued
 from helpers.tiny import few, write_code, write_tokenized
 from mmquant.calibration.model.forward import embed, final_logits, layer_forward
 from mmquant.commands.cli import cli
@@ -120,14 +120,7 @@ def test_a_text_is_written(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_continues_with_equal_bytes(tmp_path: Path, model: Path, text: Path) -> None:
-    words = ["mlx", *few(model, text), "--bits", "3", "--device", "cpu", "--out"]
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    command_killed_at(again, "rename .*progress", 2, *words, again)
-    assert not (again / "mmquant.fit.json").exists()
-    for out in (whole, again):
-        assert CliRunner().invoke(cli, [*words, str(out)]).exception is None
-    first, second = ({p.name: p.read_bytes() for p in out.glob("*.safetensors")} for out in (whole, again))
-    assert first == second
+    check_continued(tmp_path, "mlx", *few(model, text), "--bits", "3", "--device", "cpu")
 
 
 def test_a_plan_gives_every_module_its_width(tmp_path: Path, model: Path, text: Path) -> None:

@@ -43,6 +43,13 @@ def run(model: Path, out: Path, windows: int = 7, dtype: str = "float32", **chan
     return list(calibrate_into(open_native(model), corpus(windows), out, options(**changes), dtype=dtype))
 
 
+def begin(model: Path, out: Path, layers: int = 2) -> None:
+    """A run that stops behind so many layers."""
+    steps = calibrate_into(open_native(model), corpus(), out, options())
+    for _ in range(layers):
+        next(steps)
+
+
 def ranks(size: int, work: Callable[[], object]) -> None:
     """`work` in `size` gloo processes; AssertionError when one fails."""
     with socket.socket() as probe:

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from click.testing import CliRunner
 
 from helpers.command import afresh, program
+from mmquant.commands.cli import cli
 
 BYTES = "bytes"
 DEAD = (-signal.SIGKILL, -signal.SIGXFSZ)
@@ -98,6 +100,17 @@ def command_killed_at(folder: Path, pattern: str, count: int, *arguments: object
     """Run a command line that dies before the `count`-th change of `folder` that `pattern` finds, and see it die."""
     done = afresh(_dying, folder, pattern, count, [str(word) for word in arguments])
     assert done.returncode in DEAD, f"it ended with {done.returncode} instead: {done.stderr}"
+
+
+def check_continued(folder: Path, *arguments: object) -> None:
+    """A command line that writes a folder, killed on its way and given again, leaves the bytes of one left alone."""
+    whole, again = folder / "whole", folder / "again"
+    command_killed_at(again, "rename .*progress", 2, *arguments, "--out", again)
+    assert not (again / "mmquant.fit.json").exists()
+    for out in (whole, again):
+        assert CliRunner().invoke(cli, [*map(str, arguments), "--out", str(out)]).exception is None
+    first, second = ({p.name: p.read_bytes() for p in out.glob("*.safetensors")} for out in (whole, again))
+    assert first == second
 
 
 def until(process: subprocess.Popen[str] | subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:

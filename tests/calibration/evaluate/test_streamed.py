@@ -152,13 +152,18 @@ def test_a_stored_reference_gives_the_same_numbers(model: Checkpoint, tmp_path: 
     assert not stored.layers
 
 
+def stopped(model: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a run leaves that cannot read layer 2 and keeps its state behind every layer."""
+    monkeypatch.setattr(evaluation_state, "EVERY", 0.0)
+    with pytest.raises(ValueError, match="layer 2 cannot be read"):
+        evaluate(model, [Noisy(model, stop_at=2)], make_sample(), small(state=folder / "state"))
+    return folder / "state"
+
+
 def test_a_run_that_stops_goes_on_where_it_was(
     model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_state, "EVERY", 0.0)
-    sample, state = make_sample(), tmp_path / "state"
-    with pytest.raises(ValueError, match="layer 2 cannot be read"):
-        evaluate(model, [Noisy(model, stop_at=2)], sample, small(state=state))
+    sample, state = make_sample(), stopped(model, tmp_path, monkeypatch)
     assert [p.name.split("-", 1)[1] for p in state.iterdir()] == ["layer002-rank0.safetensors"]
     again = Noisy(model)
     resumed = evaluate(model, [again], sample, small(state=state))[0]
@@ -172,10 +177,7 @@ def test_a_run_that_stops_goes_on_where_it_was(
 def test_the_state_of_another_run_is_not_taken_up(
     model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_state, "EVERY", 0.0)
-    state = tmp_path / "state"
-    with pytest.raises(ValueError, match="layer 2 cannot be read"):
-        evaluate(model, [Noisy(model, stop_at=2)], make_sample(), small(state=state))
+    state = stopped(model, tmp_path, monkeypatch)
     other = Noisy(model, 0.07)
     evaluate(model, [other], make_sample(), small(state=state))
     assert set(other.read_layers) == {0, 1, 2}
@@ -184,10 +186,7 @@ def test_the_state_of_another_run_is_not_taken_up(
 def test_a_damaged_state_is_one_line_and_stays(
     model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_state, "EVERY", 0.0)
-    state = tmp_path / "state"
-    with pytest.raises(ValueError, match="layer 2 cannot be read"):
-        evaluate(model, [Noisy(model, stop_at=2)], make_sample(), small(state=state))
+    state = stopped(model, tmp_path, monkeypatch)
     (kept,) = state.iterdir()
     data = kept.read_bytes()
     for damage in (b"", data[:100], data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b"\x80\x02}q\x00." * 9):

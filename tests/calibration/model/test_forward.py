@@ -11,6 +11,7 @@ import torch
 
 from helpers.random_layer import SMALL
 from helpers.tiny import write_tiny
+from helpers.transformers_model import in_transformers
 from mmquant.calibration.model.forward import (
     Observer,
     Routing,
@@ -41,17 +42,7 @@ def streamed(source: Checkpoint, tokens: torch.Tensor, observer: Observer | None
 
 def reference(source: Checkpoint, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits and the chosen experts of each layer by transformers in float32."""
-    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "auto_map")}
-    model = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**config)).float().eval()
-    state = {}
-    for name in source.tensors:
-        if not name.endswith("scale_inv") and ".experts." not in name:
-            state[name.replace("block_sparse_moe", "mlp")] = source.read(name)
-    for number in range(source.geometry.layers):
-        layer = read_layer(source, number)
-        state[f"model.layers.{number}.mlp.experts.gate_up_proj"] = torch.cat((layer.gate, layer.up), 1)
-        state[f"model.layers.{number}.mlp.experts.down_proj"] = layer.down
-    model.load_state_dict(state, strict=True)
+    model = in_transformers(source)
     chosen: list[torch.Tensor] = []
     for block in model.model.layers:
         block.mlp.gate.register_forward_hook(lambda module, args, out: chosen.append(out[2]))

@@ -15,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from helpers.calibration_cases import corpus, model, options, ranks, run, tensors
+from helpers.calibration_cases import begin, model, ranks, run, tensors
 from helpers.killed import forked
 from mmquant.calibration.model import distributed
 from mmquant.calibration.model.distributed import leave, world
 from mmquant.calibration.model.watchdog import EXIT
-from mmquant.calibration.statistics.run import calibrate_into
 from mmquant.calibration.statistics.store import open_statistics
-from mmquant.convert.open import open_native
 
 
 @pytest.mark.parametrize("kind", [signal.SIGSTOP, signal.SIGKILL])
@@ -106,13 +104,7 @@ def test_ranks_meet_again_as_late_as_a_collective_waits() -> None:
 def test_a_run_continues_on_another_number_of_ranks(tmp_path: Path) -> None:
     source = model(tmp_path)
     alone = run(source, tmp_path / "alone")
-
-    def half() -> None:
-        steps = calibrate_into(open_native(source), corpus(), tmp_path / "out", options())
-        next(steps)
-        next(steps)
-
-    ranks(2, half)
+    ranks(2, lambda: begin(source, tmp_path / "out"))
     assert open_statistics(tmp_path / "out").layers == 2
     ranks(3, lambda: run(source, tmp_path / "out"))
     stored = open_statistics(tmp_path / "out")

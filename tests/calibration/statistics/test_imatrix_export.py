@@ -13,6 +13,7 @@ import torch
 
 from helpers.calibration_cases import corpus, model, options
 from helpers.paths import DATA
+from helpers.transformers_model import in_transformers
 from mmquant.calibration.statistics.collect import Collect
 from mmquant.calibration.statistics.imatrix_export import imatrix_of_layers
 from mmquant.calibration.statistics.layer import LayerStatistics
@@ -32,18 +33,7 @@ def layers(source: Checkpoint, text: object, **changes: object) -> list[LayerSta
 
 def of_transformers(source: Checkpoint, tokens: torch.Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """GGUF name -> (sums of x^2 [matrices, inputs], rows) by hooks on transformers' modules in float32."""
-    transformers = pytest.importorskip("transformers")
-    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "auto_map")}
-    network = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**config)).float().eval()
-    state = {}
-    for name in source.tensors:
-        if not name.endswith("scale_inv") and ".experts." not in name:
-            state[name.replace("block_sparse_moe", "mlp")] = source.read(name)
-    for number in range(source.geometry.layers):
-        layer = read_layer(source, number)
-        state[f"model.layers.{number}.mlp.experts.gate_up_proj"] = torch.cat((layer.gate, layer.up), 1)
-        state[f"model.layers.{number}.mlp.experts.down_proj"] = layer.down
-    network.load_state_dict(state, strict=True)
+    network = in_transformers(source)
     seen: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def keep(name: str) -> Callable[..., None]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.calibration_cases import corpus, files, model, options, ranks, run, tensors
+from helpers.calibration_cases import begin, corpus, files, model, options, ranks, run, tensors
 from helpers.killed import BYTES, killed_at
 from mmquant.calibration.model.distributed import rank_share
 from mmquant.calibration.model.reading import read_layer_shared
@@ -308,13 +308,7 @@ def test_ranks_give_the_single_process_statistics(tmp_path: Path, size: int) -> 
 def test_ranks_continue_where_they_were_killed(tmp_path: Path) -> None:
     source = model(tmp_path)
     ranks(2, lambda: run(source, tmp_path / "whole"))
-
-    def half() -> None:
-        steps = calibrate_into(open_native(source), corpus(), tmp_path / "out", options())
-        next(steps)
-        next(steps)
-
-    ranks(2, half)
+    ranks(2, lambda: begin(source, tmp_path / "out"))
     assert open_statistics(tmp_path / "out").layers == 2
     ranks(2, lambda: run(source, tmp_path / "out"))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
