@@ -23,7 +23,7 @@ from .collect import Collect
 from .held import HeldRows
 from .layer import LayerStatistics, RoutingStatistics
 from .router_sums import RouterSums
-from .sums import Sums, abs_max, add_gram, column_squares, expanded, row_extremes, scaled_rows, spread
+from .sums import Sums, abs_max, add_gram, column_squares, expanded, owners, row_extremes, scaled_rows, spread
 
 
 class Collector(Observer):
@@ -188,8 +188,7 @@ class Collector(Observer):
 
     def _routed(self, x: Tensor, h: Tensor, y: Tensor, place: tuple[Tensor, Tensor, list[int]]) -> None:
         token, slot, offsets = place
-        counts = torch.tensor(offsets, device=x.device).diff()
-        owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), counts, output_size=len(token))
+        owner = owners(offsets, token)
         row_weight = self._hold(x, h, self.row_weight[token, slot], offsets)
         if self.held and self.first:  # _token_level counted all rows
             lost = self.row_weight[token, slot].square() - row_weight.square()
@@ -202,8 +201,7 @@ class Collector(Observer):
     ) -> None:
         """Sums over routed rows; place: token, slot and offsets of `experts`, row_weight [R]: what a row counts."""
         token, slot, offsets = place
-        counts = torch.tensor(offsets, device=x.device).diff()
-        owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), counts, output_size=len(token))
+        owner = owners(offsets, token)
         if self.first:
             norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).nan_to_num(0.0, 0.0)
             self.saliency += self._by_expert(norm * self.routing.weights[token, slot], token, owner).sum(0)

@@ -106,3 +106,9 @@ def spread(values: Tensor, chosen: Tensor, experts: int) -> Tensor:
     """values [N, K] (or [N, 1]) of the chosen experts [N, K] as [N, E], zero elsewhere."""
     out = torch.zeros(chosen.shape[0], experts, device=values.device)
     return out.scatter_(1, chosen, values.expand(chosen.shape).float())
+
+
+def owners(offsets: list[int], token: Tensor) -> Tensor:
+    """The expert of each routed row [R]: expert e has the rows offsets[e] .. offsets[e + 1] of `token` [R]."""
+    counts = torch.tensor(offsets, device=token.device).diff()
+    return torch.repeat_interleave(torch.arange(len(counts), device=token.device), counts, output_size=len(token))

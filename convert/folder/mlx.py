@@ -27,8 +27,8 @@ from ..models.names import ATTENTION, PROJECTIONS
 from ..models.shapes import attention_shapes, expert_shape, global_shapes, plain_shapes
 from .kinds import ATTENTION as ATTENTION_UNIT
 from .kinds import EMBEDDINGS, HEAD, Kind, group_name
+from .layer_words import layers_in_words
 from .variant import global_specs, global_tensors, plain_specs, plain_tensors
-from .weights_config import layers_in_words
 
 EIGHT_BIT = ("affine", 8, 64)  # mode, bits, group of attention, embeddings and head by default
 BF16 = Kind("bf16")

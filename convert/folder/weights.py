@@ -20,10 +20,10 @@ from ..models.names import ATTENTION, ATTENTION_STACKS, EXPERT_STACKS, PROJECTIO
 from ..models.shapes import matrix_shapes, plain_shapes
 from .fp8 import fp8_scheme
 from .kinds import Kind
+from .layer_words import ATTENTION_PART, EXPERTS_PART, layers_in_words, layers_target
 from .packing import folder_config, stacked_tensors
 from .schemes import carried_tensors, on_grid, scheme_specs, stacks
 from .variant import plain_specs, plain_tensors
-from .weights_config import mixed_config, planned_config, planned_words
 
 GROUP_SIZES = (32, 64, 128)
 ATTENTION_FP8 = {"fp8": "block", "fp8-channel": "channel"}  # of attention -> the format that `mmquant fp8` calls so
@@ -237,3 +237,60 @@ def check_mixture(variant: WeightsVariant, g: Geometry) -> None:
         raise InputError(f"8-bit layers: expected format {mixing}, symmetric (no engine reads others)")
     if variant.kv_cache == "fp8" and not row.mixes:
         raise InputError(f"format {variant.layout}: scales of an FP8 KV cache, expected format {mixing}")
+
+
+def mixed_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
+    """quantization_config: one group for experts (and attention), groups by width, an FP8 group beside them.
+
+    Top level pack-quantized: SGLang refuses "mixed-precision" for INT4 experts, so every group names its own format.
+    """
+    v, cache, attention = variant, variant.kv_cache == "fp8", variant.attention_scheme(source, 0)
+    scheme, row = v.scheme(v.bits), v.storage
+    whole = attention == scheme
+    if whole and not v.eight_bit:
+        return ct.one_group(scheme, True, source.names, cache)
+    groups: dict[str, dict[str, Any]] = {}
+    if v.eight_bit:
+        groups[v.scheme(8).label] = ct.entry(v.scheme(8), [layers_target(v.eight_bit)])
+    rest = tuple(layer for layer in range(source.geometry.layers) if layer not in v.eight_bit)
+    targets = [layers_target(rest)] if v.eight_bit else [ct.EXPERTS_TARGET]
+    if whole:
+        targets.append(ct.ATTENTION_TARGET)
+    if not v.eight_bit or rest or whole:
+        groups[scheme.label] = ct.entry(scheme, targets)
+    if attention is not None and not whole:
+        groups[attention.label] = ct.entry(attention, [ct.ATTENTION_TARGET])
+    ignore = (*source.names.ignore, ct.ATTENTION_TARGET) if attention is None else source.names.ignore
+    return ct.quantization_config(groups, row.name, ignore, cache)
+
+
+def planned_config(variant: WeightsVariant, source: Checkpoint) -> dict[str, Any]:
+    """quantization_config of a plan: one group for each scheme, its targets name the layers; bfloat16 is ignored."""
+    layers = range(source.geometry.layers)
+    by_scheme: dict[Scheme | None, dict[str, list[int]]] = {}
+    for layer in layers:
+        found = (variant.experts_scheme(source, layer), variant.attention_scheme(source, layer))
+        for part, scheme in zip((EXPERTS_PART, ATTENTION_PART), found, strict=True):
+            by_scheme.setdefault(scheme, {}).setdefault(part, []).append(layer)
+    groups: dict[str, dict[str, Any]] = {}
+    ignore = list(source.names.ignore)
+    for scheme, parts in by_scheme.items():
+        targets = [layers_target(tuple(some), part) for part, some in parts.items()]
+        if scheme is None:
+            ignore += targets
+        else:
+            label = scheme.label if on_grid(scheme) and scheme.group < 0 else f"{scheme.label}-{_size(scheme)}"
+            groups[label] = ct.entry(scheme, targets)
+    return ct.quantization_config(groups, variant.storage.name, tuple(ignore), variant.kv_cache == "fp8")
+
+
+def _size(scheme: Scheme) -> str:
+    return f"g{scheme.group}" if scheme.block is None else "x".join(map(str, scheme.block))
+
+
+def planned_words(variant: WeightsVariant) -> dict[str, str]:
+    """A plan in short: of experts and attention the kinds with their layers, equal neighbours together."""
+    found: dict[str, str] = {}
+    for place, part in enumerate(("experts", "attention")):
+        found[part] = layers_in_words([(layer, pair[place].word) for layer, pair in enumerate(variant.kinds)])
+    return found
