@@ -57,16 +57,16 @@ def is_gguf(path: Path) -> bool:
 
 
 def _open_repository(address: Address, fetch: FetchOptions | None) -> Source:
-    from .hub.gguf_repository import open_gguf_repository
+    from .hub.gguf_stream import stream_gguf_repository
     from .hub.store import hub_source
 
     assert address.spec is not None
     if address.kind is not None:
-        return open_gguf_repository(address.spec, address.kind, fetch)
+        return stream_gguf_repository(address.spec, address.kind, fetch)
     store = hub_source(address.spec, fetch)
     if "config.json" not in store.files() and any(name.endswith(".gguf") for name in store.files()):
         store.close()
-        return open_gguf_repository(address.spec, None, fetch)
+        return stream_gguf_repository(address.spec, None, fetch)
     return open_store(store)
 
 

@@ -41,11 +41,12 @@ def hub_gguf_headers(spec: str, kind: str | None) -> tuple[str, GgufSource]:
     store = hub_source(spec)
     try:
         found, paths = choose_model(store.files(), kind, store.label)
-        files = [_header(store, path) for path in paths]
+        files = [ranged_header(store, path) for path in paths]
         return found, GgufSource(Path(f"{store.label}:{found}"), files)
     finally:
         store.close()
 
 
-def _header(store: HubFolder, path: str) -> GgufFile:
+def ranged_header(store: HubFolder, path: str) -> GgufFile:
+    """A file's metadata and tensors, read by ranges; its `data` are the bytes that were needed for that."""
     return parse_header(Path(path), cast("NDArray[np.uint8]", RangedBytes(store, path)))

@@ -1,4 +1,4 @@
-"""Open a GGUF model from a repository: pick the files of a type and fetch them."""
+"""Pick the files of a type in a GGUF repository, and open them as files, fetched whole."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def choose_model(files: Mapping[str, int], kind: str | None, label: str) -> tupl
     return expected[0], paths
 
 
+def chosen(spec: str, kind: str | None, options: FetchOptions) -> tuple[HubFolder, str, list[str]]:
+    """A repository opened for one of its models, the model's type and its files in order."""
+    store = hub_source(spec, options)
+    try:
+        found, paths = choose_model(store.files(), kind, store.label)
+    except BaseException:
+        store.close()
+        raise
+    store.folder = store.folder.with_name(f"{store.folder.name}--{found.replace('/', '--')}")  # several types at once
+    return store, found, paths
+
+
 class HubGguf(GgufSource):
     """A GGUF model of a repository: fetched whole and verified when it is opened, deleted when it is finished."""
 
@@ -84,12 +96,8 @@ def open_gguf_repository(spec: str, kind: str | None, options: FetchOptions | No
     Raises InputError when there is no such type, OSError for the network and a full disk.
     """
     options = replace(options or FetchOptions(), max_shards=None)
-    store = hub_source(spec, options)
+    store, found, paths = chosen(spec, kind, options)
     try:
-        found, paths = choose_model(store.files(), kind, store.label)
-        store.folder = store.folder.with_name(
-            f"{store.folder.name}--{found.replace('/', '--')}"
-        )  # several types at once
         needed = sum(store.files()[path] for path in paths)
         if options.max_disk is not None and needed > options.max_disk:
             raise InputError(f"--max-disk {options.max_disk:,}: {store.label}:{found} has {needed:,} bytes")

@@ -55,14 +55,14 @@ class HubFolder:
         self.origin = Origin(self.hub, self.repo, self.revision)
         name = f"{self.hub}--{self.repo.replace('/', '--')}--{self.revision[:16]}"
         self.folder = (options.work or default_work()) / name
-        self._client = client
+        self.client = client
         self._pool = DaemonPool(options.connections)
         self._lock = threading.Lock()
         self._held: ExitStack | None = None
         self._tidied = False
         self._headers: dict[str, list[TensorInfo]] | None = None
         self._from_cache: dict[str, Path] = {}
-        self._bar = current().start("fetch", None, "B")
+        self.bar = current().start("fetch", None, "B")
         limits = options.max_disk, options.max_shards, options.keep_shards
         self._prefetch = Prefetcher(self._obtain, self.files(), *limits)
 
@@ -96,12 +96,12 @@ class HubFolder:
         if offset + size > file.size:
             raise InputError(f"{shard}: {file.size:,} bytes, {size:,} at {offset:,} were asked for")
         local = self._local(file)
-        if local is None and self._client.endpoint.offline:
+        if local is None and self.client.endpoint.offline:
             local = self._unverified(file)
         if local is None:
 
             def ask() -> bytes:
-                return fetch_range(self._client, self._url(shard), offset, size, file.size, f"{self.label} {shard}")
+                return self.ranged(file, offset, size)
 
             # The vectors that tell checkpoints apart are asked for by every command.
             return self._kept(f"ranges/{offset}", file, ask, size) if 0 < size <= RANGE_KEPT else ask()
@@ -109,10 +109,19 @@ class HubFolder:
             source.seek(offset)
             return source.read(size)
 
+    def is_here(self, path: str) -> bool:
+        """Whether a whole copy of a file is on this machine, as far as its size tells."""
+        file = self._file(path)
+        return self._local(file) is not None or self._unverified(file) is not None
+
+    def ranged(self, file: RepoFile, offset: int, size: int) -> bytes:
+        """Bytes of a file by a request of their own; nothing of them is kept or verified."""
+        return fetch_range(self.client, self._url(file.path), offset, size, file.size, f"{self.label} {file.path}")
+
     def path(self, shard: str) -> Path:
         """The local file of a shard, fetched when it is not there."""
         self._file(shard)
-        self._hold()
+        self.hold()
         with stage("fetch"):
             return self._prefetch.path(shard)
 
@@ -123,11 +132,11 @@ class HubFolder:
         limit = self.options.max_disk
         if largest and limit is not None and sizes[largest] > limit and not self.options.keep_shards:
             raise InputError(f"--max-disk {limit:,}: shard {largest} alone has {sizes[largest]:,} bytes")
-        self._hold()
+        self.hold()
         if self.options.keep_shards:
             missing = sum(s for n, s in sizes.items() if self._local(self.listing.files[n]) is None)
             need_disk(self.folder, missing, f"{self.label} with --keep-shards")
-        self._bar.expect(sum(sizes.values()))
+        self.bar.expect(sum(sizes.values()))
         if not self._tidied:
             self._tidy(shards)
             self._tidied = True
@@ -154,9 +163,9 @@ class HubFolder:
         """
         if finished:
             self._prefetch.release_all()
-        self._client.cancelled.set()
+        self.client.cancelled.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._bar.finish()
+        self.bar.finish()
         if self._held:
             self._held.close()
         if finished and self.options.work is not None and not self.options.keep_shards:
@@ -170,9 +179,9 @@ class HubFolder:
         return self.listing.files[name]
 
     def _url(self, name: str) -> str:
-        return file_url(self._client.endpoint.url, self.listing.pinned, name)
+        return file_url(self.client.endpoint.url, self.listing.pinned, name)
 
-    def _hold(self) -> None:
+    def hold(self) -> None:
         """Own the folder from the first shard on; ValueError naming the process that has it."""
         with self._lock:
             if self._held is None:
@@ -187,7 +196,7 @@ class HubFolder:
         for _ in range(2):
             if digest_matches(data, file):
                 return data
-            data, _ = self._client.get(self._url(file.path), what=f"{self.label} {file.path}", limit=file.size)
+            data, _ = self.client.get(self._url(file.path), what=f"{self.label} {file.path}", limit=file.size)
         if not digest_matches(data, file):
             raise TransferError(
                 f"{self.label} {file.path}: {len(data):,} bytes that are not those of the listing, twice"
@@ -257,18 +266,18 @@ class HubFolder:
             local = self._from_cache[name] = found
         if local is not None:
             self._check_header(file, local)
-            self._bar.advance(file.size)
+            self.bar.advance(file.size)
             return local, local == self._target(file)
         target = self._target(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         transport = HUBS[self.hub].transports.get(self.options.transport)
         if transport is not None:
             need_disk(target.parent, file.size, what)
-            if transport(self._client, self.listing.pinned, file, target, self.options.retry.stall):
+            if transport(self.client, self.listing.pinned, file, target, self.options.retry.stall):
                 self._check_header(file, target)
                 return target, True
         job = Job(self._url(name), file, target, what, self.options.block, self._count)
-        fetch(self._client, job, self._pool)
+        fetch(self.client, job, self._pool)
         self._check_header(file, target)
         return target, True
 
@@ -288,7 +297,7 @@ class HubFolder:
                 path.unlink()
 
     def _count(self, count: int) -> None:
-        self._bar.advance(count)
+        self.bar.advance(count)
 
     def _check_header(self, file: RepoFile, path: Path) -> None:
         """The header that the plan was made from must be the verified file's own."""
