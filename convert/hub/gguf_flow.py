@@ -108,7 +108,7 @@ class Flow:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(5)  # a connection that hangs is left to its own time limit
         for file in self._open.values():
             file.close()
         for path in self.folder.glob("*") if self.folder.is_dir() else ():
