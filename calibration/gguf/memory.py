@@ -32,7 +32,7 @@ LESS = "--effort fast, a shorter --context or another --device need less"
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """chunk: experts whose moments are held at once, a multiple of both steps or all.
+    """chunk: experts whose moments are held at once, a multiple of both steps or all, never less than a step.
 
     step, down: experts whose gate and up, or down, are solved together. They decide a code's last ties on CUDA (batched
     products round otherwise) and depend on the card alone; the chunk depends on what is free and decides nothing.
@@ -88,28 +88,29 @@ def layer_peak(g: Geometry, dtype: torch.dtype, plan: ExpertPlan, work: int, act
 
 
 def plan_experts(g: Geometry, moments: int, work: int) -> ExpertPlan:
-    """Fit a layer's experts into `moments` bytes for their moments (one fits always) and `work` bytes for a solve."""
+    """Fit a layer's experts into `moments` bytes for their moments (`least_moments`) and `work` bytes for a solve."""
     inputs, inner = solve_bytes(2 * g.expert_width, g.hidden), solve_bytes(g.hidden, g.expert_width)
     step, down = (min(g.experts, max(1, work // each)) for each in (max(inputs, inner), inner))
-    chunk = max(1, moments // expert_bytes(g))
-    down -= down % step
-    if chunk >= g.experts:
-        return ExpertPlan(g.experts, step, down)
-    if chunk < down:
-        step = down = min(step, chunk)
-    return ExpertPlan(chunk - chunk % down, step, down)
+    chunk, down = moments // expert_bytes(g), down - down % step
+    chunk = g.experts if chunk >= g.experts else max(down, chunk - chunk % down)
+    return ExpertPlan(chunk, step, down)
+
+
+def least_moments(g: Geometry, work: int) -> int:
+    """Bytes of moments below which solves would have to be smaller, and their bytes others: of one step of down."""
+    return plan_experts(g, 0, work).down * expert_bytes(g)
 
 
 def moment_memory(g: Geometry, dtype: torch.dtype, device: torch.device | str, tokens: int, held: int = 0) -> int:
     """Bytes that moments may take beside everything else that a layer needs, by what is free now.
 
-    tokens: of a batch; held: bytes that will be taken and are not yet. Raises FitError when one expert's do not fit.
+    tokens: of a batch; held: bytes that will be taken and are not yet. Raises FitError below `least_moments`.
     """
-    free = free_memory(device)
-    other = 2 * layer_bytes(g, dtype) + max(solve_memory(device), activation_bytes(g, device, tokens))
-    left, least = int((free - held) * USABLE) - other - pair_bytes(g.hidden), pair_bytes(g.hidden)
+    free, work = free_memory(device), solve_memory(device)
+    other = 2 * layer_bytes(g, dtype) + max(work, activation_bytes(g, device, tokens)) + pair_bytes(g.hidden)
+    left, least = int((free - held) * USABLE) - other, least_moments(g, work)
     if left < least:
-        needed = (other + 2 * least) / USABLE + held
+        needed = (other + least) / USABLE + held
         raise FitError(f"layer 0: {device} has {gib(free)} of memory free, a layer needs {gib(int(needed))}; {LESS}")
     return left
 

@@ -155,7 +155,13 @@ def rounded_part(
         values = decode(stored.flatten(0, 1), kind, weight.shape[2]).view_as(weight)
         return stored, values, none
     block = rows_at_once(weight)
-    if len(weight) == 1 and block < weight.shape[1]:  # larger than the working memory
+    if len(weight) == 1 and block < weight.shape[1] and matrices > 1:  # larger than the working memory
+        each = weight.shape[1] // matrices
+        rows = [slice(start, start + each) for start in range(0, weight.shape[1], each)]
+        pieces = [rounded_part(weight[:, r], kind, pair.outputs(r), part, method) for r in rows]
+        data, values, plain = zip(*pieces, strict=True)
+        return torch.cat(data, 1), torch.cat(values, 1), torch.cat(plain, 1)
+    if len(weight) == 1 and block < weight.shape[1]:
         share = correction_share(weight, block, pair, part, method)
         blocks = [slice(start, start + block) for start in range(0, weight.shape[1], block)]
         pieces = [rounded_part(weight[:, b], kind, pair.outputs(b), part, method, share=share) for b in blocks]

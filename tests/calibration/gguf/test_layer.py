@@ -69,6 +69,24 @@ def test_a_matrix_larger_than_the_memory_is_solved_in_blocks_of_rows(monkeypatch
     assert rows_at_once(weight) == 500
 
 
+def test_two_matrices_larger_than_the_memory_are_solved_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gate and up of an expert, as those of M2.7 on a CPU: each with its own share of the correction."""
+    weight, pair = problem(1, 600, 256)
+    part, method = slice(0, 1), METHODS["default"]
+    assert pair.held is not None
+    together = rounded_part(weight, GGMLType.Q4_K, pair, part, method, 2)
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", 4 * 256 * (11 * 400 + 8 * 256))
+    assert rows_at_once(weight) == 400
+    apart = rounded_part(weight, GGMLType.Q4_K, pair, part, method, 2)
+    assert [found.shape for found in apart] == [found.shape for found in together]
+    assert apart[2].shape == (1, 2)
+    assert (apart[0] != together[0]).float().mean() < 0.01
+    for number, rows in enumerate((slice(0, 300), slice(300, 600))):
+        alone = rounded_part(weight[:, rows], GGMLType.Q4_K, pair, part, method)
+        assert torch.equal(apart[0][:, rows], alone[0])
+        assert torch.equal(apart[2][:, number], alone[2][:, 0])
+
+
 @pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.BF16])
 def test_plain_types_are_stored_as_they_are(kind: GGMLType) -> None:
     weight, pair = problem(2, 3, 256)

@@ -19,6 +19,7 @@ from mmquant.calibration.gguf.memory import (
     activation_bytes,
     expert_bytes,
     layer_peak,
+    least_moments,
     moment_memory,
     pair_bytes,
     plan_experts,
@@ -136,11 +137,12 @@ def run(g: Geometry, weights: LayerWeights, streams: Streams, kind: str) -> tupl
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "IQ2_XXS"])
-def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str) -> None:
+def test_chunks_of_experts_give_the_same_bytes_and_streams(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     g = Geometry(1, 256, 4, 2, 64, 7, 2, 256, 64, 32, 1e4, 1e-6, 512)
     weights = layer_of(g, "cpu", torch.float32)
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", 1)
     whole = streams_of(g, "cpu", None)
-    assert whole.plan(g) == ExpertPlan(7, 7, 7)
+    assert whole.plan(g) == ExpertPlan(7, 1, 1)
     expected, report = run(g, weights, whole, kind)
     assert report.unseen == {(0, 6)}
     assert set(report.rescaled) == {(0, 0)}
@@ -159,9 +161,27 @@ def test_a_chunk_is_a_multiple_of_both_steps() -> None:
     work = 5 * solve_bytes(3072, 3072)
     assert plan_experts(M27, 300 * pair_bytes(3072), work) == ExpertPlan(256, 5, 10)
     assert plan_experts(M27, 48 * pair_bytes(3072), work) == ExpertPlan(40, 5, 10)
-    assert plan_experts(M27, 3 * pair_bytes(3072), work) == ExpertPlan(3, 3, 3)
     assert plan_experts(M27, 0, 0) == ExpertPlan(1, 1, 1)
+    assert least_moments(M27, work) == 10 * pair_bytes(3072)
     assert [len(part) for part in ExpertPlan(45, 5, 15).chunks(256)] == [45] * 5 + [31]
+
+
+@pytest.mark.parametrize("work", [0, 1 << 29, 4 << 30, 16 << 30])
+def test_what_is_free_decides_no_step(work: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solve of fewer experts may round otherwise on a card: a run that would need one does not begin."""
+    monkeypatch.setattr(gguf_memory, "CPU_WORK", work)
+    found = set[tuple[int, int]]()
+    for free in range(1 << 30, 80 << 30, 77 << 20):
+        monkeypatch.setattr(gguf_memory, "free_memory", lambda device, free=free: free)
+        try:
+            moments = moment_memory(M27, torch.bfloat16, "cpu", 8192)
+        except FitError:
+            assert not found
+            continue
+        plan = plan_experts(M27, moments, work)
+        assert plan.chunk * expert_bytes(M27) <= moments
+        found.add((plan.step, plan.down))
+    assert len(found) == 1
 
 
 def test_m27_fits_a_card_of_24_gb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +193,7 @@ def test_m27_fits_a_card_of_24_gb(monkeypatch: pytest.MonkeyPatch) -> None:
     peak = layer_peak(M27, torch.bfloat16, plan, work, activation_bytes(M27, "cpu", tokens))
     assert 0.85 * free < peak < 0.9 * free
     monkeypatch.setattr(gguf_memory, "free_memory", lambda device: int(16e9))
-    with pytest.raises(FitError, match=r"layer 0: cpu has 14\.9 GiB of memory free, a layer needs 19\.8 GiB"):
+    with pytest.raises(FitError, match=r"layer 0: cpu has 14\.9 GiB of memory free, a layer needs 20\.9 GiB"):
         moment_memory(M27, torch.bfloat16, "cpu", tokens)
 
 
