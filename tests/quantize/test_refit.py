@@ -106,3 +106,12 @@ def test_the_curvature_of_scales_is_the_moments_between_groups(outputs: int, gro
     tolerance = 1e-5 if device == "cpu" else 2e-3  # TF32
     for found in (curvature(codes, second, groups), kernel):
         assert float((found - slow).norm() / slow.norm()) < tolerance
+
+
+@pytest.mark.parametrize("power", [-80, -40, -1, 1, 30, 40, 60, 80])
+def test_the_moments_magnitude_does_not_matter(power: int) -> None:
+    weight, x = draw(2, 5, 64), draw(2, 200, 64, seed=1)
+    second, found = x.mT @ x / 200, rtn_int(weight, 4, 16, True)
+    expected = refit_scales(weight, found, second).scales
+    assert not torch.equal(expected, found.scales)
+    assert torch.equal(refit_scales(weight, found, 2.0**power * second).scales, expected)

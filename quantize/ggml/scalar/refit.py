@@ -38,6 +38,7 @@ def refit(block: Block, decoded: Tensor, pull: Tensor, moments: Tensor) -> Block
 
 def best_scales(grid: Grid, sums: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """d and dmin as stored [E * R, 1], and by how much each moved [E, R]; of `sums` [2 or 5, E, R]."""
+    sums = at_unit(sums)
     shape, aa, ga = sums.shape[1:], sums[0], sums[1]
     d = grid.d.float().view(shape)
     if grid.dmin is None:
@@ -57,6 +58,12 @@ def best_scales(grid: Grid, sums: Tensor) -> tuple[Tensor, Tensor | None, list[T
     kept, kept_low = torch.where(better, new, grid.d.view(shape)), torch.where(better, new_low, grid.dmin.view(shape))
     moves = [torch.where(better, part, 0.0) for part in (moved, lowered)]
     return kept.view(-1, 1), kept_low.view(-1, 1), moves
+
+
+def at_unit(sums: Tensor) -> Tensor:
+    """The sums over a power of two of each row, exactly: products of two overflow at moments of 1e9 otherwise."""
+    squares = sums[0] if len(sums) == 2 else torch.maximum(sums[0], sums[3])
+    return torch.ldexp(sums, -torch.frexp(squares).exponent)
 
 
 def _parts(block: Block, shape: torch.Size) -> tuple[Tensor, Tensor | None]:

@@ -110,3 +110,19 @@ def test_triton(kind: GGMLType, experts: int, rows: int) -> None:
     refit_triton.move(*mine, parts, bent, moves)
     for pair in zip(mine, theirs, strict=True):
         assert torch.allclose(*pair, atol=1e-6 * float(pair[0].abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("power", [-80, -40, -1, 1, 30, 40, 60, 80])
+def test_the_moments_magnitude_does_not_matter(kind: GGMLType, power: int) -> None:
+    """A power of two is exact in every sum, so bits are equal: their products would overflow from 1e9 on."""
+    block, decoded, pull, moments = problem(kind, 2, 9)
+    scale, far = 2.0**power, (decoded.clone(), 2.0**power * pull)
+    found, expected = refits.refit(block, *far, scale * moments), refits.refit(block, decoded, pull, moments)
+    assert torch.equal(found.grid.d, expected.grid.d)
+    if expected.grid.dmin is not None:
+        assert found.grid.dmin is not None
+        assert torch.equal(found.grid.dmin, expected.grid.dmin)
+    assert torch.equal(far[0], decoded)
+    assert torch.equal(far[1], scale * pull)
+    assert not torch.equal(expected.grid.d, block.grid.d)
