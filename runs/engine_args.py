@@ -12,6 +12,10 @@ from mmquant.errors import InputError, suggest
 from ..convert.files.parse import is_list
 
 OPTION = "--engine-arg"
+# How `vllm serve` reads lists that are not several words behind their flag: as JSON, and one word each time.
+# Source: vLLM 0.26, entrypoints/openai/cli_args.py (FrontendArgs).
+AS_JSON = ("allowed_origins", "allowed_methods", "allowed_headers")
+APPENDED = ("middleware",)
 
 
 def parse_arguments(words: Iterable[str], own: Mapping[str, str]) -> dict[str, Any]:
@@ -51,14 +55,32 @@ def check_known(arguments: Iterable[str], known: Iterable[str], engine: str) -> 
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
-    """The same on a command line: --key=VALUE; true is --key, false --no-key, null nothing, a list several words."""
+    """The same on the command line of `vllm serve`: --key=VALUE; true is --key, false --no-key, null nothing.
+
+    A list is several words behind --key, but JSON or a --key=WORD for each where vLLM reads it so. InputError for a
+    list of words that vLLM would take for something else.
+    """
     words: list[str] = []
     for key, value in arguments.items():
         name = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(name if value else f"--no-{name[2:]}")
-        elif is_list(value):
-            words += [name, *map(str, value)]
+        elif is_list(value) and key not in AS_JSON:
+            words += _several(name, value)
         elif value is not None:
-            words.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+            words.append(f"{name}={_word(value)}")
     return words
+
+
+def _several(name: str, values: list[object]) -> list[str]:
+    if name[2:] in APPENDED:
+        return [f"{name}={_word(value)}" for value in values]
+    strange = next((value for value in values if isinstance(value, str) and value.startswith("-")), None)
+    if strange is not None or not values:
+        found = "an empty list" if strange is None else strange[:96]
+        raise InputError(f"{OPTION} {name[2:]}: {found}, expected words that do not begin with -")
+    return [name, *map(_word, values)]
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

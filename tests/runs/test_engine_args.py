@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from typing import Any
+
 import pytest
 
 from mmquant.errors import InputError
@@ -52,4 +56,23 @@ def test_the_same_on_a_command_line() -> None:
     given = {"enforce_eager": True, "prefix": False, "share": 0.5, "backend": "T x", "config": {"a": [1]}, "none": None}
     words = ["--enforce-eager", "--no-prefix", "--share=0.5", "--backend=T x", '--config={"a": [1]}']
     assert flags(given) == words
-    assert flags({"origins": ["a", 1]}) == ["--origins", "a", "1"]
+
+
+def test_lists_are_read_as_vllm_reads_them() -> None:
+    """By a parser of the same shapes: several words, JSON, one word each time (vLLM's own is not installed here)."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--cudagraph-capture-sizes", nargs="+", type=int)
+    parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--allowed-origins", type=json.loads)
+    parser.add_argument("--middleware", action="append")
+    parser.add_argument("--port", type=int)
+    given: dict[str, Any] = {"cudagraph_capture_sizes": [1, 2], "served_model_name": ["a b", "c"]}
+    given |= {"allowed_origins": ["*", "http://x"], "middleware": ["m.one", "m.two"]}
+    typed = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    found = parser.parse_args(["folder", *flags(parse_arguments(typed, {})), "--port", "7"])
+    assert vars(found) == {"model": "folder", "port": 7, **given}
+    assert flags({"lora_modules": [{"name": "a", "on": True}]}) == ["--lora-modules", '{"name": "a", "on": true}']
+    for value, words in (([], "an empty list"), (["a", "--trust-remote-code"], "--trust-remote-code")):
+        with pytest.raises(InputError, match=f"--engine-arg names: {words}, expected words that do not begin with -"):
+            flags({"names": value})
