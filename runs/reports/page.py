@@ -44,13 +44,13 @@ class Grid:
     """A table of values as mmquant.tables shows them.
 
     colours   of the rows, as in the plots; "" for none
-    label     what the table holds, for screen readers
+    label     what the table holds, for screen readers; empty: the names of its columns
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[object]]
     colours: Sequence[str] = ()
-    label: str = "table"
+    label: str = ""
     kind: ClassVar[str] = "grid"
 
     @property
