@@ -200,7 +200,10 @@ def explained(error: Exception) -> tuple[str, int]:
 
     if error.errno in PLACES and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}, expected a place that can be read or written", 2
-    return str(error), 5 if disk_full(error) else 1
+    if disk_full(error):
+        where = os.fsdecode(error.filename) if error.filename is not None else "the disk"
+        return f"{where}: {error.strerror}, expected room for more; then run the same command again", 5
+    return str(error), 1
 
 
 def fail(message: str, code: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from mmquant.errors import FitError, InputError
 from ..calibration.statistics.store import MANIFEST as STATISTICS
 from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.files.atomic import is_temporary
+from ..convert.files.atomic import FULL, is_temporary
 from ..convert.files.difference import first_difference
 from ..convert.files.lock import HOLDER, LOCK, hold
 from ..convert.files.progress import PROGRESS, unfinished_run
@@ -139,7 +138,7 @@ def check_disk(out: Path, needed: int, source: Checkpoint | None = None) -> None
 
 def disk_full(error: OSError) -> bool:
     """Whether an OSError means that no more can be written here."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.errno in FULL
 
 
 def describe(out: Path, label: str, size: int) -> str:

@@ -23,6 +23,7 @@ MISSING = {
     *(errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM),
     *(errno.ENOTSUP, errno.EOPNOTSUPP),
 }
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no more can be written here
 log = logging.getLogger("mmquant.files")
 _warned: set[int] = set()  # devices: one warning a file system and process
 
@@ -101,13 +102,26 @@ def replace_folder(made: Path, final: Path) -> None:
 
 
 @contextmanager
+def said_of(path: Path) -> Generator[None]:
+    """An OSError inside that says no file, because the disk is full, or a temporary one, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None and error.errno in FULL
+        if unnamed or (error.filename is not None and is_temporary(os.fsdecode(error.filename))):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole_file(path: Path) -> Generator[BinaryIO]:
     """A new file for writing that gets its name when the block ends, and leaves nothing when it raises."""
     temporary = temporary_of(path)
     try:
-        with open(temporary, "wb+") as file:
-            yield file
-        replace_whole(temporary, path)
+        with said_of(path):
+            with open(temporary, "wb+") as file:
+                yield file
+            replace_whole(temporary, path)
     except BaseException:
         if temporary.is_file():
             temporary.unlink()
@@ -122,12 +136,13 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, shared: bool =
     """
     temporary = temporary_of(path.with_name(f"{path.name}.{secrets.token_hex(4)}") if shared else path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        if durable:
-            replace_whole(temporary, path)
-        else:
-            os.replace(temporary, path)
+        with said_of(path):
+            with open(temporary, "wb") as file:
+                file.write(data)
+            if durable:
+                replace_whole(temporary, path)
+            else:
+                os.replace(temporary, path)
     except BaseException:
         if temporary.is_file():
             temporary.unlink()
@@ -137,7 +152,7 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, shared: bool =
 def append_line(path: Path, line: str) -> None:
     """Append one line to a log, in one write: a killed process leaves whole lines, a power failure may take some."""
     data = (" ".join(line.splitlines()) + "\n").encode("utf-8", "replace")
-    with open(path, "ab", buffering=0) as file:
+    with said_of(path), open(path, "ab", buffering=0) as file:
         file.write(data)
 
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from mmquant.stages import stage
 
-from .atomic import CHUNK, replace_whole, sync_file, temporary_of
+from .atomic import CHUNK, TEMPORARY, replace_whole, said_of, sync_file, temporary_of
 from .behind import Behind
 from .digest import SideDigest
 from .progress import Progress, damaged
@@ -88,12 +88,12 @@ class GrowingFiles:
     def _put(self, data: bytes | memoryview) -> None:
         assert self._file is not None
         self._digest.update(data)
-        with stage("write"):
+        with stage("write"), said_of(Path(self._file.name.removesuffix(TEMPORARY))):
             self._file.write(data)
 
     def _sync(self) -> None:
         if self._file is not None:
-            with stage("sync"):
+            with stage("sync"), said_of(Path(self._file.name.removesuffix(TEMPORARY))):
                 sync_file(self._file)
 
     def _end(self, name: str) -> None:

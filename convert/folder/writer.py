@@ -202,7 +202,8 @@ class FolderWriter(GrowingFiles):
             raise
         except OSError as error:
             self._leave()
-            raise OSError(error.errno, f"{self.folder}: {error.strerror} while writing step {step}") from None
+            where = error.filename if error.filename is not None else str(self.folder)
+            raise OSError(error.errno, f"{error.strerror} while writing step {step}", where) from None
 
     def _planned(self, first: int, last: int) -> Iterator[TensorSpec]:
         """Tensors first..last-1 of all shards."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -275,7 +276,10 @@ def test_the_disk_runs_full(command: str, whole: Path, tmp_path: Path) -> None:
     arguments = [*COMMANDS[command], "--model", str(whole), "--out"]
     full = limited([*arguments, str(out)], file_bytes=150_000)
     assert full.returncode == 5, full.stderr
-    assert full.stderr.splitlines()[-1].startswith("mmquant: ")
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("mmquant: ")]
+    assert line.startswith(f"mmquant: {tmp_path}{os.sep}"), "which file"
+    assert re.search(": File too large( while writing step [0-9]+)?, expected room for more; then run the same", line)
+    assert ".tmp" not in line
     assert "Traceback" not in full.stderr
     assert "mmquant.fit.json" not in final_names(out)
     for name in final_names(out):

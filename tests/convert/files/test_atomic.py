@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from helpers.killed import killed_at
 from helpers.paths import SOURCE
-from mmquant.convert.files.atomic import copy_whole, replace_folder, sha256_file, whole_file, write_whole
+from mmquant.convert.files.atomic import copy_whole, replace_folder, said_of, sha256_file, whole_file, write_whole
 from mmquant.convert.files.lock import HOLDER, LOCK, hold
 from mmquant.errors import InputError
 
@@ -128,3 +129,16 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "x") as file:
         file.write(b"half" * (1 // 0))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    """Not the temporary one, which nobody typed; what the error itself names stays."""
+    for write in (lambda path: write_whole(path, b"x"), lambda path: whole_file(path).__enter__()):
+        with pytest.raises(FileNotFoundError) as missing:
+            write(tmp_path / "none" / "a.yaml")
+        assert missing.value.filename == str(tmp_path / "none" / "a.yaml")
+    full, other, named = OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "x"), OSError(errno.ENOENT, "x", "b")
+    for given, expected in ((full, "a"), (other, None), (named, "b")):
+        with pytest.raises(OSError) as found, said_of(Path("a")):
+            raise given
+        assert found.value.filename == expected
