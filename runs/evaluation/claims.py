@@ -18,6 +18,7 @@ from mmquant.errors import InputError
 from ...calibration.evaluate.metrics import Scores, bootstrap_weights
 from ...convert.files.parse import parse_json
 
+SCHEMA = "mmquant-eval"  # of result documents
 SUMS = ("kld", "log_ratio", "same")
 NUMBERS = {"kld": "kld", "log_ratio": "log_ppl", "same": "top1"}  # a unit's sum -> the number of a comparison
 DIGITS = 9
@@ -66,24 +67,35 @@ def comparisons(candidates: list[dict[str, Any]], seed: int) -> list[dict[str, A
 
 def stored_rivals(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The candidates of a stored result of `eval --json`. InputError when it is none, or of other positions."""
+    said, rivals = read_rivals(path)
+    ours = _made_of(result)
+    for name, theirs in said.items():
+        if theirs != ours[name]:
+            raise InputError(f"{path}: another {name} ({str(theirs)[:24]}), expected {str(ours[name])[:24]}")
+    return rivals
+
+
+def _made_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What two results must have in common, by name."""
+    said = {name: result["sample"][name] for name in SAME}
+    return said | {"reference": result["reference"]["fingerprint"], "activations": result["activations"]}
+
+
+def read_rivals(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a stored result was made of, and its candidates. InputError when it is none."""
     if not path.is_file():
         raise InputError(f"--better-than {path}: no such file, expected a result of eval --json or an ARTIFACT")
     found = parse_json(path.read_bytes(), str(path))
     try:
-        if found["schema"] != result["schema"]:
-            raise InputError(f"{path}: schema {found['schema']!r}, expected {result['schema']!r}")
-        pairs = [(name, found["sample"][name], result["sample"][name]) for name in SAME]
-        pairs += [("reference", found["reference"]["fingerprint"], result["reference"]["fingerprint"])]
-        pairs += [("activations", found["activations"], result["activations"])]
+        if found["schema"] != SCHEMA:
+            raise InputError(f"{path}: schema {found['schema']!r}, expected {SCHEMA!r}")
+        said = _made_of(found)
         rivals = [{"label": str(c["label"]), "units": _units(c["units"])} for c in found["candidates"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a result of eval --json of this version (no {error})") from None
-    for name, theirs, ours in pairs:
-        if theirs != ours:
-            raise InputError(f"{path}: another {name} ({str(theirs)[:24]}), expected {str(ours)[:24]}")
-    return rivals
+    return said, rivals
 
 
 def _units(units: dict[str, Any]) -> dict[str, list[float]]:
@@ -113,7 +125,7 @@ def make_claims(result: dict[str, Any], rivals: tuple[str, ...]) -> list[dict[st
 
 
 def check_rivals(rivals: tuple[str, ...], artifacts: tuple[str, ...]) -> None:
-    """InputError, before any work, for a rival that is neither among the artifacts nor a file of JSON."""
+    """InputError, before any work, for a rival that is neither among the artifacts nor a stored result."""
     for rival in rivals:
         if rival in artifacts and set(artifacts) != {rival}:
             continue
@@ -122,6 +134,7 @@ def check_rivals(rivals: tuple[str, ...], artifacts: tuple[str, ...]) -> None:
             raise InputError(
                 f"--better-than {rival}: expected one of several ARTIFACTs, or a file that eval --json wrote"
             )
+        read_rivals(path)
 
 
 def refusal(claim: dict[str, Any]) -> str | None:

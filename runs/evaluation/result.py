@@ -21,9 +21,9 @@ from ...calibration.evaluate.subjects import ENERGY, ERROR, NONFINITE, OVERLAP, 
 from ...calibration.model.engine_like import Like
 from ...calibration.text.sample import Sample
 from ...convert.source import Source
-from .claims import beyond_floor, comparisons, refusal, unit_sums
+from .claims import SCHEMA, beyond_floor, comparisons, refusal, unit_sums
 
-SCHEMA, SCHEMA_VERSION = "mmquant-eval", "1.2"
+SCHEMA_VERSION = "1.2"
 ALSO_INSIDE = ("label", "layers", "domains", "positions", "units", "engine_like", "beyond_floor")  # not at the top
 # Threshold -> where its number stands in a candidate, and whether the number must stay below or above.
 GATES = {

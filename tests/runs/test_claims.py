@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mmquant.calibration.evaluate.metrics import RESAMPLES, Scores
-from mmquant.runs.evaluation.claims import beyond_floor, paired, refusal, unit_sums
+from mmquant.errors import InputError
+from mmquant.runs.evaluation.claims import beyond_floor, check_rivals, paired, refusal, unit_sums
 
 
 def scores(seed: int, shift: float, noise: float = 0.02, count: int = 600) -> Scores:
@@ -81,3 +83,19 @@ def test_a_floor_as_large_is_not_beyond() -> None:
     assert not rows["kld p999"]["beyond"]
     assert rows["kld"]["floor"] == floors[1]["kld"]["mean"]
     assert {row["number"]: row for row in beyond_floor(whole("c", scores(5, 0.1), 3.0), floors, 0)}["kld"]["beyond"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is not JSON"),
+        ("[]", "expected"),
+        ('{"schema": "other"}', "schema 'other', expected 'mmquant-eval'"),
+        ('{"schema": "mmquant-eval"}', "not a result of eval --json of this version"),
+        ('{"schema": "mmquant-eval", "sample": 3}', "not a result of eval --json of this version"),
+    ],
+)
+def test_a_rival_that_is_no_result_is_refused_before_any_work(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        check_rivals((str(tmp_path / "a.json"),), ("x",))
