@@ -57,7 +57,7 @@ def numbers_row(row: dict[str, Any]) -> str:
     likes = "; ".join(f"{', '.join(names)} {value}" for value, names in groups.items())
     ci = f"{row['ci95'][0]:.4f} .. {row['ci95'][1]:.4f}" if row["ci95"] else ""
     numbers = f"{row['bytes']:,} | {row['bits_per_weight']:.2f} | {row['kld']:.4f} | {ci} | {row['p999']:.3f}"
-    return f"| {row['file']} | {row['by']} | {numbers} | {100 * row['top1']:.1f} | {likes} |"
+    return f"| {row['file']} | {row['by']} | {numbers} | {100 * row['top1']:.1f} | {likes or 'no profile of mlx_lm'} |"
 
 
 INTRODUCTION = """# Results: every format, exact and as engines compute it
@@ -80,8 +80,9 @@ RECIPE = """
     make results
 
 On 8 GPUs of 80 GB. The files are written in one pass over the model ([run.md](run.md)); `m27.imatrix.gguf` is
-llama-imatrix's (without it ggml's encoder has no importance). Then one pass over the layers scores all. Estimates, none
-of it measured; the speeds are those of [eval.md](eval.md) and of one H200 in `bench/RESULTS.md`:
+llama-imatrix's, or in its form `mmquant calibrate --moments diagonal --weighting uniform --imatrix m27.imatrix.gguf`,
+as for the demo's rows (without it ggml's encoder has no importance). Then one pass over the layers scores all.
+Estimates, none of it measured; the speeds are those of [eval.md](eval.md) and of one H200 in `bench/RESULTS.md`:
 
 | what | estimate |
 | --- | --- |

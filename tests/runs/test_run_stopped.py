@@ -80,7 +80,7 @@ def kills(out: Path, counts: list[int], expected: dict[str, str]) -> None:
     last = status(out)
     run(wanted(), out, device="cpu", monitor=notes)
     assert artifacts(out) == expected
-    if 0 < last.step < last.steps and last.state == "killed":
+    if 1 < last.step < last.steps and last.state == "killed":  # the first may have been on its way to the disk
         assert [line for line in notes.lines if "continues " in line]
     assert status(out).state == "finished"
     assert not list(out.rglob(".hidden-*"))
