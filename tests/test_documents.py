@@ -20,6 +20,7 @@ from typing import Any
 import click
 import pytest
 
+from helpers.chat_server import ChatServer, said
 from helpers.command import mmquant
 from helpers.hub_server import HubServer
 from helpers.paths import ROOT
@@ -152,9 +153,10 @@ IN_README = {
 @pytest.mark.timeout(3600)
 def test_the_readme_in_order(tmp_path: Path, hub: HubServer) -> None:
     text = read("README.md")
-    for line in commands(text):
-        done = run(line, tmp_path, hub)
-        assert done.returncode == 0, f"{line}: {done.stderr}"
+    with ChatServer(lambda asked: said("yes")) as server:
+        for line in commands(text):
+            done = run(line.replace("http://127.0.0.1:8000", server.url), tmp_path, hub)
+            assert done.returncode == 0, f"{line}: {done.stderr}"
     table = rows(section(read("docs/quality.md"), "Every variant of the demo model"))
     for artifact in json.loads((tmp_path / "demo-out" / "summary.json").read_text())["rows"]:
         label = next(label for label, names in IN_README.items() if artifact["variant"] in names)

@@ -45,6 +45,7 @@ ALLOWED = {
     ("convert/gguf/fix.py", "open rb+"),
     ("convert/hub/fetch.py", "open wb"),  # NAME.part: blocks in any order, with a record
     ("convert/hub/fetch.py", "open rb+"),
+    ("convert/hub/gguf_flow.py", "open wb"),  # a step's bytes, removed behind it
     ("convert/hub/xet.py", "open wb"),  # a child's log
 }
 
