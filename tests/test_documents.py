@@ -174,16 +174,17 @@ def agree(printed: str, found: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_docs_gguf_in_order(tmp_path: Path, hub: HubServer) -> None:
-    """Lines after a `$ mmquant ...` are what it prints, on stdout and then on stderr."""
+    """Lines after a `$ mmquant ...` are what it prints in 80 columns, on stdout and then on stderr."""
     text = read("docs/gguf.md")
     for line in commands(text):
         done = run(line, tmp_path, hub)
-        shown = re.search(rf"^ {{4}}\$ {re.escape(line)}(  .*)?\n((?: {{4}}[^$\n].*\n)*)", text, flags=re.M)
+        printed = r"(?: {4}[^$\n].*\n|\n(?= {4}[^$\s]))*"
+        shown = re.search(rf"^ {{4}}\$ {re.escape(line)}(  .*)?\n({printed})", text, flags=re.M)
         fails = shown is not None and "exit code 4" in (shown[1] or "")
         assert done.returncode == (4 if fails else 0), f"{line}: {done.stderr}"
         if shown is not None and shown[2]:
             said = [word for word in done.stderr.splitlines() if word.startswith("mmquant: ")]
-            wanted = [word.strip() for word in shown[2].splitlines()]
-            found = done.stdout.splitlines() + said
+            wanted = [word.strip() for word in shown[2].splitlines() if word]
+            found = [word.strip() for word in done.stdout.splitlines() if word] + said
             assert len(wanted) == len(found), found
             assert all(map(agree, wanted, found)), found
