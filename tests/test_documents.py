@@ -125,6 +125,7 @@ def check_row(printed: list[str], found: dict[str, Any]) -> None:
         assert close(text, value), f"{name}: {value} is printed as {text}"
 
 
+@pytest.mark.slow  # `make demo` runs them on every machine that runs the tests
 def test_the_readmes_first_commands(tmp_path: Path, hub: HubServer) -> None:
     for line in commands(section(read("README.md"), "Two commands")):
         done = run(line, tmp_path, hub)
