@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One thread a process: the tests run as two processes, and OpenMP in both would fight for two cores.
+# One thread a process: the tests run as three processes, some of which wait, and OpenMP would fight for two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 READY := $(VENV)/.installed
@@ -43,7 +43,7 @@ types: $(READY) ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(READY) ## the quick tests
-	$(PYTEST) -n 2 --dist worksteal
+	$(PYTEST) -n 3 --dist worksteal
 
 test-slow: $(READY) ## tests of minutes: packaging, long comparisons
 	$(PYTEST) -m slow
@@ -97,7 +97,7 @@ test-wheel: dist ## the quick tests against the installed wheel, away from the c
 	$(BIN)/python -m pip --python $(WHEEL)/venv/bin/python install -qq --no-deps dist/*.whl
 	$(BIN)/python -c '$(SITES)' > $$(echo $(WHEEL)/venv/lib/python3*/site-packages)/dev.pth
 	git ls-files --cached --others --exclude-standard -- . $(PACKAGES:%=':!%') | tar c -T - | tar x -C $(WHEEL)/away
-	cd $(WHEEL)/away && $(TEST_ENV) ../venv/bin/python -m pytest -n 2 --dist worksteal -m '$(AWAY)' $(TESTS)
+	cd $(WHEEL)/away && $(TEST_ENV) ../venv/bin/python -m pytest -n 3 --dist worksteal -m '$(AWAY)' $(TESTS)
 
 # "click>=8.4.2" -> click==8.4.2, for every range of pyproject.toml
 build/lowest.txt: pyproject.toml

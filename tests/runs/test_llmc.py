@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from helpers import command
 from mmquant.convert.open import open_native
 from mmquant.errors import InputError, MmquantError
 from mmquant.runs.llmc import FP8, PYTHON, find_python, fp8_job, write_with_llmcompressor
 
 
 def mmquant(*arguments: str, python: str) -> tuple[int, str]:
-    import os
-
-    command = [sys.executable, "-m", "mmquant", *arguments, "--model", "demo", "--backend", "llmcompressor"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, PYTHON: python}, check=False)
+    line = [*arguments, "--model", "demo", "--backend", "llmcompressor"]
+    done = command.mmquant(*line, env={**os.environ, PYTHON: python})
     return done.returncode, done.stderr
 
 
