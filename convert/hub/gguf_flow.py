@@ -103,6 +103,10 @@ class Flow:
             self._again(step)
         return self._file(step)
 
+    def wants(self, number: int, at: int) -> bool:
+        """Whether a byte of a file is fetched before the next step is read."""
+        return self._all or (number, at) < max(self.course.end(self._at + ahead) for ahead in (0, 1))
+
     def close(self) -> None:
         """Stop fetching; nothing stays on the disk."""
         with self._changed:
@@ -157,7 +161,7 @@ class Flow:
     def _wanted(self, number: int, at: int, wait: bool) -> bool:
         """Whether what is read now, or the step after it, needs this place; `wait` until it does."""
         with self._changed:
-            while not (self._closed or self._all or (number, at) < max(self.course.end(self._at + n) for n in (0, 1))):
+            while not (self._closed or self.wants(number, at)):
                 if not wait:
                     return False
                 self._changed.wait()

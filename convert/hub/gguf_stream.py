@@ -52,7 +52,6 @@ class StreamedGguf(GgufSource):
         heads = [file.data[: file.header_bytes].tobytes() for file in self.files]
         self.course = Course(self.label, files, heads, list(self._places.values()), self.geometry.layers + 1)
         self._pool = DaemonPool(store.options.connections)
-        self._flow: Flow | None = None
 
     def check_room(self) -> None:
         """InputError when --max-disk, OSError when the disk is too small for two layers and what comes too early."""
@@ -66,8 +65,8 @@ class StreamedGguf(GgufSource):
         """Stop fetching; nothing stays on the disk."""
         self.store.client.cancelled.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._flow is not None:
-            self._flow.close()
+        if "flow" in self.__dict__:
+            self.flow.close()
         self.store.close(finished)
 
     def _step(self, name: str) -> int | None:
@@ -83,14 +82,14 @@ class StreamedGguf(GgufSource):
         piece = self._places.get(name)
         if piece is None:
             raise InputError(f"{self.label}: {name} is not part of this model")
-        if self._flow is None:
-            self._flow = self._started()
         with stage("fetch"):
-            path = self._flow.path(piece.step)
+            path = self.flow.path(piece.step)
         data = np.memmap(path, np.uint8, "r")
         return replace(file, path=path, data=data), replace(tensor, offset=piece.place)
 
-    def _started(self) -> Flow:
+    @cached_property
+    def flow(self) -> Flow:
+        """What is on its way; the first tensor that is read begins it."""
         self.store.hold()
         folder = self.store.folder / "steps"
         folder.mkdir(exist_ok=True)

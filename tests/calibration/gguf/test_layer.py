@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,7 @@ def test_a_matrix_larger_than_the_memory_is_solved_in_blocks_of_rows(monkeypatch
 def test_two_matrices_larger_than_the_memory_are_solved_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """gate and up of an expert, as those of M2.7 on a CPU: each with its own share of the correction."""
     weight, pair = problem(1, 600, 256)
+    pair = replace(pair, drift=0.3 * weight.flip(1) * pair.weight.view(-1, 1, 1))  # another of each output
     part, method = slice(0, 1), METHODS["default"]
     assert pair.held is not None
     together = rounded_part(weight, GGMLType.Q4_K, pair, part, method, 2)
@@ -82,8 +85,9 @@ def test_two_matrices_larger_than_the_memory_are_solved_apart(monkeypatch: pytes
     assert apart[2].shape == (1, 2)
     assert (apart[0] != together[0]).float().mean() < 0.01
     for number, rows in enumerate((slice(0, 300), slice(300, 600))):
-        alone = rounded_part(weight[:, rows], GGMLType.Q4_K, pair, part, method)
+        alone = rounded_part(weight[:, rows], GGMLType.Q4_K, pair.outputs(rows), part, method)
         assert torch.equal(apart[0][:, rows], alone[0])
+        assert torch.equal(apart[1][:, rows], alone[1])
         assert torch.equal(apart[2][:, number], alone[2][:, 0])
 
 

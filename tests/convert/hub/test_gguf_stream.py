@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,39 @@ def test_wrong_bytes_reach_no_score(hub: HubServer, file: Path, at: float) -> No
     source = opened()
     with pytest.raises(TransferError, match=r"the bytes hash to .*, the listing says"):
         passed(source)
+    source.close()
+
+
+def test_a_head_that_comes_first_waits_for_the_last_byte(hub: HubServer, file: Path) -> None:
+    data = reordered(file, ORDERS["head first"])
+    hub.seed("org/m", {"tiny-Q8_0.gguf": data})
+    hub.objects[hashlib.sha256(data).hexdigest()] = data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]
+    source = opened()
+    source.read(source.geometry.names.embed)
+    with pytest.raises(TransferError, match="the listing says"):
+        ends_of(source)
+    source.close()
+
+
+def test_one_layer_is_fetched_ahead(hub: HubServer, file: Path) -> None:
+    hub.seed("org/m", {"tiny-Q8_0.gguf": file.read_bytes()})
+    source = opened()
+    layer_of(source, 0)
+    flow, (number, end) = source.flow, source.course.end(2)
+    assert flow.wants(number, end - 1)
+    assert not flow.wants(number, end)
+    source.close()
+
+
+def test_the_embeddings_are_fetched_once(hub: HubServer, file: Path) -> None:
+    """They serve as a tied head at the end."""
+    data = reordered(file, lambda names: [name for name in names if name != "output.weight"])
+    hub.seed("org/m", {"tiny-Q8_0.gguf": data})
+    source = opened()
+    hub.log.clear()
+    passed(source)
+    starts = [int(re.findall(r"\d+", call["range"])[0]) for call in hub.calls("GET /cdn/")]
+    assert sorted(starts) == list(range(0, len(data), OPTIONS.block))
     source.close()
 
 
