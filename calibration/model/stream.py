@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .reading import read_layer_shared
 DISK_LIMIT = 64 << 30
 
 
-class Streaming:
+class Streaming(ABC):
     """What goes through the layers with one stream, made when it is first asked for."""
 
     @cached_property
@@ -33,9 +34,9 @@ class Streaming:
         """The residual stream; its memory is taken when it is first used."""
         return self.make_stream()
 
+    @abstractmethod
     def make_stream(self) -> Stream:
         """The stream before its first layer."""
-        raise NotImplementedError
 
     def settle(self) -> None:
         """Wait until what was saved of the stream is durable."""
