@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmquant.errors import InputError
 
-from ...convert.files.atomic import TEMPORARY, whole_file
+from ...convert.files.atomic import TEMPORARY, said_of, whole_file
 from ...convert.files.parse import parse_json
 from ...convert.source import Source
 from ..model.distributed import Ranks
@@ -135,13 +135,15 @@ class StoreWriter:
         self.error += float(error.sum())
         self.probe += float(exact.sum())
         self.worst, self.tail = max(self.worst, float(error.max())), min(self.tail, tail)
-        for array in _packed(rows):
-            self.file.write(array.tobytes())
+        with said_of(self.path):
+            for array in _packed(rows):
+                self.file.write(array.tobytes())
         self.blocks.append([len(rows), len(rows.ids)])
 
     def close(self, source: Source, sample: Sample, activations: str = "exact") -> None:
         """Join the ranks' parts into the file, whole under its name at once."""
-        self.file.close()
+        with said_of(self.path):
+            self.file.close()
         found = self.ranks.gather((self.blocks, self.error, self.worst, self.probe, self.tail))
         if self.ranks.first:
             self._join(provenance(source, sample, activations), found)

@@ -88,22 +88,28 @@ class GrowingFiles:
     def _put(self, data: bytes | memoryview) -> None:
         assert self._file is not None
         self._digest.update(data)
-        with stage("write"), said_of(Path(self._file.name.removesuffix(TEMPORARY))):
+        with stage("write"), said_of(_final(self._file)):
             self._file.write(data)
 
     def _sync(self) -> None:
         if self._file is not None:
-            with stage("sync"), said_of(Path(self._file.name.removesuffix(TEMPORARY))):
+            with stage("sync"), said_of(_final(self._file)):
                 sync_file(self._file)
 
     def _end(self, name: str) -> None:
         """The open file is whole: it gets its name."""
         self._leave()
-        with stage("sync"):
+        with stage("sync"), said_of(self.folder / name):
             replace_whole(temporary_of(self.folder / name), self.folder / name)
         self.sha256[name] = self._digest.hexdigest()
 
     def _leave(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with said_of(_final(file)):  # closing writes what is buffered
+                file.close()
+
+
+def _final(file: BinaryIO) -> Path:
+    """The name that a growing file will have."""
+    return Path(file.name.removesuffix(TEMPORARY))

@@ -10,7 +10,7 @@ from typing import Any
 from mmquant.errors import FitError, InputError
 
 from .. import manifest
-from ..files.atomic import sha256_file, temporary_of, write_whole
+from ..files.atomic import said_of, sha256_file, temporary_of, write_whole
 from ..files.lock import hold
 from ..files.together import complete, interrupted, replace_together
 from .doctor import Patch
@@ -48,7 +48,8 @@ def apply_fix(source: GgufSource, patches: list[Patch], out: Path | None, what: 
         if needed > free:
             raise FitError(f"{folder}: {needed:,} bytes are needed beside the files, the disk has {free:,} free")
         for path in files:
-            _write_patched(path, temporary_of(folder / path.name), patches)
+            with said_of(folder / path.name):
+                _write_patched(path, temporary_of(folder / path.name), patches)
         names = [path.name for path in files]
         if out is None and _update_manifest(folder, names):
             names.append(manifest.MANIFEST)

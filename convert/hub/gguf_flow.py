@@ -12,11 +12,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
+from ..files.atomic import said_of
 from .http import TransferError
 from .listing import RepoFile
 
@@ -114,7 +116,8 @@ class Flow:
             self._changed.notify_all()
         self._thread.join(5)  # a connection that hangs is left to its own time limit
         for file in self._open.values():
-            file.close()
+            with suppress(OSError):  # a full disk has been said, and they go
+                file.close()
         for path in self.folder.glob("*") if self.folder.is_dir() else ():
             path.unlink()
 
@@ -183,14 +186,16 @@ class Flow:
                 past = 0 < step < self._at  # a run that was interrupted goes on behind it
             if not past:
                 file = self._open.get(step) or self._open.setdefault(step, open(self._file(step), "wb"))
-                file.seek(piece.place + first - piece.start)
-                file.write(part)
+                with said_of(self._file(step)):
+                    file.seek(piece.place + first - piece.start)
+                    file.write(part)
             if not self._left[step]:
                 self._finish(step, past)
 
     def _finish(self, step: int, past: bool) -> None:
         if (file := self._open.pop(step, None)) is not None:
-            file.close()
+            with said_of(self._file(step)):
+                file.close()
         with self._changed:
             (self._gone if past else self._whole).add(step)
             if past:
@@ -200,7 +205,7 @@ class Flow:
     def _again(self, step: int) -> None:
         """A step that is gone, for a second pass: the bytes must be those of the first."""
         digest = hashlib.sha256()
-        with open(self._file(step), "wb") as out:
+        with said_of(self._file(step)), open(self._file(step), "wb") as out:
             for piece in self._of(step):
                 for at in range(piece.start, piece.stop, self.block):
                     size = min(self.block, piece.stop - at)

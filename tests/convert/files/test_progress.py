@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmquant.convert.files.atomic import temporary_of
 from mmquant.convert.files.progress import PROGRESS, Progress
 from mmquant.convert.folder.writer import FolderWriter
 from mmquant.convert.formats.spec import TensorSpec
@@ -155,3 +157,19 @@ def test_a_digest_that_was_not_recorded_in_time_is_made_up_for(tmp_path: Path) -
     again.check({"a": 3})
     again.checked()
     assert again.sha256 == {"a": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+@pytest.mark.parametrize("make", [folder_writer, gguf_writer])
+def test_a_full_disk_is_named_where_closing_finds_it(
+    make: Callable[[Path], FolderWriter | GgufWriter], tmp_path: Path
+) -> None:
+    """What is short stays in the buffer: closing the file writes it, and fails in place of what failed before."""
+    writer = make(tmp_path)
+    name = writer.parts[0].name if isinstance(writer, GgufWriter) else writer.shards[0].name
+    temporary_of(tmp_path / name).symlink_to("/dev/full")
+    writer._begin(name, b"x")
+    with pytest.raises(OSError) as found:
+        writer.close()
+    assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(tmp_path / name))
+    writer.close()
