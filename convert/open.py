@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming
 
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.quantization_config import SchemeBook, quantization_of
@@ -73,8 +73,10 @@ def _open_repository(address: Address, fetch: FetchOptions | None) -> Source:
 def open_store(store: ShardStore) -> Checkpoint | QuantizedFolder:
     """A folder's or repository's safetensors: FP8 and BF16 that can be quantized, or what is quantized already."""
     config = read_config(store)
-    quantization = quantization_of(config)
-    if quantization is None or SchemeBook(quantization, architecture_of(config).names).is_source:
+    with naming(store.label):
+        quantization = quantization_of(config)
+        is_source = quantization is None or SchemeBook(quantization, architecture_of(config).names).is_source
+    if is_source:
         return Checkpoint(store)
     from .checkpoints.quantized_folder import QuantizedFolder
 

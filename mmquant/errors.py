@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class MmquantError(Exception):
@@ -45,11 +50,28 @@ class FitError(MmquantError):
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Put `where` (a tensor, a layer) before the message of an InputError that is raised inside."""
+    """Put `where` (a folder, a tensor, a layer) before the message of an InputError inside that does not begin so."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        if not str(error).startswith(tuple(f"{InputError(where)}{mark}" for mark in ": /\\")):
+            error.args = InputError(f"{where}: {error}").args
+        raise
+
+
+def naming_label(method: Callable[P, T]) -> Callable[P, T]:
+    """Method whose InputErrors name the `label` of its object, which __init__ has set before it raises one."""
+
+    @wraps(method)
+    def named(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except InputError:
+            owner: Any = args[0]
+            with naming(owner.label):
+                raise
+
+    return named
 
 
 def suggest(word: str, names: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmquant.errors import InputError
 
 from .store import ShardStore, TensorInfo
+from .tensors import truncated
 
 READERS = 8
 BATCH = 16  # experts of a projection that are staged together: 75 MB of FP8 at M2.7's size
@@ -36,7 +37,7 @@ def read_batch(store: ShardStore, infos: list[TensorInfo], dtype: torch.dtype, d
     for info in infos:
         if info.shape != first.shape or info.dtype != first.dtype:
             found = f"{info.dtype} {list(info.shape)}, {first.name} is {first.dtype} {list(first.shape)}"
-            raise InputError(f"{info.shard}: {info.name} is {found}: expected experts stored alike")
+            raise InputError(f"{store.label}: {info.shard}: {info.name} is {found}: expected experts stored alike")
     pinned = torch.device(device).type == "cuda"
     staging = torch.empty((len(infos), first.size), dtype=torch.uint8, pin_memory=pinned)
     paths = [store.path(info.shard) for info in infos]
@@ -49,9 +50,7 @@ def read_batch(store: ShardStore, infos: list[TensorInfo], dtype: torch.dtype, d
             while got < info.size:
                 step = file.readinto(view[got:])
                 if not step:
-                    raise InputError(
-                        f"{info.shard}: {info.name} has {got} of {info.size} bytes, the shard is truncated"
-                    )
+                    raise truncated(store, info, got)
                 got += step
 
     with ThreadPoolExecutor(min(READERS, len(infos))) as pool:

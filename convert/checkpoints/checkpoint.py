@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming_label
 from mmquant.stages import stage
 
 from ...quantize.fp8 import E4M3_MAX, dequantize_tiles
@@ -41,6 +41,7 @@ LARGEST_SCALE = torch.finfo(torch.float32).max / E4M3_MAX
 class Checkpoint:
     """The source of everything: exact float32 values of FP8 (or BF16) weights, by release name."""
 
+    @naming_label
     def __init__(self, store: ShardStore) -> None:
         self.store = store
         self.label, self.origin = store.label, store.origin
@@ -66,6 +67,7 @@ class Checkpoint:
 
     # -- what is FP8 -------------------------------------------------------------------------------------------------
 
+    @naming_label
     def scheme(self, name: str) -> Scheme | None:
         """How the matrix of this name (without .weight) is quantized, None for plain. InputError for less than FP8."""
         if name not in self._schemes:
@@ -132,6 +134,7 @@ class Checkpoint:
                     needed[self.scale_name(name)] = (scale_shapes(scheme, shape), PLAIN)
         return needed
 
+    @naming_label
     def validate(self, scales: bool | None = None) -> None:
         """Check names, shapes, dtypes and that every scale is finite and positive.
 
@@ -168,6 +171,7 @@ class Checkpoint:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
+    @naming_label
     def raw(self, name: str) -> Tensor:
         """A tensor as stored; InputError when there is none of that name, or when it holds NaN or infinity."""
         info = self._scheduled(name)
@@ -176,6 +180,7 @@ class Checkpoint:
         check_finite(values, f"{info.shard}: {name}")
         return values
 
+    @naming_label
     def read_scales(self, name: str) -> Tensor:
         """Scales of an FP8 matrix in float32, checked to be positive and to keep every code finite."""
         scales = read_tensor(self.store, self._scheduled(name)).float()
@@ -214,6 +219,7 @@ class Checkpoint:
             out[part.start : part.stop] = self.dequantized(names, device).to(dtype)
         return out
 
+    @naming_label
     def dequantized(self, names: list[str], device: torch.device | str) -> Tensor:
         """[n, out, in] float32 of experts' matrices; together where they are stored alike."""
         self.schedule.reading(names[0])

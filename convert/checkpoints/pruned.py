@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming_label
 
 from ..files.parse import is_a, is_list, is_object, parse_any, short
 from ..models import architecture_of
@@ -69,6 +69,7 @@ class PrunedCheckpoint(Checkpoint):
                     found[name] = replace(found[name], shape=(len(chosen), *found[name].shape[1:]))
         return found
 
+    @naming_label
     def raw(self, name: str) -> Tensor:
         """A tensor as stored, routers with the rows of the experts that stay."""
         if name not in self._rows:

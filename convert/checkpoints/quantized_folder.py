@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming_label
 
 from ..formats.format import Fetch, PartError, Scheme
 from ..formats.plain import PLAIN
@@ -38,6 +38,7 @@ SAMPLE = 256
 class QuantizedFolder:
     """Opened from config.json and headers alone; every matrix is resolved and checked on opening."""
 
+    @naming_label
     def __init__(self, store: ShardStore) -> None:
         self.store, self.label, self.origin = store, store.label, store.origin
         self.config = read_config(store)
@@ -151,6 +152,7 @@ class QuantizedFolder:
         if info.dtype not in dtypes:
             raise InputError(f"{info.shard}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
 
+    @naming_label
     def validate(self) -> None:
         """What is not a quantized matrix: present, with its shape and a plain dtype, else ValueError."""
         expected: dict[str, tuple[int, ...]] = dict(global_shapes(self.geometry))
@@ -198,6 +200,7 @@ class QuantizedFolder:
 
         return read
 
+    @naming_label
     def _values(self, stored: Stored, fetch: Fetch) -> Tensor:
         """[..., out, in] float32 from parts with any leading dimensions."""
         if stored.scheme is None:

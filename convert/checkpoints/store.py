@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeGuard
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming
 
 from ..files.kinds import LOOK, refuse_strangers
 from ..files.lfs import refuse_pointer
@@ -114,7 +114,7 @@ class LocalFolder:
     def header(self, shard: str) -> list[TensorInfo]:
         """The tensors of a shard. InputError for a damaged header."""
         path = self.path(shard)
-        with open(path, "rb") as file:
+        with naming(self.label), open(path, "rb") as file:
             refuse_strangers(file.read(LOOK), str(path), "a safetensors file")
             file.seek(0)
             length = header_length(file.read(8), shard, path.stat().st_size)
@@ -126,14 +126,14 @@ class LocalFolder:
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise InputError(f"{shard}: {len(data)} bytes at {offset}, expected {size}")
+            raise InputError(f"{self.label}: {shard}: {len(data)} bytes at {offset}, expected {size}")
         return data
 
     def path(self, shard: str) -> Path:
         """The local file of a shard. InputError when it is missing."""
         path = self.folder / shard
         if not path.is_file():
-            raise InputError(f"{self.folder}: shard {shard} is missing")
+            raise InputError(f"{self.label}: shard {shard} is missing")
         return path
 
     def plan(self, shards: list[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming
 
 from ..files.parse import parse_json
 from ..models.geometry import Geometry
@@ -38,8 +38,14 @@ def read_tensor(store: ShardStore, info: TensorInfo) -> Tensor:
         file.seek(info.offset)
         got = file.readinto(buffer.data) if info.size else 0
     if got != info.size:
-        raise InputError(f"{info.shard}: {info.name} has {got} of {info.size} bytes, the shard is truncated")
+        raise truncated(store, info, got)
     return torch.from_numpy(buffer).view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+
+def truncated(store: ShardStore, info: TensorInfo, got: int) -> InputError:
+    """A shard that ended behind `got` bytes of a tensor."""
+    found = f"{info.name} has {got} of {info.size} bytes, the shard is truncated"
+    return InputError(f"{store.label}: {info.shard}: {found}")
 
 
 def read_scale(store: ShardStore, info: TensorInfo | None) -> Tensor | None:
@@ -48,7 +54,8 @@ def read_scale(store: ShardStore, info: TensorInfo | None) -> Tensor | None:
         return None
     scale = read_tensor(store, info).float().flatten()
     if len(scale) != 1 or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise InputError(f"{info.shard}: {info.name} holds {scale[:2].tolist()}, expected one positive number")
+        where = f"{store.label}: {info.shard}: {info.name}"
+        raise InputError(f"{where} holds {scale[:2].tolist()}, expected one positive number")
     return scale
 
 
@@ -63,11 +70,12 @@ def read_config(store: ShardStore) -> dict[str, Any]:
 def collect_tensors(store: ShardStore) -> dict[str, TensorInfo]:
     """Every tensor of every shard; ValueError for one that stands twice."""
     tensors: dict[str, TensorInfo] = {}
-    for shard in shard_names(store):
-        for info in store.header(shard):
-            if info.name in tensors:
-                raise InputError(f"{shard}: {info.name} stands in {tensors[info.name].shard} as well")
-            tensors[info.name] = info
+    with naming(store.label):
+        for shard in shard_names(store):
+            for info in store.header(shard):
+                if info.name in tensors:
+                    raise InputError(f"{shard}: {info.name} stands in {tensors[info.name].shard} as well")
+                tensors[info.name] = info
     return tensors
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming
 
 from ..checkpoints.store import LocalFolder, ShardStore
 from ..checkpoints.tensors import read_config
@@ -54,7 +54,8 @@ def geometry_of(model: str) -> Geometry:
     if (known := known_offline(model)) is not None:
         return known
     config = _config(model)
-    return architecture_of(config).geometry(config)
+    with naming(model):
+        return architecture_of(config).geometry(config)
 
 
 def _config(model: str) -> dict[str, Any]:

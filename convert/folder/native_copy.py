@@ -39,7 +39,7 @@ def copy_native(
     for name in shard_names(source.store):
         for info in sorted(tensors.get(name, ()), key=lambda info: info.offset):
             if info.dtype in TORCH_DTYPES:
-                check_finite(read_tensor(source.store, info), f"{name}: {info.name}")
+                check_finite(read_tensor(source.store, info), f"{source.label}: {name}: {info.name}")
         digest = _copy(source.store.path(name), out / name)
         entries.append(FileEntry(name, (out / name).stat().st_size, digest))
         source.store.release(name)

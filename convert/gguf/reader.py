@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, naming, naming_label
 
 from ...quantize.ggml.codec import decode
 from ..checkpoints.census import Kind, count_kinds
@@ -85,8 +85,9 @@ class GgufSource:
                 if name in self._where:
                     raise InputError(f"{file.path}: {name} stands in {self._where[name][0].path.name} as well")
                 self._where[name] = (file, tensor)
-        self.config = self._config()
-        self.geometry = architecture_of(self.config).geometry(self.config)
+        with naming(self.label):
+            self.config = self._config()
+            self.geometry = architecture_of(self.config).geometry(self.config)
         # A hostile header must not make us list layers that no file could hold.
         if self.geometry.layers > len(self._where):
             raise InputError(f"{self.label}: {self.geometry.layers} layers, but only {len(self._where)} tensors")
@@ -217,6 +218,7 @@ class GgufSource:
     def close(self, finished: bool = False) -> None:
         """Nothing stays open."""
 
+    @naming_label
     def small_file(self, name: str) -> bytes | None:
         """config.json, tokenizer.json and tokenizer_config.json (with the chat templates), made of the metadata."""
         if name == "config.json":

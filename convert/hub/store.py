@@ -94,7 +94,7 @@ class HubFolder:
         """Bytes of a shard, from the local copy or by a ranged request."""
         file = self._file(shard)
         if offset + size > file.size:
-            raise InputError(f"{shard}: {file.size:,} bytes, {size:,} at {offset:,} were asked for")
+            raise InputError(f"{self.label}: {shard}: {file.size:,} bytes, {size:,} at {offset:,} were asked for")
         local = self._local(file)
         if local is None and self.client.endpoint.offline:
             local = self._unverified(file)

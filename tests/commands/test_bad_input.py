@@ -166,6 +166,12 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
+def names_once(errors: str, folder: Path) -> None:
+    """The line begins with the folder, so that it says which of several is meant, and names it once."""
+    assert re.match(rf"mmquant: {re.escape(str(folder))}(: |/| )", errors), errors
+    assert errors.count(str(folder)) == 1, errors
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("fault, mentioned", FAULTS, ids=lambda value: getattr(value, "__name__", None))
 def test_a_damaged_checkpoint(
@@ -184,6 +190,7 @@ def test_a_damaged_checkpoint(
     assert errors.startswith("mmquant: ")
     assert errors.count("\n") == 1, errors
     assert mentioned in errors
+    names_once(errors, model)
     assert not out.exists(), "nothing is written before the whole checkpoint is checked"
 
 
@@ -199,6 +206,50 @@ def test_inspect_says_the_same(
     code, shown, errors = run(monkeypatch, capsys, "inspect", str(model))
     assert (code, shown, errors.count("\n")) == (2, "", 1), errors
     assert mentioned in errors
+    names_once(errors, model)
+
+
+def candidate_is_cut(folder: Path) -> None:
+    shard = next(folder.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+
+
+def candidate_of_odd_groups(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"group_size": 32', '"group_size": "x"'))
+
+
+def candidate_without_heads(folder: Path) -> None:
+    configure(folder, num_attention_heads=0)
+
+
+def candidate_with_infinite_scales(folder: Path) -> None:
+    shard = next(folder.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("w2.weight_scale"))
+    tensors[name] = torch.full_like(tensors[name], float("inf"))
+    save_file(tensors, shard)
+
+
+CANDIDATES = [candidate_is_cut, candidate_of_odd_groups, candidate_without_heads, candidate_with_infinite_scales]
+
+
+@pytest.mark.parametrize("fault", CANDIDATES)
+def test_eval_says_which_of_several_is_damaged(
+    fault: Callable[[Path], None],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sound, damaged = tmp_path / "a", tmp_path / "b"
+    assert run(monkeypatch, capsys, *COMMANDS["int4"], "--model", str(whole), "--out", str(sound))[0] == 0
+    shutil.copytree(sound, damaged)
+    fault(damaged)
+    words = ["--reference", str(whole), "--windows", "1", "--context", "16"]
+    code, shown, errors = run(monkeypatch, capsys, "eval", str(sound), str(damaged), *words)
+    assert (code, shown) == (2, ""), errors
+    names_once(errors.splitlines()[-1], damaged)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
