@@ -52,6 +52,11 @@ def begin(model: Path, out: Path, layers: int = 2) -> None:
 
 def ranks(size: int, work: Callable[[], object]) -> None:
     """`work` in `size` gloo processes; AssertionError when one fails."""
+    assert exit_codes(size, work) == [0] * size
+
+
+def exit_codes(size: int, work: Callable[[], object]) -> list[int | None]:
+    """How each of `size` gloo processes ends that do `work`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -67,7 +72,7 @@ def ranks(size: int, work: Callable[[], object]) -> None:
     processes = [forked(child, rank) for rank in range(size)]
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * size
+    return [process.exitcode for process in processes]
 
 
 def tensors(value: Any, name: str = "") -> dict[str, Tensor]:

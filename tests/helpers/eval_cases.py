@@ -1,18 +1,13 @@
-"""Evaluation cases: a tiny reference, a perturbed candidate, and a sample without text.
-
-Also run by torch's spawned processes, which import it by name.
-"""
+"""Evaluation cases: a tiny reference, a perturbed candidate, and a sample without text."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from helpers.tiny import write_tiny
@@ -88,30 +83,24 @@ def small(**changes: Any) -> Settings:
     return Settings(tokens=3 * CONTEXT, **changes)
 
 
-def spawned(rank: int, world: int, port: int, folder: str, task: str) -> None:
-    """One process of a run: `task` is "evaluate", or "die" (rank 1 cannot read layer 2), or "store"."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    path = Path(folder)
-    reference = open_native(path / "model")
-    stop = 2 if task == "die" and rank == 1 else None
-    candidate = Noisy(reference, stop_at=stop)
+def one_rank(path: Path, task: str) -> None:
+    """One process of a run: `task` is "store", "read", "die" (rank 1 cannot read layer 2) or "resume"."""
     ranks = current_ranks()
-    state = path / "state" if task in ("die", "resume") else None
+    reference = open_native(path / "model")
+    candidate = Noisy(reference, stop_at=2 if task == "die" and ranks.rank == 1 else None)
     if task == "read":
         outcomes = evaluate(StoredReference(path / "stored"), [candidate], make_sample(), small(), ranks=ranks)
     else:
+        state = path / "state" if task in ("die", "resume") else None
         save = path / "stored" if task == "store" else None
         evaluation_state.EVERY = 0.0
         try:
             outcomes = evaluate(reference, [candidate], make_sample(), small(state=state), ranks=ranks, save=save)
         except Exception as error:  # the other rank dies of it, and may be seen to do so first
-            (path / f"died-{rank}").write_text(str(error))
+            (path / f"died-{ranks.rank}").write_text(str(error))
             raise
-    if rank == 0:
+    if ranks.rank == 0:
         torch.save(packed(outcomes[0]) | {"layers_read": torch.tensor(candidate.read_layers)}, path / f"{task}.pt")
-    dist.destroy_process_group()
 
 
 def packed(outcome: Outcome) -> dict[str, Tensor]:

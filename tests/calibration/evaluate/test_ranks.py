@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
-from helpers.eval_cases import Noisy, make_sample, packed, small, spawned, write_model
+from helpers.calibration_cases import exit_codes, ranks
+from helpers.eval_cases import Noisy, make_sample, one_rank, packed, small, write_model
 from mmquant.calibration.evaluate.streamed import evaluate
 from mmquant.convert.open import open_native
-
-
-def launch(folder: Path, world: int, task: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(spawned, args=(world, port, str(folder), task), nprocs=world, join=True)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_give_one_process_numbers(tmp_path: Path, world: int) -> None:
     model = open_native(write_model(tmp_path))
-    launch(tmp_path, world, "store")
+    ranks(world, partial(one_rank, tmp_path, "store"))
     found = torch.load(tmp_path / "store.pt")
     alone = packed(evaluate(model, [Noisy(model)], make_sample(), small())[0])
     for name in ("nll", "kld", "shift", "layers"):
         torch.testing.assert_close(found[name], alone[name], rtol=1e-4, atol=1e-6)
     assert torch.equal(found["same"], alone["same"])
     if world == 2:
-        launch(tmp_path, 3, "read")
+        ranks(3, partial(one_rank, tmp_path, "read"))
         read = torch.load(tmp_path / "read.pt")
         torch.testing.assert_close(read["kld"], alone["kld"], rtol=0, atol=1e-4)
 
 
 def test_a_dying_rank_ends_the_run_with_its_message(tmp_path: Path) -> None:
     model = open_native(write_model(tmp_path))
-    with pytest.raises(mp.ProcessRaisedException):  # pyright: ignore
-        launch(tmp_path, 2, "die")
+    assert all(exit_codes(2, partial(one_rank, tmp_path, "die")))
     assert "noisy: layer 2 cannot be read" in (tmp_path / "died-1").read_text()
     assert sorted(p.name.split("-", 1)[1] for p in (tmp_path / "state").glob("*.safetensors")) == [
         "layer002-rank0.safetensors",
         "layer002-rank1.safetensors",
     ]
-    launch(tmp_path, 2, "resume")
+    ranks(2, partial(one_rank, tmp_path, "resume"))
     found = torch.load(tmp_path / "resume.pt")
     assert set(found["layers_read"].tolist()) == {2}
     alone = packed(evaluate(model, [Noisy(model)], make_sample(), small())[0])
