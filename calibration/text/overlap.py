@@ -34,7 +34,11 @@ class Words:
 
     def shingles(self, part: str) -> NDArray[np.uint64]:
         """64-bit hashes of the runs of 13 words that end in this part, in order."""
-        fresh = np.array([zlib.crc32(w.group().lower().encode()) for w in _WORD.finditer(part)], dtype=np.uint64)
+        return self.after(_WORD.findall(part))
+
+    def after(self, found: list[str]) -> NDArray[np.uint64]:
+        """The same of a part's words."""
+        fresh = np.array([zlib.crc32(word.lower().encode()) for word in found], dtype=np.uint64)
         words = np.concatenate((self._tail, fresh))
         self._tail = words[-(SHINGLE - 1) :]
         count = max(0, len(words) - SHINGLE + 1)
@@ -71,8 +75,8 @@ def overlap(evaluation: str | Iterable[str], known: NDArray[np.uint64]) -> Overl
     kept: list[str] = []  # the last words, for a run that began in an earlier part
     opening, passage = "", ""
     for part in [evaluation] if isinstance(evaluation, str) else pieces(evaluation):
-        found = words.shingles(part)
-        own = [match.group() for match in _WORD.finditer(part)]
+        own = _WORD.findall(part)
+        found = words.after(own)
         text, kept = [*kept, *own], [*kept, *own][-(SHINGLE - 1) :]
         at = np.minimum(np.searchsorted(known, found), max(len(known) - 1, 0))
         hit = known[at] == found if len(known) else np.zeros(len(found), dtype=bool)

@@ -70,6 +70,6 @@ def tokens_of(tokenizer: Tokenizer, texts: Iterable[Iterable[str]]) -> Iterator[
 
 
 def _encoded(tokenizer: Tokenizer, batch: list[tuple[int, str]]) -> Iterator[tuple[int, str, list[int]]]:
-    found = tokenizer.encode_batch([piece for _, piece in batch], add_special_tokens=False) if batch else []
+    found = tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False) if batch else []
     for (number, piece), encoding in zip(batch, found, strict=True):
         yield number, piece, encoding.ids

@@ -78,6 +78,7 @@ def refusal(*line: str) -> str:
 def line_of(command: str, folder: Path, out: Path) -> list[str]:
     """The command on a model, calibrated (where it is) on a few words."""
     text = ["--text", str(folder / "words.txt")] if command in NEEDS_TEXT else []
+    text += ["--text-only"] if text and command != "calibrate" else []  # which reads nothing else
     return [*COMMANDS[command], *text, "--model", str(folder), "--out", str(out)]
 
 
