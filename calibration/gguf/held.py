@@ -14,7 +14,7 @@ from torch import Tensor
 from ...quantize.ggml.codec import decode, encode
 from ...quantize.ggml.types import GGMLType
 from ..model.distributed import rank_share, world
-from ..statistics.held import FEWEST, HELD, STRIDE
+from ..statistics.held import FEWEST, HELD, choose
 
 SAMPLE = 64  # outputs of a matrix by which the two ways of rounding are compared
 
@@ -41,20 +41,16 @@ class Held:
         x, z, d = (torch.zeros(matrices, HELD, n, device=device) for n in (inputs, inputs, outputs))
         return cls(x, z, d, [0] * matrices, [0] * matrices, rank_share(HELD, *world()))
 
-    def take(self, matrix: int, x: Tensor, z: Tensor, d: Tensor | None = None) -> slice:
-        """Hold some of the next rows [R, n] of a matrix; which of them, for whoever sums the rest."""
-        first = (STRIDE // 2 - self.met[matrix]) % STRIDE
-        room = len(self.places) - self.count[matrix]
-        chosen = slice(first, min(len(x), first + STRIDE * room) if room else 0, STRIDE)
-        rows = x[chosen]
-        start = self.places.start + self.count[matrix]
-        place = slice(start, start + len(rows))
-        self.x[matrix, place], self.z[matrix, place] = rows, z[chosen]
-        if d is not None:
-            self.d[matrix, place] = d[chosen]
-        self.met[matrix] += len(x)
-        self.count[matrix] += len(rows)
-        return chosen
+    def choose(self, offsets: list[int], first: int = 0) -> tuple[Tensor, Tensor]:
+        """Which of the next rows to hold, and where (`fill`): [C] int64 each, as `statistics.held.choose`."""
+        rows, places = choose(offsets, self.met, self.count, self.places, first)
+        return rows.to(self.x.device), places.to(self.x.device)
+
+    def fill(self, places: Tensor, x: Tensor, z: Tensor, d: Tensor | None = None) -> None:
+        """Hold rows [C, n] (d [C, O]) at `places`."""
+        for held, rows in ((self.x, x), (self.z, z), (self.d, d)):
+            if rows is not None:
+                held.flatten(0, 1)[places] = rows
 
     def enough(self, part: slice) -> Tensor:
         """[E] which matrices of `part` have rows to decide by."""

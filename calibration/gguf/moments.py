@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ...quantize.ggml.factor import Factor
+from ...quantize.ggml.scalar.columns import has_triton
 from ...quantize.linear_algebra import full_float32
 from ..model.distributed import rank_share, sum_everywhere, sum_to_owners, world
 from .held import Held
+from .moments_cuda import add_sorted, complete
 
 PRIOR = 16.0  # strength of the pooled moments, in rows per input (quantize/moments.py)
 # Ridge of both moments, as shares of the mean diagonal: for text of another kind, and at one row per input.
@@ -34,12 +37,25 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Lacking:
+    """What the quantized stream lacks by token [N, H] float32, and the tokens of rows [R]; None: rows are tokens."""
+
+    hidden: Tensor
+    token: Tensor | None = None
+
+    def rows(self, part: slice | Tensor) -> Tensor:
+        """[R, H] of some rows."""
+        return self.hidden[part if self.token is None else self.token[part]]
+
+
+@dataclass(frozen=True)
 class Pair:
     """Raw sums over rows for E matrices of n inputs: own [E, n, n] of z z^T, cross [E, n, n] of x z^T.
 
     weight and rows are [E]. `pool`: of all matrices of the layer when these are only some of them; `held`: rows that
     are in no sum; `drift` [E, O, n]: d z^T, what the residual stream lacks where these matrices add to it. owned: the
-    matrices whose sums and held-out rows are whole on this rank (`over_ranks`); None: all.
+    matrices whose sums and held-out rows are whole on this rank (`over_ranks`); None: all. fused: rows are added by
+    moments_cuda.py, and the moments are whole after `over_ranks` alone.
     """
 
     own: Tensor
@@ -50,17 +66,27 @@ class Pair:
     held: Held | None = None
     drift: Tensor | None = None
     owned: range | None = None
+    fused: bool = False
 
     @classmethod
-    def empty(cls, matrices: int, inputs: int, device: torch.device | str, outputs: int = 0) -> Pair:
-        """No rows yet; outputs: O of `drift`, 0 for matrices that do not add to the residual stream."""
+    def empty(
+        cls,
+        matrices: int,
+        inputs: int,
+        device: torch.device | str,
+        outputs: int = 0,
+        rows: torch.dtype = torch.float32,
+    ) -> Pair:
+        """No rows yet; outputs: O of `drift`, 0 for matrices that do not add to the residual stream; rows: of dtype."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        square, rows = (matrices, inputs, inputs), Held.empty(matrices, inputs, device, outputs)
+        square, held = (matrices, inputs, inputs), Held.empty(matrices, inputs, device, outputs)
         drift = zeros(matrices, outputs, inputs) if outputs else None
-        return cls(zeros(*square), zeros(*square), zeros(matrices), zeros(matrices), held=rows, drift=drift)
+        fused = torch.device(device).type == "cuda" and rows == torch.bfloat16 and has_triton()
+        sums = zeros(*square), zeros(*square), zeros(matrices), zeros(matrices)
+        return cls(*sums, held=held, drift=drift, fused=fused)
 
     def add(self, matrix: int, x: Tensor, z: Tensor, share: Tensor | None = None, d: Tensor | None = None) -> None:
         """Rows x, z [R, n] (and d [R, O], what the stream lacks) of one matrix, each counted by share^2 [R]."""
@@ -71,7 +97,8 @@ class Pair:
         x, z = (rows.float() * weight.unsqueeze(1) for rows in (x, z))
         d = None if d is None else d * weight.unsqueeze(1)
         if self.held is not None:
-            out = self.held.take(matrix, x, z, d)
+            out, places = self.held.choose([0, len(x)], matrix)
+            self.held.fill(places, x[out], z[out], None if d is None else d[out])
             x[out], z[out], weight[out] = 0.0, 0.0, 0.0
         with full_float32(whole):
             self.own[matrix].addmm_(z.T, z)
@@ -82,11 +109,32 @@ class Pair:
         self.weight[matrix] += weight.square().sum()
         self.rows[matrix] += (weight != 0).sum()
 
+    def add_sorted(
+        self,
+        x: Tensor,
+        z: Tensor,
+        offsets: list[int],
+        share: Tensor | None = None,
+        scale: Tensor | None = None,
+        lacking: Lacking | None = None,
+    ) -> None:
+        """Rows [R, n] sorted by matrix, matrix e owning offsets[e]:offsets[e+1]; x times `scale` [E], powers of two."""
+        if self.fused:
+            add_sorted(self, x, z, offsets, share, scale, lacking)
+            return
+        for matrix, (start, stop) in enumerate(pairwise(offsets)):
+            part = slice(start, stop)
+            rows = x[part] if scale is None else x[part] * scale[matrix].to(x.dtype)
+            some, lost = None if share is None else share[part], None if lacking is None else lacking.rows(part)
+            self.add(matrix, rows, z[part], some, lost)
+
     def over_ranks(self) -> Pair:
         """The sums of all ranks, in rank order: a single matrix's on every rank, several matrices' with their owners.
 
         Rank r owns the matrices `rank_share(E, r, size)`; weight and rows are whole everywhere. Changed in place.
         """
+        if self.fused:
+            complete(self)
         rank, size = world()
         if size == 1:
             return self

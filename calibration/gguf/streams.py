@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from ..model.distributed import max_everywhere
 from ..model.forward import Observer, Routing, attention, grouped_matmul, rms_norm, route, rows_at_once, run_experts
 from ..model.hidden import HiddenStates
 from .memory import ExpertPlan, plan_experts, solve_memory
-from .moments import Pair
+from .moments import Lacking, Pair
 
 
 class Rows(Observer):
@@ -89,21 +88,23 @@ class Streams:
 
 def input_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
     """Sums of what q, k and v see."""
-    pair = Pair.empty(1, g.hidden, streams.device)
+    dtype = weights.q.dtype
+    pair = Pair.empty(1, g.hidden, streams.device, rows=dtype)
     for _, reference, quantized in streams.batches():
         x, z = (rms_norm(hidden, weights.input_norm, g.norm_eps).flatten(0, 1) for hidden in (reference, quantized))
-        pair.add(0, x.to(weights.q.dtype), z.to(weights.q.dtype))
+        pair.add_sorted(x.to(dtype), z.to(dtype), [0, len(x)])
     return pair.over_ranks()
 
 
 def output_pair(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry) -> Pair:
     """Sums of what o sees, with q, k, v of `new` on the written side. The reference moves past attention."""
-    pair = Pair.empty(1, g.heads * g.head_dim, streams.device, g.hidden)
+    pair = Pair.empty(1, g.heads * g.head_dim, streams.device, g.hidden, weights.q.dtype)
     for start, reference, quantized in streams.batches():
         x, z = AttentionOutput(), AttentionOutput()
         streams.reference.put(start, reference + attention(weights, g, reference, x))
         attention(new, g, quantized, z)
-        pair.add(0, x.output, z.output, d=(reference - quantized).flatten(0, 1))
+        lacking = Lacking((reference - quantized).flatten(0, 1))
+        pair.add_sorted(x.output, z.output, [0, len(x.output)], lacking=lacking)
     return pair.over_ranks()
 
 
@@ -116,10 +117,11 @@ def pass_attention(streams: Streams, new: LayerWeights, g: Geometry) -> None:
 
 def router_pair(streams: Streams, weights: LayerWeights, g: Geometry) -> Pair:
     """Sums of what the router sees."""
-    pair = Pair.empty(1, g.hidden, streams.device)
+    dtype = weights.gate.dtype
+    pair = Pair.empty(1, g.hidden, streams.device, rows=dtype)
     for _, reference, quantized in streams.batches():
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, quantized))
-        pair.add(0, x, z)
+        pair.add_sorted(x.to(dtype), z.to(dtype), [0, len(x)])
     return pair.over_ranks()
 
 
@@ -128,15 +130,14 @@ def input_pairs(streams: Streams, part: LayerWeights, g: Geometry, kept: range) 
 
     part: the layer with these experts alone (`experts_of`)
     """
-    pair = Pair.empty(len(kept), g.hidden, streams.device)
+    pair = Pair.empty(len(kept), g.hidden, streams.device, rows=part.gate.dtype)
     largest = torch.zeros(len(kept), device=streams.device)
     for rows in routed(streams, part, g, kept):
-        gate, up = (grouped_matmul(rows.x, matrix, rows.offsets) for matrix in (part.gate, part.up))
-        sums = (F.silu(gate) * up).float().unflatten(1, (-1, 32)).sum(-1).abs().amax(1)
-        add_rows(pair, rows.x, rows.z, rows.router_weight, rows.offsets)
-        for expert, (start, stop) in enumerate(pairwise(rows.offsets)):
-            if stop > start:
-                largest[expert] = torch.maximum(largest[expert], sums[start:stop].amax())
+        sums = inner_rows(rows.x, part, rows.offsets).unflatten(1, (-1, 32)).sum(-1, dtype=torch.float32)
+        counts = torch.tensor(rows.offsets, device=streams.device).diff()
+        expert = torch.arange(len(kept), device=streams.device).repeat_interleave(counts, output_size=len(sums))
+        largest.scatter_reduce_(0, expert, sums.abs().amax(1), "amax")
+        pair.add_sorted(rows.x, rows.z, rows.offsets, rows.router_weight)
     return pair.over_ranks(), max_everywhere(largest)
 
 
@@ -147,17 +148,18 @@ def middle_pairs(
 
     exponents [E]: powers of two by which the new layer's inner rows are smaller (`rescaled`)
     """
-    pair = Pair.empty(len(kept), g.expert_width, streams.device, g.hidden)
+    pair = Pair.empty(len(kept), g.expert_width, streams.device, g.hidden, part.gate.dtype)
     scale = scales(exponents[kept.start : kept.stop])
     for rows in routed(streams, part, g, kept):
         x, z = (inner_rows(side, one, rows.offsets) for side, one in ((rows.x, part), (rows.z, new)))
-        add_rows(pair, x, z, rows.router_weight, rows.offsets, scale, rows.lacking)
+        pair.add_sorted(x, z, rows.offsets, rows.router_weight, scale, rows.lacking)
     return pair.over_ranks()
 
 
 def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g: Geometry, exponents: Tensor) -> Pair:
     """`middle_pairs` of all experts on the way of the reference out of the layer: its rows are computed once."""
-    pair, scale = Pair.empty(g.experts, g.expert_width, streams.device, g.hidden), scales(exponents)
+    pair = Pair.empty(g.experts, g.expert_width, streams.device, g.hidden, weights.gate.dtype)
+    scale = scales(exponents)
     for start, reference, quantized in streams.batches():
         lacking = (reference - quantized).flatten(0, 1)
         x, z = (rms_norm(h, weights.post_norm, g.norm_eps).flatten(0, 1) for h in (reference, quantized))
@@ -167,7 +169,7 @@ def leaving_pairs(streams: Streams, weights: LayerWeights, new: LayerWeights, g:
         def take(_: Tensor, h: Tensor, token: Tensor, slot: Tensor, offsets: list[int]) -> None:
             inner = inner_rows(z[token], new, offsets)  # noqa: B023 - used within this iteration
             router_weight, lost = routing.weights[token, slot], Lacking(lacking, token)  # noqa: B023
-            add_rows(pair, h, inner, router_weight, offsets, scale, lost)
+            pair.add_sorted(h, inner, offsets, router_weight, scale, lost)
 
         moved = run_experts(weights, x, routing, Rows(take))
         streams.reference.put(start, reference + moved.view(reference.shape))
@@ -184,18 +186,6 @@ def experts_of(weights: LayerWeights, kept: range) -> LayerWeights:
     """The layer with some of its experts; views."""
     chosen = slice(kept.start, kept.stop)
     return replace(weights, gate=weights.gate[chosen], up=weights.up[chosen], down=weights.down[chosen])
-
-
-@dataclass(frozen=True)
-class Lacking:
-    """What the quantized stream lacks by token [N, H] float32, and the tokens of rows [R]."""
-
-    hidden: Tensor
-    token: Tensor
-
-    def rows(self, part: slice) -> Tensor:
-        """[R, H] of some rows."""
-        return self.hidden[self.token[part]]
 
 
 @dataclass(frozen=True)
@@ -232,22 +222,6 @@ def dispatch(routing: Routing, experts: int) -> Iterator[tuple[Tensor, Tensor, l
         order = torch.argsort(chosen.to(torch.int16), stable=True)
         counts = torch.bincount(chosen, minlength=experts)
         yield order // per_token + start, order % per_token, [0, *torch.cumsum(counts, 0).tolist()]
-
-
-def add_rows(
-    pair: Pair,
-    x: Tensor,
-    z: Tensor,
-    router_weight: Tensor,
-    offsets: list[int],
-    scale: Tensor | None = None,
-    lacking: Lacking | None = None,
-) -> None:
-    """Rows [R, n] sorted by expert, to the sums of their experts; x times `scale` [E], powers of two."""
-    for expert, (start, stop) in enumerate(pairwise(offsets)):
-        part = slice(start, stop)
-        rows = x[part] if scale is None else x[part] * scale[expert].to(x.dtype)
-        pair.add(expert, rows, z[part], router_weight[part], None if lacking is None else lacking.rows(part))
 
 
 def pass_experts(streams: Streams, states: HiddenStates, weights: LayerWeights, g: Geometry) -> None:

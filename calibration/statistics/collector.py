@@ -102,7 +102,7 @@ class Collector(Observer):
         bad = 0.0 if good is None else (~good).sum()
         if held is not None:
             keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            keep[held.take(0, None, x=x)] = False
+            keep[held.take([0, len(x)], None, x=x)] = False
             x = x * keep.unsqueeze(1)
             good = keep if good is None else good & keep
         rows = float(x.shape[0]) if good is None else good.sum()
@@ -222,9 +222,7 @@ class Collector(Observer):
         if not self.held:
             return row_weight
         row_weight = row_weight.clone()
-        for expert, (start, stop) in enumerate(pairwise(offsets)):
-            mine = slice(start, stop)
-            row_weight[mine][self.held["experts"].take(expert, row_weight[mine], x=x[mine], h=h[mine])] = 0.0
+        row_weight[self.held["experts"].take(offsets, row_weight, x=x, h=h)] = 0.0
         return row_weight
 
     def _by_expert(self, values: Tensor, token: Tensor, owner: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,6 +12,25 @@ from ..model.distributed import rank_share, world
 
 HELD, STRIDE = 128, 16  # rows at most, every which row of a matrix
 FEWEST = 16  # rows that decide anything
+
+
+def choose(
+    offsets: list[int], met: list[int], count: list[int], places: range, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Which of the next rows are held, and their places of all E * HELD, [C] int64 each; met and count go on.
+
+    Rows are sorted by matrix, matrix first + e owning offsets[e]:offsets[e+1]; places: of the HELD of each.
+    """
+    rows, taken = list[int](), list[int]()
+    for matrix, (start, stop) in enumerate(pairwise(offsets), first):
+        begin = start + (STRIDE // 2 - met[matrix]) % STRIDE
+        found = range(begin, stop, STRIDE)[: len(places) - count[matrix]]
+        place = matrix * HELD + places.start + count[matrix]
+        rows += found
+        taken += range(place, place + len(found))
+        met[matrix] += stop - start
+        count[matrix] += len(found)
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(taken, dtype=torch.int64)
 
 
 @dataclass
@@ -31,21 +51,17 @@ class HeldRows:
         rows = {name: torch.zeros(matrices, HELD, n, device=device) for name, n in inputs.items()}
         return cls(rows, [0] * matrices, [0] * matrices, rank_share(HELD, *world()))
 
-    def take(self, matrix: int, share: Tensor | None, **rows: Tensor) -> slice:
-        """Hold some of the next rows [R, n] of a matrix times `share` [R]; which, for whoever sums the rest."""
-        met = len(next(iter(rows.values())))
-        first = (STRIDE // 2 - self.met[matrix]) % STRIDE
-        room = len(self.places) - self.count[matrix]
-        chosen = slice(first, min(met, first + STRIDE * room) if room else 0, STRIDE)
-        taken = 0
+    def take(self, offsets: list[int], share: Tensor | None, **rows: Tensor) -> Tensor:
+        """Hold some of the next rows [R, n] times `share` [R]; which [C], for whoever sums the rest.
+
+        Rows are sorted by matrix, matrix e owning offsets[e]:offsets[e+1].
+        """
+        device = next(iter(rows.values())).device
+        chosen, places = (index.to(device) for index in choose(offsets, self.met, self.count, self.places))
         for name, values in rows.items():
             some = values[chosen].float()
-            taken = len(some)
             some = some if share is None else some * share[chosen].unsqueeze(1)
-            place = self.places.start + self.count[matrix]
-            self.rows[name][matrix, place : place + taken] = some.nan_to_num(0.0, 0.0, 0.0)
-        self.met[matrix] += met
-        self.count[matrix] += taken
+            self.rows[name].flatten(0, 1)[places] = some.nan_to_num(0.0, 0.0, 0.0)
         return chosen
 
     def of(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reduce routed rows on CUDA in one reading: squares and maxima per channel, x^T x per expert.
+"""Reduce routed rows on CUDA in one reading: squares and maxima per channel, x^T x and a^T b per expert.
 
 Rows are sorted by expert, expert e owning offsets[e]:offsets[e+1]. One program adds a part of one expert's rows in a
 fixed order: no atomics, equal runs give equal bits. Shapes: R rows, n inputs, E experts.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROWS, COLUMNS = 32, 128  # tile of the column sums; columns a multiple of 32
 ABS_MAX_ROWS = 256  # per program of `column_abs_max`
-GRAM = (128, 256, 64, 3)  # x^T x: tile height and width, rows at once, stages; measured on an H200
+GRAM = (128, 256, 64, 3)  # products: tile height and width, rows at once, stages; measured on an H200
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,66 @@ def add_grams(total: Tensor, x: Tensor, offsets: Tensor) -> None:
     grid = (sum(i * high // wide + 1 for i in range(triton.cdiv(n, high))), len(offsets) - 1)
     launch: Any = _gram_kernel[grid]  # type: ignore[reportIndexIssue]
     launch(x, offsets, total, n, M=high, N=wide, K=depth, num_warps=8, num_stages=stages)
+
+
+@triton.jit
+def _product_kernel(
+    a,
+    token,
+    b,
+    offsets,
+    total,
+    m,
+    n,
+    INDEXED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    expert, tile, wide = tl.program_id(1), tl.program_id(0), tl.cdiv(n, N)
+    left, right = tile // wide * M + tl.arange(0, M), tile % wide * N + tl.arange(0, N)
+    start, stop = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    acc = tl.zeros((M, N), tl.float32)
+    for first in range(start, stop, K):
+        row = first + tl.arange(0, K)
+        live = row < stop
+        source = row.to(tl.int64)
+        if INDEXED:
+            source = tl.load(token + row, mask=live, other=0)
+        p = tl.load(a + source[:, None] * m + left[None, :], mask=live[:, None] & (left < m)[None, :], other=0.0)
+        place = row[:, None].to(tl.int64) * n + right[None, :]
+        q = tl.load(b + place, mask=live[:, None] & (right < n)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(p), q, acc)
+    inside = (left < m)[:, None] & (right < n)[None, :]
+    here = total + expert.to(tl.int64) * m * n + left[:, None].to(tl.int64) * n + right[None, :]
+    acc += tl.load(here, mask=inside, other=0.0)
+    tl.store(here, acc, mask=inside)
+
+
+def add_products(total: Tensor, a: Tensor, b: Tensor, offsets: Tensor, token: Tensor | None = None) -> None:
+    """total [E, m, n] float32 += a_e^T b_e; a [R, m], b [R, n] contiguous bfloat16.
+
+    token [R] int64: a is [N, m], and its row of row r is token[r].
+    """
+    high, wide, depth, stages = GRAM
+    m, n = a.shape[1], b.shape[1]
+    grid = (triton.cdiv(m, high) * triton.cdiv(n, wide), len(offsets) - 1)
+    launch: Any = _product_kernel[grid]  # type: ignore[reportIndexIssue]
+    launch(
+        a,
+        offsets if token is None else token,
+        b,
+        offsets,
+        total,
+        m,
+        n,
+        INDEXED=token is not None,
+        M=high,
+        N=wide,
+        K=depth,
+        num_warps=8,
+        num_stages=stages,
+    )
 
 
 @triton.jit

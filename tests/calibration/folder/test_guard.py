@@ -123,12 +123,15 @@ def test_where_nothing_is_turned_away_nothing_is_rounded_again() -> None:
 
 def test_too_few_rows_decide_nothing() -> None:
     held = HeldRows.empty(2, {"x": N}, "cpu")
-    held.take(0, torch.full((STRIDE * FEWEST,), 0.5), x=rows(STRIDE * FEWEST))
-    held.take(1, None, x=rows(STRIDE * (FEWEST - 1)))
+    x = rows(STRIDE * (2 * FEWEST - 1))
+    ends = [0, STRIDE * FEWEST, len(x)]
+    share = torch.cat((torch.full((ends[1],), 0.5), torch.ones(len(x) - ends[1])))
+    first = list(range(STRIDE // 2, len(x), STRIDE))
+    assert held.take(ends, share, x=x).tolist() == first
     assert held.count == [FEWEST, FEWEST - 1]
-    assert torch.equal(held.of("x")[0, :FEWEST], 0.5 * rows(STRIDE * FEWEST)[STRIDE // 2 :: STRIDE])
+    assert torch.equal(held.of("x")[0, :FEWEST], 0.5 * x[first[:FEWEST]])
     assert not bool(held.of("x")[1].any())
-    held.take(1, None, x=rows(20 * STRIDE * HELD))
+    held.take([0, 0, 20 * STRIDE * HELD], None, x=rows(20 * STRIDE * HELD))
     assert held.count[1] == HELD
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mmquant.calibration.gguf import solve as solve_module
-from mmquant.calibration.gguf.held import FEWEST, HELD, STRIDE
 from mmquant.calibration.gguf.moments import Pair
 from mmquant.calibration.gguf.solve import METHODS, Report, rounded_part
+from mmquant.calibration.statistics.held import FEWEST, HELD, STRIDE
 from mmquant.quantize.ggml.codec import decode, encode
 from mmquant.quantize.ggml.types import GGMLType
 

@@ -7,20 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from mmquant.calibration.statistics import reduce_triton as moments_triton
+from mmquant.calibration.statistics import reduce_triton
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 COUNTS = (70, 0, 33, 1, 150)  # a dead expert, one row, more than one step of rows
-
-
-@pytest.fixture
-def loops_work() -> None:
-    """Triton 3.6's interpreter turns bounds into integers in a way that NumPy 2.4 and later refuse."""
-    import numpy as np
-
-    if not CUDA and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("needs a GPU, or NumPy below 2.4 for Triton's interpreter")
 
 
 def case(inputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -31,12 +22,11 @@ def case(inputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.to(DEVICE, DTYPE), share.to(DEVICE), offsets.to(DEVICE)
 
 
-@pytest.mark.usefixtures("loops_work")
 @pytest.mark.parametrize("inputs", [32, 200, 300])
 def test_column_sums(inputs: int) -> None:
     x, share, offsets = case(inputs)
     scaled = torch.zeros_like(x)
-    found = moments_triton.column_sums(x, share, offsets, scaled)
+    found = reduce_triton.column_sums(x, share, offsets, scaled)
     assert torch.equal(scaled, torch.mul(x, share[:, None]).to(DTYPE))
     assert found.bad == 0
     for e, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
@@ -51,32 +41,45 @@ def test_column_sums(inputs: int) -> None:
         assert torch.equal(found.abs_max[e].double(), peak)
 
 
-@pytest.mark.usefixtures("loops_work")
 def test_every_bad_value_is_counted() -> None:
     x, share, offsets = case(200)
     x[3, 5], x[9, 199], x[150, 0] = float("nan"), float("inf"), float("-inf")
-    assert moments_triton.column_sums(x, share, offsets).bad == 3
+    assert reduce_triton.column_sums(x, share, offsets).bad == 3
 
 
-@pytest.mark.usefixtures("loops_work")
 @pytest.mark.parametrize("inputs", [32, 200, 300])
 def test_grams_add_up_and_stay_symmetric(inputs: int) -> None:
     x, _, offsets = case(inputs)
     total = torch.zeros(len(COUNTS), inputs, inputs, device=DEVICE)
-    moments_triton.add_grams(total, x, offsets)
-    moments_triton.add_grams(total, x, offsets)
+    reduce_triton.add_grams(total, x, offsets)
+    reduce_triton.add_grams(total, x, offsets)
     assert not total.triu(1).any()
-    moments_triton.mirror(total)
+    reduce_triton.mirror(total)
     assert torch.equal(total, total.mT)
     for e, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         v = x[start:stop].double()
         torch.testing.assert_close(total[e].double(), 2 * v.T @ v, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.usefixtures("loops_work")
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 200), (300, 32), (136, 264)])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_products_add_up(outputs: int, inputs: int, indexed: bool) -> None:
+    b, _, offsets = case(inputs)
+    generator = torch.Generator().manual_seed(outputs)
+    a = torch.randn(len(b), outputs, generator=generator).to(b)
+    token = torch.randint(0, len(b), (len(b),), generator=generator).to(DEVICE) if indexed else None
+    total = torch.zeros(len(COUNTS), outputs, inputs, device=DEVICE)
+    reduce_triton.add_products(total, a, b, offsets, token)
+    reduce_triton.add_products(total, a, b, offsets, token)
+    rows = a if token is None else a[token]
+    for e, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        expected = 2 * rows[start:stop].double().T @ b[start:stop].double()
+        torch.testing.assert_close(total[e].double(), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_segment_sums() -> None:
     _, share, offsets = case(32)
-    sums, squares = moments_triton.segment_sums(share, offsets)
+    sums, squares = reduce_triton.segment_sums(share, offsets)
     for e, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         torch.testing.assert_close(sums[e], share[start:stop].sum(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(squares[e], share[start:stop].square().sum(), rtol=1e-5, atol=1e-6)
@@ -85,7 +88,7 @@ def test_segment_sums() -> None:
 @pytest.mark.parametrize(("rows", "inputs"), [(0, 5), (1, 1), (7, 1023), (3, 2500)])
 def test_row_norms(rows: int, inputs: int) -> None:
     y = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(inputs)).to(DEVICE, DTYPE)
-    found = moments_triton.row_norms(y).cpu()
+    found = reduce_triton.row_norms(y).cpu()
     assert torch.allclose(found, y.cpu().double().norm(dim=1).float(), rtol=1e-5)
 
 
@@ -93,8 +96,8 @@ def test_row_norms(rows: int, inputs: int) -> None:
 def test_column_abs_max(rows: int, inputs: int) -> None:
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(inputs)).to(DEVICE, DTYPE)
     wanted = x.cpu().float().abs().amax(0) if rows else torch.zeros(inputs)
-    assert torch.equal(moments_triton.column_abs_max(x).cpu(), wanted)
+    assert torch.equal(reduce_triton.column_abs_max(x).cpu(), wanted)
     for index, bad in enumerate((float("nan"), float("inf"), -float("inf"))):
         if rows > 1:
             x[rows - 1, index] = bad
-            assert moments_triton.column_abs_max(x)[index] == float("inf")
+            assert reduce_triton.column_abs_max(x)[index] == float("inf")

@@ -344,7 +344,10 @@ def test_bad_input_is_refused(rows: Tensor, importance: Tensor | None, message: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_agrees_with_the_cpu(kind: GGMLType) -> None:
+    """IQ1 at high effort: below it a CPU guesses scales, for up to 0.4 % more error."""
+    effort = iquants.EFFORTS["high" if kind.name.startswith("IQ1") else "default"]
     rows, importance = inputs(512, 64)["heavy, importance"]
-    ours = weighted_error(rows, iquants.encode_codebook(rows, kind, importance), kind, importance)
-    data = iquants.encode_codebook(rows.cuda(), kind, importance.cuda() if importance is not None else None).cpu()
+    ours = weighted_error(rows, iquants.encode_codebook(rows, kind, importance, effort), kind, importance)
+    there = importance.cuda() if importance is not None else None
+    data = iquants.encode_codebook(rows.cuda(), kind, there, effort).cpu()
     assert weighted_error(rows, data, kind, importance) == pytest.approx(ours, rel=1e-3)
