@@ -104,10 +104,8 @@ class FolderJob:
         with claim(self.out, self.run):
             framework = framework_of(self.variant.quantization_config(self.source))
             self._writer = FolderWriter(
-                self.out, self.prepared.steps, self.run, self.limit, sent(self.out), framework=framework
+                self.out, self.prepared.steps, self.run, self.limit, sent(self.out), framework, self._check_disk
             )
-            needed = self.writer.bytes if self.room is None else self.room
-            check_disk(self.out, max(0, needed - written_bytes(self.out)), self.source)
             from_owner(lambda: self.writer.done)
             try:
                 with self.source.schedule.kept(self.behind):
@@ -116,6 +114,11 @@ class FolderJob:
                 self.writer.close()
                 if self.provider is not None:
                     self.provider.stop()
+
+    def _check_disk(self, size: int) -> None:
+        """FitError unless the disk holds `size` bytes, or those of them that it must hold at once."""
+        needed = size if self.room is None else self.room
+        check_disk(self.out, max(0, needed - written_bytes(self.out)), self.source)
 
     def step(self, step: int) -> None:
         """Make the tensors of one step; they are written and checked behind it. Other ranks help to solve."""

@@ -21,7 +21,7 @@ from ..convert.carried import carried_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.checkpoints.quantized_folder import QuantizedFolder
 from ..convert.checkpoints.store import LocalFolder
-from ..convert.files.atomic import replace_folder, sha256_file, write_whole
+from ..convert.files.atomic import making, replace_folder, sha256_file, write_whole
 from ..convert.files.child import SAFE_PATH, environment
 from ..convert.files.lock import hold
 from ..convert.files.parse import parse_json
@@ -98,8 +98,8 @@ def write_with_llmcompressor(
     python = find_python()
     if dry_run:
         return describe(out, f"{job['scheme']} by llm-compressor, at most", source.bytes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_disk(out.parent, source.bytes)
+    with making(out.parent):
+        check_disk(out.parent, source.bytes)
     partial = out.with_name(f".{out.name}.partial")
     made = partial / "made"
     tile = list(source.tile) if source.tile is not None else None

@@ -25,8 +25,8 @@ def write_native(source: Checkpoint, out: Path) -> Path:
         return out
     small = carried_files(source)
     with claim(out, run):
-        progress = Progress(out, run, "", 0)
         check_disk(out, source.bytes - written_bytes(out), source)
+        progress = Progress(out, run, "", 0)
         with phase("FP8-native", None, "shard") as bar:
             files = copy_native(source, out, small, lambda _: bar.advance())
         tensors = [t for n, t in source.tensors.items() if n not in source.skipped]

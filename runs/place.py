@@ -14,7 +14,7 @@ from mmquant.errors import FitError, InputError
 from ..calibration.statistics.store import MANIFEST as STATISTICS
 from ..convert import manifest
 from ..convert.checkpoints.checkpoint import Checkpoint
-from ..convert.files.atomic import FULL, is_temporary
+from ..convert.files.atomic import FULL, is_temporary, making
 from ..convert.files.difference import first_difference
 from ..convert.files.lock import HOLDER, LOCK, hold
 from ..convert.files.progress import PROGRESS, unfinished_run
@@ -86,8 +86,7 @@ def is_finished(out: Path, run: Mapping[str, Any]) -> bool:
 @contextmanager
 def claim(out: Path, run: Mapping[str, Any]) -> Iterator[None]:
     """Hold `out` for this run: new, empty, or an unfinished run of the same sort. InputError otherwise."""
-    out.mkdir(parents=True, exist_ok=True)
-    with hold(out):  # first, so that what is found is still so when the run begins
+    with making(out), hold(out):  # first, so that what is found is still so when the run begins
         unfinished = unfinished_run(out)
         if unfinished is None:
             refuse_strangers(out)

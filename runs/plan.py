@@ -136,6 +136,7 @@ def measure_into(source: Checkpoint, planner: Planner, out: Path, options: PlanO
     """Measure the model's sensitivity into sensitivity.json of `out`, unless that is there for this model and text."""
     from ..calibration.plan.resume import forget, keep, take_up
     from ..calibration.plan.sensitivity import Sensitivity, read_sensitivity
+    from ..convert.files.atomic import making
     from ..convert.files.lock import hold
 
     path, corpus = out / SENSITIVITY, make_corpus(source, options)
@@ -149,8 +150,7 @@ def measure_into(source: Checkpoint, planner: Planner, out: Path, options: PlanO
         raise InputError(
             f"{path}: measured on another model, text or format; name it by --sensitivity, or take another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    with hold(out):
+    with making(out), hold(out):
         rest = [i for i in range(len(corpus.tokens)) if i not in set(chosen)]
         calibration = replace(corpus, tokens=corpus.tokens[rest], domain=corpus.domain[rest])
         pass_ = planner.measurement(calibration, corpus.tokens[chosen], device, out)

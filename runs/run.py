@@ -18,6 +18,7 @@ from mmquant.stages import stage_of
 
 from ..calibration.model.distributed import world
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.files.atomic import making
 from ..convert.files.lock import hold
 from ..convert.hub.http import TransferError
 from .artifacts import Plans, asked_of, check_variant, job_of
@@ -108,8 +109,7 @@ def run(
         if world()[0] != 0:
             follow(chosen, out, place, _fetch(chosen, fetch))
             return Made(out, [], False, [])
-        out.mkdir(parents=True, exist_ok=True)
-        with hold(out), partial():
+        with making(out), hold(out), partial():
             return Run(chosen, out, place, _fetch(chosen, fetch), replace).go()
 
 

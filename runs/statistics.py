@@ -16,6 +16,7 @@ from ..calibration.statistics.live import PassOptions, SharedPass
 from ..calibration.statistics.run import writer_of
 from ..calibration.statistics.store import StatisticsWriter
 from ..convert.checkpoints.checkpoint import Checkpoint
+from ..convert.files.atomic import making
 from ..convert.files.lock import hold
 from .calibrate import export_imatrix, pass_options, write_report
 from .options import CalibrateOptions
@@ -58,8 +59,7 @@ class StatisticsJob:
         """Hold the folder; what is there must be of the same run."""
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"{self.out}: a file, expected a folder or nothing")
-        self.out.mkdir(parents=True, exist_ok=True)
-        with hold(self.out) if self.first else nullcontext():
+        with making(self.out), hold(self.out) if self.first else nullcontext():
             self.writer = self._writer()
             self.writer.commit()
             self.done = from_owner(lambda: self.writer.done + 1 if self.writer.done else 0)

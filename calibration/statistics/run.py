@@ -10,6 +10,7 @@ from pathlib import Path
 from mmquant.errors import InputError
 
 from ...convert.checkpoints.checkpoint import Checkpoint
+from ...convert.files.atomic import making
 from ...convert.files.lock import hold
 from ...convert.source import Source, read_layer
 from ..model.distributed import barrier, rank_share, world
@@ -95,8 +96,7 @@ def calibrate_into(
         raise InputError(f"{folder}: a file, expected a folder or nothing")
     own = rank_share(corpus.tokens.shape[0], rank, size)
     plan = moment_plan(source, options, len(own) * corpus.tokens.shape[1])  # before there is a folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with hold(folder) if rank == 0 else nullcontext():
+    with making(folder), hold(folder) if rank == 0 else nullcontext():
         writer = writer_of(source, corpus, folder, options, dtype, through)
         last = source.geometry.layers if layers is None else layers.stop
         barrier()  # every rank has read the manifest before rank 0 changes it

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -99,6 +99,20 @@ def replace_folder(made: Path, final: Path) -> None:
         final.rmdir()
     os.replace(made, final)
     sync_folder(final.parent)
+
+
+@contextmanager
+def making(folder: Path) -> Generator[None]:
+    """Make a folder and its parents; when the block raises, those that it leaves empty go again."""
+    made = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # something was written
+            for path in made:
+                path.rmdir()
+        raise
 
 
 @contextmanager

@@ -105,12 +105,18 @@ class FolderWriter(GrowingFiles):
         limit: int = SHARD_LIMIT,
         away: Collection[str] = (),
         framework: str = "pt",
+        check: Callable[[int], object] | None = None,
     ) -> None:
-        """away: shards that were published and deleted; a run that continues does not look for them."""
+        """away: shards that were published and deleted; a run that continues does not look for them.
+
+        check: is told the bytes of all shards before anything is written, and may raise.
+        """
         self.away, self.shards = away, plan_shards(steps, limit, framework)
         self._step_ends = _cumulative(steps)
         self._shard, self._tensor = 0, 0
         plan = hashlib.sha256(b"".join(shard.name.encode() + shard.header for shard in self.shards)).hexdigest()
+        if check is not None:
+            check(self.bytes)
         super().__init__(folder, Progress(folder, run, plan, len(steps)))
         self._resume()
 

@@ -10,7 +10,7 @@ from typing import Any
 from mmquant.errors import FitError, InputError
 
 from .. import manifest
-from ..files.atomic import said_of, sha256_file, temporary_of, write_whole
+from ..files.atomic import making, said_of, sha256_file, temporary_of, write_whole
 from ..files.lock import hold
 from ..files.together import complete, interrupted, replace_together
 from .doctor import Patch
@@ -21,7 +21,7 @@ def finish_interrupted(folder: Path) -> list[Path]:
     """Complete a fix in place that was killed among its renames; its files, none when there was none."""
     if not folder.is_dir() or interrupted(folder) is None:
         return []
-    with hold(folder):
+    with making(folder), hold(folder):
         return complete(folder)
 
 
@@ -33,7 +33,6 @@ def apply_fix(source: GgufSource, patches: list[Patch], out: Path | None, what: 
     """
     first = source.files[0].path
     folder = first.parent if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
     changed = {patch.file for patch in patches}
     files = [file.path for file in source.files if out is not None or file.path in changed]
     with hold(folder):

@@ -199,6 +199,34 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert shown.endswith("fits: no\n")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fp8"],
+        ["fp8", "--scheme", "native"],
+        ["bf16"],
+        ["int4", "--method", "rtn"],
+        ["int4", "--windows", "2"],
+        ["mlx", "--method", "rtn"],
+        ["gguf", "--type", "Q8_0"],
+        ["gguf", "--windows", "2"],
+        ["calibrate", "--windows", "2"],
+    ],
+    ids=" ".join,
+)
+def test_a_full_disk_leaves_nothing_where_nothing_was(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither notes of a run nor empty folders; a folder that was there stays, empty."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for out in (tmp_path / "a" / "b", mine):
+        code, _, errors = run(monkeypatch, capsys, *command, "--model", "demo", "--out", out, "--device", "cpu")
+        assert (code, errors.splitlines()[-1].endswith("bytes are needed, the disk has 1,000 free")) == (5, True)
+        assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
 def test_memory_is_looked_at_before_a_folder_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
