@@ -9,12 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
 from mmquant.errors import InputError
 
 from .files.atomic import sha256_file, write_whole
 from .files.lock import hold
+from .files.schemas import hold_to_schema
 from .fitting.manifest import target_blocks
 from .fitting.memory import kv_table
 from .fitting.requires import requires
@@ -22,7 +21,7 @@ from .fitting.text import FIT_TEXT, fit_text
 from .fitting.weights import Weights
 from .hub.hubs import HUBS
 from .licence import LICENSE_FILES, UNKNOWN_NAME, Licence, judge
-from .manifest_check import read_checked, schema
+from .manifest_check import read_checked
 from .models import architecture_of
 from .models.geometry import Geometry
 from .source import Source
@@ -147,7 +146,7 @@ def write(folder: Path, manifest: dict[str, Any]) -> None:
 
 def as_bytes(manifest: dict[str, Any]) -> bytes:
     """The file's bytes; an invalid manifest is our bug."""
-    jsonschema.validate(manifest, schema())
+    hold_to_schema(manifest, "fit")
     return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
 
 

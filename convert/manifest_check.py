@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jsonschema
 
 from mmquant.errors import InputError
 
 from .files.parse import one_line, parse_json, path_fault, short
-
-
-def schema() -> dict[str, Any]:
-    """JSON schema of the manifest."""
-    return json.loads(resources.files("mmquant").joinpath("data", "schema", "mmquant-fit-1.schema.json").read_text())
+from .files.schemas import ValidationError, hold_to_schema
 
 
 def read_checked(path: Path) -> dict[str, Any]:
@@ -29,8 +21,8 @@ def read_checked(path: Path) -> dict[str, Any]:
 def check_manifest(manifest: dict[str, Any], where: str) -> None:
     """InputError unless the schema holds and every path stays inside the manifest's folder."""
     try:
-        jsonschema.validate(manifest, schema())
-    except jsonschema.ValidationError as error:
+        hold_to_schema(manifest, "fit")
+    except ValidationError as error:
         raise InputError(f"{where}: {error.json_path}: {one_line(error.message)}") from None
     for artifact in manifest["artifacts"]:
         paths = [file["path"] for file in artifact["files"]]

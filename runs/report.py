@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mmquant.errors import InputError
 
 from ..convert.files.parse import is_object, parse_json
+from ..convert.files.schemas import ValidationError, hold_to_schema
 from ..convert.fitting.text import REPORT
 from ..convert.hub.card import MANIFEST, read_manifest
 from .output import check_output
@@ -98,12 +97,9 @@ def _found(top: Path) -> Iterator[dict[str, Any]]:
 
 def _checked(data: object, path: Path) -> dict[str, Any]:
     """A result of eval, held against its schema."""
-    import jsonschema
-
-    schema = resources.files("mmquant").joinpath("data", "schema", "mmquant-eval-1.schema.json")
     try:
-        jsonschema.validate(data, json.loads(schema.read_text("utf-8")))
-    except jsonschema.ValidationError as error:
+        hold_to_schema(data, "eval")
+    except ValidationError as error:
         where = "/".join(map(str, error.absolute_path)) or "top level"
         found = f"{path}: {where}: {error.message[:200]}"
         raise InputError(f"{found}, expected the output of mmquant eval --json") from None

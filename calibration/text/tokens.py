@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 PIECE = 1 << 15  # characters
 LONGEST = 1 << 20
-BATCH = 1 << 17  # characters that are encoded together, on all cores
+FIRST, BATCH = 1 << 13, 1 << 17  # characters that are encoded together, on all cores: few at first, then more
 _CUT = re.compile(r"[^\W\d_](?=[ \t\r\n\u3001\u3002\uff0c\uff1b\uff1a\uff1f\uff01])")
 _PROBES = (("ab", " cd"), ("A b", "\n\nc"), ("中", "。文"), ("x y", "\t z"))
 
@@ -58,14 +58,14 @@ def tokens_of(tokenizer: Tokenizer, texts: Iterable[Iterable[str]]) -> Iterator[
     """(text's number, piece, its ids) of texts that are given in parts, in order."""
     cuts = can_cut(tokenizer)
     batch: list[tuple[int, str]] = []
-    size = 0
+    size, enough = 0, FIRST
     for number, parts in enumerate(texts):
         for piece in pieces(parts) if cuts else ["".join(parts)]:
             batch.append((number, piece))
             size += len(piece)
-            if size >= BATCH:
+            if size >= enough:
                 yield from _encoded(tokenizer, batch)
-                batch, size = [], 0
+                batch, size, enough = [], 0, min(2 * enough, BATCH)
     yield from _encoded(tokenizer, batch)
 
 

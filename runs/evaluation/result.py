@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ...calibration.evaluate.outcomes import Outcome
 from ...calibration.evaluate.subjects import ENERGY, ERROR, NONFINITE, OVERLAP, TOKENS
 from ...calibration.model.engine_like import Like
 from ...calibration.text.sample import Sample
+from ...convert.files.schemas import hold_to_schema
 from ...convert.source import Source
 from .claims import SCHEMA, beyond_floor, comparisons, refusal, unit_sums
 
@@ -234,7 +233,4 @@ def quality_block(result: dict[str, Any], candidate: dict[str, Any] | None = Non
 
 def validate(result: dict[str, Any]) -> None:
     """Hold a result against its schema; a mismatch is our bug."""
-    import jsonschema
-
-    path = resources.files("mmquant").joinpath("data", "schema", "mmquant-eval-1.schema.json")
-    jsonschema.validate(result, json.loads(path.read_text()))
+    hold_to_schema(result, "eval")

@@ -11,10 +11,10 @@ import pytest
 from helpers.tiny import write_tiny
 from mmquant.convert import manifest
 from mmquant.convert.files.lock import hold
+from mmquant.convert.files.schemas import schema
 from mmquant.convert.fitting.weights import Weights
 from mmquant.convert.hub import card
 from mmquant.convert.manifest import Artifact, FileEntry
-from mmquant.convert.manifest_check import schema
 from mmquant.convert.open import open_native
 from mmquant.errors import InputError
 from mmquant.runs.native import write_native
@@ -30,7 +30,7 @@ def written(folder: Path) -> None:
 def test_a_manifest_is_valid_and_takes_a_quality_block(tmp_path: Path) -> None:
     written(tmp_path)
     found = json.loads((tmp_path / manifest.MANIFEST).read_text())
-    jsonschema.validate(found, schema())
+    jsonschema.validate(found, schema("fit"))
     assert found["license"]["commercial_use"] == "allowed"
     manifest.set_quality(tmp_path, {"status": "pass", "metrics": {"ppl": 1.5}})
     after = manifest.read(tmp_path)

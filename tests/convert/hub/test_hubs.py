@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import SOURCE
+from mmquant.convert.files.schemas import schema
 from mmquant.convert.hub.address import parse_address
 from mmquant.convert.hub.http import HubError
 from mmquant.convert.hub.hubs import DEFAULT_HUB, HUBS, endpoint_of, parse_spec
-from mmquant.convert.manifest_check import schema
 
 ROOMS = ("mmquant", "commands", "runs", "calibration", "convert", "quantize")
 OWN = {SOURCE / "convert" / "hub" / name for name in ("huggingface.py", "modelscope.py")}
@@ -46,7 +46,7 @@ def test_the_test_sees_it(code: str) -> None:
 
 
 def test_the_schema_knows_every_hub() -> None:
-    found = schema()
+    found = schema("fit")
     names = {hub.manifest_name for hub in HUBS.values()}
     blocks = [node for node in walk(found) if isinstance(node, dict)]
     sources = [b["source"]["enum"] for b in blocks if isinstance(b.get("source"), dict) and "enum" in b["source"]]
