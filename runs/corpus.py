@@ -39,7 +39,7 @@ def say_if_short(options: TextOptions, corpus: Corpus) -> None:
 def make_corpus(source: Source, options: TextOptions) -> Corpus:
     """Read, check and pack the calibration text; bundled text goes with it as far as `generic_at_most` says."""
     from ..calibration.text.chat import load_template
-    from ..calibration.text.corpus import DEFAULT, bundled, pack_windows, read_sets
+    from ..calibration.text.corpus import DEFAULT, pack_windows, read_sets
     from ..calibration.text.generic import generic_windows, together
     from ..calibration.text.overlap import check_disjoint
     from ..calibration.text.tokenizer import load_tokenizer
@@ -54,7 +54,7 @@ def make_corpus(source: Source, options: TextOptions) -> Corpus:
         more = read_sets([DEFAULT], template)
         extra = pack_windows(more, tokenizer, context, generic_windows(len(corpus.tokens)), options.seed)
         corpus = together(corpus, extra)
-    held = read_sets(list(options.evaluation) or [str(bundled("evaluation"))], template)
+    held = read_sets(list(options.evaluation), template, side="evaluation")
     check_disjoint(((d.origin, d.parts()) for part in held for d in part.documents), corpus.seen)
     return corpus
 

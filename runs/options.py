@@ -24,7 +24,9 @@ class TextOptions(Checked):
     """Calibration text: which, how much of it, and what it must not overlap."""
 
     text: tuple[str, ...] = option((), "Calibration text: file, folder or `default`, PATH[=WEIGHT]; repeatable.")
-    evaluation: tuple[str, ...] = option((), "Text that must not overlap; default: the bundled evaluation text.")
+    evaluation: tuple[str, ...] = option(
+        (), "Text that must not overlap; by default the bundled evaluation text (`default`)."
+    )
     context: int | None = option(None, "Tokens in a window; default 512 for the demo, else 2048.", least=2)
     windows: int = option(256, "Windows at most.", least=1)
     seed: int = option(0, "Seed of the documents' order.", least=0, most=SEEDS)

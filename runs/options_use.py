@@ -15,7 +15,7 @@ from .option import SEEDS, Checked, option
 class EvalOptions(Checked):
     """Options of `eval`. None: chosen by the model, the device or the convention."""
 
-    text: tuple[str, ...] = option((), "File or folder, [DOMAIN=]PATH; default: the bundled texts.")
+    text: tuple[str, ...] = option((), "File, folder or `default`, [DOMAIN=]PATH; default: the bundled texts.")
     context: int | None = option(None, "Tokens in a window; default 512 for the demo, else 2048.", least=2)
     stride: int | None = option(None, "Tokens from one window to the next; default: the context.", least=1)
     windows: int | None = option(None, "Windows in all; default 64 for the demo, else 128.", least=1)

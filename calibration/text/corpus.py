@@ -88,8 +88,10 @@ def bundled(side: str) -> Path:
     return Path(str(resources.files("mmquant").joinpath("data", "text", side)))
 
 
-def read_sets(specs: list[str], template: ChatTemplate | None = None, notes: list[str] | None = None) -> list[TextSet]:
-    """Sets of PATH, PATH=WEIGHT or `default` (the bundled calibration text); a folder is one set for each domain.
+def read_sets(
+    specs: list[str], template: ChatTemplate | None = None, notes: list[str] | None = None, side: str = "calibration"
+) -> list[TextSet]:
+    """Sets of PATH, PATH=WEIGHT or `default` (the bundled text of `side`); a folder is one set for each domain.
 
     Without a template the bundled chats are left out.
 
@@ -98,7 +100,7 @@ def read_sets(specs: list[str], template: ChatTemplate | None = None, notes: lis
     """
     found: list[TextSet] = []
     for spec in specs or [DEFAULT]:
-        path, weight = _parse(spec)
+        path, weight = _parse(spec, side)
         parts = _by_domain(path, template, notes if notes is not None else [])
         if path == bundled("calibration"):
             parts = [replace(part, emphasis=EMPHASIS.get(part.name, 1.0)) for part in parts]
@@ -112,9 +114,9 @@ def read_sets(specs: list[str], template: ChatTemplate | None = None, notes: lis
     return found
 
 
-def _parse(spec: str) -> tuple[Path, float | None]:
+def _parse(spec: str, side: str) -> tuple[Path, float | None]:
     if spec == DEFAULT:
-        return bundled("calibration"), None
+        return bundled(side), None
     if Path(spec).exists() or "=" not in spec:
         return Path(spec), None
     name, _, number = spec.rpartition("=")
@@ -124,7 +126,7 @@ def _parse(spec: str) -> tuple[Path, float | None]:
         raise InputError(f"{spec}: weight {number!r}, expected a positive number") from None
     if not 0 < weight < float("inf"):
         raise InputError(f"{spec}: weight {number}, expected a positive number")
-    return bundled("calibration") if name == DEFAULT else Path(name), weight
+    return bundled(side) if name == DEFAULT else Path(name), weight
 
 
 def _by_domain(path: Path, template: ChatTemplate | None, notes: list[str]) -> list[TextSet]:

@@ -24,6 +24,7 @@ from mmquant.errors import InputError
 
 from ...convert.files.atomic import sha256_file
 from .chat import ChatTemplate
+from .corpus import DEFAULT, bundled
 from .documents import StoredDocument, StoredDocuments, open_file
 from .files import OTHER_DATA
 from .tokens import tokens_of
@@ -147,13 +148,16 @@ def read_text(
 def read_texts(
     paths: Sequence[str | Path], template: ChatTemplate | None = None, notes: list[str] | None = None
 ) -> list[Text]:
-    """Texts of files and folders (their .txt, .raw, .json and .jsonl); DOMAIN=PATH names the domain."""
+    """Texts of files and folders (their .txt, .raw, .json and .jsonl); DOMAIN=PATH names the domain.
+
+    `default` is the bundled evaluation text, as it is without any path.
+    """
     found: list[Text] = []
-    for item in paths:
-        domain, path = None, Path(item)
-        if not path.exists() and "=" in str(item):
-            domain, rest = str(item).split("=", 1)
-            path = Path(rest)
+    for item in paths or [DEFAULT]:
+        domain, spec = None, str(item)
+        if not Path(spec).exists() and "=" in spec:
+            domain, spec = spec.split("=", 1)
+        path = bundled("evaluation") if spec == DEFAULT else Path(spec)
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.is_file())
             other = next((p for p in inside if p.suffix in OTHER_DATA), None)

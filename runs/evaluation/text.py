@@ -37,17 +37,18 @@ def make_eval_sample(
     InputError for a context beyond the model's, ValueError for text that an artifact was calibrated on.
     """
     from ...calibration.text.chat import load_template
-    from ...calibration.text.corpus import bundled
+    from ...calibration.text.corpus import DEFAULT
     from ...calibration.text.sample import make_sample, read_texts
     from ...calibration.text.tokenizer import load_tokenizer
 
     small = basis.geometry.max_context < 8192
     context, texts = options.context or (512 if small else 2048), options.text
+    texts = () if texts == (DEFAULT,) else texts
     if context > basis.geometry.max_context:
         raise InputError(f"eval: a context of {context}, the model has at most {basis.geometry.max_context}")
     template = load_template(basis)
     notes: list[str] = []
-    read = read_texts(list(texts) or [bundled("evaluation")], template, notes)
+    read = read_texts(texts, template, notes)
     for note in notes:
         current().message(note)
     if texts:
