@@ -110,7 +110,7 @@ def write_text(folder: Path) -> Path:
 def test_calibrated_file_is_continued_and_closer(tmp_path: Path, tokens: torch.Tensor, reference: np.ndarray) -> None:
     llamacpp.need()
     options = ["--type", "Q2_K", "--name", "m"]
-    text = ["--text", str(write_text(tmp_path)), "--windows", "6", "--context", "256"]
+    text = ["--text", str(write_text(tmp_path)), "--text-only", "--windows", "6", "--context", "256"]
     convert(tmp_path / "plain", *options, "--no-calibration")
     convert(tmp_path / "whole", *options, *text)
     command_killed_at(

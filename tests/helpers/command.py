@@ -1,7 +1,7 @@
 """The command line as a process of its own that need not load torch again: it is forked from one that has.
 
 Loading torch is 2 of a small command's 2.7 s of processor time. What reads the environment when it is imported, such
-as the hubs' clients, is imported by each process anew. Tests of starting Python or of OpenMP's threads start their own.
+as the hubs' clients, is imported by each process anew. Tests of starting Python start their own.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.command import afresh, program
 from helpers.tiny import write_tiny
 from mmquant.convert.open import demo_folder
 
@@ -33,26 +34,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def written(model: Path, out: Path, line: tuple[str, ...], device: str = "cpu", threads: int = 1) -> dict[str, bytes]:
+def words(model: Path, out: Path, line: tuple[str, ...], device: str = "cpu") -> list[str]:
+    text = ["--text", str(model / "words.txt"), "--text-only"] if "--windows" in line else []
+    return [*line, *text, "--model", str(model), "--out", str(out), "--device", device]
+
+
+def files(out: Path) -> dict[str, bytes]:
     """The artifact's tensor files."""
-    text = ["--text", str(model / "words.txt")] if "--windows" in line else []
-    command = [sys.executable, "-m", "mmquant", *line, *text, "--model", str(model), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
-    done = subprocess.run([*command, "--device", device], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
     return {p.name: p.read_bytes() for p in out.iterdir() if p.suffix in (".safetensors", ".gguf")}
+
+
+def written(model: Path, out: Path, line: tuple[str, ...], device: str = "cpu") -> dict[str, bytes]:
+    """What a new Python writes, whose strings have hashes of their own."""
+    command = [sys.executable, "-m", "mmquant", *words(model, out, line, device)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return files(out)
+
+
+def on_threads(threads: int, arguments: list[str]) -> None:
+    """A command line on so many threads of torch and of the CPU kernels, which take as many."""
+    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
+    program(arguments)
+
+
+def forked(model: Path, out: Path, line: tuple[str, ...], threads: int = 1) -> dict[str, bytes]:
+    """What a process writes that need not load torch."""
+    done = afresh(on_threads, threads, words(model, out, line))
+    assert done.returncode == 0, done.stderr
+    return files(out)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_without_calibration_threads_do_not_matter(model: Path, tmp_path: Path, name: str) -> None:
-    one = written(model, tmp_path / "one", PLAIN[name])
+    one = forked(model, tmp_path / "one", PLAIN[name])
     assert one
-    assert written(model, tmp_path / "two", PLAIN[name], threads=2) == one
+    assert forked(model, tmp_path / "two", PLAIN[name], threads=2) == one
 
 
 @pytest.mark.parametrize("name", ["gptq", "gguf", pytest.param("high", marks=pytest.mark.slow)])
 def test_two_runs_give_the_same_bytes(model: Path, tmp_path: Path, name: str) -> None:
-    one = written(model, tmp_path / "one", CALIBRATED[name])
+    one = forked(model, tmp_path / "one", CALIBRATED[name])
     assert one
     assert written(model, tmp_path / "two", CALIBRATED[name]) == one
 
