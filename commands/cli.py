@@ -169,6 +169,8 @@ def together() -> None:
         cli.main(prog_name="mmquant", standalone_mode=False)
     except Exception as error:
         group = ranks()
+        if group is not None and (late := group.waited_long(error)) is not None:
+            raise late from error
         if group is not None and group.is_lost(error):
             group.await_end()
         raise

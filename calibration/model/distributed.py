@@ -18,15 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from mmquant.errors import InputError
+from mmquant.errors import InputError, PartialError
 
-from .watchdog import Watchdog, end_process, rank_timeout
+from .watchdog import WAIT_TIMEOUT, Watchdog, end_process, rank_timeout, wait_timeout
 
 T = TypeVar("T")
 
-# A collective waits while the first rank waits for its network (a shard, an upload): by default NCCL gives up after ten
-# minutes, gloo after thirty. Who is gone is the watchdog's to tell.
-LONGEST = timedelta(hours=12)
 EXCHANGED = 1 << 29  # bytes that a rank sends, and as many that it receives, at a time
 
 _WATCHDOGS: list[Watchdog] = []  # this process's, while it is in a group
@@ -40,11 +37,12 @@ def world() -> tuple[int, int]:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        longest, patience = timedelta(seconds=wait_timeout()), rank_timeout()  # who is gone is the watchdog's to tell
         store, rank, size = next(rendezvous("env://"))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST)
-        store.set_timeout(LONGEST)  # NCCL meets there anew for each communicator; a store that is given keeps its own
-        _WATCHDOGS.append(Watchdog(dist.get_rank(), size, rank_timeout(), end_process))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
+        store.set_timeout(longest)  # NCCL meets there anew for each communicator; a store that is given keeps its own
+        _WATCHDOGS.append(Watchdog(dist.get_rank(), size, patience, end_process))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -64,10 +62,22 @@ def is_joined() -> bool:
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL")
 
 
+LATE = ("Timed out waiting", "wait timeout after", "collective operation timeout")  # of gloo, of the store, of NCCL
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone: what happened there is to be said, not this."""
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
     return bool(_WATCHDOGS) and (told or type(error).__name__.startswith("Dist"))
+
+
+def waited_long(error: BaseException) -> PartialError | None:
+    """What to say where a collective gave up: another rank hangs, however alive its process is, or is slow."""
+    if not _WATCHDOGS or not isinstance(error, RuntimeError) or not any(word in str(error) for word in LATE):
+        return None
+    rank, size = dist.get_rank(), dist.get_world_size()
+    waited = f"rank {rank} of {size} waited {wait_timeout():g} seconds for another one"
+    return PartialError(f"{waited}, which hangs or needs more ({WAIT_TIMEOUT}); run the same command again to continue")
 
 
 def await_end() -> None:

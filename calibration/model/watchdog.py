@@ -15,7 +15,11 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
 
+from mmquant.errors import InputError
+
 TIMEOUT = 45.0  # seconds without a sign of life
+WAIT, WAIT_TIMEOUT = 12 * 3600.0, "MMQUANT_WAIT_TIMEOUT"  # seconds in a collective
+MOST = 1e7  # seconds: 115 days
 LEFT = 1 << 40  # added by a rank that ends in order
 SILENT = "the process through which the ranks met no longer answers"
 FAILED, CODE = "mmquant-failed", "mmquant-exit-code"  # how many have failed, and the first one's exit code
@@ -24,7 +28,28 @@ EXIT = 3  # PartialError's: the same command continues
 
 def rank_timeout() -> float:
     """Seconds after which a silent rank is given up: MMQUANT_RANK_TIMEOUT, else 45."""
-    return float(os.environ.get("MMQUANT_RANK_TIMEOUT") or TIMEOUT)
+    return _seconds("MMQUANT_RANK_TIMEOUT", TIMEOUT)
+
+
+def wait_timeout() -> float:
+    """Seconds after which a rank gives up waiting for what another does: MMQUANT_WAIT_TIMEOUT, else 12 hours.
+
+    A collective waits while the first rank waits for its network (a shard, an upload): by default NCCL gives up after
+    ten minutes, gloo after thirty.
+    """
+    return _seconds(WAIT_TIMEOUT, WAIT)
+
+
+def _seconds(variable: str, default: float) -> float:
+    """An environment variable's seconds. InputError for what is no such number."""
+    text = os.environ.get(variable, "").strip()
+    try:
+        found = float(text) if text else default
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= MOST:
+        raise InputError(f"{variable}={text[:40]}: expected seconds, above 0 and at most {MOST:,.0f}")
+    return found
 
 
 class Watchdog:

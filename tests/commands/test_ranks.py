@@ -70,13 +70,17 @@ def said(text: str) -> list[str]:
         pytest.param("kill", 1, 3, "rank 1 of 2 gave no sign of life", marks=pytest.mark.slow),
         pytest.param("stop", 1, 3, "rank 1 of 2 gave no sign of life", marks=pytest.mark.slow),
         pytest.param("stop", 0, 3, "no longer answers", marks=pytest.mark.slow),
+        pytest.param("loop", 1, 3, "rank 0 of 2 waited 30 seconds for another one", marks=pytest.mark.slow),
+        pytest.param("loop", 0, 3, "rank 1 of 2 waited 30 seconds for another one", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_fails_ends_the_others_with_one_line(
-    kind: str, rank: int, code: int, expected: str, tmp_path: Path
+    kind: str, rank: int, code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every process has the same exit code, one says why, and any number of ranks takes up what was done."""
     source, out = model(tmp_path / "model"), tmp_path / "out"
+    if kind == "loop":
+        monkeypatch.setenv("MMQUANT_WAIT_TIMEOUT", "30")
     processes = started(2, ["helpers.failing_rank", kind, str(rank), "1", *words(source, out)])
     lost = processes[rank] if kind in ("kill", "stop") else None
     texts = [process.communicate()[1] for process in processes if process is not lost]

@@ -26,6 +26,7 @@ FAILURES: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "memory": memory,
+    "loop": lambda: [None for _ in iter(int, 1)],  # for ever: its threads live on
     "bug": lambda: {}["nothing"],
 }
 

@@ -19,8 +19,9 @@ from helpers.calibration_cases import begin, model, ranks, run, tensors
 from helpers.killed import forked
 from mmquant.calibration.model import distributed
 from mmquant.calibration.model.distributed import leave, world
-from mmquant.calibration.model.watchdog import EXIT
+from mmquant.calibration.model.watchdog import EXIT, rank_timeout, wait_timeout
 from mmquant.calibration.statistics.store import open_statistics
+from mmquant.errors import InputError
 
 
 @pytest.mark.parametrize("kind", [signal.SIGSTOP, signal.SIGKILL])
@@ -65,14 +66,12 @@ def test_a_rank_that_ends_in_order_is_not_missed(monkeypatch: pytest.MonkeyPatch
     ranks(2, work)
 
 
-@pytest.mark.parametrize("patience", [None, timedelta(seconds=1)])
-def test_a_collective_waits_while_another_rank_is_busy(
-    patience: timedelta | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Longer than the watchdog's time, since its threads live; as long as LONGEST says, not as a backend does."""
+@pytest.mark.parametrize("patience", [None, "1"])
+def test_a_collective_waits_while_another_rank_is_busy(patience: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the watchdog's time, since its threads live; as long as it is told to, not as a backend does."""
     monkeypatch.setenv("MMQUANT_RANK_TIMEOUT", "2" if patience is None else "60")
     if patience is not None:
-        monkeypatch.setattr(distributed, "LONGEST", patience)
+        monkeypatch.setenv("MMQUANT_WAIT_TIMEOUT", patience)
 
     def work() -> None:
         rank, _ = world()
@@ -82,8 +81,10 @@ def test_a_collective_waits_while_another_rank_is_busy(
         if patience is None:
             dist.barrier()
         elif rank == 1:
-            with pytest.raises(RuntimeError, match=r"(?i)timed? ?out"):
+            with pytest.raises(RuntimeError) as late:
                 dist.barrier()
+            assert "rank 1 of 2 waited 1 seconds for another one" in str(distributed.waited_long(late.value))
+            assert distributed.waited_long(RuntimeError("CUDA error: the launch timed out")) is None
         os._exit(0)  # the group may be broken
 
     ranks(2, work)
@@ -95,10 +96,21 @@ def test_ranks_meet_again_as_late_as_a_collective_waits() -> None:
     def work() -> None:
         world()
         store: Any = c10d._get_default_store()
-        assert store.timeout == distributed.LONGEST
+        assert store.timeout == timedelta(hours=12)
         leave()
 
     ranks(2, work)
+
+
+@pytest.mark.parametrize("variable", ["MMQUANT_RANK_TIMEOUT", "MMQUANT_WAIT_TIMEOUT"])
+def test_seconds_that_are_none_are_one_line(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = rank_timeout if variable == "MMQUANT_RANK_TIMEOUT" else wait_timeout
+    for text in ("soon", "0", "-1", "nan", "inf", "1e300"):
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(InputError, match=f"^{variable}={text}: expected seconds, above 0"):
+            read()
+    monkeypatch.setenv(variable, " ")
+    assert read() == (45.0 if variable == "MMQUANT_RANK_TIMEOUT" else 43200.0)
 
 
 def test_a_run_continues_on_another_number_of_ranks(tmp_path: Path) -> None:
