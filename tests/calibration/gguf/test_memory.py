@@ -49,7 +49,8 @@ from mmquant.runs.gguf_job import provider_of, write_step
 
 class Made:
     label = "made"
-    geometry = Geometry(int(sys.argv[2]), 512, 4, 2, 64, 8, 2, 1024, 256, 32, 5e6, 1e-6, 128)
+    def __init__(self, layers):
+        self.geometry = Geometry(layers, 512, 4, 2, 64, 8, 2, 1024, 256, 32, 5e6, 1e-6, 128)
     def read(self, name):
         g = self.geometry
         shapes = {"embed_tokens": (g.vocab, 512), "lm_head": (g.vocab, 512), "q_proj": (256, 512), "k_proj": (128, 512),
@@ -59,35 +60,37 @@ class Made:
     def read_experts(self, layer, projection, experts, device, dtype):
         return torch.randn(len(experts), *((512, 1024) if projection == "down" else (1024, 512)))
 
-source = Made()
-variant = GgufVariant(find_mix("Q4_K" if sys.argv[3] == "calibrated" else "BF16"), "m", sys.argv[3] == "calibrated")
-steps = plan_steps(variant, source.geometry)
-plan = GgufPlan("m", steps, tuple(plan_parts("m", {}, tuple(t for s in steps for t in s))))
-tokens = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(0))
-calibration = Calibration(tokens, {}, "random") if sys.argv[3] == "calibrated" else None
-folder = Path(sys.argv[1])
-writer = GgufWriter(folder, plan.parts)
-provider = provider_of(source, plan, calibration, "cpu", folder)
-provider.begin(0)
-for step in range(len(plan.steps)):
-    write_step(writer, provider, step)
-    writer.settle()  # what waits for the disk is bounded by Behind, whose tests measure it
-writer.finish()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+def write(layers, calibrated):
+    source = Made(layers)
+    variant = GgufVariant(find_mix("Q4_K" if calibrated else "BF16"), "m", calibrated)
+    steps = plan_steps(variant, source.geometry)
+    plan = GgufPlan("m", steps, tuple(plan_parts("m", {}, tuple(t for s in steps for t in s))))
+    tokens = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(0))
+    folder = Path(sys.argv[1]) / str(layers)
+    writer = GgufWriter(folder, plan.parts)
+    provider = provider_of(source, plan, Calibration(tokens, {}, "random") if calibrated else None, "cpu", folder)
+    provider.begin(0)
+    for step in range(len(plan.steps)):
+        write_step(writer, provider, step)
+        writer.settle()  # what waits for the disk is bounded by Behind, whose tests measure it
+    writer.finish()
+
+for layers in (6, 14):
+    write(layers, sys.argv[2] == "calibrated")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 LAYER = 8 * 3 * 512 * 1024 * 4  # bytes of one layer's experts in float32
 
 
-def peak(folder: Path, layers: int, how: str) -> int:
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(layers), how]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout) * 1024
-
-
 @pytest.mark.parametrize("how", ["plain", pytest.param("calibrated", marks=pytest.mark.slow)])
 def test_peak_memory_does_not_grow_with_layers(tmp_path: Path, how: str) -> None:
-    # The allocator needs some layers to settle; then eight more would be eight LAYERs if they were kept, four as bytes.
-    few, many = peak(tmp_path / "few", 6, how), peak(tmp_path / "many", 14, how)
+    """The peak behind 6 layers and behind 14 more, in one process.
+
+    The allocator needs some layers to settle; then eight more would be eight LAYERs if they were kept, four as bytes.
+    """
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    few, many = (int(line) * 1024 for line in done.stdout.split())
     assert many - few < 2 * LAYER
 
 

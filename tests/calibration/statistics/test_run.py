@@ -143,7 +143,7 @@ def test_needs_are_what_a_run_takes(tmp_path: Path) -> None:
 
 def test_a_run_killed_at_any_change_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     """Before each file is opened, renamed or removed: so also between every two renames."""
-    source = model(tmp_path)
+    source = model(tmp_path, layers=2)
     run(source, tmp_path / "whole")
     wanted = files(tmp_path / "whole")
     count, out = 1, tmp_path / "killed-1"

@@ -131,9 +131,10 @@ def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_points")
 @pytest.mark.parametrize(
     ("name", "experts", "rows"),
-    # One of each rule of signs in two programs, several experts, one row
-    [("IQ3_S", 1, 130), ("IQ2_XXS", 1, 130), ("IQ1_M", 1, 130), ("IQ1_S", 1, 130)]
-    + [("IQ3_XXS", 2, 3), ("IQ2_XS", 2, 7), ("IQ2_S", 1, 1)],
+    [  # one of each rule of signs in two programs, several experts, one row
+        *((name, 1, 130) for name in ("IQ3_S", "IQ2_XXS", "IQ1_M", "IQ1_S")),
+        *(("IQ3_XXS", 2, 3), ("IQ2_XS", 2, 7), ("IQ2_S", 1, 1)),
+    ],
 )
 def test_a_tile_of_the_kernel_is_the_form_in_torch(name: str, experts: int, rows: int) -> None:
     block, weight, target, lower = problem(name, experts, rows)
