@@ -1,19 +1,24 @@
 """The core commands run without Linux's own calls, and on file systems without locks or fsync.
 
-A module that Python loads at its start takes the modules and calls away that Windows lacks, or makes calls fail as
-CIFS, FUSE and NFS do. It shows what mmquant itself needs; Windows itself is not run here.
+A module that Python loads at its start takes the modules and calls away that Windows lacks; other calls are made to
+fail as on CIFS, FUSE and NFS. It shows what mmquant itself needs; Windows itself is not run here.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from helpers.command import afresh, program
 from helpers.tiny import write_tiny
 from mmquant.convert.files.lock import HOLDER, LOCK
 
@@ -36,27 +41,36 @@ for name in ("pwrite", "pread", "preadv", "pwritev", "posix_fadvise", "posix_fal
              "fdatasync", "statvfs", "killpg", "setsid", "sysconf", "mkfifo", "geteuid"):
     if hasattr(os, name): delattr(os, name)
 """
-SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 4, "num_hidden_layers": 1}
-LACKING = """
-import errno, fcntl, os, stat
-code = int(os.environ["LACKING"])
-if os.environ["CALL"] in ("fsync", "both"):
-    sync = os.fsync
-    def fsync(file):
-        number = file if isinstance(file, int) else file.fileno()
-        if stat.S_ISDIR(os.fstat(number).st_mode): raise OSError(code, os.strerror(code))
-        return sync(number)
-    os.fsync = fsync
-if os.environ["CALL"] in ("flock", "both"):
-    def flock(file, operation): raise OSError(code, os.strerror(code))
-    fcntl.flock = flock
+EACH = """
+import json, sys
+from mmquant.commands.cli import cli
+for line in json.loads(sys.argv[1]): cli.main(line, standalone_mode=False)
 """
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 4, "num_hidden_layers": 1}
 
 
-def python(shim: Path, code: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(shim), "TRITON_INTERPRET": "", **variables}
-    command = [sys.executable, *code.split(), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def lacking(call: str, code: int, arguments: list[str]) -> None:
+    """A command line where these calls fail with this error."""
+    sync = os.fsync
+
+    def fsync(file: Any) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(file)
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    if call in ("fsync", "both"):
+        os.fsync = fsync
+    if call in ("flock", "both"):
+        fcntl.flock = flock
+    program(arguments)
+
+
+def python(shim: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(shim), "TRITON_INTERPRET": ""}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +78,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny") / "model", **SIZES)
 
 
-def shim(folder: Path, text: str) -> Path:
-    (folder / "shim").mkdir()
-    (folder / "shim" / "sitecustomize.py").write_text(text)
-    return folder / "shim"
-
-
 def test_the_core_commands_need_nothing_that_windows_lacks(tmp_path: Path, model: Path) -> None:
-    where = shim(tmp_path, WINDOWS)
+    where = tmp_path / "shim"
+    where.mkdir()
+    (where / "sitecustomize.py").write_text(WINDOWS)
     blocked = python(where, "-c", "import os; print(hasattr(os, 'pwrite')); import fcntl")
     assert (blocked.stdout, blocked.returncode) == ("False\n", 1)
     commands = (
@@ -82,10 +92,9 @@ def test_the_core_commands_need_nothing_that_windows_lacks(tmp_path: Path, model
         ("int4", "--model", model, "--method", "rtn", "--group-size", "32", "--out", tmp_path / "int4"),
         ("eval", tmp_path / "gguf", "--reference", "demo", "--windows", "1", "--context", "32"),
     )
-    for command in commands:
-        done = python(where, "-m mmquant", *command)
-        assert done.returncode == 0, done.stderr
-        assert "Warning" not in done.stderr
+    done = python(where, "-c", EACH, json.dumps([[str(word) for word in command] for command in commands]))
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     for name in ("fp8", "native", "gguf", "int4"):
         assert (tmp_path / name / "mmquant.fit.json").is_file()
         assert not [p.name for p in (tmp_path / name).iterdir() if p.name in (LOCK, HOLDER) or p.suffix == ".tmp"]
@@ -103,8 +112,8 @@ def test_the_core_commands_need_nothing_that_windows_lacks(tmp_path: Path, model
 def test_a_file_system_that_lacks_them_is_one_warning(
     tmp_path: Path, model: Path, call: str, number: int, words: str
 ) -> None:
-    where, out = shim(tmp_path, LACKING), tmp_path / "out"
-    done = python(where, "-m mmquant", "fp8", "--model", model, "--out", out, CALL=call, LACKING=str(number))
+    out = tmp_path / "out"
+    done = afresh(lacking, call, number, ["fp8", "--model", str(model), "--out", str(out)])
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("this file system") == 1  # beside a progress bar, where the machine is slow
     (line,) = (line for line in done.stderr.splitlines() if "this file system" in line)
@@ -113,7 +122,7 @@ def test_a_file_system_that_lacks_them_is_one_warning(
 
 
 def test_a_failing_disk_is_no_lack(tmp_path: Path, model: Path) -> None:
-    where, out = shim(tmp_path, LACKING), tmp_path / "out"
-    done = python(where, "-m mmquant", "fp8", "--model", model, "--out", out, CALL="fsync", LACKING=str(errno.EIO))
+    out = tmp_path / "out"
+    done = afresh(lacking, "fsync", errno.EIO, ["fp8", "--model", str(model), "--out", str(out)])
     assert done.returncode == 1
     assert not (out / "mmquant.fit.json").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.screen import Screen, Stream, shown
+from helpers.tiny import write_tokenized
 from mmquant.commands.display import Display
 
 
@@ -85,10 +86,11 @@ def test_lines_of_threads_are_never_glued() -> None:
 def test_a_command_on_a_terminal(columns: int, tmp_path: Path) -> None:
     """Whole lines, and none of them wraps."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: demo\nvariants:\n  fp8: {command: fp8}\n  Q8_0: {command: gguf, type: Q8_0}\n")
+    write_tokenized(tmp_path / "tiny", hidden_size=64, intermediate_size=64)
+    recipe.write_text("model: tiny\nvariants:\n  fp8: {command: fp8}\n  Q8_0: {command: gguf, type: Q8_0}\n")
     words = [sys.executable, "-m", "mmquant", "run", "recipe.yaml", "--out", "o", "--device", "cpu"]
     screen, code = shown(words, columns, os.environ, tmp_path)
     assert code == 0
-    begins = "mmquant: |run: step |artifact |fp8 |Q8_0 |next: |demo: "
+    begins = "mmquant: |run: step |artifact |fp8 |Q8_0 |next: |tiny: "
     assert [line for line in lines(screen) if not re.match(begins, line)] == []
-    assert lines(screen)[-1].startswith("demo: 2 artifacts in ")
+    assert lines(screen)[-1].startswith("tiny: 2 artifacts in ")

@@ -7,16 +7,22 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 
 import mmquant.commands.cli as cli
+import mmquant.convert.open as opened
+from helpers.command import afresh, program
 from helpers.entry import run
 from helpers.killed import command_killed_at
 from helpers.paths import ROOT
+from helpers.run_cases import CALIBRATION
 from helpers.tiny import write_tiny
+
+FEW = ("--windows", "2", "--context", "32", "--text", str(CALIBRATION))
 
 
 @pytest.fixture(scope="module")
@@ -128,26 +134,23 @@ def test_memory_that_runs_out_is_exit_5(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "out of memory" in errors
 
 
-SIGNALLED = """
-import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has them ignored
-signal.signal({number}, signal.SIG_DFL) if {number} != signal.SIGINT else None
-sys.argv = ["mmquant", "inspect", "demo"]
-import mmquant.commands.cli as cli
-import mmquant.convert.open as opened
-def stop(*_):
-    os.kill(os.getpid(), {number})
-    while True:  # any thread may get the signal; Python's handler runs between two steps of this one
-        time.sleep(0.01)
-opened.open_native = stop
-cli.main()
-"""
+def signalled(number: int) -> None:
+    """A command that gets the signal while it opens the model."""
+    # A background shell has SIGINT ignored
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        while True:  # any thread may get the signal; Python's handler runs between two steps of this one
+            time.sleep(0.01)
+
+    opened.open_native = stop
+    program(["inspect", "demo"])
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_signals_say_what_to_do(name: str, code: int) -> None:
-    script = SIGNALLED.format(number=int(getattr(signal, name)))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = afresh(signalled, int(getattr(signal, name)))
     assert done.returncode == code, done.stderr
     assert done.stderr.strip() == "mmquant: interrupted; run the same command again to continue"
 
@@ -206,13 +209,13 @@ def test_a_dry_run_refuses_what_the_run_would(
         ["fp8", "--scheme", "native"],
         ["bf16"],
         ["int4", "--method", "rtn"],
-        ["int4", "--windows", "2"],
+        ["int4", *FEW, "--text-only"],
         ["mlx", "--method", "rtn"],
         ["gguf", "--type", "Q8_0"],
-        ["gguf", "--windows", "2"],
-        ["calibrate", "--windows", "2"],
+        ["gguf", *FEW, "--text-only"],
+        ["calibrate", *FEW],
     ],
-    ids=" ".join,
+    ids=lambda command: command[0],
 )
 def test_a_full_disk_leaves_nothing_where_nothing_was(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -233,7 +236,7 @@ def test_memory_is_looked_at_before_a_folder_is_made(
     """As on a machine with 1 MB free: calibrated INT4 and GGUF, real runs and dry ones."""
     for module in ("calibration.statistics.live", "calibration.gguf.memory"):
         monkeypatch.setattr(f"mmquant.{module}.free_memory", lambda device: 1_000_000)
-    small = ["--model", "demo", "--out", tmp_path / "o", "--windows", "2", "--device", "cpu"]
+    small = ["--model", "demo", "--out", tmp_path / "o", *FEW, "--text-only", "--device", "cpu"]
     for command in ("int4", "gguf"):
         for more in ([], ["--dry-run"]):
             code, _, errors = run(monkeypatch, capsys, command, *small, *more)

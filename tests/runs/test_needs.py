@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import mmquant
+from helpers.run_cases import CALIBRATION
 from mmquant import GgufOptions
 from mmquant.commands.cli import cli
 from mmquant.errors import FitError, InputError
@@ -68,7 +69,8 @@ def test_durations() -> None:
 
 
 QS = ("Q8_0", "Q2_K")
-MORE = {"int4": ["--method", "rtn"], "gguf": ["--type", "Q8_0"], "calibrate": ["--windows", "4", "--context", "64"]}
+MORE = {"int4": ["--method", "rtn"], "gguf": ["--type", "Q8_0"]}
+MORE["calibrate"] = ["--windows", "4", "--context", "64", "--text", str(CALIBRATION)]
 RECIPE = """model: demo
 variants:
   q8: {command: gguf, type: Q8_0}
@@ -90,9 +92,6 @@ def test_a_recipes_dry_run_is_the_same_table(tmp_path: Path) -> None:
     )
 
 
-QS = ("Q8_0", "Q2_K")
-
-
 @pytest.mark.parametrize("name", ["calibrate", "gguf", "int4", "bf16", "run"])
 @pytest.mark.parametrize("found", ["file", "stranger"])
 def test_an_occupied_place_does_not_fit(name: str, found: str, tmp_path: Path) -> None:
@@ -103,14 +102,11 @@ def test_an_occupied_place_does_not_fit(name: str, found: str, tmp_path: Path) -
         out.mkdir()
         (out / "thesis.txt").write_text("x")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    more = {
-        "calibrate": ["--windows", "4", "--context", "64"],
-        "int4": ["--method", "rtn"],
-        "gguf": ["--type", "Q8_0"],
-    }.get(name, [])
     line = [str(tmp_path / "recipe.yaml")] if name == "run" else ["--model", "demo"]
-    done = CliRunner().invoke(cli, [name, *line, "--device", "cpu", "--out", str(out), *more, "--dry-run"])
+    done = CliRunner().invoke(
+        cli, [name, *line, "--device", "cpu", "--out", str(out), *MORE.get(name, []), "--dry-run"]
+    )
     assert "fits: no" in done.output
     assert isinstance(done.exception, FitError)
-    real = CliRunner().invoke(cli, [name, *line, "--device", "cpu", "--out", str(out), *more])
+    real = CliRunner().invoke(cli, [name, *line, "--device", "cpu", "--out", str(out), *MORE.get(name, [])])
     assert isinstance(real.exception, InputError), "a real run calls it bad input"
