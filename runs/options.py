@@ -16,7 +16,7 @@ PLANNED = ("gguf", "int4", "nvfp4", "mxfp4", "mlx")  # commands that write a pla
 METHOD = "gptq: calibrated error feedback; rtn: to nearest, no calibration."
 LAYOUT = "Whose layout the folder has, which decides the engines (docs/formats.md)."
 ATTENTION = "How attention's matrices are stored."
-TEXT_ONLY = "--text alone; by default as many windows of bundled text go with it."
+TEXT_ONLY = "--text alone; by default twice as many windows of bundled text go with it."
 
 
 @dataclass(frozen=True)

@@ -26,23 +26,23 @@ def options(file: Path, **changes: Any) -> TextOptions:
     return replace(TextOptions(text=(str(file),), text_only=False, context=64, windows=8), **changes)
 
 
-def test_as_many_windows_of_bundled_text_stand_evenly_among_the_users(tmp_path: Path) -> None:
+def test_twice_as_many_windows_of_bundled_text_stand_evenly_among_the_users(tmp_path: Path) -> None:
     source, file = open_native("demo"), tmp_path / "mine.txt"
     file.write_text(WORDS * 200)
     corpus = make_corpus(source, options(file))
-    assert len(corpus.tokens) == windows_at_most(options(file)) == 16
+    assert len(corpus.tokens) == windows_at_most(options(file)) == 24
     mine = corpus.domain == corpus.domains.index("mine")
     assert int(mine.sum()) == 8
-    assert int(mine[:8].sum()) == 4  # half of the windows are a sample of the whole
+    assert int(mine[:12].sum()) == 4  # half of the windows are a sample of the whole
     alone = make_corpus(source, options(file, text_only=True))
     assert torch.equal(corpus.tokens[mine], alone.tokens)
     assert [part.get("bundled", False) for part in corpus.settings["sets"]][:2] == [False, True]
-    assert sum(part["windows"] for part in corpus.settings["sets"]) == 16
+    assert sum(part["windows"] for part in corpus.settings["sets"]) == 24
     assert len(corpus.seen) > len(alone.seen)
 
 
 def test_no_bundled_text_twice_and_none_where_it_is_unwanted(tmp_path: Path) -> None:
-    assert generic_at_most(options(tmp_path)) == 8
+    assert generic_at_most(options(tmp_path)) == 16
     for other in ({"text": ()}, {"text": (DEFAULT,)}, {"text": ("a.txt", "default=0.3")}, {"text_only": True}):
         assert generic_at_most(options(tmp_path, **other)) == 0
     assert generic_at_most(CalibrateOptions(text=("a.txt",), windows=8)) == 0  # has no such option
@@ -58,11 +58,11 @@ def test_without_a_template_the_chats_stay_out() -> None:
 
 def test_dry_runs_count_the_bundled_windows(tmp_path: Path) -> None:
     source = open_native("demo")
-    assert tokens_at_most(source, options(tmp_path)) == 64 * 16
-    assert generic_windows(1) == 1
+    assert tokens_at_most(source, options(tmp_path)) == 64 * 24
+    assert generic_windows(1) == 2
 
 
-@pytest.mark.parametrize(("effort", "windows"), [("fast", 16), ("default", 16), ("high", 64)])
+@pytest.mark.parametrize(("effort", "windows"), [("fast", 24), ("default", 24), ("high", 96)])
 def test_high_effort_reads_four_times_as_much(tmp_path: Path, effort: str, windows: int) -> None:
     source, file = open_native("demo"), tmp_path / "mine.txt"
     file.write_text(WORDS * 800)
