@@ -6,11 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from mmquant.errors import InputError
 
-from .files.parse import is_list, is_object
+from .files.parse import is_list, is_object, parse_yaml
 from .licence import PERMISSIVE, PROHIBITED, UNKNOWN_NAME, judge
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -22,12 +20,7 @@ def split_card(text: str, where: str = "README.md") -> tuple[dict[str, Any], str
     match = re.match(r"\A\ufeff?---[ \t\r]*\n(.*?)\n---[ \t\r]*(?:\n|\Z)", text, re.DOTALL)
     if not match:
         return {}, text
-    try:
-        data: object = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: the front matter is not YAML ({str(error).splitlines()[0]})") from None
-    except RecursionError:
-        raise InputError(f"{where}: the front matter is nested too deeply") from None
+    data: object = parse_yaml(match[1], f"{where}: the front matter") or {}
     if not is_object(data):
         raise InputError(f"{where}: the front matter is a {type(data).__name__}, expected keys and values")
     return data, re.sub(r"\A(?:[ \t\r]*\n)+", "", text[match.end() :])

@@ -59,6 +59,14 @@ def make_corpus(source: Source, options: TextOptions) -> Corpus:
     return corpus
 
 
+def check_texts(options: TextOptions) -> None:
+    """InputError for a text that is not there, before anything is read: what a dry run can say of texts."""
+    from ..calibration.text.corpus import check_specs
+
+    check_specs(options.text)
+    check_specs(options.evaluation, "evaluation")
+
+
 def generic_at_most(options: TextOptions) -> int:
     """Windows of the bundled text that go with the user's own: none where it is part of that already, or unwanted."""
     from ..calibration.text.corpus import DEFAULT

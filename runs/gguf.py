@@ -18,7 +18,7 @@ from ..convert.gguf.plan import make_plan
 from ..convert.gguf.variant import GgufVariant
 from ..convert.hub.address import parse_address
 from ..convert.naming import short_name
-from .corpus import at_effort, context_of, generic_at_most, say_if_short, windows_at_most
+from .corpus import at_effort, check_texts, context_of, generic_at_most, say_if_short, windows_at_most
 from .engine import run_jobs
 from .gguf_job import GgufJob, run_of
 from .gguf_plan import check_planned, nearest_mix, read_types
@@ -106,7 +106,10 @@ def check_gguf(
 ) -> None:
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
     check_place(out, size, run_of(source, variant))
-    if variant.importance and options.statistics is None and options.effort != "fast":
+    if not variant.importance or options.statistics is not None:
+        return
+    check_texts(options)
+    if options.effort != "fast":
         text = at_effort(options)
         plan_memory(source.geometry, windows_at_most(text), context_of(source, text), device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field, fields
 from typing import Any
 
@@ -27,6 +28,8 @@ class Checked:
             flag = f"--{found.name.replace('_', '-')} {value}"
             if value is None:
                 continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{flag}: expected a finite number")
             if "choices" in allowed and value not in allowed["choices"]:
                 raise InputError(f"{flag}: expected one of {', '.join(map(str, allowed['choices']))}")
             if "least" in allowed and not allowed["least"] <= value <= allowed.get("most", value):

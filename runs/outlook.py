@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmquant.errors import FitError, MmquantError
 from mmquant.tables import Size, table
 
+from ..calibration.text.sample import text_files
 from ..convert.checkpoints.checkpoint import Checkpoint
 from ..convert.fitting.verdict import Fit
 from .artifacts import Plans, shape_of, streams_of
-from .corpus import context_of
+from .corpus import check_texts, context_of
 from .gguf import is_calibrated
 from .needs import Needs
 from .options import GgufOptions, PlannedOptions, TextOptions, WeightsOptions
@@ -57,6 +58,8 @@ def outlook(
     for given in recipe.variants:
         with recipe.at("variants", given.name):
             variant = given
+            if dry_run and not (out / given.name).exists() and _calibrated(given):
+                check_texts(cast("TextOptions", given.options))
             if not ((dry_run or given.name in done) and _unknown(given, out / given.name, plans)):
                 variant = plans.planned(given, dry_run)
                 shape = shape_of(source, variant, recipe.model, out / given.name)
@@ -64,6 +67,9 @@ def outlook(
                     found.shapes[given.name] = shape
         found.variants.append(variant)
         found.sizes[given.name] = _on_disk(recipe, variant, found.shapes.get(given.name))
+    if dry_run and not out.exists() and recipe.check is not None:
+        with recipe.at("check", "text"):
+            text_files(recipe.check.text)
     if recipe.fit is not None:
         found.fits = fits_of(recipe.fit, found.shapes, source.geometry)
     found.refusal = refusal(found.fits) or _too_small(recipe, source, out, found, plans.device)

@@ -20,7 +20,7 @@ from ..convert.folder.weights import ATTENTION_FP8, WeightsVariant
 from ..convert.formats.table import choices
 from ..quantize.integer.panel import Grid
 from .calibrate import make_provider, pass_of
-from .corpus import at_effort, tokens_at_most
+from .corpus import at_effort, check_texts, tokens_at_most
 from .engine import run_jobs
 from .folder import FolderJob
 from .folder_steps import prepare
@@ -117,6 +117,7 @@ def check_weights(
     """What a real run would refuse after a dry run: an occupied place, a disk or a memory that is too small."""
     check_place(out, size, {**variant.run(), "source": source.fingerprint})
     if isinstance(variant, CALIBRATED) and options.statistics is None:
+        check_texts(options)
         chosen = pass_of(options, device, variant.options.sign_rounded, variant.options.full)
         moment_plan(source, chosen, tokens_at_most(source, at_effort(options)))
 

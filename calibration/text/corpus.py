@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -112,6 +112,12 @@ def read_sets(
             for p, count in zip(parts, counts, strict=True)
         ]
     return found
+
+
+def check_specs(specs: Iterable[str], side: str = "calibration") -> None:
+    """InputError as of `read_sets`, for a path that is missing or without text and for a weight that is none."""
+    for spec in specs:
+        _files(_parse(spec, side)[0], [])
 
 
 def _parse(spec: str, side: str) -> tuple[Path, float | None]:

@@ -152,24 +152,33 @@ def read_texts(
 
     `default` is the bundled evaluation text, as it is without any path.
     """
-    found: list[Text] = []
+    return [read_text(file, domain, template, notes) for domain, file in text_files(paths)]
+
+
+def text_files(paths: Sequence[str | Path]) -> list[tuple[str | None, Path]]:
+    """(domain, where it is named; file) of everything that `read_texts` reads. InputError for what is not there."""
+    found: list[tuple[str | None, Path]] = []
     for item in paths or [DEFAULT]:
         domain, spec = None, str(item)
         if not Path(spec).exists() and "=" in spec:
             domain, spec = spec.split("=", 1)
         path = bundled("evaluation") if spec == DEFAULT else Path(spec)
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file())
-            other = next((p for p in inside if p.suffix in OTHER_DATA), None)
-            if other is not None:
-                raise InputError(f"{other}: not text, expected {', '.join(SUFFIXES)} (or name the files one by one)")
-            files = [p for p in inside if p.suffix in SUFFIXES]
-            if not files:
-                raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-            found += [read_text(file, domain, template, notes) for file in files]
-        else:
-            found.append(read_text(path, domain, template, notes))
+        found += [(domain, file) for file in (_inside(path) if path.is_dir() else [path])]
+    for _, path in found:
+        if not path.is_file():
+            raise InputError(f"{path}: no such text file")
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    inside = sorted(p for p in folder.iterdir() if p.is_file())
+    other = next((p for p in inside if p.suffix in OTHER_DATA), None)
+    if other is not None:
+        raise InputError(f"{other}: not text, expected {', '.join(SUFFIXES)} (or name the files one by one)")
+    files = [p for p in inside if p.suffix in SUFFIXES]
+    if not files:
+        raise InputError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder")
+    return files
 
 
 def make_sample(

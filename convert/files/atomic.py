@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from mmquant.errors import InputError
+
 CHUNK = 8 << 20
 TEMPORARY = ".tmp"
 # What file systems answer that do not have the call at all (CIFS, FUSE, exFAT, Lustre, NFS without locks).
@@ -104,6 +106,8 @@ def replace_folder(made: Path, final: Path) -> None:
 @contextmanager
 def making(folder: Path) -> Generator[None]:
     """Make a folder and its parents; when the block raises, those that it leaves empty go again."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file, expected a folder or nothing")
     made = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

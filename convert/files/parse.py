@@ -1,4 +1,4 @@
-"""Parse JSON from outside: one checked parser, and typed access to its values.
+"""Parse JSON and YAML from outside: one checked parser of each, and typed access to JSON's values.
 
 What a hub or a file says is hostile until it is checked. Every fault is an InputError of one line that names the place.
 """
@@ -10,6 +10,7 @@ import math
 import reprlib
 import unicodedata
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, overload
 
 from mmquant.errors import InputError
@@ -19,6 +20,8 @@ LONGEST_NUMBER = 40  # characters; tokenizer_config.json of the field has 100000
 LARGEST = 1 << 62  # of what counts something
 SMALL_LIMIT = 64 << 20  # bytes of a file that is read whole: configs, tokenizers, templates, licences
 LONGEST_PATH = 1024
+# What PyYAML's constructors raise besides YAMLError, for 2024-13-45, !!int "", !!bool x, deep nesting ...
+YAML_FAULTS = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 NAMES: dict[type, str] = {
     str: "a string",
     int: "an integer",
@@ -63,6 +66,28 @@ def parse_json(data: bytes | bytearray | str, where: str, unique: bool = False) 
     if not is_object(value):
         raise InputError(f"{where}: JSON {short(value)}, expected an object")
     return value
+
+
+def parse_yaml(data: bytes | str, where: str) -> Any:  # noqa: ANN401 - where YAML comes in
+    """The value of a YAML text in UTF-8. InputError, also for a word that only looks like a date or a number."""
+    import yaml
+
+    try:
+        return yaml.safe_load(data if isinstance(data, str) else data.decode("utf-8-sig"))
+    except (yaml.YAMLError, *YAML_FAULTS) as error:
+        raise InputError(f"{where} is not YAML ({one_line(error)})") from None
+
+
+def read_small(path: Path, where: str, expected: str) -> bytes:
+    """A whole file, up to SMALL_LIMIT. InputError for more (a device has no end) and for what cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(SMALL_LIMIT + 1)
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror}, expected {expected}") from None
+    if len(data) > SMALL_LIMIT:
+        raise InputError(f"{where}: more than {SMALL_LIMIT:,} bytes, expected {expected}")
+    return data
 
 
 def is_object(value: object) -> TypeGuard[dict[str, Any]]:

@@ -14,7 +14,7 @@ import yaml
 
 from mmquant.errors import InputError, naming, suggest
 
-from ..files.parse import is_list, is_object, one_line, short
+from ..files.parse import is_list, is_object, parse_yaml, read_small, short
 from ..files.sizes import parse_size
 
 ENGINES = ("llama.cpp", "vllm", "mlx_lm")
@@ -79,16 +79,12 @@ def _first_wins(targets: list[Target]) -> dict[str, Target]:
 
 
 def _of_file(file: Path) -> list[dict[str, Any]]:
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--targets {file}: {one_line(str(error))}, expected a YAML file") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"--targets {file}: not YAML ({one_line(str(error))})") from None
+    where = f"--targets {file}"
+    document = parse_yaml(read_small(file, where, "a YAML file of machines"), where)
     entries = document.get("targets") if is_object(document) else document
     if not is_list(entries) or not all(map(is_object, entries)):
-        raise InputError(f"--targets {file}: expected `targets:` with a list of machines")
-    with naming(f"--targets {file}"):
+        raise InputError(f"{where}: expected `targets:` with a list of machines")
+    with naming(where):
         for entry in entries:
             _target(entry)
     return entries

@@ -18,7 +18,7 @@ from mmquant.errors import InputError
 
 from ..carried import read_object
 from ..chat_templates import DEFAULT, chat_templates
-from ..files.parse import are, is_list, is_object, short, take, take_list, take_map
+from ..files.parse import are, is_list, is_object, parse_yaml, short, take, take_list, take_map
 from ..hub.hubs import DEFAULT_HUB, HUBS
 from ..models.geometry import Geometry
 from ..models.gguf import architecture_keys
@@ -144,14 +144,12 @@ def general_keys(source: Source, name: str) -> Metadata:
 
 def card_fields(card: bytes | None) -> dict[str, Any]:
     """The YAML head of a model card, empty when there is none or it is not a mapping."""
-    import yaml
-
     match = re.match(rb"---\r?\n(.*?)\r?\n---", card or b"", re.DOTALL)
     if match is None:
         return {}
     try:
-        fields: object = yaml.safe_load(match.group(1))
-    except yaml.YAMLError:
+        fields: object = parse_yaml(match.group(1), "README.md")
+    except InputError:
         return {}
     return fields if is_object(fields) else {}
 

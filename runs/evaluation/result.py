@@ -18,6 +18,7 @@ from ...calibration.evaluate.outcomes import Outcome
 from ...calibration.evaluate.subjects import ENERGY, ERROR, NONFINITE, OVERLAP, TOKENS
 from ...calibration.model.engine_like import Like
 from ...calibration.text.sample import Sample
+from ...convert.files.parse import parse_yaml, read_small
 from ...convert.files.schemas import hold_to_schema
 from ...convert.source import Source
 from .claims import SCHEMA, beyond_floor, comparisons, refusal, unit_sums
@@ -159,14 +160,9 @@ def sample_block(sample: Sample, seed: int) -> dict[str, Any]:
 
 def read_gate(path: Path) -> dict[str, float]:
     """Thresholds of a YAML or JSON file (or of its `gate` section). Raises ValueError for an unknown name."""
-    import yaml
-
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected thresholds such as max_kld: 0.02")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    data = parse_yaml(read_small(path, str(path), "thresholds"), str(path))
     data = data.get("gate", data) if isinstance(data, dict) else data
     if not isinstance(data, dict):
         raise InputError(f"{path}: a {type(data).__name__}, expected thresholds such as max_kld: 0.02")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ import yaml
 
 from mmquant.errors import FitError, InputError, suggest
 
-from ...convert.files.parse import DEEPEST, one_line, short
+from ...convert.files.parse import DEEPEST, YAML_FAULTS, one_line, short
 from ...convert.files.sizes import parse_size
 from ...convert.fitting.targets import Target, find_target, read_targets
 from ...convert.hub.hubs import DEFAULT_HUB, HUBS, SPEC, expected
+from ..journal import JOURNAL, LOG
 from ..option import Checked
 from ..options import TextOptions
 from ..options_use import EvalOptions, PushOptions
@@ -169,9 +171,17 @@ def _plain(node: yaml.Node, key: Key, marks: Marks) -> Any:  # noqa: ANN401 - YA
         return out
     if isinstance(node, yaml.SequenceNode):
         return [_plain(value, (*key, number), marks) for number, value in enumerate(node.value)]
-    value = yaml.SafeLoader("").construct_object(node)
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "timestamp":  # a revision may look like one
+        return str(node.value)
+    try:
+        value = yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, *YAML_FAULTS):
+        raise marks.fault(key, f"{short(node.value)} as {short(kind)}, expected a plain value") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise marks.fault(key, f"{value}, expected a finite number")
     if value is not None and not isinstance(value, str | int | float | bool):
-        return str(node.value)  # dates: a revision may look like one
+        return str(node.value)
     return value
 
 
@@ -261,6 +271,8 @@ def _fit(entry: dict[str, Any], marks: Marks) -> FitTargets:
 
 def _variant(name: str, entry: dict[str, Any], corpora: dict[str, Any], marks: Marks) -> Variant:
     command, key = entry.pop("command"), ("variants", name)
+    if name in (JOURNAL, LOG):
+        raise marks.fault(key, "a file of the run has this name, expected another")
     gates = {gate: float(value) for gate, value in entry.pop("gates", {}).items()}
     corpus = entry.pop("corpus", None)
     if corpus is not None and corpus not in corpora:

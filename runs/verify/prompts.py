@@ -9,11 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmquant.errors import InputError
 
-from ...convert.files.parse import is_list, is_object
+from ...convert.files.parse import is_list, is_object, parse_yaml, read_small
 
 CALLS, ANSWERS = ("weather", "order"), ("plain",)
 RESULT = {"city": "Lisbon", "day": "tomorrow", "celsius": 21, "sky": "clear"}
@@ -44,13 +42,8 @@ class Case:
 def read_prompts(path: Path | None, languages: tuple[str, ...] = ()) -> tuple[Case, ...]:
     """The cases of a file (None: the bundled one), of some languages alone where they are named. InputError."""
     where = str(path) if path is not None else "the bundled prompts"
-    try:
-        text = path.read_text("utf-8") if path is not None else _bundled()
-        data: object = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: {error}, expected a YAML file of prompts") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{where}: {error}, expected YAML") from None
+    text = read_small(path, where, "a YAML file of prompts") if path is not None else _bundled()
+    data: object = parse_yaml(text, where)
     if not is_object(data) or not is_object(data.get("languages")) or not is_list(data.get("tools")):
         raise InputError(f"{where}: expected the keys languages and tools, as in the bundled prompts")
     spoken: dict[str, Any] = data["languages"]

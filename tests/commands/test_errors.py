@@ -230,6 +230,41 @@ def test_a_full_disk_leaves_nothing_where_nothing_was(
         assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
+@pytest.mark.parametrize("text", ["none.txt", "default=nan", "none=1"])
+@pytest.mark.parametrize("option", ["--text", "--evaluation"])
+@pytest.mark.parametrize("command", ["int4", "gguf"])
+def test_a_dry_run_refuses_a_text_that_is_not_there(
+    command: str,
+    option: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [command, "--model", "demo", "--out", tmp_path / "o", "--dry-run", option, text]
+    code, _, errors = run(monkeypatch, capsys, *words)
+    assert (code, text.split("=")[0] in errors, errors.count("\n")) == (5, True, 1), errors
+
+
+@pytest.mark.parametrize("entry", ["corpora: {m: {text: [none.txt]}}", "check: {text: [none.txt]}"])
+def test_a_dry_run_of_a_recipe_says_where_a_text_is_not(
+    entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: demo\n" + entry + "\nvariants: {a: {command: int4, group_size: 32}}\n")
+    code, _, errors = run(monkeypatch, capsys, "run", recipe, "--out", tmp_path / "o", "--dry-run")
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert re.match(rf"mmquant: {re.escape(str(recipe))}:[23]: (variants.a|check.text): none.txt: no such ", errors)
+
+
+@pytest.mark.parametrize("bits", ["nan", "inf", "-inf"])
+def test_bits_are_a_finite_number(
+    bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, errors = run(monkeypatch, capsys, "plan", "--model", "demo", "--out", tmp_path / "o", "--bits", bits)
+    assert (code, errors.count("\n"), "--bits" in errors) == (2, 1, True), errors
+
+
 def test_memory_is_looked_at_before_a_folder_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,12 @@ WRONG = {
     BASE + "fit: {targets: [24GB], machines: none.yaml}": "r.yaml:4: fit.machines: --targets none.yaml: ",
     A + "{command: calibrate}\npush:\n  - {repo: me/a, variants: [a]}": "r.yaml:5: push.0.variants.0: 'a'; ",
     A + "{command: int4, plan: p, size: 1GB}": "r.yaml:3: variants.a: --plan, --size, --target: expected one",
+    BASE + "check: {gates: {max_kld: .nan}}": "r.yaml:4: check.gates.max_kld: nan, expected a finite number",
+    BASE + "limits: {ram: .inf}": "r.yaml:4: limits.ram: inf, expected a finite number",
+    "model: !!python/object:os.system x": "r.yaml:1: model: 'x' as 'python/object:os.system', expected a plain value",
+    "model: demo\nvariants:\n  mmquant-run.json: {command: fp8}": "r.yaml:3: variants.mmquant-run.json: a file",
+    "model: !!int ''": "r.yaml:1: model: '' as 'int', expected a plain value",
+    "model: !!bool x": "r.yaml:1: model: 'x' as 'bool', expected a plain value",
     BASE + "limits: {disk: 0}": "r.yaml:4: limits.disk: 0, expected at least 1",
 }
 

@@ -429,7 +429,7 @@ def test_nothing_judged_is_no_rate() -> None:
 @pytest.mark.parametrize(
     ("text", "said_so"),
     [
-        ("[", "expected YAML"),
+        ("[", "is not YAML"),
         ("a: 1", "languages and tools"),
         ("languages: {xx: {weather: a}}\ntools: []", "languages/xx: expected the texts"),
         ("languages: {}\ntools: [3]", "expected function"),
