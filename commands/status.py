@@ -12,7 +12,7 @@ from mmquant.tables import folded
 
 from .display import CLEAR, UP, size_of
 from .options import json_option
-from .terminal import print_result
+from .terminal import harmless, print_result
 
 EVERY = 2.0  # seconds between two looks
 
@@ -33,7 +33,7 @@ def command(folder: Path, as_json: bool, watch: bool) -> None:
         if sys.stdout.isatty() and not as_json:
             glance("\n".join(found.lines()))
         else:
-            click.echo(as_text(found, as_json))
+            print_result(as_text(found, as_json), as_json)
             time.sleep(EVERY)
         found = status(folder)
     print_result(as_text(found, as_json), as_json)
@@ -42,7 +42,7 @@ def command(folder: Path, as_json: bool, watch: bool) -> None:
 def glance(text: str) -> None:
     """Show a text for a while on the terminal, as much as fits, and take it away again: no line wraps or scrolls."""
     columns, rows = size_of(sys.stdout)
-    lines = [line[: columns - 1] for line in folded(text, columns - 1).split("\n")][: rows - 1]
+    lines = [line[: columns - 1] for line in folded(harmless(text), columns - 1).split("\n")][: rows - 1]
     click.echo("\n".join(lines))
     time.sleep(EVERY)
     click.echo(UP.format(len(lines)) + CLEAR, nl=False)

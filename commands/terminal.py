@@ -20,10 +20,17 @@ if TYPE_CHECKING:
     from mmquant.monitor import Bar
 
 EVERY = 10.0  # seconds between two lines of a phase, where stderr is no terminal
+CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def harmless(text: str) -> str:
+    """Text without control characters: a server's model name or a file's metadata may hold a terminal's commands."""
+    return text.translate(CONTROL)
 
 
 def print_result(text: str, as_json: bool = False) -> None:
     """A result on stdout. Its tables fit WIDTH; on a terminal its prose is folded between words, JSON never."""
+    text = text if as_json else harmless(text)
     prose = sys.stdout.isatty() and not as_json
     click.echo(folded(text, max(WIDTH, size_of(sys.stdout)[0])) if prose else text)
 
@@ -34,6 +41,7 @@ def complain(text: str) -> None:
 
 
 def _fitted(text: str) -> str:
+    text = harmless(text)
     return folded(text, size_of(sys.stderr)[0]) if sys.stderr.isatty() else text
 
 

@@ -17,6 +17,7 @@ from mmquant.commands.cli import COMMANDS, cli
 from mmquant.commands.completion import PLACES, place, shell_of
 from mmquant.commands.display import progress_line
 from mmquant.commands.options import begin
+from mmquant.commands.terminal import complain, print_result
 from mmquant.errors import InputError
 from mmquant.runs.place import PROGRESS
 
@@ -121,3 +122,14 @@ def test_the_table_of_variables_is_complete() -> None:
             read |= set(re.findall(r"\bMMQUANT_[A-Z_]+\b", path.read_text()))
     written = set(re.findall(r"^\| `(MMQUANT_[A-Z_]+)`", (ROOT / "docs" / "terminal.md").read_text(), re.M))
     assert written == read - {"MMQUANT_COMPLETE"}
+
+
+def test_what_is_shown_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server's model may be called anything, and so may a tensor of a file."""
+    evil = "a\x1b[2J\x07\r\x9bb\tc\nmodèle 模型\u3000x"
+    clean = "a\ufffd[2J\ufffd\ufffd\ufffdb\tc\nmodèle 模型\u3000x"
+    print_result(evil)
+    complain(evil)
+    assert capsys.readouterr() == (clean + "\n", clean + "\n")
+    print_result('{"a": "\\u001b"}', as_json=True)
+    assert capsys.readouterr().out == '{"a": "\\u001b"}\n'
