@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,11 @@ def modules(package: str) -> list[Path]:
 ALL = [path for package in PACKAGES for path in modules(package)]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def package_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0]
 
@@ -67,7 +73,7 @@ def imported(path: Path) -> Iterator[str]:
     """Dotted names that a module imports, `mmquant.PACKAGE...` for our own, relative ones resolved."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     package = ("mmquant", *parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -107,14 +113,14 @@ def test_libraries_of_a_package(path: Path) -> None:
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.name))
 def test_packages_import_each_other_relatively(path: Path) -> None:
     """Absolute names would be invisible to editors, which follow files (package-dir maps them only at run time)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level and n.module]
     assert not [name for name in absolute if name.startswith("mmquant.") and name not in SHARED]
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "the first line says what the module is"
+    assert ast.get_docstring(tree_of(path)), "the first line says what the module is"
 
 
 def swallows(handler: ast.ExceptHandler) -> bool:
@@ -128,7 +134,7 @@ def swallows(handler: ast.ExceptHandler) -> bool:
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_error_is_swallowed(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and swallows(node)]
     assert not lines, f"line {lines}: name the errors that are expected"
 
