@@ -135,6 +135,15 @@ def test_too_few_rows_decide_nothing() -> None:
     assert held.count[1] == HELD
 
 
+def test_a_rank_fills_its_own_places() -> None:
+    held = dataclasses.replace(HeldRows.empty(2, {"x": N}, "cpu"), places=range(96, HELD))
+    x = rows(STRIDE * HELD)
+    assert len(held.take([0, STRIDE * 3, len(x)], None, x=x)) == 3 + HELD - 96
+    assert torch.equal(held.rows["x"][0, 96:99], x[STRIDE // 2 : STRIDE * 3 : STRIDE])
+    assert torch.equal(held.rows["x"][1, 96:], x[STRIDE * 3 + STRIDE // 2 :: STRIDE][: HELD - 96])
+    assert not bool(held.rows["x"][:, :96].any() or held.rows["x"][0, 99:].any())
+
+
 def test_held_rows_are_in_no_sum_of_a_pass() -> None:
     """Sums with and without holding differ by the held rows, in every moment of a layer."""
     source = open_source("demo")

@@ -25,6 +25,7 @@ from mmquant.calibration.gguf.streams import (
     pass_attention,
     pass_experts,
     rescaled,
+    router_pair,
 )
 from mmquant.calibration.model.forward import Observer, attention, embed, layer_forward, rms_norm, route
 from mmquant.calibration.model.hidden import HiddenStates
@@ -136,6 +137,16 @@ def test_both_streams_pass_a_layer_as_the_forward_does() -> None:
     assert torch.allclose(largest, watch.sums)
     for side in (both.reference, both.quantized):
         assert float((side.all() - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_the_routers_rows_are_those_that_it_sees() -> None:
+    """In bfloat16 where the experts are."""
+    source = open_source("demo")
+    g, weights = source.geometry, read_layer(source, 1, "cpu", torch.bfloat16)
+    hidden = rows(7, g.hidden).view(1, 7, g.hidden)
+    pair = router_pair(streams_at(hidden), weights, g)
+    x = rms_norm(hidden, weights.post_norm, g.norm_eps)[0].bfloat16().float()
+    assert torch.equal(pair.own[0], x.T @ x)
 
 
 def test_what_the_stream_lacks_is_summed_with_the_rows_that_add_to_it() -> None:
