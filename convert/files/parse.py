@@ -75,7 +75,8 @@ def parse_yaml(data: bytes | str, where: str) -> Any:  # noqa: ANN401 - where YA
     try:
         return yaml.safe_load(data if isinstance(data, str) else data.decode("utf-8-sig"))
     except (yaml.YAMLError, *YAML_FAULTS) as error:
-        raise InputError(f"{where} is not YAML ({one_line(error)})") from None
+        found = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise InputError(f"{where} is not YAML ({found})") from None
 
 
 def read_small(path: Path, where: str, expected: str) -> bytes:

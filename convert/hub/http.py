@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -53,6 +54,19 @@ class Endpoint:
     def offline(self) -> bool:
         """Whether the user has forbidden to reach it."""
         return self.hub.offline
+
+
+MISREAD = (TypeError, ValueError, LookupError, AttributeError)
+
+
+def misread(error: Exception, library: str) -> str:
+    """What to say of an error inside a hub's client, as an answer of another form makes it; others are raised again."""
+    rooms = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    own = max((place for place, room in enumerate(rooms) if room == "mmquant"), default=-1)
+    if library not in rooms[own + 1 :]:
+        raise error
+    found = " ".join(repr(error).split())[:120]
+    return f"the hub answers otherwise than its client expects ({found})"
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:

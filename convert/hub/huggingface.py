@@ -14,12 +14,14 @@ from mmquant.errors import InputError
 
 from ..files.parse import is_list, is_object, one_line, path_fault, short, take, take_list
 from .http import (
+    MISREAD,
     TRANSIENT,
     UNRESOLVED,
     Client,
     HubError,
     TransferError,
     joined,
+    misread,
     reason,
     redact,
     retry_after,
@@ -234,6 +236,10 @@ class Repository:
                 trouble = redact(str(error), self.client.endpoint.token) or type(error).__name__
                 if reason(error) == UNRESOLVED:
                     raise TransferError(f"{self.spec}: {host}: {UNRESOLVED}, is this machine online?") from None
+            except MISREAD as error:
+                trouble = misread(error, "huggingface_hub")
+                if not once:
+                    raise HubError(f"{self.spec}: {trouble}, expected the hub's API at {host}") from None
             if once:
                 self.client.pause(0, asked)
                 raise Conflict(trouble)

@@ -16,6 +16,7 @@ from mmquant.errors import InputError
 
 from ..files.parse import one_line, take, take_list
 from .http import (
+    MISREAD,
     NETWORK_ERRORS,
     TRANSIENT,
     Client,
@@ -23,6 +24,7 @@ from .http import (
     TransferError,
     explain,
     joined,
+    misread,
     origin,
     reason,
     redact,
@@ -117,6 +119,9 @@ class Repository:
         except ModelScopeError as error:
             text = redact(str(error).split(" Request:")[0], self.client.endpoint.token)[:200]
             raise HubError(f"{self.spec}: the repository cannot be made ({text}), check MODELSCOPE_API_TOKEN") from None
+        except MISREAD as error:
+            trouble = misread(error, "modelscope_hub")
+            raise HubError(f"{self.spec}: {trouble}, expected the hub's API at {self.client.endpoint.url}") from None
 
     def open_request(self, title: str) -> str:
         """Open a pull request; its revision."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,10 +21,11 @@ from helpers.hub_server import TOKEN, HubServer
 from helpers.killed import kill, until
 from mmquant.commands.terminal import Terminal
 from mmquant.convert.hub.card import BEGIN, END
-from mmquant.convert.hub.http import Client, HubError, Retry
+from mmquant.convert.hub.http import Client, HubError, Retry, TransferError
 from mmquant.convert.hub.hubs import endpoint_of, remote_of
 from mmquant.convert.hub.layout import check_layout, find_by_tag
 from mmquant.convert.hub.modelscope import same_site
+from mmquant.errors import MmquantError
 from mmquant.monitor import watching
 from mmquant.runs.options_use import PushOptions
 from mmquant.runs.push import push_to
@@ -595,3 +597,37 @@ def test_a_folder_in_use_names_its_holder(hub: HubServer, tmp_path: Path) -> Non
     assert done.returncode == 2
     assert f"in use by process {os.getpid()} on " in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+CALLS = {
+    "hf": [
+        "POST /api/repos/create",
+        "POST .*/preupload/",
+        "POST .*/objects/batch",
+        "POST .*/commit/",
+        "POST /api/validate",
+    ],
+    "ms": ["POST /api/v1/models", "POST .*/objects/batch", "POST .*/commit/"],
+}
+ANSWERS = [
+    b"",
+    b"null",
+    b"[]",
+    b"{",
+    b'{"a": 1}',
+    b'{"Data": 5}',
+    b'{"files": [null], "objects": [null], "commitUrl": {}}',
+]
+
+
+@pytest.mark.parametrize("source, call", [(source, call) for source, calls in CALLS.items() for call in calls])
+def test_answers_of_another_form_are_one_line(hub: HubServer, tmp_path: Path, source: str, call: str) -> None:
+    """Our own reading and that of the hub's client: nothing is a traceback, and nothing counts as published unseen."""
+    folder = safetensors_folder(tmp_path / "o")
+    for answer in ANSWERS:
+        hub.faults.clear()
+        hub.fault(call, times=1 << 20, body=answer)
+        with contextlib.suppress(MmquantError, TransferError):
+            publish(folder, source)
+            name = "model-00001-of-00004.safetensors"
+            assert files_of(hub)[name] == (folder / name).read_bytes()
