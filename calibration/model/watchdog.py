@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
@@ -88,7 +89,8 @@ class Watchdog:
         if not self._left.is_set():
             self._left.set()
             self._heard = time.monotonic()
-            self._count(self.rank, LEFT)
+            with suppress(RuntimeError, OSError):  # whoever kept the store is done as well and has left before
+                self._count(self.rank, LEFT)
             self._over.set()
 
     def _count(self, rank: int, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented
 from torch.distributed import distributed_c10d as c10d
 
 from helpers.calibration_cases import begin, model, ranks, run, tensors
 from helpers.killed import forked
 from mmquant.calibration.model import distributed
 from mmquant.calibration.model.distributed import leave, world
-from mmquant.calibration.model.watchdog import EXIT, rank_timeout, wait_timeout
+from mmquant.calibration.model.watchdog import EXIT, Watchdog, rank_timeout, wait_timeout
 from mmquant.calibration.statistics.store import open_statistics
 from mmquant.errors import InputError
 
@@ -50,6 +52,21 @@ def test_a_silent_rank_ends_the_run_with_one_line(kind: signal.Signals, tmp_path
     said = "".join((tmp_path / str(rank)).read_text() for rank in (0, 1))
     assert "rank 2 of 3 gave no sign of life for 2 seconds; run the same command again" in said
     assert said.count("mmquant: rank 2") == 1
+
+
+def test_a_rank_leaves_in_order_when_the_store_has_left_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 keeps the store where no agent does, and ends as soon as it is done."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    ends: list[object] = []
+    watchdog = Watchdog(1, 2, 600.0, lambda *said: ends.append(said))
+    del store
+    gc.collect()
+    with pytest.raises(RuntimeError):
+        watchdog._count(1, 0)  # pyright: ignore[reportPrivateUsage] - the store is gone
+    watchdog.leave()
+    assert not ends
 
 
 def test_a_rank_that_ends_in_order_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
