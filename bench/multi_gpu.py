@@ -58,6 +58,11 @@ from mmquant.convert.models.layer import LayerWeights
 from mmquant.quantize.fp4.grid import NVFP4
 from mmquant.quantize.integer.gptq_grid import GptqGrid
 
+# The parts of a GGUF layer that send the text through it
+TEXT = {
+    gguf_layer: ("input_pair", "output_pair", "pass_attention", "router_pair", "pass_experts"),
+    gguf_experts: ("input_pairs", "leaving_pairs"),
+}
 STAGES = ("weights", "int4", "nvfp4", "gguf", "eval", "long")
 
 
@@ -169,6 +174,9 @@ class Worker:
         rounded = self.clock.timed("gguf:   of it solves of experts", gguf_experts.rounded_part)
         gguf_experts.rounded_part = rounded
         gguf_layer.solve = self.clock.timed("gguf:   of it solves of attention", gguf_layer.solve)
+        for module, names in TEXT.items():
+            for name in names:
+                setattr(module, name, self.clock.timed(f"gguf:   of it {name}", getattr(module, name)))
         Pair.over_ranks = self.clock.timed("gguf:   of it sums to owners", Pair.over_ranks)  # type: ignore[method-assign]
         kind = {name + ".weight": self.a.kind for name in (*ATTENTION_TENSORS, *EXPERT_TENSORS)}
         for layer in range(2):
