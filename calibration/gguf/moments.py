@@ -90,6 +90,7 @@ class Pair:
 
     def add(self, matrix: int, x: Tensor, z: Tensor, share: Tensor | None = None, d: Tensor | None = None) -> None:
         """Rows x, z [R, n] (and d [R, O], what the stream lacks) of one matrix, each counted by share^2 [R]."""
+        assert not self.fused, "its sums are whole after add_sorted alone"
         if not len(x):
             return
         whole = x.dtype != torch.bfloat16  # sums over bfloat16 rows lose nothing that counts in TF32

@@ -60,8 +60,6 @@ def is_joined() -> bool:
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL")
-
-
 LATE = ("Timed out waiting", "wait timeout after", "collective operation timeout")  # of gloo, of the store, of NCCL
 
 
